@@ -1,0 +1,49 @@
+"""Sizes and training settings of pocket, the small model that ships with var-deploy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
+
+POCKET = ModelSpec(
+    tokenizer=TokenizerSpec(
+        patch_nums=(1, 2, 3, 5, 8),
+        vocab_size=512,
+        code_width=16,
+        base_width=32,
+        width_multipliers=(1, 1, 2, 2),
+        res_blocks=1,
+        shared_phi=4,
+    ),
+    transformer=TransformerSpec(
+        depth=5, width=192, heads=6, classes=10, ffn_width=768, shared_adaln=True
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything besides the code that decides the trained weights.
+
+    Attributes:
+        seed: seeds the weights, the order of the data and the label dropout.
+        tokenizer_images, transformer_images: drawn training images (disjoint sets).
+        tokenizer_steps, transformer_steps: optimizer steps of each stage.
+        label_dropout: share of samples trained as "no class", for guidance.
+        held_out_seed: drawn images with this seed are never trained on.
+    """
+
+    seed: int = 0
+    tokenizer_images: int = 20_000
+    tokenizer_batch: int = 16
+    tokenizer_steps: int = 1_600
+    tokenizer_rate: float = 1e-3
+    transformer_images: int = 40_000
+    transformer_batch: int = 32
+    transformer_steps: int = 2_600
+    transformer_rate: float = 1.2e-3
+    weight_decay: float = 0.05
+    label_dropout: float = 0.1
+    held_out_seed: int = 999
+    threads: int = 2

@@ -1,0 +1,51 @@
+"""Every exception that var-deploy raises on purpose.
+
+    VarDeployError
+    ├── UsageError            a wrong argument: the caller can mend it (exit code 2)
+    │   └── LabelError        a label that the model does not have
+    ├── CheckpointError       a file that is no checkpoint, or does not fit the model
+    ├── BundleError           a bundle that is damaged, too new, or incomplete
+    ├── ExportError           the export could not finish
+    ├── VerificationError     the deployed graphs and the model disagree
+    └── BackendError          a runtime is missing or refused its work
+
+Each carries one line that says what is wrong and, where it is known, what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class VarDeployError(Exception):
+    """Base of the tree. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(VarDeployError, ValueError):
+    """An argument is outside what the function or command accepts."""
+
+    exit_code = 2
+
+
+class LabelError(UsageError):
+    """A class label is unknown; the message suggests close matches."""
+
+
+class CheckpointError(VarDeployError):
+    """A checkpoint cannot be read, or its tensors are not those of the model."""
+
+
+class BundleError(VarDeployError):
+    """A bundle cannot be trusted: missing, damaged, incomplete or from a newer schema."""
+
+
+class ExportError(VarDeployError):
+    """The export stopped before a bundle was complete; an older bundle was left untouched."""
+
+
+class VerificationError(VarDeployError):
+    """A deployed graph disagrees with the model by more than its tolerance."""
+
+
+class BackendError(VarDeployError):
+    """An inference runtime is not installed, or it failed."""
