@@ -151,7 +151,9 @@ class Transformer(nn.Module):
         self.head_nm = HeadNorm(t.width, t.norm_eps)
         self.head = nn.Linear(t.width, spec.tokenizer.vocab_size)
         levels = torch.repeat_interleave(
-            torch.arange(spec.scales), torch.tensor(spec.scale_lengths)
+            torch.arange(spec.scales),
+            torch.tensor(spec.scale_lengths),
+            output_size=spec.total_tokens,
         ).view(1, -1)
         self.register_buffer("lvl_1L", levels)
         allowed = levels.unsqueeze(-1) >= levels.unsqueeze(1)

@@ -30,19 +30,23 @@ class Recipe:
         seed: seeds the weights, the order of the data and the label dropout.
         tokenizer_images, transformer_images: drawn training images (disjoint sets).
         tokenizer_steps, transformer_steps: optimizer steps of each stage.
+        plain_steps: first tokenizer steps, taken without quantising.
+        commitment: weight of the quantisation error in the tokenizer's loss.
         label_dropout: share of samples trained as "no class", for guidance.
         held_out_seed: drawn images with this seed are never trained on.
     """
 
     seed: int = 0
     tokenizer_images: int = 20_000
-    tokenizer_batch: int = 16
-    tokenizer_steps: int = 1_600
-    tokenizer_rate: float = 1e-3
+    tokenizer_batch: int = 8
+    tokenizer_steps: int = 2_800
+    plain_steps: int = 300
+    tokenizer_rate: float = 5e-3
+    commitment: float = 0.2
     transformer_images: int = 40_000
     transformer_batch: int = 32
     transformer_steps: int = 2_600
-    transformer_rate: float = 1.2e-3
+    transformer_rate: float = 3e-3
     weight_decay: float = 0.05
     label_dropout: float = 0.1
     held_out_seed: int = 999

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.pocket.codebook import MovingCodebook
 from var_deploy.export.pocket.drawings import draw_set
+from var_deploy.export.pocket.muon import Muon
 from var_deploy.export.pocket.recipe import POCKET, Recipe
 from var_deploy.spec import ModelSpec
 
@@ -30,7 +32,7 @@ TOKENIZER_FILE = "tokenizer.safetensors"
 TRANSFORMER_FILE = "transformer.safetensors"
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
     """uint8 [B, S, S, 3] → float [B, 3, S, S] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -44,53 +46,112 @@ def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
 
 
 def image_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error, absolute error, and absolute error of the edges (keeps contours crisp)."""
-    edges = sum(
-        (output.diff(dim=axis) - target.diff(dim=axis)).abs().mean() for axis in (2, 3)
-    )
-    return F.mse_loss(output, target) + 0.2 * F.l1_loss(output, target) + 0.3 * edges
+    """Squared error, with a little absolute error and edge error for crisp contours."""
+    edges = sum((output.diff(dim=axis) - target.diff(dim=axis)).abs().mean() for axis in (2, 3))
+    return F.mse_loss(output, target) + 0.1 * F.l1_loss(output, target) + 0.1 * edges
+
+
+class Optimizers:
+    """Muon for matrices and kernels, AdamW for the rest, on one cosine schedule."""
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        rate: float,
+        steps: int,
+        decay: float = 0.0,
+    ) -> None:
+        parameters = [(n, p) for n, p in named if p.requires_grad]
+        self.all = [p for _, p in parameters]
+        # tables and positions are looked up row by row: orthogonalising them mixes the rows
+        matrices = [p for n, p in parameters if p.ndim in (2, 4) and "emb" not in n]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.all if id(p) not in chosen]
+        self.rate, self.steps, self.done = rate, steps, 0
+        self.parts: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=rate, weight_decay=decay),
+            torch.optim.AdamW(rest, lr=rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+
+    def step(self, loss: Tensor) -> None:
+        factor = cosine_rate(self.done, self.steps)
+        for parameter in self.all:
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        for part, share in zip(self.parts, (1.0, 0.5), strict=True):
+            for group in part.param_groups:
+                group["lr"] = self.rate * share * factor
+            part.step()
+        self.done += 1
+
+
+def quantize(model: Tokenizer, f: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Vectors [N, Cv] that were quantised at all scales, their tokens [N], f_hat after each."""
+    vectors, tokens, partial = [], [], []
+    for _, pooled, scale_tokens, f_hat in model.quantize.encode(f):
+        vectors.append(pooled.detach().flatten(2).transpose(1, 2).flatten(0, 1))
+        tokens.append(scale_tokens.flatten())
+        partial.append(f_hat)
+    return torch.cat(vectors), torch.cat(tokens), partial
+
+
+@torch.no_grad()
+def first_codebook(model: Tokenizer, images: NDArray[np.uint8], table: Tensor) -> MovingCodebook:
+    """Codes that fit the autoencoder as it is: random features, then a few rounds of k-means."""
+    f = torch.cat([model.features(to_tensor(part)) for part in np.array_split(images, 8)])
+    rows = f.permute(0, 2, 3, 1).flatten(0, 2)
+    table.copy_(rows[torch.randint(len(rows), (len(table),))])
+    codebook = MovingCodebook(table, decay=0.5)
+    for _ in range(15):
+        vectors, tokens, _ = quantize(model, f)
+        codebook.update(vectors, tokens, revive=True)
+    codebook.decay = 0.98
+    return codebook
 
 
 def train_tokenizer(recipe: Recipe, spec: ModelSpec, log: Callable[[str], None]) -> Tokenizer:
-    """Fit the tokenizer to drawn images; the codebook learns by moving averages."""
+    """Fit the tokenizer to drawn images: first without quantising, then with.
+
+    The codebook learns by moving averages, φ and the decoder by gradients, the encoder through
+    the straight-through estimator (van den Oord et al., arXiv 1711.00937).
+    """
     torch.manual_seed(recipe.seed)
     images, _ = draw_set(recipe.tokenizer_images, recipe.seed)
     model = Tokenizer(spec.tokenizer)
     table = model.quantize.codebook(0).weight.requires_grad_(False)
-    codebook = MovingCodebook(table)
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=recipe.tokenizer_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = recipe.tokenizer_steps
+    steps, plain = recipe.tokenizer_steps, recipe.plain_steps
+    optimizers = Optimizers(
+        model.named_parameters(), rate=recipe.tokenizer_rate, steps=steps
+    )
+    codebook: MovingCodebook | None = None
     order = np.random.default_rng([recipe.seed, 1])
-    start = time.monotonic()
+    start, smooth = time.monotonic(), 0.0
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.tokenizer_rate * cosine_rate(step, steps)
         picks = order.integers(len(images), size=recipe.tokenizer_batch)
-        target = to_tensor(images[picks]).contiguous()
+        target = to_tensor(images[picks])
         f = model.features(target)
-        vectors, tokens, partial = [], [], []
-        for _, pooled, scale_tokens, f_hat in model.quantize.encode(f):
-            vectors.append(pooled.detach().flatten(2).transpose(1, 2).flatten(0, 1))
-            tokens.append(scale_tokens.flatten())
-            partial.append(f_hat)
-        # f_hat_k → f teaches φ, f → f_hat_k keeps the encoder near what the codes can say
-        commit = sum(
-            F.mse_loss(p, f.detach()) + 0.25 * F.mse_loss(p.detach(), f) for p in partial
-        ) / len(partial)
-        straight_through = f + (partial[-1] - f).detach()
-        output = model.decoder(model.post_quant_conv(straight_through))
-        loss = image_loss(output, target) + commit
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        revived = codebook.update(torch.cat(vectors), torch.cat(tokens), revive=step < 0.7 * steps)
+        if step < plain:
+            latent, commit = f, 0.01 * f.square().mean()
+        else:
+            if codebook is None:
+                codebook = first_codebook(model, images[: 16 * recipe.tokenizer_batch], table)
+            vectors, tokens, partial = quantize(model, f)
+            codebook.update(vectors, tokens, revive=step < 0.8 * steps)
+            # every scale teaches φ; only the sum of all pulls on the encoder, since pulling it
+            # towards what one token can say would empty the latent
+            commit = torch.stack([F.mse_loss(p, f.detach()) for p in partial]).mean()
+            commit = commit + 0.25 * F.mse_loss(partial[-1].detach(), f)
+            commit = commit * recipe.commitment
+            latent = f + (partial[-1] - f).detach()
+        output = model.decoder(model.post_quant_conv(latent))
+        optimizers.step(image_loss(output, target) + commit)
+        error = F.mse_loss(output.detach().clamp(-1, 1), target).item()
+        smooth = error if step == 0 else 0.98 * smooth + 0.02 * error
         if step % 50 == 0 or step == steps - 1:
-            psnr = -10 * math.log10(F.mse_loss(output.detach().clamp(-1, 1), target).item() / 4)
             log(
-                f"tokenizer {step:5d}/{steps}  loss {loss.item():.4f}  psnr {psnr:.2f} dB"
-                f"  revived {revived}  {time.monotonic() - start:.0f} s"
+                f"tokenizer {step:5d}/{steps}  psnr {-10 * math.log10(smooth / 4):.2f} dB"
+                f"  {time.monotonic() - start:.0f} s"
             )
     return model.eval()
 
@@ -141,20 +202,16 @@ def train_transformer(
     model = Transformer(spec)
     init_transformer(model)
     average = copy.deepcopy(model).eval()
-    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n]
-    chosen = {id(p) for p in decayed}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=recipe.transformer_rate,
-        betas=(0.9, 0.95),
+    optimizers = Optimizers(
+        model.named_parameters(),
+        rate=recipe.transformer_rate,
+        steps=recipe.transformer_steps,
+        decay=recipe.weight_decay,
     )
     steps, lengths = recipe.transformer_steps, list(spec.scale_lengths)
     order = np.random.default_rng([recipe.seed, 2])
     start, smooth = time.monotonic(), 0.0
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.transformer_rate * cosine_rate(step, steps)
         picks = torch.from_numpy(order.integers(len(all_tokens), size=recipe.transformer_batch))
         tokens, labels = all_tokens[picks].long(), all_labels[picks].clone()
         labels[torch.from_numpy(order.random(recipe.transformer_batch) < recipe.label_dropout)] = (
@@ -164,10 +221,7 @@ def train_transformer(
             inputs = tokenizer.teacher_input(tokens.split(lengths, dim=1))
         logits = model(labels, inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        optimizer.step()
+        optimizers.step(loss)
         with torch.no_grad():
             decay = min(0.998, (step + 1) / (step + 10))
             for mean, now in zip(average.parameters(), model.parameters(), strict=True):

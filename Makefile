@@ -1,0 +1,58 @@
+# Every rule sets up what it needs. Python 3.10 or newer; another one: make PYTHON=python3.12 ...
+PYTHON ?= python3
+
+BIN := .venv/bin
+READY := .venv/.ready
+BUNDLE := build/pocket
+# what an exported bundle depends on: the exporter, the contract and the weights of pocket
+EXPORTER := $(wildcard export/*.py export/graphs/*.py export/models/*.py \
+	export/pocket/*.safetensors var_deploy/*.py)
+
+.PHONY: demo test lint types wheel train clean
+.DELETE_ON_ERROR:
+
+demo: $(BUNDLE)/manifest.json
+	$(BIN)/var-deploy verify $(BUNDLE)
+	$(BIN)/var-deploy generate $(BUNDLE) --count 40 --seed 7 --out build/demo.png \
+		--labels star,heart,house,tree,fish,flower,sun,moon,mushroom,boat
+	@echo "the picture: $(CURDIR)/build/demo.png"
+
+$(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
+	$(BIN)/var-deploy export pocket --out $(BUNDLE) --force
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY) .types/var_deploy
+	$(BIN)/mypy .types/var_deploy
+
+# Folders of links, as the package is laid out when installed. Always made anew: it takes no time,
+# and a link to a file that has gone would stop mypy.
+.PHONY: .types/var_deploy
+.types/var_deploy:
+	@rm -rf .types && mkdir -p $@
+	@ln -s $(CURDIR)/var_deploy/* $(CURDIR)/export $(CURDIR)/runtime $@/
+
+# build/lib keeps files that have since been deleted, and setuptools would pack them
+wheel: $(READY)
+	rm -rf build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+train: $(READY)
+	$(BIN)/python -m var_deploy.export.pocket.train --out build/train
+
+# the virtual environment stays: .venv is made anew once it is deleted by hand
+clean:
+	rm -rf build dist .types .mypy_cache .ruff_cache .pytest_cache
+	find var_deploy export runtime tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first: with pip's settings pointing at PyTorch's CPU builds it is a tenth of the download
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+		-e ".[export,cpu,dev]"
+	@touch $@

@@ -1,0 +1,312 @@
+"""From checkpoint files to a model: recognised, checked key by key, and loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from var_deploy.errors import CheckpointError, UsageError
+from var_deploy.export import hub
+from var_deploy.export.models.tokenizer import Tokenizer
+from var_deploy.export.models.transformer import Transformer
+from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
+from var_deploy.export.random_weights import RandomWeights
+from var_deploy.export.recognise import recognise
+from var_deploy.export.weight_files import Part, WeightSource, open_checkpoint
+from var_deploy.sampling import Sampling
+from var_deploy.spec import ModelSpec
+
+__all__ = [
+    "LoadedModel",
+    "WeightSource",
+    "assemble",
+    "build_modules",
+    "check_state",
+    "empty_modules",
+    "load_into",
+    "load_model",
+    "open_checkpoint",
+]
+
+# Buffers that follow from the sizes. Checkpoints may hold none of them, or (the statistic
+# ema_vocab_hit_SV) that of another number of scales: they are computed and never read.
+DERIVED_BUFFERS = frozenset({"lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV"})
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model's sizes and where its weights are.
+
+    Attributes:
+        preset: its name, "" where it is no preset.
+        tokenizer, transformer: weights under exactly the keys and shapes of the two modules,
+            derived buffers included.
+        labels: class names, index = label; empty where they are not known.
+        defaults: sampling settings used where a call gives none.
+    """
+
+    spec: ModelSpec
+    preset: str
+    tokenizer: WeightSource
+    transformer: WeightSource
+    labels: tuple[str, ...]
+    defaults: Sampling
+
+    def source(self, key: str) -> WeightSource:
+        """Which of the two holds a key (no key is in both). Raises KeyError."""
+        for source in (self.transformer, self.tokenizer):
+            keys = source.keys()
+            if key in keys:
+                return source
+        raise KeyError(key)
+
+
+class _Complete:
+    """A checked source, with the derived buffers computed and nothing beyond the module's keys."""
+
+    def __init__(self, source: WeightSource, module: nn.Module) -> None:
+        self._source = source
+        self._shapes = _shapes(module)
+        self._derived = frozenset(key for key in self._shapes if _is_derived(key))
+        self._scale_lengths = [side * side for side in _patch_nums(module)]
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        return self._source.description
+
+    def __str__(self) -> str:
+        return str(self._source)
+
+    def keys(self) -> Collection[str]:
+        return self._shapes.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes[key]
+
+    def read(self, key: str) -> NDArray[Any]:
+        if key not in self._derived:
+            return self._source.read(key)
+        levels: NDArray[np.int64] = np.repeat(
+            np.arange(len(self._scale_lengths)), self._scale_lengths
+        )
+        if key == "lvl_1L":
+            return levels[None]
+        if key == "attn_bias_for_masking":
+            visible = levels[:, None] >= levels[None, :]
+            bias: NDArray[np.float32] = np.where(visible, np.float32(0), np.float32(-np.inf))
+            return bias[None, None]
+        return np.zeros(self._shapes[key], np.float32)
+
+
+def load_model(
+    preset: str | None,
+    *,
+    checkpoint: Path | None = None,
+    tokenizer: Path | None = None,
+    random_weights: int | None = None,
+    heads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Open the weights of a preset, of files, or random ones, and check them against the model.
+
+    Args:
+        preset: name of a preset, whose files are those given, or else fetched; None: both files
+            must be given, and the sizes are recognised.
+        checkpoint: file with the transformer.
+        tokenizer: file with the tokenizer (may be the same one, where it holds both).
+        random_weights: a seed; no file is read.
+        heads: number of heads, where a checkpoint does not tell it.
+        progress: called with what takes long.
+
+    Nothing but metadata is read here. Raises UsageError for arguments that do not go together and
+    CheckpointError for files that cannot be had, read, or do not fit.
+    """
+    known = None if preset is None else find_preset(preset)
+    if random_weights is not None:
+        if known is None:
+            raise UsageError("--random-weights needs a preset, which tells the sizes")
+        if checkpoint is not None or tokenizer is not None:
+            raise UsageError("--random-weights and checkpoint files exclude each other")
+        drawn = (
+            RandomWeights(_weight_shapes(m), random_weights) for m in empty_modules(known.spec)
+        )
+        return assemble(known.spec, *drawn, **_named(preset, known))
+    if known is None and (checkpoint is None or tokenizer is None):
+        lacking = "--checkpoint" if checkpoint is None else "--tokenizer"
+        raise UsageError(
+            f"a model that is no preset needs --checkpoint and --tokenizer; {lacking} is missing "
+            "(one file that holds both may be given twice)"
+        )
+    opened_tokenizer = _open(known, "tokenizer", tokenizer, progress)
+    opened_transformer = _open(known, "transformer", checkpoint, progress)
+    if known is None:
+        spec = recognise(opened_tokenizer, opened_transformer, heads=heads)
+        return assemble(spec, opened_tokenizer, opened_transformer)
+    model = assemble(known.spec, opened_tokenizer, opened_transformer, **_named(preset, known))
+    # equal shapes leave open which side lengths add up to the same number of tokens
+    found = recognise(opened_tokenizer, opened_transformer, heads=heads).patch_nums
+    if found != known.spec.patch_nums:
+        raise CheckpointError(
+            f"{opened_transformer} does not fit preset {preset}: lvl_1L has patch_nums {found}, "
+            f"expected {known.spec.patch_nums}"
+        )
+    return model
+
+
+def assemble(
+    spec: ModelSpec,
+    tokenizer: WeightSource,
+    transformer: WeightSource,
+    *,
+    preset: str = "",
+    labels: tuple[str, ...] = (),
+    defaults: Sampling | None = None,
+) -> LoadedModel:
+    """A model of two sources, checked against its sizes. Raises CheckpointError as check_state."""
+    tokenizer_module, transformer_module = empty_modules(spec)
+    what = f"preset {preset}" if preset else "the sizes found in it"
+    for source, module in ((tokenizer, tokenizer_module), (transformer, transformer_module)):
+        _check_fit(source, _shapes(module), _derived_keys(module), what)
+    return LoadedModel(
+        spec=spec,
+        preset=preset,
+        tokenizer=_Complete(tokenizer, tokenizer_module),
+        transformer=_Complete(transformer, transformer_module),
+        labels=labels,
+        defaults=defaults or Sampling(),
+    )
+
+
+def _named(name: str | None, preset: Preset) -> dict[str, Any]:
+    return {"preset": name, "labels": preset.labels, "defaults": preset.defaults}
+
+
+def _open(
+    preset: Preset | None, part: Part, path: Path | None, progress: Callable[[str], None] | None
+) -> WeightSource:
+    """The given file, or the preset's own."""
+    if path is None:
+        assert preset is not None  # load_model asked for both files otherwise
+        option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
+        name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
+        if preset.repo:
+            path = hub.fetch(preset.repo, name, progress, option=option)
+        else:
+            path = POCKET_FOLDER / name
+            if not path.is_file():
+                raise CheckpointError(
+                    f"pocket's {part} ({name}) is not in this installation; reinstall var-deploy, "
+                    f"train it with `make train`, or give a file with {option}"
+                )
+    return open_checkpoint(path, part)
+
+
+def check_state(
+    source: WeightSource, expected: Mapping[str, tuple[int, ...]], optional: Collection[str]
+) -> None:
+    """Compare keys and shapes; `optional` keys may be absent or of any shape.
+
+    Raises CheckpointError that lists, by key, shapes found and expected, missing and unexpected
+    keys (the first few of each, and how many more).
+    """
+    _check_fit(source, expected, optional, "the model")
+
+
+def _check_fit(
+    source: WeightSource,
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+    what: str,
+) -> None:
+    found = source.keys()
+    wrong = [
+        f"{key} is {list(source.shape(key))}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and key not in optional and source.shape(key) != tuple(shape)
+    ]
+    missing = [
+        f"{key} is missing, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key not in found and key not in optional
+    ]
+    unexpected = [
+        f"{key} is unexpected ({list(source.shape(key))})"
+        for key in found
+        if key not in expected and key not in optional
+    ]
+    problems = [
+        problem
+        for problems in zip_longest(wrong, missing, unexpected)
+        for problem in problems
+        if problem is not None
+    ]
+    if problems:
+        more = len(problems) - MAX_LISTED
+        listed = "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointError(f"{source} does not fit {what}: {listed}")
+
+
+def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer]:
+    """The two modules on the meta device: every key and shape, no memory."""
+    with torch.device("meta"):
+        return Tokenizer(spec.tokenizer).eval(), Transformer(spec).eval()
+
+
+def load_into(module: nn.Module, source: WeightSource) -> None:
+    """Fill a Tokenizer or Transformer, best one on the meta device, tensor by tensor.
+
+    Each parameter takes over the array that was read, so the weights never lie twice in memory
+    (of a mapped fp32 file, not even once: its pages are used). Derived buffers are computed.
+    Raises CheckpointError where keys or shapes are not the module's.
+    """
+    check_state(source, _shapes(module), _derived_keys(module))
+    complete = _Complete(source, module)
+    for owner, name, key in _slots(module):
+        tensor = torch.from_numpy(complete.read(key))
+        is_parameter = name in owner._parameters
+        setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def build_modules(model: LoadedModel) -> tuple[Tokenizer, Transformer]:
+    """Tokenizer and transformer with their weights, fp32, in evaluation mode, without gradients."""
+    tokenizer, transformer = empty_modules(model.spec)
+    load_into(tokenizer, model.tokenizer)
+    load_into(transformer, model.transformer)
+    return tokenizer, transformer
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(owning module, attribute, state-dict key) of every parameter and buffer."""
+    for key in module.state_dict():
+        owner, _, name = key.rpartition(".")
+        yield module.get_submodule(owner), name, key
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+
+
+def _weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: shape for key, shape in _shapes(module).items() if not _is_derived(key)}
+
+
+def _derived_keys(module: nn.Module) -> frozenset[str]:
+    return frozenset(filter(_is_derived, module.state_dict()))
+
+
+def _is_derived(key: str) -> bool:
+    return key.rpartition(".")[2] in DERIVED_BUFFERS
+
+
+def _patch_nums(module: nn.Module) -> tuple[int, ...]:
+    assert isinstance(module, (Tokenizer, Transformer))
+    return module.spec.patch_nums

@@ -1,0 +1,148 @@
+"""Transformer blocks as operators, hidden states sequence-major [L, G, C].
+
+Sequence-major, because the new keys and values then are rows of the cache as they come out of the
+projection, and the prefix of the cache is one contiguous piece of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
+from var_deploy.export.models.transformer import MAX_SCALE_LOG
+from var_deploy.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockContext:
+    """What every block of a graph shares.
+
+    Attributes:
+        rows: G.
+        modulation: value name of the modulation table, None in the GPT-2 form.
+        past: whether the graph has a cache to read.
+    """
+
+    spec: ModelSpec
+    rows: int
+    modulation: str | None
+    past: bool
+
+
+def layer_norm(b: GraphBuilder, ctx: BlockContext, x: str, layer: int, which: int) -> str:
+    """LN(x)·(1+scale)+shift of norm `which` (0 or 1) of a block; the affine LN in the GPT-2 form."""
+    t = ctx.spec.transformer
+    if ctx.modulation is None:
+        prefix = f"blocks.{layer}.norm{which + 1}"
+        return affine_norm(b, x, prefix, t.width, t.norm_eps)
+    scale = b.gather_row(ctx.modulation, 6 * layer + 2 + which)
+    shift = b.gather_row(ctx.modulation, 6 * layer + 4 + which)
+    return modulated_norm(b, x, scale, shift, t.width, t.norm_eps)
+
+
+def modulated_norm(
+    b: GraphBuilder, x: str, scale: str, shift: str, width: int, eps: float
+) -> str:
+    ones = b.constant(np.ones(width, np.float32))
+    h = b.op("LayerNormalization", x, ones, axis=-1, epsilon=eps)
+    return b.op("Add", b.op("Mul", h, scale), shift)
+
+
+def affine_norm(b: GraphBuilder, x: str, prefix: str, width: int, eps: float) -> str:
+    weight, bias = b.weight(f"{prefix}.weight", (width,)), b.weight(f"{prefix}.bias", (width,))
+    return b.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps)
+
+
+def add_branch(b: GraphBuilder, ctx: BlockContext, x: str, h: str, gamma_row: int) -> str:
+    """x + gamma·h in fp32 (x + h without modulation)."""
+    h = b.to_float(h)
+    if ctx.modulation is not None:
+        h = b.op("Mul", h, b.gather_row(ctx.modulation, gamma_row))
+    return b.op("Add", x, h)
+
+
+def block(b: GraphBuilder, ctx: BlockContext, x: str, layer: int) -> str:
+    """One block [L, G, C] → [L, G, C]; makes the values new_key and new_value of its layer."""
+    t = ctx.spec.transformer
+    prefix = f"blocks.{layer}"
+    with b.scope(f"{prefix}.attn"):
+        h = b.to_compute(layer_norm(b, ctx, x, layer, 0))
+        h = attention(b, ctx, h, layer)
+        x = add_branch(b, ctx, x, h, 6 * layer)
+    with b.scope(f"{prefix}.ffn"):
+        h = b.to_compute(layer_norm(b, ctx, x, layer, 1))
+        bias1 = b.weight(f"{prefix}.ffn.fc1.bias", (t.ffn_width,), dtype=b.compute)
+        bias2 = b.weight(f"{prefix}.ffn.fc2.bias", (t.width,), dtype=b.compute)
+        h = b.linear(h, f"{prefix}.ffn.fc1.weight", t.width, t.ffn_width, bias1)
+        h = b.op("Gelu", h, approximate="tanh")
+        h = b.linear(h, f"{prefix}.ffn.fc2.weight", t.ffn_width, t.width, bias2)
+        return add_branch(b, ctx, x, h, 6 * layer + 1)
+
+
+def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
+    """Self-attention over the cache and this scale; every token sees all of them."""
+    t = ctx.spec.transformer
+    prefix = f"blocks.{layer}.attn"
+    width, heads, head_width, rows = t.width, t.heads, t.head_width, ctx.rows
+    bias = b.weight(f"{prefix}.qkv_bias", (3 * width,), qkv_bias(ctx.spec, prefix), b.compute)
+    weight = f"{prefix}.qkv.weight" if t.family == "gpt2" else f"{prefix}.mat_qkv.weight"
+    qkv = b.linear(h, weight, width, 3 * width, bias)  # [L, G, 3C]
+    q, k, v = (
+        b.reshape(part, -1, rows, heads, head_width) for part in b.split(qkv, 2, [width] * 3)
+    )  # [L, G, H, D]
+    if t.qk_l2_norm:
+        q, k = l2_normalize(b, b.to_float(q)), l2_normalize(b, b.to_float(k))
+        scale = b.weight(f"{prefix}.query_scale", (heads, 1), query_scale(prefix))
+        q = b.to_compute(b.op("Mul", q, scale))
+        k = b.to_compute(k)
+    elif t.attention_scale != 1.0:
+        q = b.op("Mul", q, b.constant(t.attention_scale, b.compute))
+    k = b.op("Identity", k, out=names.new_key(layer))
+    v = b.op("Identity", v, out=names.new_value(layer))
+    if ctx.past:
+        k = b.op("Concat", names.past_key(layer), k, axis=0)
+        v = b.op("Concat", names.past_value(layer), v, axis=0)
+    q = b.transpose(q, 1, 2, 0, 3)  # [G, H, L, D]
+    k = b.transpose(k, 1, 2, 3, 0)  # [G, H, D, P + L]
+    v = b.transpose(v, 1, 2, 0, 3)  # [G, H, P + L, D]
+    scores = b.to_float(b.op("MatMul", q, k))
+    weights = b.to_compute(b.op("Softmax", scores, axis=-1))
+    mixed = b.transpose(b.op("MatMul", weights, v), 2, 0, 1, 3)  # [L, G, H, D]
+    proj_bias = b.weight(f"{prefix}.proj.bias", (width,), dtype=b.compute)
+    return b.linear(
+        b.reshape(mixed, -1, rows, width), f"{prefix}.proj.weight", width, width, proj_bias
+    )
+
+
+def l2_normalize(b: GraphBuilder, x: str) -> str:
+    """x / max(|x|, 1e-12) over the last axis, in fp32: 1e-12 is 0 in fp16."""
+    norm = b.op("ReduceL2", x, b.ints(-1), keepdims=1)
+    return b.op("Div", x, b.op("Max", norm, b.constant(1e-12, np.float32)))
+
+
+def query_scale(prefix: str) -> Callable[[ReadKey], NDArray[Any]]:
+    """exp(min(scale_mul, ln 100)), one factor a head."""
+
+    def make(read: ReadKey) -> NDArray[Any]:
+        learned = read(f"{prefix}.scale_mul_1H11").reshape(-1, 1)
+        return np.exp(np.minimum(learned, np.float32(MAX_SCALE_LOG)))
+
+    return make
+
+
+def qkv_bias(spec: ModelSpec, prefix: str) -> Callable[[ReadKey], NDArray[Any]]:
+    """Bias of the joint projection: VAR has none on the keys."""
+
+    def make(read: ReadKey) -> NDArray[Any]:
+        if spec.transformer.family == "gpt2":
+            return read(f"{prefix}.qkv.bias")
+        q, v = read(f"{prefix}.q_bias"), read(f"{prefix}.v_bias")
+        return np.concatenate([q, np.zeros_like(q), v])
+
+    return make

@@ -1,0 +1,186 @@
+"""The `decoder` and `encoder` graphs: the tokenizer's autoencoder as operators.
+
+Convolutions run in the graph's precision; GroupNorm, attention weights and everything around the
+codebook in fp32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from var_deploy import names
+from var_deploy.export.graphs.builder import GraphBuilder, Precision
+from var_deploy.export.graphs.quantizer import codebook, phi, resize, to_maps
+from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.spec import TokenizerSpec
+
+GROUPS, NORM_EPS = 32, 1e-6
+
+
+class Autoencoder:
+    """Layers on maps [B, c, s, s]; fp32 between layers, so that residual sums do not round."""
+
+    def __init__(self, b: GraphBuilder, spec: TokenizerSpec, batch: int) -> None:
+        self.b, self.spec, self.batch = b, spec, batch
+        self.widths = [spec.base_width * m for m in spec.width_multipliers]
+
+    def conv(
+        self, key: str, x: str, channels: tuple[int, int], kernel: int = 3, far_side: bool = False
+    ) -> str:
+        """Stride 1 with the same size, or (`far_side`) stride 2 with zeros on the far side only."""
+        b = self.b
+        with b.scope(key):
+            weight = b.weight(f"{key}.weight", (channels[1], channels[0], kernel, kernel), dtype=b.compute)
+            bias = b.weight(f"{key}.bias", (channels[1],), dtype=b.compute)
+            near = 0 if far_side else kernel // 2
+            attributes = {
+                "kernel_shape": [kernel, kernel],
+                "pads": [near, near, kernel // 2, kernel // 2],
+                "strides": [2, 2] if far_side else [1, 1],
+            }
+            return b.to_float(b.op("Conv", b.to_compute(x), weight, bias, **attributes))
+
+    def norm(self, key: str, x: str, channels: int, side: int) -> str:
+        """GroupNorm as InstanceNormalization over the groups: GroupNormalization changed its
+        meaning between opsets."""
+        b = self.b
+        with b.scope(key):
+            ones, zeros = (b.constant(np.full(GROUPS, v, np.float32)) for v in (1.0, 0.0))
+            h = b.reshape(x, self.batch, GROUPS, -1)
+            h = b.op("InstanceNormalization", h, ones, zeros, epsilon=NORM_EPS)
+            h = b.reshape(h, self.batch, channels, side, side)
+            h = b.op("Mul", h, b.weight(f"{key}.weight", (channels, 1, 1)))
+            return b.op("Add", h, b.weight(f"{key}.bias", (channels, 1, 1)))
+
+    def residual(self, key: str, x: str, channels: tuple[int, int], side: int) -> str:
+        before, after = channels
+        h = self.b.silu(self.norm(f"{key}.norm1", x, before, side))
+        h = self.conv(f"{key}.conv1", h, channels)
+        h = self.b.silu(self.norm(f"{key}.norm2", h, after, side))
+        h = self.conv(f"{key}.conv2", h, (after, after))
+        if before != after:
+            x = self.conv(f"{key}.nin_shortcut", x, channels, kernel=1)
+        return self.b.op("Add", x, h)
+
+    def attention(self, key: str, x: str, channels: int, side: int) -> str:
+        b, positions = self.b, side * side
+        h = self.conv(f"{key}.qkv", self.norm(f"{key}.norm", x, channels, side), (channels, 3 * channels), 1)
+        with b.scope(key):
+            q, k, v = (
+                b.to_compute(b.reshape(part, self.batch, channels, positions))
+                for part in b.split(h, 1, [channels] * 3)
+            )
+            q = b.op("Mul", b.transpose(q, 0, 2, 1), b.constant(channels**-0.5, b.compute))
+            weights = b.op("Softmax", b.to_float(b.op("MatMul", q, k)), axis=-1)
+            mixed = b.op("MatMul", v, b.transpose(b.to_compute(weights), 0, 2, 1))
+            mixed = b.reshape(b.to_float(mixed), self.batch, channels, side, side)
+        return b.op("Add", x, self.conv(f"{key}.proj_out", mixed, (channels, channels), 1))
+
+    def middle(self, key: str, x: str, side: int) -> str:
+        width = self.widths[-1]
+        x = self.residual(f"{key}.block_1", x, (width, width), side)
+        x = self.attention(f"{key}.attn_1", x, width, side)
+        return self.residual(f"{key}.block_2", x, (width, width), side)
+
+    def level(self, key: str, x: str, channels: tuple[int, int], blocks: int, side: int) -> str:
+        """Residual blocks; attention after each at the lowest resolution."""
+        before, after = channels
+        for i in range(blocks):
+            x = self.residual(f"{key}.block.{i}", x, (before if i == 0 else after, after), side)
+            if side == self.spec.latent_side:
+                x = self.attention(f"{key}.attn.{i}", x, after, side)
+        return x
+
+    def upsample(self, key: str, x: str, channels: int) -> str:
+        b = self.b
+        scales = b.constant([1, 1, 2, 2], np.float32)
+        x = b.op(
+            "Resize", x, "", scales,
+            mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+        )
+        return self.conv(f"{key}.conv", x, (channels, channels))
+
+    def decode(self, f_hat: str) -> str:
+        spec, widths = self.spec, self.widths
+        side, top = spec.latent_side, len(widths) - 1
+        x = self.conv("post_quant_conv", f_hat, (spec.code_width, spec.code_width))
+        x = self.conv("decoder.conv_in", x, (spec.code_width, widths[-1]))
+        x = self.middle("decoder.mid", x, side)
+        for i in range(top, -1, -1):
+            coming = widths[min(i + 1, top)]
+            x = self.level(f"decoder.up.{i}", x, (coming, widths[i]), spec.res_blocks + 1, side)
+            if i > 0:
+                x, side = self.upsample(f"decoder.up.{i}.upsample", x, widths[i]), side * 2
+        x = self.b.silu(self.norm("decoder.norm_out", x, widths[0], side))
+        return self.conv("decoder.conv_out", x, (widths[0], spec.image_channels))
+
+    def encode(self, image: str) -> str:
+        spec, widths = self.spec, self.widths
+        side = spec.image_side
+        x = self.conv("encoder.conv_in", image, (spec.image_channels, spec.base_width))
+        for i, width in enumerate(widths):
+            coming = widths[i - 1] if i else spec.base_width
+            x = self.level(f"encoder.down.{i}", x, (coming, width), spec.res_blocks, side)
+            if i < len(widths) - 1:
+                key = f"encoder.down.{i}.downsample.conv"
+                x, side = self.conv(key, x, (width, width), far_side=True), side // 2
+        x = self.middle("encoder.mid", x, side)
+        x = self.b.silu(self.norm("encoder.norm_out", x, widths[-1], side))
+        x = self.conv("encoder.conv_out", x, (widths[-1], spec.code_width))
+        return self.conv("quant_conv", x, (spec.code_width, spec.code_width))
+
+
+def image_shape(spec: TokenizerSpec, batch: int) -> tuple[int, int, int, int]:
+    """[B, side, side, channels]."""
+    return (batch, spec.image_side, spec.image_side, spec.image_channels)
+
+
+def build_decoder(spec: TokenizerSpec, precision: Precision, batch: int) -> GraphBuilder:
+    """f_hat [B, Cv, p_K, p_K] → image [B, side, side, channels] in [0, 1]."""
+    b = GraphBuilder(names.DECODER, precision)
+    f_hat = b.input(names.F_HAT, np.float32, (batch, spec.code_width, *[spec.latent_side] * 2))
+    x = Autoencoder(b, spec, batch).decode(f_hat)
+    x = b.op("Clip", x, b.constant(-1.0, np.float32), b.constant(1.0, np.float32))
+    half = b.constant(0.5, np.float32)
+    x = b.op("Add", b.op("Mul", x, half), half)
+    b.op("Transpose", x, perm=[0, 2, 3, 1], out=names.IMAGE)
+    b.output(names.IMAGE, np.float32, image_shape(spec, batch))
+    return b
+
+
+def build_encoder(spec: TokenizerSpec, precision: Precision, batch: int) -> GraphBuilder:
+    """image [B, side, side, channels] in [0, 1] → tokens of every scale, each [B, L_k]."""
+    b = GraphBuilder(names.ENCODER, precision)
+    image = b.input(names.IMAGE, np.float32, image_shape(spec, batch))
+    x = b.op("Mul", b.transpose(image, 0, 3, 1, 2), b.constant(2.0, np.float32))
+    x = b.op("Sub", x, b.constant(1.0, np.float32))
+    residual = Autoencoder(b, spec, batch).encode(x)
+    width, side = spec.code_width, spec.latent_side
+    for scale, patch in enumerate(spec.patch_nums):
+        with b.scope(f"quantize.scale_{scale:02d}"):
+            last = patch == side
+            pooled = residual if last else resize(b, b.constant(area_matrix(side, patch)), residual)
+            z = b.transpose(b.reshape(pooled, batch, width, patch * patch), 0, 2, 1)  # [B, L, Cv]
+            table = codebook(b, spec, scale)
+            distance = _distance(b, z, table)
+            tokens = b.op(
+                "ArgMin", distance, axis=-1, keepdims=0, out=names.encoder_tokens(scale)
+            )
+            b.output(tokens, np.int64, (batch, patch * patch))
+            if last:
+                break
+            h = to_maps(b, b.op("Gather", table, tokens, axis=0), batch, width, patch)
+            h = resize(b, b.constant(bicubic_matrix(patch, side)), h)
+            if spec.phi_count:
+                h = phi(b, spec, spec.phi_index(scale), h)
+            residual = b.op("Sub", residual, h)
+    return b
+
+
+def _distance(b: GraphBuilder, z: str, table: str) -> str:
+    """|z|² + |e|² - 2 z·e, [B, L, V]."""
+    zz = b.op("ReduceSumSquare", z, b.ints(-1), keepdims=1)
+    ee = b.op("ReduceSumSquare", table, b.ints(-1), keepdims=0)
+    ze = b.op("MatMul", z, b.transpose(table, 1, 0))
+    twice = b.op("Mul", ze, b.constant(2.0, np.float32))
+    return b.op("Sub", b.op("Add", zz, ee), twice)

@@ -1,0 +1,169 @@
+"""From tokens to f_hat and to the next scale's input: lookup, resizing by matrices, φ. All fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
+from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.spec import ModelSpec, TokenizerSpec
+
+
+def resize(b: GraphBuilder, matrix: str, maps: str) -> str:
+    """M · X · Mᵀ on [..., p, p]."""
+    return b.op("MatMul", b.op("MatMul", matrix, maps), b.transpose(matrix, 1, 0))
+
+
+def codebook(b: GraphBuilder, spec: TokenizerSpec, scale: int) -> str:
+    """The table [V, Cv] of a scale."""
+    if not spec.codebook_per_scale:
+        return b.weight("quantize.embedding.weight", (spec.vocab_size, spec.code_width))
+    return b.gather_row(codebooks(b, spec), scale)
+
+
+def codebooks(b: GraphBuilder, spec: TokenizerSpec) -> str:
+    """All tables of a tokenizer with a codebook a scale, [K, V, Cv]."""
+    scales = len(spec.patch_nums)
+
+    def stack(read: ReadKey) -> NDArray[Any]:
+        return np.stack([read(f"quantize.embedding.{k}.weight") for k in range(scales)])
+
+    shape = (scales, spec.vocab_size, spec.code_width)
+    return b.weight("quantize.embedding.weights", shape, stack)
+
+
+def phi_key(spec: TokenizerSpec, index: int) -> str:
+    """Checkpoint prefix of φ number `index`."""
+    if spec.shared_phi == 1:
+        return "quantize.quant_resi.qresi"
+    if spec.shared_phi == 0:
+        return f"quantize.quant_resi.{index}"
+    return f"quantize.quant_resi.qresi_ls.{index}"
+
+
+def phi(b: GraphBuilder, spec: TokenizerSpec, index: int, h: str) -> str:
+    """(1-r)·h + r·conv(h)."""
+    width, key = spec.code_width, phi_key(spec, index)
+    weight = b.weight(f"{key}.weight", (width, width, 3, 3))
+    bias = b.weight(f"{key}.bias", (width,))
+    conv = b.op("Conv", h, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    return _blend(b, spec, h, conv)
+
+
+def _blend(b: GraphBuilder, spec: TokenizerSpec, h: str, conv: str) -> str:
+    kept = b.op("Mul", h, b.constant(1 - spec.phi_ratio, np.float32))
+    return b.op("Add", kept, b.op("Mul", conv, b.constant(spec.phi_ratio, np.float32)))
+
+
+def token_embeddings(b: GraphBuilder, spec: ModelSpec) -> str:
+    """The GPT-2 form's own token tables [K - 1, V, C]; the last scale's tokens feed nothing."""
+
+    def stack(read: ReadKey) -> NDArray[Any]:
+        return np.stack([read(f"token_embed.{k}.weight") for k in range(spec.scales - 1)])
+
+    shape = (spec.scales - 1, spec.tokenizer.vocab_size, spec.transformer.width)
+    return b.weight("token_embed.weights", shape, stack)
+
+
+def to_maps(b: GraphBuilder, codes_BLC: str, batch: int, width: int, side: int | None) -> str:
+    """[B, L, C] → [B, C, p, p]; with p unknown the caller gives its shape."""
+    assert side is not None
+    return b.reshape(b.transpose(codes_BLC, 0, 2, 1), batch, width, side, side)
+
+
+class StaticCodes:
+    """Lookup, φ and resizing of one known scale."""
+
+    def __init__(self, b: GraphBuilder, spec: ModelSpec, scale: int, batch: int) -> None:
+        self.b, self.spec, self.scale, self.batch = b, spec, scale, batch
+        self.side = spec.patch_nums[scale]
+
+    def add(self, tokens: str, f_hat: str) -> None:
+        b, t = self.b, self.spec.tokenizer
+        with b.scope("quantize"):
+            codes = b.op("Gather", codebook(b, t, self.scale), tokens, axis=0)  # [B, L, Cv]
+            h = to_maps(b, codes, self.batch, t.code_width, self.side)
+            if self.side != t.latent_side:
+                h = resize(b, b.constant(bicubic_matrix(self.side, t.latent_side)), h)
+            if t.phi_count:
+                h = phi(b, t, t.phi_index(self.scale), h)
+            b.op("Add", f_hat, h, out=names.NEW_F_HAT)
+
+    def next_input(self, tokens: str) -> None:
+        b, spec = self.b, self.spec
+        target = spec.patch_nums[self.scale + 1]
+        with b.scope("next_input"):
+            if spec.transformer.family == "gpt2":
+                table = b.gather_row(token_embeddings(b, spec), self.scale)
+                maps = b.op("Gather", table, tokens, axis=0)
+                maps = to_maps(b, maps, self.batch, spec.input_width, self.side)
+                maps = resize(b, b.constant(bicubic_matrix(self.side, target)), maps)
+            else:
+                maps = names.NEW_F_HAT
+                if target != spec.tokenizer.latent_side:
+                    area = area_matrix(spec.tokenizer.latent_side, target)
+                    maps = resize(b, b.constant(area), maps)
+            flat = b.reshape(maps, self.batch, spec.input_width, target * target)
+            b.op("Transpose", flat, perm=[0, 2, 1], out=names.NEXT_INPUT)
+
+
+class DynamicCodes:
+    """The same with the scale a run-time number: sizes come from the matrices that are inputs."""
+
+    def __init__(self, b: GraphBuilder, spec: ModelSpec, scale: str, batch: int) -> None:
+        self.b, self.spec, self.scale, self.batch = b, spec, scale, batch
+
+    def _maps(self, codes_BLC: str, width: int) -> str:
+        """[B, L, C] → [B, C, p, p], p being the width of the up-sampling matrix."""
+        b = self.b
+        side = b.op("Shape", names.UP_MATRIX, start=1, end=2)
+        shape = b.op("Concat", b.ints(self.batch, width), side, side, axis=0)
+        return b.op("Reshape", b.transpose(codes_BLC, 0, 2, 1), shape)
+
+    def add(self, tokens: str, f_hat: str) -> None:
+        b, t = self.b, self.spec.tokenizer
+        with b.scope("quantize"):
+            if t.codebook_per_scale:
+                table = b.op("Gather", codebooks(b, t), self.scale, axis=0)
+            else:
+                table = codebook(b, t, 0)
+            codes = b.op("Gather", table, tokens, axis=0)
+            h = resize(b, names.UP_MATRIX, self._maps(codes, t.code_width))
+            if t.phi_count:
+                h = self._phi(h)
+            b.op("Add", f_hat, h, out=names.NEW_F_HAT)
+
+    def _phi(self, h: str) -> str:
+        """Every φ at once (a tiny convolution), then the one of this scale."""
+        b, t = self.b, self.spec.tokenizer
+        if t.phi_count == 1:
+            return phi(b, t, 0, h)
+        width, count = t.code_width, t.phi_count
+        weights = [
+            b.weight(f"{phi_key(t, j)}.weight", (width, width, 3, 3)) for j in range(count)
+        ]
+        biases = [b.weight(f"{phi_key(t, j)}.bias", (width,)) for j in range(count)]
+        weight, bias = b.op("Concat", *weights, axis=0), b.op("Concat", *biases, axis=0)
+        conv = b.op("Conv", h, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        conv = b.reshape(conv, self.batch, count, width, t.latent_side, t.latent_side)
+        serving = b.constant([t.phi_index(k) for k in range(self.spec.scales)], np.int64)
+        index = b.op("Gather", serving, self.scale, axis=0)
+        return _blend(b, t, h, b.op("Gather", conv, index, axis=1))
+
+    def next_input(self, tokens: str) -> None:
+        b, spec = self.b, self.spec
+        with b.scope("next_input"):
+            maps = names.NEW_F_HAT
+            if spec.transformer.family == "gpt2":
+                # the last scale has no table of its own; what it feeds is never read
+                row = b.op("Min", self.scale, b.constant(spec.scales - 2, np.int64))
+                table = b.op("Gather", token_embeddings(b, spec), row, axis=0)
+                maps = self._maps(b.op("Gather", table, tokens, axis=0), spec.input_width)
+            flat = b.reshape(
+                resize(b, names.NEXT_MATRIX, maps), self.batch, spec.input_width, -1
+            )
+            b.op("Transpose", flat, perm=[0, 2, 1], out=names.NEXT_INPUT)

@@ -1,0 +1,197 @@
+"""The scale graphs: one launch turns the previous scales into tokens, f_hat and the next input.
+
+`build_scale` makes the static graph of one scale; `build_step` makes the same computation with
+symbolic L and P, given as inputs what a static graph holds as constants. Both are the one body
+below over a `Geometry`, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from var_deploy import names
+from var_deploy.export.graphs.blocks import BlockContext, affine_norm, block, modulated_norm
+from var_deploy.export.graphs.builder import GraphBuilder, Precision, Shape
+from var_deploy.export.graphs.quantizer import DynamicCodes, StaticCodes
+from var_deploy.export.graphs.sampler import sample
+from var_deploy.spec import ModelSpec
+
+LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE = "L", "P", "N", "p", "q"  # symbolic sizes of `step`
+
+
+class Codes(Protocol):
+    """What differs between a static scale and `step` around the tokens."""
+
+    def add(self, tokens: str, f_hat: str) -> None: ...
+    def next_input(self, tokens: str) -> None: ...
+
+
+def build_scale(
+    spec: ModelSpec, scale: int, precision: Precision, batch: int, guidance: bool
+) -> GraphBuilder:
+    """The static graph of one scale; scale 0 has no past and no input but its first."""
+    b = GraphBuilder(names.scale_graph(scale), precision)
+    length, past = spec.scale_lengths[scale], spec.prefix_lengths[scale]
+    last = scale == spec.scales - 1
+    side = spec.patch_nums[scale]
+    if scale == 0:
+        x = _first_hidden(b, spec, batch, guidance)
+    else:
+        embedded = _embed(b, spec, _input(b, spec, batch, length))
+        position = b.op(
+            "Slice", _positions(b, spec), b.ints(past), b.ints(past + length), b.ints(0)
+        )
+        level = b.op("Slice", _levels(b, spec), b.ints(scale), b.ints(scale + 1), b.ints(0))
+        x = _place(b, embedded, b.op("Add", position, level), batch, guidance)
+    codes = StaticCodes(b, spec, scale, batch)
+    _body(b, spec, x, codes, batch, guidance, length, past, last)
+    if not last:
+        following = spec.scale_lengths[scale + 1]
+        b.output(names.NEXT_INPUT, np.float32, (batch, following, spec.input_width))
+    assert side * side == length
+    return b
+
+
+def build_step(spec: ModelSpec, precision: Precision, batch: int, guidance: bool) -> GraphBuilder:
+    """One graph for every scale, over the same weights, with L and P left open."""
+    b = GraphBuilder(names.STEP, precision)
+    side = spec.tokenizer.latent_side
+    scale = b.input(names.SCALE, np.int64, ())
+    b.input(names.UP_MATRIX, np.float32, (side, SIDE))
+    source = SIDE if spec.transformer.family == "gpt2" else side
+    b.input(names.NEXT_MATRIX, np.float32, (NEXT_SIDE, source))
+    embedded = _embed(b, spec, _input(b, spec, batch, LENGTH))
+    # the rows of this scale start after the past; its length is that of the input
+    start = b.op("Shape", names.past_key(0), start=0, end=1)
+    stop = b.op("Add", start, b.op("Shape", names.INPUT, start=1, end=2))
+    position = b.op("Slice", _positions(b, spec), start, stop, b.ints(0))
+    level = b.op("Gather", _levels(b, spec), scale, axis=0)
+    placed = _place(b, embedded, b.op("Add", position, level), batch, guidance)
+    first = _first_hidden(b, spec, batch, guidance)
+    x = b.op("Where", b.op("Equal", scale, b.constant(0, np.int64)), first, placed)
+    codes = DynamicCodes(b, spec, scale, batch)
+    _body(b, spec, x, codes, batch, guidance, LENGTH, PAST, last=False)
+    b.output(names.NEXT_INPUT, np.float32, (batch, NEXT_LENGTH, spec.input_width))
+    return b
+
+
+def _body(
+    b: GraphBuilder,
+    spec: ModelSpec,
+    x: str,
+    codes: Codes,
+    batch: int,
+    guidance: bool,
+    length: int | str,
+    past: int | str,
+    last: bool,
+) -> None:
+    """Blocks, head, guidance, sampling, f_hat and the next input. x is [L, G, C]."""
+    t = spec.transformer
+    rows = 2 * batch if guidance else batch
+    modulation = None
+    if t.family == "var":
+        modulation = b.input(names.MODULATION, np.float32, (6 * t.depth + 2, rows, t.width))
+    ctx = BlockContext(spec=spec, rows=rows, modulation=modulation, past=past != 0)
+    cache_row = (rows, t.heads, t.head_width)
+    if ctx.past:
+        for layer in range(t.depth):
+            b.input(names.past_key(layer), b.compute, (past, *cache_row))
+            b.input(names.past_value(layer), b.compute, (past, *cache_row))
+    f_hat_shape = (batch, spec.tokenizer.code_width, *[spec.tokenizer.latent_side] * 2)
+    f_hat = b.input(names.F_HAT, np.float32, f_hat_shape)
+    tokens_shape: Shape = (batch, length)
+    uniforms = b.input(names.UNIFORMS, np.float32, tokens_shape)
+    cfg = b.input(names.CFG, np.float32, ()) if guidance else None
+    temperature = b.input(names.TEMPERATURE, np.float32, ())
+    top_k = b.input(names.TOP_K, np.int64, ())
+    top_p = b.input(names.TOP_P, np.float32, ())
+    keep_mask = b.input(names.KEEP_MASK, np.bool_, tokens_shape)
+    keep_tokens = b.input(names.KEEP_TOKENS, np.int64, tokens_shape)
+
+    for layer in range(t.depth):
+        x = block(b, ctx, x, layer)
+    _logits(b, ctx, x, batch, cfg)
+    vocab = spec.tokenizer.vocab_size
+    sampled = sample(b, names.LOGITS, uniforms, temperature, top_k, top_p, vocab)
+    tokens = b.op("Where", keep_mask, keep_tokens, sampled, out=names.TOKENS)
+    codes.add(tokens, f_hat)
+    if not last:
+        codes.next_input(tokens)
+
+    b.output(names.TOKENS, np.int64, tokens_shape)
+    b.output(names.NEW_F_HAT, np.float32, f_hat_shape)
+    if not last:
+        for layer in range(t.depth):
+            b.output(names.new_key(layer), b.compute, (length, *cache_row))
+            b.output(names.new_value(layer), b.compute, (length, *cache_row))
+
+
+def _logits(b: GraphBuilder, ctx: BlockContext, x: str, batch: int, cfg: str | None) -> None:
+    """Head in fp32 and guidance: makes the value LOGITS [B, L, V]."""
+    t, vocab = ctx.spec.transformer, ctx.spec.tokenizer.vocab_size
+    with b.scope("head"):
+        if ctx.modulation is None:
+            h = affine_norm(b, x, "norm_out", t.width, t.norm_eps)
+        else:
+            scale = b.gather_row(ctx.modulation, 6 * t.depth)
+            shift = b.gather_row(ctx.modulation, 6 * t.depth + 1)
+            h = modulated_norm(b, x, scale, shift, t.width, t.norm_eps)
+        h = b.transpose(h, 1, 0, 2)  # [G, L, C]
+        bias = b.weight("head.bias", (vocab,))
+        logits = b.linear(h, "head.weight", t.width, vocab, bias, full=True)
+        if cfg is None:
+            b.op("Identity", logits, out=names.LOGITS)
+            return
+        conditional, unconditional = b.split(logits, 0, [batch, batch])
+        strong = b.op("Mul", conditional, b.op("Add", cfg, b.constant(1.0, np.float32)))
+        b.op("Sub", strong, b.op("Mul", unconditional, cfg), out=names.LOGITS)
+
+
+def _first_hidden(b: GraphBuilder, spec: ModelSpec, batch: int, guidance: bool) -> str:
+    """Input of scale 0 as [1, G, C]: from `condition`, or learned in the GPT-2 form."""
+    t = spec.transformer
+    if t.family == "gpt2":
+        start = b.weight(
+            "first_hidden",
+            (1, 1, t.width),
+            lambda read: read("start") + read("positions")[:, :1] + read("levels.weight")[0],
+        )
+        return b.op("Expand", start, b.ints(1, batch, t.width))
+    rows = 2 * batch if guidance else batch
+    first = b.input(names.FIRST_INPUT, np.float32, (rows, 1, t.width))
+    return b.transpose(first, 1, 0, 2)
+
+
+def _input(b: GraphBuilder, spec: ModelSpec, batch: int, length: int | str) -> str:
+    return b.input(names.INPUT, np.float32, (batch, length, spec.input_width))
+
+
+def _embed(b: GraphBuilder, spec: ModelSpec, codes: str) -> str:
+    """[B, L, Cv] → [L, B, C]; the GPT-2 form embedded its tokens already."""
+    t = spec.transformer
+    x = b.transpose(codes, 1, 0, 2)
+    if t.family == "gpt2":
+        return x
+    # in fp32 in every precision: f_hat is fp32 and the product is tiny
+    bias = b.weight("word_embed.bias", (t.width,))
+    key = "word_embed.weight"
+    return b.linear(x, key, spec.tokenizer.code_width, t.width, bias, full=True)
+
+
+def _positions(b: GraphBuilder, spec: ModelSpec) -> str:
+    key = "positions" if spec.transformer.family == "gpt2" else "pos_1LC"
+    return b.weight(key, (spec.total_tokens, spec.transformer.width))
+
+
+def _levels(b: GraphBuilder, spec: ModelSpec) -> str:
+    key = "levels.weight" if spec.transformer.family == "gpt2" else "lvl_embed.weight"
+    return b.weight(key, (spec.scales, spec.transformer.width))
+
+
+def _place(b: GraphBuilder, embedded: str, position: str, batch: int, guidance: bool) -> str:
+    """Add [L, C] positions to [L, B, C], then repeat for the unconditional rows: [L, G, C]."""
+    x = b.op("Add", embedded, b.op("Unsqueeze", position, b.ints(1)))
+    return b.op("Concat", x, x, axis=1) if guidance else x

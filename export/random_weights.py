@@ -1,0 +1,82 @@
+"""Weights drawn from a seed, for benchmarks and tests of sizes whose checkpoint is not at hand.
+
+They are scaled so that a model of any depth stays healthy: the residual stream grows like the
+square root of the depth, attention is neither flat nor one-hot, logits have the spread of a trained
+model's, and images are neither grey nor clipped.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy.sampling import check_seed
+
+LOGIT_STD = 2.5
+PIXEL_GAIN = 0.6  # SiLU leaves an rms of 0.6, so pixels spread by about 0.36 in [-1, 1]
+GAMMA = 0.5  # mean of the residual gates; 72 of them (36 blocks) lead to an rms of about 3
+MODULATION_GAIN = 0.3
+
+
+class RandomWeights:
+    """A weight source that draws every tensor when it is read, and holds none.
+
+    A tensor depends on its key, its shape and the seed alone (Philox4x64, Salmon et al., SC 2011).
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+        self._shapes, self._seed = dict(shapes), check_seed(seed)
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        return {"random_weights": self._seed}
+
+    def __str__(self) -> str:
+        return f"random weights {self._seed}"
+
+    def keys(self) -> Collection[str]:
+        return self._shapes.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes[key]
+
+    def read(self, key: str) -> NDArray[np.float32]:
+        shape = self._shapes[key]
+        stream = np.array([zlib.crc32(key.encode()), self._seed], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=stream))
+        values = rng.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(_spread(key, shape))  # in place: a second copy may not fit
+        _centre(key, values)
+        return values
+
+
+def _spread(key: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a tensor."""
+    fan_in = math.prod(shape[1:]) or 1
+    if len(shape) == 1 or "scale_mul" in key or "ada_gss" in key:
+        return 0.1 if key.endswith((".weight", "ada_lin.1.bias", "ada_gss")) else 0.02
+    if key.endswith("ada_lin.1.weight"):
+        return MODULATION_GAIN * float(fan_in**-0.5)
+    if key in ("class_emb.weight", "pos_start"):
+        return 1.0
+    if key in ("pos_1LC", "lvl_embed.weight") or key.startswith("quantize.embedding"):
+        return 0.5
+    gain = {"head.weight": LOGIT_STD, "decoder.conv_out.weight": PIXEL_GAIN}.get(key, 1.0)
+    return gain * float(fan_in**-0.5)
+
+
+def _centre(key: str, values: NDArray[np.float32]) -> None:
+    """Add the mean of a tensor that is not centred at zero, in place."""
+    if "scale_mul" in key:
+        values += np.float32(math.log(4))
+    elif values.ndim == 1 and key.endswith(".weight"):  # of a norm
+        values += np.float32(1)
+    elif key.endswith("ada_gss"):
+        values[..., :2, :] += np.float32(GAMMA)
+    elif key.startswith("blocks.") and key.endswith("ada_lin.1.bias"):
+        values[: 2 * len(values) // 6] += np.float32(GAMMA)  # gamma1, gamma2 come first

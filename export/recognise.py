@@ -1,0 +1,220 @@
+"""The sizes of a model, read off the keys and shapes of its two state dicts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from var_deploy.errors import CheckpointError, UsageError
+from var_deploy.export.presets import PRESETS
+from var_deploy.export.weight_files import WeightSource
+from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
+
+RELEASED_HEAD_WIDTH = 64  # every released VAR has heads of this width
+CODEBOOK_PER_SCALE = "quantize.embedding.0.weight"
+
+
+def recognise(
+    tokenizer: WeightSource, transformer: WeightSource, *, heads: int | None = None
+) -> ModelSpec:
+    """Sizes of any member of the family, released or not.
+
+    `heads` is needed only where nothing in the state dict tells it: without L2-normalised
+    attention, and at a width that is no multiple of 64 (the head width of the released models).
+    `norm_eps` and `phi_ratio` leave no trace in a state dict; the published values are assumed.
+
+    Raises CheckpointError where a state dict is not of this family, is incomplete, or the two do
+    not belong together; UsageError where `heads` is needed or contradicts the checkpoint.
+    """
+    _refuse_swapped(tokenizer, transformer)
+    head_count = _heads(transformer, heads)
+    patch_nums = _patch_nums(transformer)
+    tokenizer_spec = _tokenizer(tokenizer, patch_nums)
+    _check_fit(tokenizer, transformer, tokenizer_spec)
+    width = _size(transformer, "pos_start", 2, rank=3)
+    shared = _has(transformer, "shared_ada_lin.1.weight")
+    return ModelSpec(
+        tokenizer=tokenizer_spec,
+        transformer=TransformerSpec(
+            depth=_count(transformer, r"blocks\.(\d+)\."),
+            width=width,
+            heads=head_count,
+            classes=_size(transformer, "class_emb.weight", 0) - 1,
+            ffn_width=_size(transformer, "blocks.0.ffn.fc1.weight", 0),
+            shared_adaln=shared,
+            qk_l2_norm=_has_l2_norm(transformer),
+        ),
+    )
+
+
+def _refuse_swapped(tokenizer: WeightSource, transformer: WeightSource) -> None:
+    if _has(tokenizer, "pos_1LC") and not _has(transformer, "pos_1LC"):
+        raise CheckpointError(
+            f"{tokenizer} holds a transformer and {transformer} does not: "
+            "were --checkpoint and --tokenizer swapped?"
+        )
+
+
+def _heads(transformer: WeightSource, asked: int | None) -> int:
+    width = _size(transformer, "pos_start", 2, rank=3)
+    if _has_l2_norm(transformer):
+        key = "blocks.0.attn.scale_mul_1H11"
+        stored = _size(transformer, key, 1, rank=4)
+        if asked not in (None, stored):
+            raise UsageError(f"--heads {asked} contradicts {transformer}: {key} has {stored} heads")
+        return stored
+    if asked is None and width % RELEASED_HEAD_WIDTH == 0:
+        return width // RELEASED_HEAD_WIDTH
+    if asked is None:
+        raise UsageError(
+            f"{transformer} does not tell its number of heads (no attn.scale_mul_1H11) and its "
+            f"width {width} is no multiple of {RELEASED_HEAD_WIDTH}; give it with --heads"
+        )
+    if asked < 1 or width % asked:
+        raise UsageError(f"--heads must divide the width {width}, found {asked}")
+    return asked
+
+
+def _has_l2_norm(transformer: WeightSource) -> bool:
+    return _has(transformer, "blocks.0.attn.scale_mul_1H11")
+
+
+def _patch_nums(transformer: WeightSource) -> tuple[int, ...]:
+    total = _size(transformer, "pos_1LC", 1, rank=3)
+    scales = _size(transformer, "lvl_embed.weight", 0)
+    if not _has(transformer, "lvl_1L"):
+        known = {p.spec.patch_nums for p in PRESETS.values()}
+        fitting = [s for s in known if sum(n * n for n in s) == total and len(s) == scales]
+        if len(fitting) == 1:
+            return fitting[0]
+        raise CheckpointError(
+            f"{transformer} lacks lvl_1L, which tells the side lengths of its {scales} scales, and "
+            f"no preset has {total} tokens; save the checkpoint with its buffers"
+        )
+    levels = transformer.read("lvl_1L").ravel()
+    lengths = np.bincount(levels) if levels.size and levels.min() >= 0 else np.zeros(0, np.int64)
+    sides = tuple(math.isqrt(int(n)) for n in lengths)
+    squares = [side * side for side in sides]
+    if not np.array_equal(levels, np.repeat(np.arange(len(sides)), squares)):
+        raise CheckpointError(
+            f"{transformer}: lvl_1L does not list square token maps scale by scale "
+            f"(tokens a scale {lengths.tolist()[:16]})"
+        )
+    if sum(squares) != total or len(sides) != scales:
+        raise CheckpointError(
+            f"{transformer}: lvl_1L has {sum(squares)} tokens in {len(sides)} scales, expected "
+            f"{total} (pos_1LC {_listed(transformer.shape('pos_1LC'))}) in {scales} "
+            f"(lvl_embed.weight {_listed(transformer.shape('lvl_embed.weight'))})"
+        )
+    return sides
+
+
+def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSpec:
+    base = _size(source, "encoder.conv_in.weight", 0, rank=4)
+    levels = _count(source, r"encoder\.down\.(\d+)\.")
+    widths = [_size(source, f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
+    if base < 1 or any(width % base for width in widths):
+        raise CheckpointError(
+            f"{source}: level widths {widths} are no multiples of the base width {base} "
+            "(encoder.conv_in.weight)"
+        )
+    codebook = _codebook(source)
+    shared_phi, phi_ratio = _phi_sharing(source, len(patch_nums))
+    try:
+        return TokenizerSpec(
+            patch_nums=patch_nums,
+            vocab_size=_size(source, codebook, 0),
+            code_width=_size(source, codebook, 1),
+            base_width=base,
+            width_multipliers=tuple(width // base for width in widths),
+            res_blocks=_count(source, r"encoder\.down\.0\.block\.(\d+)\."),
+            shared_phi=shared_phi,
+            phi_ratio=phi_ratio,
+            codebook_per_scale=codebook == CODEBOOK_PER_SCALE,
+            image_channels=_size(source, "encoder.conv_in.weight", 1),
+        )
+    except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
+        raise CheckpointError(f"{source} is no tokenizer of this family: {error}") from None
+
+
+def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
+    """(shared_phi, phi_ratio)."""
+    if _has(source, "quantize.quant_resi.qresi.weight"):
+        return 1, 0.5
+    if shared := _count(source, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."):
+        return shared, 0.5
+    count = _count(source, r"quantize\.quant_resi\.(\d+)\.")
+    if count == 0:
+        return 0, 0.0
+    if count != scales:
+        raise CheckpointError(
+            f"{source} holds {count} φ (quantize.quant_resi.k), one a scale, expected {scales}: "
+            "it belongs to a transformer of other scales"
+        )
+    return 0, 0.5
+
+
+def _codebook(source: WeightSource) -> str:
+    """Key of the codebook, or of the first of several."""
+    return CODEBOOK_PER_SCALE if _has(source, CODEBOOK_PER_SCALE) else "quantize.embedding.weight"
+
+
+def _check_fit(tokenizer: WeightSource, transformer: WeightSource, spec: TokenizerSpec) -> None:
+    """The transformer reads the tokenizer's codes and predicts its tokens."""
+    width = _size(transformer, "pos_start", 2, rank=3)
+    expected = {
+        "word_embed.weight": (width, spec.code_width),
+        "head.weight": (spec.vocab_size, width),
+    }
+    problems = []
+    for key, shape in expected.items():
+        _size(transformer, key, 0)  # present, and a matrix
+        if transformer.shape(key) != shape:
+            problems.append(
+                f"{key} is {_listed(transformer.shape(key))}, expected {_listed(shape)}"
+            )
+    scales = _size(transformer, "lvl_embed.weight", 0)
+    if spec.codebook_per_scale:
+        codebooks = _count(tokenizer, r"quantize\.embedding\.(\d+)\.")
+        if codebooks != scales:
+            problems.append(f"{scales} scales, expected {codebooks} (quantize.embedding.k)")
+    if problems:
+        key = _codebook(tokenizer)
+        raise CheckpointError(
+            f"{transformer} does not belong to {tokenizer}: {'; '.join(problems)} "
+            f"({key} is {_listed(tokenizer.shape(key))})"
+        )
+
+
+def _has(source: WeightSource, key: str) -> bool:
+    keys = source.keys()
+    return key in keys
+
+
+def _size(source: WeightSource, key: str, axis: int, rank: int | None = None) -> int:
+    """One dimension of a tensor that must be there, with a sensible rank."""
+    if not _has(source, key):
+        raise CheckpointError(f"{source} lacks {key}: it is incomplete or of another family")
+    shape = source.shape(key)
+    if len(shape) <= axis or len(shape) < 2 or (rank is not None and len(shape) != rank):
+        raise CheckpointError(
+            f"{source}: {key} is {_listed(shape)}, expected {rank or 'at least 2'} dimensions"
+        )
+    return shape[axis]
+
+
+def _count(source: WeightSource, pattern: str) -> int:
+    """Number of consecutive indices from 0 that `pattern` captures from the keys."""
+    matches = map(re.compile(pattern).match, source.keys())
+    found = {int(match[1]) for match in matches if match}
+    count = 0
+    while count in found:
+        count += 1
+    return count
+
+
+def _listed(shape: Sequence[int]) -> str:
+    return str(list(shape))

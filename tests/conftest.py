@@ -1,0 +1,163 @@
+"""Shared by all tests: the golden cases and small members of the family.
+
+torch is imported inside the fixtures, so that the runtime's tests run on machines without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
+
+if TYPE_CHECKING:
+    from var_deploy.export.checkpoint import LoadedModel
+
+GOLDEN = Path(__file__).parent / "golden"
+# the larger cases hold weights and lie beside the repository, where they are at hand at all
+SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+SEEDS = {"seeded-adaln": 1000, "seeded-shared-aln": 2000}
+TINY = ("tiny-adaln", "tiny-shared-aln")
+
+
+class SeededWeights:
+    """Weight source of the seeded cases: each tensor is drawn from its key."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+        self._shapes, self._seed = shapes, seed
+        self.description: Mapping[str, Any] = {"golden_seed": seed}
+
+    def keys(self) -> Collection[str]:
+        return self._shapes.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes[key]
+
+    def read(self, key: str) -> NDArray[np.float32]:
+        shape = self._shapes[key]
+        stream = np.random.RandomState((zlib.crc32(key.encode()) + self._seed) % 2**32)
+        z = stream.standard_normal(shape).astype(np.float32)
+        if "scale_mul" in key:
+            return np.float32(np.log(4)) + np.float32(0.3) * z
+        if "norm" in key and key.endswith("weight"):
+            return 1 + np.float32(0.1) * z
+        if len(shape) < 2:
+            return np.float32(0.05) * z
+        embedding = "emb" in key or "pos" in key
+        fan_in = shape[-1] if embedding or "ada_gss" in key else np.prod(shape[1:])
+        return z * np.float32(fan_in**-0.5 * (1.5 if embedding else 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """Weights, and what the published implementation computes with them."""
+
+    name: str
+    spec: ModelSpec
+    model: LoadedModel
+    arrays: Mapping[str, NDArray[Any]]
+
+    def scales(self, prefix: str) -> list[NDArray[Any]]:
+        """Arrays `prefix.0` … of all scales."""
+        return [self.arrays[f"{prefix}.{k}"] for k in range(self.spec.scales)]
+
+
+@cache
+def load_golden(name: str) -> Golden:
+    from var_deploy.export.checkpoint import assemble, empty_modules, open_checkpoint
+
+    folder = (GOLDEN if name in SEEDS else SHARED_GOLDEN) / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not here: it holds 9 MB of weights and is not in the repository")
+    config = json.loads((folder / "config.json").read_text())
+    spec = ModelSpec(
+        tokenizer=TokenizerSpec(
+            patch_nums=tuple(config["patch_nums"]),
+            vocab_size=config["vocab_size"],
+            code_width=config["z_channels"],
+            base_width=config["ch"],
+            shared_phi=config["share_quant_resi"],
+        ),
+        transformer=TransformerSpec(
+            depth=config["depth"],
+            width=config["embed_dim"],
+            heads=config["num_heads"],
+            classes=config["num_classes"],
+            ffn_width=4 * config["embed_dim"],
+            shared_adaln=config["shared_aln"],
+            qk_l2_norm=config["attn_l2_norm"],
+        ),
+    )
+    if name in SEEDS:
+        tokenizer, transformer = (
+            SeededWeights({k: tuple(p.shape) for k, p in m.named_parameters()}, SEEDS[name])
+            for m in empty_modules(spec)
+        )
+        model = assemble(spec, tokenizer, transformer)
+    else:
+        model = assemble(
+            spec,
+            open_checkpoint(folder / "vae.safetensors", "tokenizer"),
+            open_checkpoint(folder / "var.safetensors", "transformer"),
+        )
+    with np.load(folder / "golden.npz") as arrays:
+        return Golden(name=name, spec=spec, model=model, arrays=dict(arrays))
+
+
+@pytest.fixture(params=[*SEEDS, *TINY])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each golden case; those that are not in the repository are skipped where they are absent."""
+    return load_golden(request.param)
+
+
+@pytest.fixture(params=list(SEEDS))
+def seeded_golden(request: pytest.FixtureRequest) -> Golden:
+    """Each golden case that needs no file of weights."""
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def family_member() -> Callable[..., ModelSpec]:
+    """Sizes of a small model; keyword arguments override any field of either spec."""
+    small = ModelSpec(
+        tokenizer=TokenizerSpec(
+            patch_nums=(1, 2, 4),
+            vocab_size=48,
+            code_width=8,
+            base_width=32,
+            width_multipliers=(1, 2),
+            res_blocks=1,
+        ),
+        transformer=TransformerSpec(depth=2, width=64, heads=2, classes=5, ffn_width=128),
+    )
+    tokenizer_fields = {f.name for f in dataclasses.fields(TokenizerSpec)}
+
+    def build(**changes: Any) -> ModelSpec:
+        tokenizer = {k: v for k, v in changes.items() if k in tokenizer_fields}
+        transformer = {k: v for k, v in changes.items() if k not in tokenizer_fields}
+        return ModelSpec(
+            tokenizer=dataclasses.replace(small.tokenizer, **tokenizer),
+            transformer=dataclasses.replace(small.transformer, **transformer),
+        )
+
+    return build
+
+
+@pytest.fixture
+def states(family_member: Callable[..., ModelSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dicts of a small tokenizer and transformer that belong together."""
+    from var_deploy.export.models.tokenizer import Tokenizer
+    from var_deploy.export.models.transformer import Transformer
+
+    spec = family_member()
+    return dict(Tokenizer(spec.tokenizer).state_dict()), dict(Transformer(spec).state_dict())

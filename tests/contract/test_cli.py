@@ -1,0 +1,319 @@
+"""The command line: bad usage ends in one line, good usage passes on what was said.
+
+The halves behind the commands are replaced by small fakes here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from var_deploy import __version__
+from var_deploy.cli import main
+from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.errors import BundleError
+from var_deploy.images import read_settings
+
+COMMANDS = ("export", "verify", "generate", "inspect")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def assert_one_line(result: Result, code: int, *parts: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in result.stderr
+
+
+class FakePipeline:
+    """Draws every image in one colour, its label; remembers what it was asked."""
+
+    calls: list[dict[str, Any]]
+    failure: BaseException | None = None
+
+    @classmethod
+    def load(cls, bundle: Path, **options: Any) -> FakePipeline:
+        cls.calls.append({"bundle": bundle, **options})
+        return cls()
+
+    def __enter__(self) -> FakePipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        return {"precision": "fp32", "backend": "fake"}
+
+    def generate(
+        self, labels: Sequence[int], on_progress: Callable[[int, int], None], **settings: Any
+    ) -> np.ndarray:
+        self.calls.append({"labels": labels, **settings})
+        on_progress(1, 2)
+        if self.failure:
+            raise self.failure
+        on_progress(2, 2)
+        return np.stack([np.full((4, 4, 3), label * 50, np.uint8) for label in labels])
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
+    class Fresh(FakePipeline):
+        calls: list[dict[str, Any]] = []  # noqa: RUF012 - one list a test
+
+    module = ModuleType("var_deploy.pipeline")
+    module.Pipeline = Fresh  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "var_deploy.pipeline", module)
+    return Fresh
+
+
+def test_version_and_help() -> None:
+    assert run("--version").output == f"var-deploy, version {__version__}\n"
+    assert set(main.commands) == set(COMMANDS)
+    for command in COMMANDS:
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert f"Example:\n    var-deploy {command} " in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["exprot"], "exprot"),
+        (["--nonsense"], "--nonsense"),
+        (["generate"], "BUNDLE"),
+        (["generate", "b"], "--out"),
+        (["generate", "b", "--out", "x.png", "--count", "0"], "--count"),
+        (["generate", "b", "--out", "x.png", "--count", "many"], "many"),
+        (["generate", "b", "--out", "x.png", "--sed", "1"], "--seed"),
+        (["generate", "b", "--out", "x.png", "--precision", "int3"], "int3"),
+        (["export", "pocket"], "--out"),
+        (["export", "pocket", "--out", "o", "--batch", "0"], "--batch"),
+        (["export", "pocket", "--out", "o", "--precision", "fp8"], "fp8"),
+        (["export", "pocket", "--out", "o", "--layout", "none"], "none"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments: list[str], part: str) -> None:
+    assert_one_line(run(*arguments), 2, part)
+
+
+def test_no_command_shows_the_help() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "Commands:" in result.output
+
+
+@pytest.mark.parametrize("command", [("generate", "--out", "x.png"), ("inspect",)])
+def test_a_folder_that_is_no_bundle(tmp_path: Path, command: tuple[str, ...]) -> None:
+    assert_one_line(run(command[0], tmp_path, *command[1:]), 1, "is no bundle")
+    assert_one_line(run(command[0], tmp_path / "none", *command[1:]), 1, "is no bundle")
+
+
+# generate
+
+
+def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) -> None:
+    out = bundle.parent / "deep" / "grid.png"
+    result = run(
+        *("generate", bundle, "--labels", "Heart,0", "--count", 4, "--seed", 7, "--out", out),
+        *("--top-p", 0.5, "--threads", 1),
+    )
+    assert result.exit_code == 0, result.output
+    assert str(out) in result.stdout
+    assert result.stderr == "", "no progress off a terminal"
+    load, generate = pipeline.calls
+    assert load == {
+        "bundle": bundle,
+        "backend": "auto",
+        "precision": "auto",
+        "layout": "auto",
+        "threads": 1,
+    }
+    assert generate == {
+        "labels": [1, 0, 1, 0],
+        "seed": 7,
+        "cfg": 2.0,
+        "top_k": 3,
+        "top_p": 0.5,
+        "temperature": 1.0,
+    }
+    with Image.open(out) as image:
+        assert image.size == (10, 10), "two labels, four images: two columns of two"
+    settings = read_settings(out)
+    assert settings["labels"] == "1 heart, 0 star, 1 heart, 0 star"
+    assert settings["seed"] == "7"
+    assert settings["top_p"] == "0.5"
+    assert settings["precision"] == "fp32"
+    assert len(settings["bundle"]) == 64
+    assert settings["Software"] == f"var-deploy {__version__}"
+
+
+def test_one_image_and_all_classes(bundle: Path, pipeline: type[FakePipeline]) -> None:
+    out = bundle.parent / "one.png"
+    assert run("generate", bundle, "--labels", 2, "--out", out, "--quiet").output == ""
+    with Image.open(out) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.full((4, 4, 3), 100))
+    assert run("generate", bundle, "--out", out).exit_code == 0
+    assert pipeline.calls[-1]["labels"] == [0, 1, 2], "without labels: every class once"
+
+
+@pytest.mark.parametrize("name", ["many/", "many", "there"])
+def test_a_folder_of_single_images(
+    bundle: Path, pipeline: type[FakePipeline], name: str
+) -> None:
+    (bundle.parent / "there").mkdir()
+    folder = bundle.parent / name
+    out = f"{bundle.parent}/{name}"
+    assert run("generate", bundle, "--labels", "star,2", "--count", 3, "--out", out).exit_code == 0
+    files = ["000_star.png", "001_house-hut.png", "002_star.png"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    settings = read_settings(folder / files[1])
+    assert settings["labels"] == "2 house/hut"
+    assert settings["image"] == "1 of 3"
+
+
+def test_json_says_what_was_done(bundle: Path, pipeline: type[FakePipeline]) -> None:
+    out = bundle.parent / "x.png"
+    done = json.loads(run("generate", bundle, "--out", out, "--json").stdout)
+    assert done["out"] == str(out)
+    assert done["count"] == 3
+    assert done["runtime"]["backend"] == "fake"
+    assert done["settings"]["cfg"] == "2"
+
+
+def test_a_model_without_classes(
+    tmp_path: Path, pipeline: type[FakePipeline], make_bundle: Callable[..., Path]
+) -> None:
+    bundle = make_bundle(tmp_path / "gpt2", family="gpt2")
+    assert run("generate", bundle, "--count", 2, "--out", f"{tmp_path}/many/").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000.png", "001.png"]
+    result = run("generate", bundle, "--labels", 0, "--out", tmp_path / "x.png")
+    assert_one_line(result, 2, "no classes")
+
+
+def test_many_classes_need_labels(
+    tmp_path: Path, pipeline: type[FakePipeline], make_bundle: Callable[..., Path]
+) -> None:
+    bundle = make_bundle(tmp_path / "many", names=["name"] * 1000)
+    result = run("generate", bundle, "--out", tmp_path / "x.png")
+    assert_one_line(result, 2, "1000 classes", "--labels")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--labels", "stra"], "did you mean star"),
+        (["--labels", "3"], "0 to 2"),
+        (["--labels", ","], "no label"),
+        (["--cfg", "nan"], "cfg"),
+        (["--top-k", "-1"], "top_k"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--temperature", "0"], "temperature"),
+        (["--temperature", "inf"], "temperature"),
+        (["--seed", "-1"], "seed"),
+        (["--out", "x.jpg"], ".png"),
+        (["--out", "/proc/self/x.png"], "/proc/self/x.png"),
+    ],
+)
+def test_bad_options_stop_before_loading(
+    bundle: Path, pipeline: type[FakePipeline], options: list[str], part: str
+) -> None:
+    out = bundle.parent / "x.png"
+    assert_one_line(run("generate", bundle, "--out", out, *options), 2, part)
+    assert not pipeline.calls
+    assert not out.exists()
+
+
+def test_a_failure_leaves_the_old_image(bundle: Path, pipeline: type[FakePipeline]) -> None:
+    out = bundle.parent / "x.png"
+    out.write_bytes(b"old")
+    pipeline.failure = BundleError("weights.bin is truncated")
+    assert_one_line(run("generate", bundle, "--out", out), 1, "weights.bin is truncated")
+    pipeline.failure = KeyboardInterrupt()
+    result = run("generate", bundle, "--out", out)
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    pipeline.failure = RuntimeError("two\nlines")
+    assert_one_line(run("generate", bundle, "--out", out), 1, "RuntimeError: two lines")
+    assert out.read_bytes() == b"old"
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "x.png"]
+
+
+def test_a_traceback_on_request(
+    bundle: Path, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAR_DEPLOY_TRACEBACK", "1")
+    pipeline.failure = BundleError("broken")
+    result = run("generate", bundle, "--out", bundle.parent / "x.png")
+    assert result.exception is pipeline.failure
+
+
+# inspect
+
+
+def test_inspect_an_intact_bundle(bundle: Path) -> None:
+    result = run("inspect", bundle)
+    assert result.exit_code == 0, result.output
+    for part in ("all intact", "fp32/decoder.onnx", "star, heart", "1 2 (5 tokens)", "32 × 32"):
+        assert part in result.stdout
+    data = json.loads(run("inspect", bundle, "--json").stdout)
+    assert data["intact"] is True
+    assert data["model"]["transformer"]["depth"] == 1
+
+
+def test_inspect_lists_all_damage(bundle: Path) -> None:
+    (bundle / "fp32" / "weights.bin").write_bytes(b"w")
+    (bundle / "fp32" / "decoder.onnx").unlink()
+    result = run("inspect", bundle)
+    assert_one_line(result, 1, "(and 1 more)")
+    assert "weights.bin has 1 bytes, expected 7" in result.stdout
+    assert "decoder.onnx is missing" in result.stdout
+    data = json.loads(run("inspect", bundle, "--json").stdout)
+    assert data["intact"] is False
+    assert len(data["damage"]) == 2
+
+
+# the console
+
+
+def test_a_table_lines_up() -> None:
+    assert table([("a", "size"), ("graph", "7")], right=(1,)) == (
+        "a      size\n-----  ----\ngraph     7"
+    )
+
+
+def test_sizes_for_people() -> None:
+    sizes = [human_bytes(n) for n in (7, 1500, 2_500_000, 3_210_000_000)]
+    assert sizes == ["7 B", "1.5 kB", "2.5 MB", "3.21 GB"]
+
+
+def test_progress_is_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress() as progress:
+        progress.update("step 1", 0.5)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(click.utils, "should_strip_ansi", lambda *_: False)
+    with Progress() as progress:
+        progress.update("step 1", 0.5)
+    drawn = capsys.readouterr().err
+    assert "50% step 1" in drawn
+    assert drawn.endswith("\r\x1b[K"), "the bar is wiped at the end"
+    with Progress(quiet=True) as progress:
+        progress.update("step 1", 0.5)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,156 @@
+"""`export` and `verify` on the command line, with fakes for the export half."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from var_deploy.cli import main
+from var_deploy.errors import ExportError
+from var_deploy.manifest import FileInfo
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def assert_one_line(result: Result, code: int, *parts: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in result.stderr
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The export half, noting what it is asked for."""
+    calls: list[dict[str, Any]] = []
+
+    def load_model(preset: str | None, **options: Any) -> str:
+        calls.append({"preset": preset, **options})
+        options["progress"]("reading")
+        return "model"
+
+    def export_bundle(model: str, out: Path, options: Any, progress: Any) -> Any:
+        calls.append({"model": model, "out": out, **vars(options)})
+        progress("writing", 0.5)
+        if options.batch == 99:
+            raise ExportError("disk full")
+        return SimpleNamespace(files={"a": FileInfo(size=2_500_000, sha256="")})
+
+    checkpoint, bundle = ModuleType("checkpoint"), ModuleType("bundle")
+    checkpoint.load_model = load_model  # type: ignore[attr-defined]
+    bundle.export_bundle = export_bundle  # type: ignore[attr-defined]
+    bundle.ExportOptions = SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "var_deploy.export.checkpoint", checkpoint)
+    monkeypatch.setitem(sys.modules, "var_deploy.export.bundle", bundle)
+    return calls
+
+
+def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, Any]]) -> None:
+    result = run(
+        *("export", "var-d16", "--out", tmp_path / "b", "--random-weights", 0, "--batch", 2),
+        *("--precision", "fp16", "--precision", "fp32", "--precision", "fp16"),
+        *("--no-guidance", "--layout", "shared"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 files, 2.5 MB" in result.stdout
+    load, write = exporter
+    del load["progress"]
+    assert load == {
+        "preset": "var-d16",
+        "checkpoint": None,
+        "tokenizer": None,
+        "random_weights": 0,
+        "heads": None,
+    }
+    assert write == {
+        "model": "model",
+        "out": tmp_path / "b",
+        "precisions": ("fp16", "fp32"),
+        "batch": 2,
+        "guidance": False,
+        "layout": "shared",
+    }
+
+
+def test_export_replaces_only_bundles_and_only_on_request(
+    bundle: Path, exporter: list[dict[str, Any]]
+) -> None:
+    assert_one_line(run("export", "pocket", "--out", bundle), 2, "--force")
+    other = bundle.parent / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    assert_one_line(run("export", "pocket", "--out", other, "--force"), 2, "holds no bundle")
+    assert_one_line(run("export", "pocket", "--out", other / "thesis.tex"), 2, "is a file")
+    assert not exporter
+    assert run("export", "pocket", "--out", bundle, "--force").exit_code == 0
+    assert run("export", "pocket", "--out", bundle.parent / "new").exit_code == 0
+
+
+def test_export_failures(tmp_path: Path, exporter: list[dict[str, Any]]) -> None:
+    out = tmp_path / "b"
+    assert_one_line(run("export", "pokcet", "--out", out), 2, "pocket")
+    assert_one_line(run("export", "pocket", "--out", "/proc/self/b"), 2, "/proc/self")
+    assert not exporter
+    assert_one_line(run("export", "pocket", "--out", out, "--batch", 99), 1, "disk full")
+
+
+@pytest.mark.parametrize(("command", "module"), [("export", "bundle"), ("verify", "verify")])
+def test_without_torch_it_says_what_to_install(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str
+) -> None:
+    class NoTorch:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name in (f"var_deploy.export.{module}", "torch"):
+                raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.delitem(sys.modules, f"var_deploy.export.{module}", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [NoTorch(), *sys.meta_path])
+    arguments = ["pocket", "--out", bundle.parent / "b"] if command == "export" else [bundle]
+    result = run(command, *arguments)
+    assert_one_line(result, 1, "torch", 'pip install "var-deploy[export]"')
+
+
+class FakeReport:
+    def __init__(self, failure: str | None) -> None:
+        self.failure, self.passed = failure, failure is None
+
+    def table(self) -> str:
+        return "scale  error"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed}
+
+
+@pytest.mark.parametrize("failure", [None, "scale_01: new_f_hat differs by 0.3"])
+def test_verify(bundle: Path, monkeypatch: pytest.MonkeyPatch, failure: str | None) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def verify_bundle(folder: Path, **options: Any) -> FakeReport:
+        calls.append({"folder": folder, **options})
+        options["progress"]("scale_00", 0.1)
+        return FakeReport(failure)
+
+    module = ModuleType("verify")
+    module.verify_bundle = verify_bundle  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "var_deploy.export.verify", module)
+    result = run("verify", bundle, "--precision", "fp32")
+    assert result.stdout == "scale  error\n"
+    assert calls[0]["folder"] == bundle
+    assert calls[0]["precision"] == "fp32"
+    as_json = run("verify", bundle, "--json")
+    assert json.loads(as_json.stdout) == {"passed": failure is None}
+    if failure:
+        assert_one_line(result, 1, failure)
+        assert_one_line(as_json, 1, failure)
+    else:
+        assert result.exit_code == as_json.exit_code == 0

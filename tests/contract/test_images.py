@@ -1,0 +1,137 @@
+"""Grids and PNG files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from var_deploy import images
+from var_deploy.errors import UsageError, VarDeployError
+
+
+@pytest.fixture
+def pictures() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "wide"), [(None, 2, 3), (1, 5, 1), (5, 1, 5), (9, 1, 5)]
+)
+def test_grid_places_every_image(
+    pictures: NDArray[np.uint8], columns: int | None, rows: int, wide: int
+) -> None:
+    sheet = images.grid(pictures, columns, gap=2)
+    assert sheet.shape == (rows * 6 - 2, wide * 8 - 2, 3)
+    covered = np.zeros(sheet.shape[:2], bool)
+    for n, picture in enumerate(pictures):
+        top, left = n // wide * 6, n % wide * 8
+        np.testing.assert_array_equal(sheet[top : top + 4, left : left + 6], picture)
+        covered[top : top + 4, left : left + 6] = True
+    assert (sheet[~covered] == images.BACKGROUND).all()
+
+
+def test_grid_of_nothing_is_refused(pictures: NDArray[np.uint8]) -> None:
+    with pytest.raises(UsageError, match=r"found shape \(0, 4, 6, 3\)"):
+        images.grid(pictures[:0])
+    with pytest.raises(UsageError, match="column"):
+        images.grid(pictures, 0)
+
+
+def test_png_keeps_pixels_and_settings(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    path = tmp_path / "new" / "x.png"
+    text = {"seed": "7", "labels": "0 star, 3 Bäume 木", "cfg": "1.5"}
+    images.save_png(path, pictures[0], text)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(np.asarray(image), pictures[0])
+    assert images.read_settings(path) == text
+    assert [p.name for p in path.parent.iterdir()] == ["x.png"], "no temporary file stays"
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode, "others may read it, as any new file"
+
+
+def test_a_grey_image(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    images.save_png(tmp_path / "g.png", pictures[0, ..., :1], {})
+    with Image.open(tmp_path / "g.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pictures[0, ..., 0])
+
+
+def test_a_link_is_followed(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    (tmp_path / "link.png").symlink_to("real.png")
+    images.save_png(tmp_path / "link.png", pictures[0], {})
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "real.png").is_file()
+
+
+def test_a_full_disk_keeps_the_old_image(
+    tmp_path: Path, pictures: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.png"
+    images.save_png(path, pictures[0], {})
+    before = path.read_bytes()
+
+    def no_space(self: Image.Image, stream: object, **options: object) -> None:
+        stream.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Image.Image, "save", no_space)
+    with pytest.raises(VarDeployError, match="No space left"):
+        images.save_png(path, pictures[1], {})
+    with pytest.raises(VarDeployError, match="No space left"):
+        images.save_folder(tmp_path / "many", ["0.png"], pictures[:1], [{}])
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_folder_comes_whole(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    folder = tmp_path / "new" / "many"
+    names = [f"{n}.png" for n in range(5)]
+    images.save_folder(folder, names, pictures, [{"image": str(n)} for n in range(5)])
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert [p.name for p in folder.parent.iterdir()] == ["many"]
+    assert images.read_settings(folder / "3.png") == {"image": "3"}
+
+    (folder / "mine.txt").touch()
+    images.save_folder(folder, names, pictures[::-1], [{}] * 5)
+    assert sorted(p.name for p in folder.iterdir()) == [*names, "mine.txt"]
+    with Image.open(folder / "0.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pictures[4])
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    images.check_writable(tmp_path / "a" / "b" / "x.png")
+    images.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x.png").write_bytes(b"old")
+    images.check_writable(tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes() == b"old"
+
+
+def test_check_writable_refuses(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is not a folder"):
+        images.check_writable(tmp_path / "file" / "x.png")
+    with pytest.raises(UsageError, match="cannot be written"):
+        images.check_writable(Path("/proc/self/x.png"))
+
+
+def test_a_folder_or_device_is_not_overwritten(
+    tmp_path: Path, pictures: NDArray[np.uint8]
+) -> None:
+    for path in (tmp_path, Path(os.devnull)):
+        with pytest.raises(UsageError, match="not an ordinary file"):
+            images.save_png(path, pictures[0], {})
+    assert Path(os.devnull).is_char_device()
+
+
+def test_reading_settings_of_other_files(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    Image.fromarray(pictures[0]).save(tmp_path / "x.bmp")
+    for name, message in [("x.png", "no.*PNG"), ("x.bmp", "BMP, not PNG"), ("y.png", "No such")]:
+        with pytest.raises(UsageError, match=message):
+            images.read_settings(tmp_path / name)

@@ -1,0 +1,152 @@
+"""The rules of the house: what is packaged, who may import whom, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+HALVES = {"var_deploy.export": "export", "var_deploy.runtime": "runtime"}
+BUILD_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
+RUNTIME_MODULES = "var_deploy, var_deploy.pipeline, var_deploy.runtime, var_deploy.cli"
+
+
+def package_of(folder: Path) -> str:
+    """export/graphs → var_deploy.export.graphs, var_deploy/cli → var_deploy.cli."""
+    parts = folder.relative_to(ROOT).parts
+    return ".".join(parts if parts[0] == "var_deploy" else ("var_deploy", *parts))
+
+
+def modules() -> list[Path]:
+    return sorted(p for top in ("var_deploy", *HALVES.values()) for p in (ROOT / top).rglob("*.py"))
+
+
+def project() -> dict[str, Any]:
+    data: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return data
+
+
+def test_every_folder_with_code_is_packaged() -> None:
+    listed = project()["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({package_of(path.parent) for path in modules()})
+    for package in listed:
+        top, *rest = package.split(".")[1:] or ["."]
+        base = top if f"var_deploy.{top}" in HALVES else f"var_deploy/{top}"
+        assert (ROOT / base).joinpath(*rest, "__init__.py").is_file(), package
+
+
+def test_every_data_file_is_packaged() -> None:
+    patterns = project()["tool"]["setuptools"]["package-data"]
+    for top in ("var_deploy", *HALVES.values()):
+        for path in (ROOT / top).rglob("*"):
+            if path.is_dir() or path.suffix in (".py", ".pyc"):
+                continue
+            matching = patterns.get(package_of(path.parent), [])
+            assert any(fnmatch(path.name, p) for p in matching), f"{path} is not packaged"
+
+
+# imports run one way: cli → export, runtime → var_deploy
+
+
+def imports(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
+    """Dotted names that a module imports; TYPE_CHECKING blocks do not count."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imports(node, inside_functions=inside_functions)
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def broken_rules(path: Path, source: str) -> list[str]:
+    """What the module `path` (relative to the root) imports and may not."""
+    tree = ast.parse(source)
+    everywhere = set(imports(tree, inside_functions=True))
+    at_import = set(imports(tree, inside_functions=False))
+    top, name = path.parts[0], path.name
+    if top == "export":
+        return sorted(n for n in everywhere if within(n, "var_deploy.cli"))
+    if top == "runtime":
+        wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}
+    elif path.parts[1] == "cli" or name == "__init__.py":
+        wrong = {n for n in at_import if within(n, *HALVES, "var_deploy.pipeline")}
+    elif name == "pipeline.py":
+        wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}
+    else:
+        wrong = {n for n in everywhere if within(n, *HALVES, "var_deploy.cli")}
+    # torch and its kin stay in export/, not even lazily elsewhere
+    return sorted(wrong | {n for n in everywhere if within(n, *BUILD_ONLY)})
+
+
+def test_imports_run_one_way() -> None:
+    broken = {
+        str(path.relative_to(ROOT)): wrong
+        for path in modules()
+        if (wrong := broken_rules(path.relative_to(ROOT), path.read_text(encoding="utf-8")))
+    }
+    assert not broken
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wrong"),
+    [
+        ("runtime/a.py", "def f():\n    from var_deploy.export import b", ["var_deploy.export.b"]),
+        ("runtime/a.py", "import onnx.checker", ["onnx.checker"]),
+        ("runtime/a.py", "import onnxruntime", []),
+        ("var_deploy/spec.py", "from var_deploy import runtime", ["var_deploy.runtime"]),
+        ("var_deploy/cli/a.py", "import var_deploy.export.b", ["var_deploy.export.b"]),
+        ("var_deploy/cli/a.py", "def f():\n    import var_deploy.export.b", []),
+        ("var_deploy/cli/a.py", "def f():\n    import torch", ["torch"]),
+        ("export/a.py", "import torch, var_deploy.runtime", []),
+    ],
+)
+def test_a_broken_rule_is_seen(path: str, source: str, wrong: list[str]) -> None:
+    assert broken_rules(Path(path), source) == wrong
+
+
+def test_modules_are_short_and_named_for_what_they_do() -> None:
+    long = {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+    assert not [p for p in modules() if p.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+# lightness: what a device without PyTorch has to load
+
+
+def probe(statement: str) -> set[str]:
+    """Build-only packages that are loaded once a fresh interpreter has run `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sorted({{n.split('.')[0] for n in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split()) & set(BUILD_ONLY)
+
+
+def test_the_runtime_is_light() -> None:
+    assert probe(f"import {RUNTIME_MODULES}") == set()
+
+
+def test_the_probe_sees_a_heavy_import() -> None:
+    pytest.importorskip("onnx")
+    assert "onnx" in probe("import var_deploy, onnx")

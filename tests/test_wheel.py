@@ -1,0 +1,116 @@
+"""The wheel: complete, and enough to generate images on a machine without PyTorch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from var_deploy import __version__
+from var_deploy.images import read_settings
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "var_deploy", "export", "runtime")
+WEIGHTS = ("tokenizer.safetensors", "transformer.safetensors")
+
+
+def call(*command: object, folder: Path) -> str:
+    """Run a program in `folder`, away from the sources; its standard output."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k not in hidden},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools would pack what an earlier build left in build/lib."""
+    source = tmp_path_factory.mktemp("source")
+    skipped = shutil.ignore_patterns("__pycache__")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=skipped)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", ".")
+    call(*build, folder=source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def slim(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bin/ of an environment that holds the wheel, its `cpu` extra and what those need."""
+    home = tmp_path_factory.mktemp("slim")
+    call(sys.executable, "-m", "venv", "venv", folder=home)
+    programs = home / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    install = ("-m", "pip", "install", "-q", "--disable-pip-version-check")
+    constraints = ("-c", ROOT / "constraints.txt")
+    call(programs / "python", *install, *constraints, f"{wheel}[cpu]", folder=home)
+    return programs
+
+
+def test_the_wheel_is_complete(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        about = archive.read(metadata).decode()
+        licences = [n for n in archive.namelist() if n.endswith("licenses/LICENSE")]
+        licence = archive.read(licences[0]).decode()
+    modules = {
+        str(Path(*(() if top == "var_deploy" else ("var_deploy",)), path.relative_to(ROOT)))
+        for top in ("var_deploy", "export", "runtime")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    weights = {f"var_deploy/export/pocket/{name}" for name in WEIGHTS}
+    assert names == modules | weights | {"var_deploy/py.typed"}
+    assert f"\nVersion: {__version__}\n" in about
+    assert "Apache License" in licence
+
+
+def test_the_weights_of_pocket_are_small(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = [i.file_size for i in archive.infolist() if i.filename.endswith(".safetensors")]
+    assert len(sizes) == len(WEIGHTS)
+    assert sum(sizes) <= 8_000_000
+
+
+@pytest.mark.slow
+def test_it_generates_without_torch_and_onnx(
+    slim: Path, pocket_bundle: Path, tmp_path: Path
+) -> None:
+    there = slim / "python"
+    code = "from importlib.util import find_spec; print(find_spec('{}') is not None)"
+    present = {
+        name: call(there, "-c", code.format(name), folder=tmp_path).strip() == "True"
+        for name in ("torch", "onnx", "onnx_ir", "safetensors", "pytest", "numpy", "onnxruntime")
+    }
+    assert {name for name, found in present.items() if found} == {"numpy", "onnxruntime"}
+    where = call(there, "-c", "import var_deploy; print(var_deploy.__file__)", folder=tmp_path)
+    assert Path(where.strip()).is_relative_to(slim.parent), "the wheel runs, not the sources"
+
+    options = ("--labels", "0,1,2", "--count", 3, "--seed", 11, "--threads", 1, "--quiet")
+    script = (slim / "var-deploy", "generate", pocket_bundle, *options)
+    call(*script, "--out", "there.png", folder=tmp_path)
+    here = (sys.executable, "-m", "var_deploy.cli", "generate", pocket_bundle, *options)
+    call(*here, "--out", "here.png", folder=tmp_path)
+    with Image.open(tmp_path / "there.png") as one, Image.open(tmp_path / "here.png") as other:
+        pixels = np.asarray(one)
+        np.testing.assert_array_equal(pixels, np.asarray(other))
+    assert pixels.std() > 10, "a picture, not one colour"
+    assert read_settings(tmp_path / "there.png") == read_settings(tmp_path / "here.png")

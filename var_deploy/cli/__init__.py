@@ -1,0 +1,36 @@
+"""The command line. Each command imports what it needs when it runs: `--help` is quick."""
+
+from __future__ import annotations
+
+import click
+
+from var_deploy import __version__
+from var_deploy.cli.console import Program
+from var_deploy.cli.export import export
+from var_deploy.cli.generate import generate
+from var_deploy.cli.inspect import inspect
+from var_deploy.cli.verify import verify
+
+__all__ = ["main"]
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="var-deploy")
+def main() -> None:
+    """Deploy VAR image generators: export a checkpoint once, run it without PyTorch.
+
+    \b
+    Example:
+      var-deploy export pocket --out build/pocket
+      var-deploy verify build/pocket
+      var-deploy generate build/pocket --labels star,3 --count 16 --out grid.png
+
+    Exit codes: 0 done, 1 the work failed or a check did not hold, 2 bad usage.
+    VAR_DEPLOY_TRACEBACK=1 shows where an error came from.
+    """
+
+
+main.add_command(export)
+main.add_command(verify)
+main.add_command(generate)
+main.add_command(inspect)

@@ -1,0 +1,129 @@
+"""`var-deploy export`: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from var_deploy import names
+from var_deploy.cli.console import Progress, human_bytes, needs_extra
+from var_deploy.errors import UsageError
+from var_deploy.images import check_writable
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(no_args_is_help=True)
+@click.argument("model", required=False)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the bundle.",
+)
+@click.option("--checkpoint", type=FILE, help="Transformer weights, .pth or .safetensors.")
+@click.option("--tokenizer", type=FILE, help="Tokenizer (VQVAE) weights, .pth or .safetensors.")
+@click.option(
+    "--random-weights",
+    type=click.IntRange(0),
+    metavar="SEED",
+    help="Draw the weights of a preset instead of loading them, for benchmarks.",
+)
+@click.option(
+    "--heads",
+    type=click.IntRange(1),
+    help="Attention heads, for a model without L2 norm: its weights do not tell.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    multiple=True,
+    default=("fp32",),
+    show_default=True,
+    help="May be given several times.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Images a launch; fixed in the graphs.",
+)
+@click.option(
+    "--guidance/--no-guidance",
+    default=True,
+    show_default=True,
+    help="Classifier-free guidance; doubles the rows.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["both", "per-scale", "shared"]),
+    default="both",
+    show_default=True,
+    help="One graph a scale, one for all scales, or both over the same weights.",
+)
+@click.option("--force", is_flag=True, help="Replace the bundle that OUT holds.")
+def export(
+    model: str | None,
+    out: Path,
+    checkpoint: Path | None,
+    tokenizer: Path | None,
+    random_weights: int | None,
+    heads: int | None,
+    precision: tuple[str, ...],
+    batch: int,
+    guidance: bool,
+    layout: str,
+    force: bool,
+) -> None:
+    """Write the bundle of MODEL: ONNX graphs, one weights file and a manifest.
+
+    MODEL is a preset such as pocket or var-d16. Without it, --checkpoint and --tokenizer are
+    needed and the architecture is recognised from them.
+
+    \b
+    Example:
+      var-deploy export pocket --out build/pocket
+      var-deploy export var-d16 --checkpoint var_d16.pth \\
+          --tokenizer vae_ch160v4096z32.pth --precision fp16 --out build/d16
+    """
+    _check_target(out, force=force)
+
+    with needs_extra("export", "export"):
+        from var_deploy.export.presets import find_preset
+
+        if model is not None:
+            find_preset(model)  # a wrong name is told before torch is imported
+        from var_deploy.export.bundle import ExportOptions, export_bundle
+        from var_deploy.export.checkpoint import load_model
+
+        options = ExportOptions(
+            precisions=tuple(dict.fromkeys(precision)),
+            batch=batch,
+            guidance=guidance,
+            layout=layout,
+        )
+        with Progress() as progress:
+            loaded = load_model(
+                model,
+                checkpoint=checkpoint,
+                tokenizer=tokenizer,
+                random_weights=random_weights,
+                heads=heads,
+                progress=lambda message: progress.update(message, 0.0),
+            )
+            manifest = export_bundle(loaded, out, options, progress.update)
+    size = human_bytes(sum(file.size for file in manifest.files.values()))
+    click.echo(f"wrote {out} ({len(manifest.files)} files, {size})")
+
+
+def _check_target(out: Path, *, force: bool) -> None:
+    """Refuse what must not be replaced: a bundle without --force, anything else always."""
+    check_writable(out.absolute().parent)  # a bundle is written beside its place, then renamed
+    if (out / names.MANIFEST).exists():
+        if not force:
+            raise UsageError(f"{out} already holds a bundle; --force replaces it")
+    elif out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no bundle; choose another folder")
+

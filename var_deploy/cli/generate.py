@@ -1,0 +1,206 @@
+"""`var-deploy generate`: images from a bundle, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from var_deploy import __version__
+from var_deploy.cli.console import Progress, needs_extra
+from var_deploy.errors import UsageError
+from var_deploy.images import check_writable, grid, save_folder, save_png
+from var_deploy.labels import resolve_labels
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.sampling import Sampling, check_seed
+
+FEW_CLASSES = 16  # up to here, a call without labels takes every class once
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--labels",
+    metavar="LIST",
+    help='Names or numbers, as in "star,3"; repeated in order to fill --count.',
+)
+@click.option("--count", type=click.IntRange(1), help="Images (default: one a label).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out",
+    type=str,  # a trailing slash, which a Path would drop, asks for a folder
+    required=True,
+    help="x.png: one image, or a grid of several; a folder: single images.",
+)
+@click.option("--cfg", type=float, help="Guidance strength, 0 = off.")
+@click.option("--top-k", type=int, help="Keep the k most likely codes, 0 = all.")
+@click.option("--top-p", type=float, help="Keep the likeliest codes of this mass, 0 = all.")
+@click.option("--temperature", type=float, help="Divides the logits.")
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["auto", "per-scale", "shared"]),
+    default="auto",
+    show_default=True,
+    help="One graph a scale, or one for all of them.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime-cpu"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all cores).")
+@click.option("--quiet", is_flag=True, help="No progress and no closing line.")
+@click.option("--json", "as_json", is_flag=True, help="What was done, as JSON on stdout.")
+def generate(
+    bundle: Path,
+    labels: str | None,
+    count: int | None,
+    seed: int,
+    out: str,
+    cfg: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    temperature: float | None,
+    precision: str,
+    layout: str,
+    backend: str,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Generate images from BUNDLE. The same seed gives the same images.
+
+    Sampling settings that are not given are the bundle's defaults. The PNGs carry settings, seed,
+    labels and the bundle's digest as text.
+
+    \b
+    Example:
+      var-deploy generate build/pocket --labels star,3 --count 16 --seed 7 --out grid.png
+      var-deploy generate build/pocket --labels boat --count 4 --out boats/
+    """
+    # everything that can be wrong is looked at before the weights are loaded
+    target, as_folder = _target(out)
+    seed = check_seed(seed)
+    manifest = read_manifest(bundle)
+    sampling = manifest.defaults.replace(
+        cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature
+    )
+    chosen = _labels(labels, manifest)
+    count = count or len(chosen)
+    wanted = [chosen[n % len(chosen)] for n in range(count)]
+    check_writable(target)
+
+    started = time.monotonic()
+    with needs_extra("cpu", "generate"):
+        from var_deploy.pipeline import Pipeline
+
+        with Progress(quiet=quiet) as progress:
+            progress.update("loading", 0.0)
+            with Pipeline.load(
+                bundle, backend=backend, precision=precision, layout=layout, threads=threads
+            ) as pipe:
+                images = pipe.generate(
+                    wanted if manifest.model.transformer.conditional else [0] * count,
+                    seed=seed,
+                    cfg=sampling.cfg,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    temperature=sampling.temperature,
+                    on_progress=lambda done, steps: progress.update(
+                        f"step {done} of {steps}", done / max(steps, 1)
+                    ),
+                )
+                how = pipe.describe()
+    seconds = time.monotonic() - started
+
+    text = _settings(manifest, sampling, seed, str(how.get("precision", precision)))
+    written = {**text, "labels": ", ".join(_label(n, manifest) for n in wanted)}
+    if as_folder:
+        texts = [
+            {**text, "labels": _label(n, manifest), "image": f"{i} of {count}"}
+            for i, n in enumerate(wanted)
+        ]
+        names = [_file_name(i, n, manifest) for i, n in enumerate(wanted)]
+        save_folder(target, names, images, texts)
+    elif count == 1:
+        save_png(target, images[0], written)
+    else:
+        save_png(target, grid(images, _columns(len(chosen), count)), written)
+
+    if as_json:
+        done: dict[str, Any] = {"out": str(target), "count": count, "seconds": round(seconds, 3)}
+        click.echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1, default=str))
+    elif not quiet:
+        height, width = images.shape[1:3]
+        what = f"{count} images" if count > 1 else "1 image"
+        click.echo(f"wrote {target} ({what} of {width} × {height}, {seconds:.1f} s)")
+
+
+def _target(out: str) -> tuple[Path, bool]:
+    """The output path, and whether it is a folder for single images."""
+    path = Path(out)
+    if path.is_dir() or out.endswith(("/", "\\")) or not path.suffix:
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; name a .png file or a folder")
+        return path, True
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"images are written as .png, found {path.name}")
+    return path, False
+
+
+def _labels(text: str | None, manifest: Manifest) -> list[int]:
+    """Labels to cycle through. An unconditional model takes none: one placeholder stands in."""
+    transformer = manifest.model.transformer
+    if not transformer.conditional:
+        if text is not None:
+            raise UsageError("this model has no classes: leave --labels out")
+        return [0]
+    if text is not None:
+        return resolve_labels(text, manifest.labels, transformer.classes)
+    if transformer.classes > FEW_CLASSES:
+        raise UsageError(f"the model has {transformer.classes} classes: choose with --labels")
+    return list(range(transformer.classes))
+
+
+def _label(label: int, manifest: Manifest) -> str:
+    if not manifest.model.transformer.conditional:
+        return "none"
+    return f"{label} {manifest.labels[label]}" if manifest.labels else str(label)
+
+
+def _file_name(index: int, label: int, manifest: Manifest) -> str:
+    """000_star.png; without names 000_17.png, without classes 000.png."""
+    if not manifest.model.transformer.conditional:
+        return f"{index:03d}.png"
+    name = manifest.labels[label] if manifest.labels else str(label)
+    plain = re.sub(r"\W+", "-", name.split(",")[0]).strip("-")[:40] or str(label)
+    return f"{index:03d}_{plain}.png"
+
+
+def _columns(labels: int, count: int) -> int | None:
+    """One column a label where that makes a grid at least as wide as high; else None."""
+    return labels if count % labels == 0 and labels * labels >= count else None
+
+
+def _settings(
+    manifest: Manifest, sampling: Sampling, seed: int, precision: str
+) -> dict[str, str]:
+    return {
+        "Software": f"var-deploy {__version__}",
+        "model": manifest.preset or "no preset",
+        "bundle": manifest.digest(),
+        "precision": precision,
+        "seed": str(seed),
+        "cfg": f"{sampling.cfg:g}",
+        "top_k": str(sampling.top_k),
+        "top_p": f"{sampling.top_p:g}",
+        "temperature": f"{sampling.temperature:g}",
+    }

@@ -1,0 +1,144 @@
+"""Image files: grids, and PNGs that carry the settings they were made with."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from var_deploy.errors import UsageError, VarDeployError
+
+BACKGROUND = 255  # of a grid: white
+
+
+def grid(
+    images: NDArray[np.uint8], columns: int | None = None, gap: int = 2
+) -> NDArray[np.uint8]:
+    """Images [N, H, W, C] in reading order as one image, `gap` white pixels apart.
+
+    Without `columns` the grid is as square as N allows. Raises UsageError where N or columns is 0.
+    """
+    if images.ndim != 4 or not len(images):
+        raise UsageError(f"a grid needs images [N, H, W, C], found shape {images.shape}")
+    count, height, width, channels = images.shape
+    if columns is None:
+        columns = math.ceil(math.sqrt(count))
+    if columns < 1 or gap < 0:
+        raise UsageError(f"a grid needs 1 column and gap 0 or more, found {columns} and {gap}")
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    sheet = np.full(shape, BACKGROUND, np.uint8)
+    for n, image in enumerate(images):
+        top, left = n // columns * (height + gap), n % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError, before any work is done, where a file or folder `path` could not be made.
+
+    Missing parents are fine, they are made on saving. Nothing is left behind.
+    """
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    folder = existing.parent if existing == path and existing.is_file() else existing
+    if not folder.is_dir():
+        raise UsageError(f"{path} cannot be written: {folder} is not a folder")
+    try:
+        # trying is the only sure way: access bits say nothing about read-only mounts or root
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+    """Write an image [H, W, 3] (or [H, W, 1]) with `text` as PNG text chunks, by rename.
+
+    Parents are made. Raises UsageError where `path` is a folder or no ordinary file, and
+    VarDeployError where the disk refuses; then the old file, if any, is still there.
+    """
+    path = Path(os.path.realpath(path))  # a link is followed, not replaced
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not an ordinary file; choose another output")
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            _write_png(temporary, image, text)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def save_folder(
+    folder: Path,
+    file_names: Sequence[str],
+    images: NDArray[np.uint8],
+    texts: Sequence[Mapping[str, str]],
+) -> None:
+    """Write images [N, H, W, C] as single PNGs into `folder`: all of them, or none.
+
+    They are written beside their place first. Files of other names in the folder stay.
+    """
+    with _disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+        if folder.exists():
+            stage = folder / f".{secrets.token_hex(4)}.tmp"
+        try:
+            stage.mkdir()
+            for name, image, text in zip(file_names, images, texts, strict=True):
+                _write_png(stage / name, image, text)
+            if folder.exists():
+                for name in file_names:
+                    (stage / name).replace(folder / name)
+            else:
+                stage.rename(folder)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The text that `save_png` stored. Raises UsageError where `path` is no PNG."""
+    try:
+        with Image.open(path) as image:
+            if not isinstance(image, PngImageFile):
+                raise UsageError(f"{path} is {image.format}, not PNG: it holds no settings")
+            return {key: str(value) for key, value in image.text.items()}
+    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is not a PNG image") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _write_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_text(key, value)
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    # a fresh file takes the usual permissions, which one from `tempfile` would not
+    with path.open("xb") as stream:
+        Image.fromarray(pixels).save(stream, format="png", pnginfo=chunks)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise VarDeployError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,95 @@
+"""Class labels as people write them: by name or by number."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+import re
+from collections.abc import Iterable, Sequence
+
+from var_deploy.errors import LabelError
+
+
+def resolve_labels(
+    text_or_items: str | int | Iterable[str | int], names: Sequence[str], classes: int
+) -> list[int]:
+    """Turn "star,3" (or a sequence of names and numbers) into class numbers.
+
+    Names are matched without regard to case. A name that lists synonyms, as ImageNet's do
+    ("tench, Tinca tinca"), is matched whole or by any one of them. Only a string given for the
+    whole list is split at commas.
+
+    Args:
+        text_or_items: the labels.
+        names: class names, index = label; empty where they are not known.
+        classes: number of classes; labels run from 0 to classes - 1.
+
+    Raises LabelError for an empty list, an unknown or ambiguous name, and a number out of range.
+    """
+    if classes < 1:
+        raise LabelError("this model has no classes: leave the labels out")
+    items: Iterable[str | int]
+    if isinstance(text_or_items, str):
+        items = _split(text_or_items, names)
+    elif isinstance(text_or_items, Iterable):
+        items = text_or_items
+    else:
+        items = [text_or_items]
+    labels = [_resolve(item, names, classes) for item in items]
+    if not labels:
+        raise LabelError(f"no label given; {_choices(names, classes)}")
+    return labels
+
+
+def _split(text: str, names: Sequence[str]) -> list[str]:
+    """Parts between commas; a text that is one whole name with commas stays in one piece."""
+    if _fold(text) in map(_fold, names):
+        return [text]
+    return [part for part in text.split(",") if part.strip()]
+
+
+def _resolve(item: object, names: Sequence[str], classes: int) -> int:
+    if isinstance(item, numbers.Integral) and not isinstance(item, bool):
+        return _in_range(int(item), classes)
+    if not isinstance(item, str):
+        raise LabelError(f"a label is a name or a whole number, found {item!r}")
+    wanted = _fold(item)
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", wanted):
+        return _in_range(int(wanted), classes)
+    whole = [n for n, name in enumerate(names) if _fold(name) == wanted]
+    found = whole or [n for n, name in enumerate(names) if wanted in _synonyms(name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        numbered = ", ".join(f"{n} ({names[n]})" for n in found)
+        raise LabelError(f"label {item!r} names several classes, give the number: {numbered}")
+    spellings = {synonym: name for name in names for synonym in (_fold(name), *_synonyms(name))}
+    close = difflib.get_close_matches(wanted, spellings, n=3)
+    if close:
+        hint = "did you mean " + " or ".join(dict.fromkeys(spellings[c] for c in close)) + "?"
+    else:
+        hint = _choices(names, classes)
+    raise LabelError(f"no class is called {item.strip()!r}; {hint}")
+
+
+def _in_range(label: int, classes: int) -> int:
+    if not 0 <= label < classes:
+        raise LabelError(f"label {label} is out of range; the model has 0 to {classes - 1}")
+    return label
+
+
+def _choices(names: Sequence[str], classes: int) -> str:
+    numbers_only = f"labels are the numbers 0 to {classes - 1}"
+    if not names:
+        return numbers_only
+    if len(names) > 16:
+        return f"{numbers_only} and the names that `var-deploy inspect` lists"
+    return f"{numbers_only} and {', '.join(names)}"
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _synonyms(name: str) -> list[str]:
+    return [_fold(part) for part in name.split(",") if part.strip()]

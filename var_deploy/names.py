@@ -1,0 +1,85 @@
+"""The name of every graph and tensor in a bundle, spelled once.
+
+Shapes: B images, G rows (2B with guidance, else B), K scales, L_k tokens of scale k, P_k tokens
+before it, C model width, H heads, D head width, N blocks, Cv code width, p_K latent side.
+"""
+
+from __future__ import annotations
+
+# graphs
+CONDITION = "condition"
+STEP = "step"  # one graph with symbolic L and P that serves every scale
+DECODER = "decoder"
+ENCODER = "encoder"
+
+
+def scale_graph(scale: int) -> str:
+    """Name of the static graph of one scale."""
+    return f"scale_{scale:02d}"
+
+
+# condition: labels → first input and modulation
+LABELS = "labels"  # [G] int64; the second half is the "no class" label under guidance
+FIRST_INPUT = "first_input"  # [G, 1, C] fp32, input of scale 0
+MODULATION = "modulation"  # [6N + 2, G, C] fp32, see `export/graphs/condition.py`
+
+# scale_KK and step
+INPUT = "input"  # [B, L_k, Cv] fp32 (width C in the GPT-2 form), absent at scale 0
+F_HAT = "f_hat"  # [B, Cv, p_K, p_K] fp32
+UNIFORMS = "uniforms"  # [B, L_k] fp32 in [0, 1), one a token
+CFG = "cfg"  # [] fp32, guidance strength t of this scale; guided bundles only
+TEMPERATURE = "temperature"  # [] fp32, divides the logits
+TOP_K = "top_k"  # [] int64, 0 = off
+TOP_P = "top_p"  # [] fp32, 0 = off
+KEEP_MASK = "keep_mask"  # [B, L_k] bool, True where `keep_tokens` is forced
+KEEP_TOKENS = "keep_tokens"  # [B, L_k] int64
+TOKENS = "tokens"  # [B, L_k] int64
+NEW_F_HAT = "new_f_hat"  # [B, Cv, p_K, p_K] fp32
+NEXT_INPUT = "next_input"  # [B, L_{k+1}, Cv] fp32 (or C), absent at the last scale
+
+# step alone: what a static graph knows by itself. In the GPT-2 form next_matrix is the bicubic
+# [p_{k+1}, p_k] that resizes the embedded tokens of this scale.
+SCALE = "scale"  # [] int64, k
+UP_MATRIX = "up_matrix"  # [p_K, p_k] fp32, bicubic (identity at the last scale)
+NEXT_MATRIX = "next_matrix"  # [p_{k+1}, p_K] fp32, area (any one row at the last scale)
+
+# inside the scale graphs, not an output: guided logits before temperature [B, L_k, V] fp32
+LOGITS = "logits"
+
+# decoder and encoder
+IMAGE = "image"  # [B, side, side, channels] fp32 in [0, 1]
+
+
+def past_key(layer: int) -> str:
+    """Keys of the scales before, [P_k, G, H, D]."""
+    return f"past_key_values.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    """Values of the scales before, [P_k, G, H, D]."""
+    return f"past_key_values.{layer}.value"
+
+
+def new_key(layer: int) -> str:
+    """Keys of this scale, [L_k, G, H, D]; absent at the last scale."""
+    return f"new_key_values.{layer}.key"
+
+
+def new_value(layer: int) -> str:
+    """Values of this scale, [L_k, G, H, D]; absent at the last scale."""
+    return f"new_key_values.{layer}.value"
+
+
+def encoder_tokens(scale: int) -> str:
+    """Output of the encoder for one scale, [B, L_k] int64."""
+    return f"tokens_{scale:02d}"
+
+
+# files and folders of a bundle
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.bin"
+
+
+def graph_file(graph: str) -> str:
+    """File name of a graph inside its precision's folder."""
+    return f"{graph}.onnx"
