@@ -1,0 +1,95 @@
+"""weights.bin: every weight of a precision, once, streamed from the checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.errors import ExportError
+from var_deploy.export.graphs.builder import GraphBuilder, ReadKey, Weight
+from var_deploy.manifest import FileInfo
+
+PAGE = 4096  # a runtime maps a tensor straight from the file where it starts on a page
+SMALL_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLayout:
+    """Where each weight lies in the file; large tensors start on a page."""
+
+    weights: tuple[Weight, ...]
+    offsets: dict[str, int]
+    size: int
+
+    def locate(self, name: str) -> tuple[str, int, int]:
+        """(file, offset, length) of a weight, as ONNX external data wants it."""
+        return names.WEIGHTS, self.offsets[name], self._length(name)
+
+    def _length(self, name: str) -> int:
+        return next(w.nbytes for w in self.weights if w.name == name)
+
+
+def plan_layout(graphs: Iterable[GraphBuilder]) -> WeightLayout:
+    """Collect the weights of all graphs in order of first use, each once."""
+    collected: dict[str, Weight] = {}
+    for graph in graphs:
+        for weight in graph.weights.values():
+            known = collected.setdefault(weight.name, weight)
+            if (known.shape, known.dtype) != (weight.shape, weight.dtype):
+                raise ExportError(f"two graphs disagree on {weight.name}")
+    offsets, position = {}, 0
+    for weight in collected.values():
+        alignment = PAGE if weight.nbytes >= PAGE else SMALL_ALIGNMENT
+        position = -(-position // alignment) * alignment
+        offsets[weight.name] = position
+        position += weight.nbytes
+    return WeightLayout(weights=tuple(collected.values()), offsets=offsets, size=position)
+
+
+def write_weights(
+    path: Path, layout: WeightLayout, read: ReadKey, progress: Callable[[int], None]
+) -> FileInfo:
+    """Write the file tensor by tensor; `progress` gets the bytes written.
+
+    Raises ExportError where a weight does not fit fp16 or the disk is full.
+    """
+    digest, position = hashlib.sha256(), 0
+    try:
+        with path.open("wb") as stream:
+            for weight in layout.weights:
+                gap = bytes(layout.offsets[weight.name] - position)
+                data = _cast(weight, weight.make(read))
+                for piece in (gap, memoryview(data).cast("B")):
+                    stream.write(piece)
+                    digest.update(piece)
+                position = layout.offsets[weight.name] + weight.nbytes
+                progress(weight.nbytes + len(gap))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ExportError(
+                f"the disk is full: {path.name} needs {layout.size / 1e6:.0f} MB; free some space "
+                "or choose another --out"
+            ) from None
+        raise ExportError(f"cannot write {path.name}: {error.strerror}") from None
+    return FileInfo(size=position, sha256=digest.hexdigest())
+
+
+def _cast(weight: Weight, value: NDArray[Any]) -> NDArray[Any]:
+    if value.size != np.prod(weight.shape, dtype=np.int64):
+        raise ExportError(f"{weight.name} is {list(value.shape)}, expected {list(weight.shape)}")
+    with np.errstate(over="ignore"):
+        data = np.ascontiguousarray(value, dtype=weight.dtype).reshape(weight.shape)
+    if weight.dtype == np.float16 and not np.isfinite(data).all():
+        raise ExportError(
+            f"{weight.name} holds values that fp16 cannot (largest magnitude "
+            f"{np.abs(value).max():.3g}); export with --precision fp32"
+        )
+    return data

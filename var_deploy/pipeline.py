@@ -1,0 +1,172 @@
+"""`Pipeline`: from a bundle to images in two calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.errors import BackendError, UsageError
+from var_deploy.labels import resolve_labels
+from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.sampling import check_seed, uniforms
+
+BACKENDS = ("auto", "onnxruntime-cpu")
+PRECISIONS = ("auto", "fp32", "fp16")
+LAYOUTS = ("auto", "per-scale", "shared")
+
+
+class Pipeline:
+    """A loaded bundle. Made by `load`; a context manager that releases everything on exit.
+
+    One generation runs at a time; calls from other threads wait for their turn.
+    """
+
+    def __init__(
+        self, manifest: Manifest, loop: Any, precision: str, layout: str, how: dict[str, str]
+    ) -> None:
+        self.manifest = manifest
+        self._loop, self._lock = loop, threading.Lock()
+        self._how = {"precision": precision, "layout": layout, **how}
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        backend: str = "auto",
+        precision: str = "auto",
+        layout: str = "auto",
+        *,
+        threads: int | None = None,
+        check: Literal["hashes", "sizes"] = "hashes",
+    ) -> Pipeline:
+        """Check a bundle and load its graphs.
+
+        Args:
+            bundle: folder written by `var-deploy export`.
+            backend: "onnxruntime-cpu", or "auto" for the best that is installed.
+            precision: "fp32" or "fp16"; "auto" takes fp32 on a CPU, which computes fp16 graphs in
+                fp32 anyway, and fp16 where the bundle has nothing else.
+            layout: "shared" (one graph for all scales, one copy of the weights), "per-scale" (a
+                static graph a scale), or "auto": shared on a CPU, where each session would pack
+                its own copy of the weights.
+            threads: CPU threads; None takes every physical core.
+            check: "hashes" reads every file once; "sizes" trusts files of the right size.
+
+        Raises BundleError for a bundle that cannot be trusted, BackendError where the runtime is
+        missing or refuses, UsageError for an unknown option.
+        """
+        for name, value, known in (
+            ("backend", backend, BACKENDS),
+            ("precision", precision, PRECISIONS),
+            ("layout", layout, LAYOUTS),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+        folder = Path(bundle)
+        manifest = read_manifest(folder)
+        if precision == "auto":
+            precision = "fp32" if "fp32" in manifest.graphs else next(iter(manifest.graphs))
+        graphs = manifest.graphs.get(precision, {})
+        if layout == "auto":
+            layout = "shared" if names.STEP in graphs or not graphs else "per-scale"
+        check_files(folder, manifest, prefix=f"{precision}/", hashes=check == "hashes")
+
+        from var_deploy.runtime.loop import ScaleLoop
+        from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+
+        engine = OrtCpuBackend(threads)
+        loop = ScaleLoop(
+            folder, manifest, engine, precision, "shared" if layout == "shared" else "per-scale"
+        )
+        return cls(manifest, loop, precision, layout, engine.describe())
+
+    def generate(
+        self,
+        labels: Sequence[int | str] | None = None,
+        seed: int = 0,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> NDArray[np.uint8]:
+        """One image a label, [N, side, side, channels] uint8; the array is the caller's.
+
+        Image n depends on (seed, n, its label and the settings) alone, not on the batch size.
+
+        Args:
+            labels: class numbers or names; None is one image without a class. An unconditional
+                model takes the count from the length alone.
+            seed: 0 … 2⁶⁴-1.
+            cfg, top_k, top_p, temperature: see `Sampling`; None takes the bundle's default.
+            on_progress: called with (launches done, launches in all).
+
+        Raises UsageError (LabelError) for labels, seeds or settings out of range.
+        """
+        if self._loop is None:
+            raise BackendError("this pipeline is closed")
+        manifest, spec = self.manifest, self.manifest.model
+        sampling = manifest.defaults.replace(
+            cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature
+        )
+        if cfg and not manifest.guidance and spec.transformer.conditional:
+            raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
+        seed = check_seed(seed)
+        numbers = self._numbers(labels)
+        batch, total = manifest.batch, spec.total_tokens
+        side, channels = spec.tokenizer.image_side, spec.tokenizer.image_channels
+        images = np.empty((len(numbers), side, side, channels), np.uint8)
+        launches = spec.scales + 1
+        all_steps = -(-len(numbers) // batch) * launches
+        with self._lock:
+            for number, first in enumerate(range(0, len(numbers), batch)):
+                part = numbers[first : first + batch]
+                padded = part + [part[-1]] * (batch - len(part))
+                draws = np.stack([uniforms(seed, first + i, total) for i in range(batch)])
+
+                def step(done: int, before: int = number * launches) -> None:
+                    if on_progress:
+                        on_progress(before + done, all_steps)
+
+                result = self._loop.run(padded, draws, sampling, step)
+                images[first : first + len(part)] = np.rint(result[: len(part)] * 255)
+        return images
+
+    def describe(self) -> dict[str, str]:
+        """Backend, versions, precision, layout: what a result should be reported with."""
+        return dict(self._how)
+
+    def close(self) -> None:
+        """Release the sessions; safe to call twice."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.close()
+                self._loop = None
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _numbers(self, labels: Sequence[int | str] | None) -> list[int]:
+        transformer = self.manifest.model.transformer
+        if labels is None:
+            return [transformer.classes]
+        if not transformer.conditional:
+            return [0] * len(labels)
+        return resolve_labels(labels, self.manifest.labels, transformer.classes)
