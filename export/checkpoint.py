@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,6 +16,7 @@ from torch import nn
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import hub
+from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
@@ -27,6 +29,7 @@ from var_deploy.spec import ModelSpec
 __all__ = [
     "LoadedModel",
     "WeightSource",
+    "as_loaded_model",
     "assemble",
     "build_modules",
     "check_state",
@@ -68,6 +71,40 @@ class LoadedModel:
             if key in keys:
                 return source
         raise KeyError(key)
+
+
+class _ModuleWeights:
+    """The weights of a module in memory, as they are when they are read.
+
+    Arrays are copies, so that nothing done to them reaches the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._name = type(module).__name__
+        self._state: Mapping[str, torch.Tensor] = module.state_dict()  # shares the memory
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        digest = hashlib.sha256()
+        for key in sorted(self._state):
+            digest.update(f"{key}{self.shape(key)}".encode())
+            digest.update(self.read(key).tobytes())
+        return {"module": self._name, "sha256": digest.hexdigest()}
+
+    def __str__(self) -> str:
+        return f"the {self._name} in memory"
+
+    def keys(self) -> Collection[str]:
+        return self._state.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._state[key].shape)
+
+    def read(self, key: str) -> NDArray[Any]:
+        tensor = self._state[key]
+        dtype = torch.float32 if tensor.is_floating_point() else torch.int64
+        array: NDArray[Any] = tensor.to("cpu", dtype, copy=True).contiguous().numpy()
+        return array
 
 
 class _Complete:
@@ -186,6 +223,38 @@ def assemble(
     )
 
 
+def as_loaded_model(
+    model: Gpt2Transformer,
+    tokenizer: Tokenizer | ImageEncoder | ImageDecoder,
+    *,
+    defaults: Sampling | None = None,
+) -> LoadedModel:
+    """The GPT-2 form out of memory, to be exported without guidance as a checkpoint would be.
+
+    Args:
+        model: what `gpt2.build` returned, trained or not.
+        tokenizer: what `gpt2.build_tokenizer` returned (either of the two), or their tokenizer.
+        defaults: sampling settings; None: every code may be drawn, at temperature 1.
+
+    Raises UsageError where the two have other scales or another number of codes.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = tokenizer.tokenizer
+    ours, theirs = model.spec.tokenizer, tokenizer.spec
+    for field in ("patch_nums", "vocab_size"):
+        if getattr(ours, field) != getattr(theirs, field):
+            raise UsageError(
+                f"the model and the tokenizer do not belong together: {field} is "
+                f"{getattr(ours, field)} and {getattr(theirs, field)}"
+            )
+    return assemble(
+        ModelSpec(tokenizer=theirs, transformer=model.spec.transformer),
+        _ModuleWeights(tokenizer),
+        _ModuleWeights(model),
+        defaults=defaults or Sampling(cfg=0.0, top_k=0, top_p=0.0),
+    )
+
+
 def _named(name: str | None, preset: Preset) -> dict[str, Any]:
     return {"preset": name, "labels": preset.labels, "defaults": preset.defaults}
 
@@ -255,10 +324,11 @@ def _check_fit(
         raise CheckpointError(f"{source} does not fit {what}: {listed}")
 
 
-def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer]:
+def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
     """The two modules on the meta device: every key and shape, no memory."""
+    family = Gpt2Transformer if spec.transformer.family == "gpt2" else Transformer
     with torch.device("meta"):
-        return Tokenizer(spec.tokenizer).eval(), Transformer(spec).eval()
+        return Tokenizer(spec.tokenizer).eval(), family(spec).eval()
 
 
 def load_into(module: nn.Module, source: WeightSource) -> None:
@@ -276,7 +346,7 @@ def load_into(module: nn.Module, source: WeightSource) -> None:
         setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-def build_modules(model: LoadedModel) -> tuple[Tokenizer, Transformer]:
+def build_modules(model: LoadedModel) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
     """Tokenizer and transformer with their weights, fp32, in evaluation mode, without gradients."""
     tokenizer, transformer = empty_modules(model.spec)
     load_into(tokenizer, model.tokenizer)
@@ -308,5 +378,5 @@ def _is_derived(key: str) -> bool:
 
 
 def _patch_nums(module: nn.Module) -> tuple[int, ...]:
-    assert isinstance(module, (Tokenizer, Transformer))
+    assert isinstance(module, (Tokenizer, Transformer, Gpt2Transformer))
     return module.spec.patch_nums

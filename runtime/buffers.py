@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 from var_deploy import names
 from var_deploy.manifest import Manifest
 from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.spec import ModelSpec
 
 ALIGNMENT = 256  # what TensorRT asks of an address, and no less than any vector unit wants
 
@@ -98,7 +99,7 @@ class LoopBuffers:
             **self.condition_out,
             **self.scalars,
             **self.arena.past(scale),
-            **self._geometry(scale),
+            **step_geometry(self._spec, scale),
             names.INPUT: self.inputs[scale],
             names.F_HAT: self.f_hats[scale % 2],
             names.UNIFORMS: self.uniforms[scale],
@@ -121,17 +122,20 @@ class LoopBuffers:
     def final_f_hat(self) -> NDArray[Any]:
         return self.f_hats[self._spec.scales % 2]
 
-    def _geometry(self, scale: int) -> dict[str, NDArray[Any]]:
-        """What `step` is told and a static graph knows: the scale and its resizing matrices."""
-        spec = self._spec
-        side, patch = spec.tokenizer.latent_side, spec.patch_nums[scale]
-        following = spec.patch_nums[scale + 1] if scale + 1 < spec.scales else 1
-        if spec.transformer.family == "gpt2":
-            next_matrix = bicubic_matrix(patch, following)
-        else:
-            next_matrix = area_matrix(side, following)
-        return {
-            names.SCALE: np.array(scale, np.int64),
-            names.UP_MATRIX: bicubic_matrix(patch, side),
-            names.NEXT_MATRIX: next_matrix,
-        }
+
+def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
+    """What `step` is told and a static graph knows: the scale and its resizing matrices.
+
+    The last scale feeds no next one; its `next_matrix` has a single row, whose result is unread.
+    """
+    side, patch = spec.tokenizer.latent_side, spec.patch_nums[scale]
+    following = spec.patch_nums[scale + 1] if scale + 1 < spec.scales else 1
+    if spec.transformer.family == "gpt2":
+        next_matrix = bicubic_matrix(patch, following)
+    else:
+        next_matrix = area_matrix(side, following)
+    return {
+        names.SCALE: np.array(scale, np.int64),
+        names.UP_MATRIX: bicubic_matrix(patch, side),
+        names.NEXT_MATRIX: next_matrix,
+    }

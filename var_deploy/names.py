@@ -45,6 +45,11 @@ NEXT_MATRIX = "next_matrix"  # [p_{k+1}, p_K] fp32, area (any one row at the las
 
 # inside the scale graphs, not an output: guided logits before temperature [B, L_k, V] fp32
 LOGITS = "logits"
+# likewise: unnormalised probabilities after top-k and top-p, 0 where dropped [B, L_k, V] fp32
+KEPT_MASS = "kept_mass"
+
+# inside the encoder, not an output: the continuous latent before quantisation [B, Cv, p_K, p_K]
+LATENT = "latent"
 
 # decoder and encoder
 IMAGE = "image"  # [B, side, side, channels] fp32 in [0, 1]

@@ -30,7 +30,8 @@ class Autoencoder:
         """Stride 1 with the same size, or (`far_side`) stride 2 with zeros on the far side only."""
         b = self.b
         with b.scope(key):
-            weight = b.weight(f"{key}.weight", (channels[1], channels[0], kernel, kernel), dtype=b.compute)
+            shape = (channels[1], channels[0], kernel, kernel)
+            weight = b.weight(f"{key}.weight", shape, dtype=b.compute)
             bias = b.weight(f"{key}.bias", (channels[1],), dtype=b.compute)
             near = 0 if far_side else kernel // 2
             attributes = {
@@ -64,7 +65,8 @@ class Autoencoder:
 
     def attention(self, key: str, x: str, channels: int, side: int) -> str:
         b, positions = self.b, side * side
-        h = self.conv(f"{key}.qkv", self.norm(f"{key}.norm", x, channels, side), (channels, 3 * channels), 1)
+        h = self.norm(f"{key}.norm", x, channels, side)
+        h = self.conv(f"{key}.qkv", h, (channels, 3 * channels), kernel=1)
         with b.scope(key):
             q, k, v = (
                 b.to_compute(b.reshape(part, self.batch, channels, positions))
@@ -74,7 +76,7 @@ class Autoencoder:
             weights = b.op("Softmax", b.to_float(b.op("MatMul", q, k)), axis=-1)
             mixed = b.op("MatMul", v, b.transpose(b.to_compute(weights), 0, 2, 1))
             mixed = b.reshape(b.to_float(mixed), self.batch, channels, side, side)
-        return b.op("Add", x, self.conv(f"{key}.proj_out", mixed, (channels, channels), 1))
+        return b.op("Add", x, self.conv(f"{key}.proj_out", mixed, (channels, channels), kernel=1))
 
     def middle(self, key: str, x: str, side: int) -> str:
         width = self.widths[-1]
@@ -154,7 +156,8 @@ def build_encoder(spec: TokenizerSpec, precision: Precision, batch: int) -> Grap
     image = b.input(names.IMAGE, np.float32, image_shape(spec, batch))
     x = b.op("Mul", b.transpose(image, 0, 3, 1, 2), b.constant(2.0, np.float32))
     x = b.op("Sub", x, b.constant(1.0, np.float32))
-    residual = Autoencoder(b, spec, batch).encode(x)
+    latent = Autoencoder(b, spec, batch).encode(x)
+    residual = b.op("Identity", latent, out=names.LATENT)
     width, side = spec.code_width, spec.latent_side
     for scale, patch in enumerate(spec.patch_nums):
         with b.scope(f"quantize.scale_{scale:02d}"):

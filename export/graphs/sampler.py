@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from var_deploy import names
 from var_deploy.export.graphs.builder import GraphBuilder
 
 # Thirty-two halvings narrow the interval to 2^-32 of the logits' range, below the spacing of fp32
@@ -34,7 +35,8 @@ def sample(
         low = _top_p_threshold(b, x, top, mass, low, top_p)
         # the largest always stays, also where p is too small for 1 - p to differ from 1
         kept = b.op("Or", b.op("Greater", x, low), b.op("GreaterOrEqual", x, top))
-        return _inverse_cdf(b, b.op("Where", kept, mass, zero), uniforms, codes)
+        mass = b.op("Where", kept, mass, zero, out=names.KEPT_MASS)
+        return _inverse_cdf(b, mass, uniforms, codes)
 
 
 def _middle(b: GraphBuilder, low: str, high: str) -> str:

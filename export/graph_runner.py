@@ -1,0 +1,96 @@
+"""Runs one graph on arrays, with an interior value brought out for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper
+
+from var_deploy import names
+from var_deploy.manifest import GraphInfo, TensorInfo
+from var_deploy.runtime.buffers import step_geometry
+from var_deploy.spec import ModelSpec
+
+# where an in-memory model finds its weights
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class GraphRunner:
+    """A graph in ONNX Runtime on the CPU.
+
+    Args:
+        interior: a value inside the graph to add to the outputs ("" for none).
+
+    Attributes:
+        mismatch: how the file's inputs and outputs differ from the manifest's, "" if they agree.
+    """
+
+    def __init__(self, path: Path, info: GraphInfo, interior: str) -> None:
+        model = onnx.load(str(path), load_external_data=False)
+        self.mismatch = _mismatch(model, info)
+        self._inputs = {t.name: t for t in info.inputs}
+        if interior:
+            model.graph.output.append(
+                helper.make_tensor_value_info(interior, onnx.TensorProto.FLOAT, None)
+            )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs by name; inputs that the graph does not take are ignored."""
+        feed = {
+            name: np.asarray(inputs[name], dtype=tensor.dtype, order="C")
+            for name, tensor in self._inputs.items()
+        }
+        outputs = [output.name for output in self._session.get_outputs()]
+        return dict(zip(outputs, self._session.run(outputs, feed), strict=True))
+
+    def complete(
+        self, inputs: Mapping[str, Any], spec: ModelSpec, scale: int, rows: int
+    ) -> dict[str, Any]:
+        """Add what `step` takes and a static graph does not: geometry, an empty past at scale 0."""
+        t = spec.transformer
+        empty = np.zeros((0, rows, t.heads, t.head_width), np.float32)
+        batch = len(inputs[names.UNIFORMS])
+        filled: dict[str, Any] = {
+            names.INPUT: np.zeros((batch, spec.scale_lengths[scale], spec.input_width), np.float32)
+        }
+        for layer in range(t.depth):
+            filled[names.past_key(layer)] = filled[names.past_value(layer)] = empty
+        return {**filled, **step_geometry(spec, scale), **inputs}
+
+
+def _mismatch(model: onnx.ModelProto, info: GraphInfo) -> str:
+    """Names and shapes before values: the first difference, in words."""
+    for kind, listed, actual in (
+        ("input", info.inputs, model.graph.input),
+        ("output", info.outputs, model.graph.output),
+    ):
+        found = {value.name: _describe(value) for value in actual}
+        for tensor in listed:
+            if tensor.name not in found:
+                return f"{kind} {tensor.name} is missing"
+            if found.pop(tensor.name) != tensor:
+                return f"{kind} {tensor.name} has another type or shape than the manifest says"
+        if found:
+            return f"{kind} {next(iter(found))} is not in the manifest"
+    return ""
+
+
+def _describe(value: onnx.ValueInfoProto) -> TensorInfo:
+    kind = value.type.tensor_type
+    return TensorInfo(
+        name=value.name,
+        dtype=np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name,
+        shape=tuple(d.dim_param or d.dim_value for d in kind.shape.dim),
+    )

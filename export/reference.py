@@ -1,0 +1,122 @@
+"""Generation with the PyTorch modules, keeping what every graph takes and gives: the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from var_deploy import names
+from var_deploy.export.models.sampler import draw, filter_logits, guide
+from var_deploy.export.models.tokenizer import Tokenizer
+from var_deploy.export.models.transformer import Cache
+from var_deploy.sampling import Sampling
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleTrace:
+    """One scale: inputs and outputs of its graph by tensor name, and how firm each token is.
+
+    `margins` [B, L_k] is the distance of a token's uniform from the nearest end of its interval.
+    """
+
+    inputs: Arrays
+    outputs: Arrays
+    margins: NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A whole generation. `image` is [B, side, side, channels] in [0, 1]."""
+
+    condition: Arrays
+    scales: list[ScaleTrace]
+    f_hat: NDArray[Any]
+    image: NDArray[Any]
+
+
+def modulation_table(model: Any, mod: Any) -> Tensor:
+    """The rows of the `modulation` tensor: [6N + 2, G, C], with the ones already added."""
+    blocks = torch.cat([m.squeeze(2) for m in mod.blocks])
+    ones = torch.tensor([0.0, 0, 1, 1, 0, 0] * len(mod.blocks) + [1, 0]).view(-1, 1, 1)
+    return torch.cat((blocks, mod.head.squeeze(2))) + ones
+
+
+@torch.no_grad()
+def trace_generation(
+    tokenizer: Tokenizer,
+    transformer: Any,
+    labels: Sequence[int],
+    uniforms: NDArray[Any],
+    sampling: Sampling,
+    guidance: bool,
+) -> Trace:
+    """Generate B images from labels and uniforms [B, T] with the published algorithm.
+
+    `transformer` is a Transformer or a Gpt2Transformer.
+    """
+    spec = transformer.spec
+    t, batch = spec.transformer, len(labels)
+    rows = [*labels, *[t.classes] * batch] if guidance else list(labels)
+    mod = transformer.modulation(torch.tensor(rows))
+    condition: Arrays = {}
+    if t.conditional:
+        condition = {
+            names.FIRST_INPUT: mod.first.numpy(),
+            names.MODULATION: modulation_table(transformer, mod).numpy(),
+        }
+    cache, scales = Cache(t.depth), []
+    side = spec.tokenizer.latent_side
+    f_hat = torch.zeros(batch, spec.tokenizer.code_width, side, side)
+    draws = torch.from_numpy(uniforms).split(list(spec.scale_lengths), dim=1)
+    following: Tensor | None = None
+    for k in range(spec.scales):
+        inputs: Arrays = {
+            **condition,
+            names.F_HAT: f_hat.numpy(),
+            names.UNIFORMS: draws[k].numpy(),
+        }
+        if following is not None:
+            inputs[names.INPUT] = following.numpy()
+            inputs |= _cache_arrays(cache, names.past_key, names.past_value)
+        strength = sampling.guidance(k, spec.scales)
+        logits = guide(transformer.step(k, following, mod, cache), strength, batch)
+        kept = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        tokens, margins = draw(kept, draws[k])
+        f_hat = f_hat + tokenizer.quantize.contribution(k, tokenizer.quantize.lookup(k, tokens))
+        start = spec.prefix_lengths[k]
+        outputs = _cache_arrays(cache, names.new_key, names.new_value, start)
+        outputs |= {
+            names.LOGITS: logits.numpy(),
+            names.TOKENS: tokens.numpy(),
+            names.NEW_F_HAT: f_hat.numpy(),
+        }
+        if k + 1 < spec.scales:
+            if t.family == "gpt2":
+                following = transformer.next_input(k, tokens)
+            else:
+                following = tokenizer.quantize.next_input(k, f_hat)
+            outputs[names.NEXT_INPUT] = following.numpy()
+        scales.append(ScaleTrace(inputs=inputs, outputs=outputs, margins=margins.numpy()))
+    image = (tokenizer.decode(f_hat) + 1) / 2
+    return Trace(
+        condition=condition,
+        scales=scales,
+        f_hat=f_hat.numpy(),
+        image=image.permute(0, 2, 3, 1).numpy(),
+    )
+
+
+def _cache_arrays(cache: Cache, key: Any, value: Any, start: int = 0) -> Arrays:
+    arrays: Arrays = {}
+    for layer, pair in enumerate(cache.pairs):
+        assert pair is not None  # the caller asks after the first step
+        arrays[key(layer)] = pair[0][start:].contiguous().numpy()
+        arrays[value(layer)] = pair[1][start:].contiguous().numpy()
+    return arrays

@@ -1,0 +1,225 @@
+"""A few steps of pocket's training: it learns, repeats itself, and writes what export reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from var_deploy.export.checkpoint import build_modules, load_model
+from var_deploy.export.models.tokenizer import Tokenizer
+from var_deploy.export.models.transformer import Transformer
+from var_deploy.export.pocket import judge, train
+from var_deploy.export.pocket.drawings import draw_set
+from var_deploy.export.pocket.recipe import POCKET, Recipe
+from var_deploy.spec import ModelSpec
+
+SPEC = ModelSpec(
+    tokenizer=dataclasses.replace(
+        POCKET.tokenizer,
+        patch_nums=(1, 2, 4, 8),
+        vocab_size=24,
+        code_width=8,
+        width_multipliers=(1, 1, 1, 1),
+    ),
+    transformer=dataclasses.replace(POCKET.transformer, depth=2, width=48, heads=2, ffn_width=96),
+)
+RECIPE = Recipe(
+    seed=3,
+    tokenizer_images=16,
+    tokenizer_batch=4,
+    tokenizer_steps=12,
+    plain_steps=8,
+    transformer_images=24,
+    transformer_batch=8,
+    transformer_steps=80,
+    threads=1,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Both models before and after their few steps."""
+
+    untrained_tokenizer: Tokenizer
+    tokenizer: Tokenizer
+    untrained_transformer: Transformer
+    transformer: Transformer
+    log: list[str]
+
+
+def run(recipe: Recipe) -> Run:
+    none = dataclasses.replace(recipe, tokenizer_steps=0, transformer_steps=0)
+    log: list[str] = []
+    tokenizer = train.train_tokenizer(recipe, SPEC, log.append)
+    return Run(
+        untrained_tokenizer=train.train_tokenizer(none, SPEC, str),
+        tokenizer=tokenizer,
+        untrained_transformer=train.train_transformer(none, SPEC, tokenizer, str),
+        transformer=train.train_transformer(recipe, SPEC, tokenizer, log.append),
+        log=log,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Run:
+    return run(RECIPE)
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def unchanged(before: nn.Module, after: nn.Module) -> list[str]:
+    old, new = parameters(before), parameters(after)
+    assert all(bool(p.isfinite().all()) for p in new.values())
+    return [name for name in old if torch.equal(old[name], new[name])]
+
+
+@torch.no_grad()
+def token_loss(tokenizer: Tokenizer, transformer: Transformer) -> float:
+    """Cross-entropy over the pictures that the transformer learned from."""
+    images = judge.training_images(RECIPE.transformer_images)
+    labels = torch.arange(len(images)) % 10
+    tokens = tokenizer.encode(train.to_tensor(images))
+    logits = transformer(labels, tokenizer.teacher_input(tokens))
+    return F.cross_entropy(logits.flatten(0, 1), torch.cat(tokens, dim=1).flatten()).item()
+
+
+def test_every_weight_of_the_tokenizer_moves_and_pictures_get_clearer(trained: Run) -> None:
+    assert not unchanged(trained.untrained_tokenizer, trained.tokenizer)
+    images, _ = draw_set(RECIPE.tokenizer_images, RECIPE.seed)
+    before = judge.tokenizer_psnr(trained.untrained_tokenizer, images)
+    assert judge.tokenizer_psnr(trained.tokenizer, images) > before + 1
+
+
+def test_the_codebook_is_used(trained: Run) -> None:
+    images, _ = draw_set(RECIPE.tokenizer_images, RECIPE.seed)
+    with torch.no_grad():
+        tokens = torch.cat(trained.tokenizer.encode(train.to_tensor(images)), dim=1)
+    assert len(tokens.unique()) > SPEC.tokenizer.vocab_size / 2
+
+
+def test_every_weight_of_the_transformer_moves_and_its_loss_falls(trained: Run) -> None:
+    assert not unchanged(trained.untrained_transformer, trained.transformer)
+    before = token_loss(trained.tokenizer, trained.untrained_transformer)
+    assert before == pytest.approx(np.log(SPEC.tokenizer.vocab_size), rel=0.05)  # knows nothing
+    assert token_loss(trained.tokenizer, trained.transformer) < before - 0.1
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_does_not(trained: Run) -> None:
+    torch.rand(5)  # whatever happened before must not matter
+    again = run(RECIPE)
+    for name in ("tokenizer", "transformer"):
+        first, second = getattr(trained, name), getattr(again, name)
+        assert unchanged(first, second) == list(parameters(first)), name
+    short = dataclasses.replace(RECIPE, seed=4, tokenizer_steps=1, plain_steps=1)
+    other = train.train_tokenizer(short, SPEC, str)
+    assert not torch.equal(other.encoder.conv_in.weight, trained.tokenizer.encoder.conv_in.weight)
+
+
+def test_progress_is_logged(trained: Run) -> None:
+    for stage, steps in (("tokenizer", 12), ("transformer", 80)):
+        lines = [" ".join(line.split()) for line in trained.log if line.startswith(stage)]
+        shown = [line.split(" ")[1] for line in lines]
+        assert [shown[0], shown[-1]] == [f"0/{steps}", f"{steps - 1}/{steps}"]
+
+
+def test_what_is_saved_is_half_precision_and_loads_as_it_was(trained: Run, tmp_path: Path) -> None:
+    files = {"tokenizer": tmp_path / "t.safetensors", "checkpoint": tmp_path / "v.safetensors"}
+    train.save_half(trained.tokenizer, files["tokenizer"])
+    train.save_half(trained.transformer, files["checkpoint"])
+    for path in files.values():
+        with safe_open(path, framework="pt") as saved:
+            kinds = {key: saved.get_slice(key).get_dtype() for key in saved.keys()}  # noqa: SIM118
+        assert {kind for key, kind in kinds.items() if key != "lvl_1L"} == {"F16"}
+    model = load_model(None, **files)
+    assert model.spec == SPEC
+    for loaded, module in zip(
+        build_modules(model), (trained.tokenizer, trained.transformer), strict=True
+    ):
+        found = loaded.state_dict()
+        assert found.keys() == module.state_dict().keys()
+        for name, p in parameters(module).items():
+            assert torch.equal(found[name], p.half().float()), name
+
+
+def test_the_command_trains_both_stages_on_pictures_that_nothing_is_judged_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"tokenizer_steps": 1, "plain_steps": 0, "transformer_steps": 1}
+    drawn: list[tuple[int, int]] = []
+
+    def recipe(seed: int) -> Recipe:
+        return dataclasses.replace(RECIPE, seed=seed, **few)
+
+    def recorded(count: int, seed: int) -> object:
+        drawn.append((count, seed))
+        return draw_set(count, seed)
+
+    monkeypatch.setattr(train, "Recipe", recipe)
+    monkeypatch.setattr(train, "POCKET", SPEC)
+    monkeypatch.setattr(train, "draw_set", recorded)
+    result = CliRunner().invoke(train.main, ["--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "transformer     0/1" in result.output
+    folder = tmp_path / "out"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        train.TOKENIZER_FILE,
+        train.TRANSFORMER_FILE,
+    ]
+    model = load_model(
+        None,
+        tokenizer=folder / train.TOKENIZER_FILE,
+        checkpoint=folder / train.TRANSFORMER_FILE,
+    )
+    assert model.spec == SPEC
+
+    assert drawn == [(16, 0), (24, judge.TRAINING_SEED)]
+    full = range(0, Recipe().transformer_images, judge.TRAINING_CHUNK)
+    learned = {Recipe().seed, *(judge.TRAINING_SEED + start for start in full)}
+    assert not learned & {Recipe().held_out_seed, judge.JUDGE_SEED, judge.CHECK_SEED}
+
+
+def test_training_pictures_are_those_that_were_encoded(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`judge.training_images` looks for copies in the right place, beyond the first thousand."""
+    drawn: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
+
+    def recorded(count: int, seed: int) -> object:
+        images, labels = draw_set(min(count, 2), seed)
+        drawn.append(images)
+        return images, labels
+
+    monkeypatch.setattr(train, "draw_set", recorded)
+    train.encode_set(trained.tokenizer, 2002, 10_000_000)
+    picked = judge.training_images(2002)[[0, 1, 1000, 1001, 2000, 2001]]
+    np.testing.assert_array_equal(np.concatenate(drawn), picked)
+
+
+def test_help_says_what_the_command_does() -> None:
+    command = [sys.executable, "-m", "var_deploy.export.pocket.train", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Train pocket and write its two weight files" in result.stdout
+    for option in ("--out", "--stage", "--seed"):
+        assert option in result.stdout
