@@ -97,6 +97,9 @@ def export_bundle(
         folder.chmod(0o755)  # mkdtemp makes it private
         manifest = _write(model, folder, options, report)
         _put_in_place(folder, out)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ExportError(f"cannot write {out}: {error.strerror or error}") from None
     except BaseException:  # Ctrl-C as well: nothing half-written stays
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -157,7 +160,8 @@ def _write(
             "onnx": onnx.__version__,
             "opset": str(OPSET),
         },
-        defaults=model.defaults,
+        # a default must be something that the graphs can do
+        defaults=model.defaults if options.guidance else model.defaults.replace(cfg=0.0),
         labels=model.labels,
     )
     manifest.save(folder)
@@ -183,7 +187,11 @@ def cached_reader(model: LoadedModel) -> ReadKey:
 def _save_graph(
     graph: GraphBuilder, path: Path, locate: Callable[[str], tuple[str, int, int]]
 ) -> FileInfo:
-    path.write_bytes(graph.model(locate).SerializeToString(deterministic=True))
+    data = graph.model(locate).SerializeToString(deterministic=True)
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise ExportError(f"cannot write {path.name}: {error.strerror}") from None
     onnx.checker.check_model(str(path), full_check=True)
     return FileInfo(size=path.stat().st_size, sha256=file_sha256(path))
 

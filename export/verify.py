@@ -263,9 +263,8 @@ class _Verifier:
 
     def _encoder(self, runner: GraphRunner, encoded: Arrays) -> Check:
         found = runner.run({names.IMAGE: self._trace.image})
-        check = self._compare(
-            names.ENCODER, {names.LATENT: encoded[names.LATENT]}, {names.LATENT: found.pop(names.LATENT)}
-        )
+        latent = {names.LATENT: found.pop(names.LATENT)}
+        check = self._compare(names.ENCODER, {names.LATENT: encoded[names.LATENT]}, latent)
         agree = sum(int((found[k] == encoded[k]).sum()) for k in found)
         total = sum(found[k].size for k in found)
         # one code that rounding tips changes the residuals of all later scales, so in fp32 the

@@ -153,6 +153,55 @@ def family_member() -> Callable[..., ModelSpec]:
     return build
 
 
+@pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Bundle of a golden case by name: both precisions and layouts, B that of its arrays.
+
+    Exported once a run; a test that changes it works on a copy.
+    """
+    from var_deploy.export.bundle import ExportOptions, export_bundle
+
+    folder = tmp_path_factory.mktemp("golden")
+
+    @cache
+    def bundle(name: str) -> Path:
+        golden = load_golden(name)
+        options = ExportOptions(
+            precisions=("fp32", "fp16"), batch=len(golden.arrays["labels"]), layout="both"
+        )
+        export_bundle(golden.model, folder / name, options)
+        return folder / name
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def pocket_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pocket as the command line exports it, in fp32; not to be changed."""
+    from var_deploy.export.bundle import ExportOptions, export_bundle
+    from var_deploy.export.checkpoint import load_model
+
+    out = tmp_path_factory.mktemp("pocket") / "bundle"
+    export_bundle(load_model("pocket"), out, ExportOptions())
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_model(family_member: Callable[..., ModelSpec]) -> Callable[..., LoadedModel]:
+    """A small member of the family with seeded weights, for what needs no golden arrays."""
+    from var_deploy.export.checkpoint import assemble, empty_modules
+
+    def build(seed: int = 1, **changes: Any) -> LoadedModel:
+        spec = family_member(**changes)
+        tokenizer, transformer = (
+            SeededWeights({k: tuple(p.shape) for k, p in m.named_parameters()}, seed)
+            for m in empty_modules(spec)
+        )
+        return assemble(spec, tokenizer, transformer)
+
+    return build
+
+
 @pytest.fixture
 def states(family_member: Callable[..., ModelSpec]) -> tuple[dict[str, Any], dict[str, Any]]:
     """State dicts of a small tokenizer and transformer that belong together."""

@@ -108,10 +108,20 @@ class Manifest:
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def save(self, bundle: Path) -> None:
-        """Write manifest.json by rename, so that it is never half there."""
+        """Write manifest.json by rename, so that it is never half there.
+
+        Raises BundleError where the disk refuses; an older manifest is still there then.
+        """
+        path = bundle / names.MANIFEST
         temporary = bundle / (names.MANIFEST + ".tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(bundle / names.MANIFEST)
+        try:
+            try:
+                temporary.write_text(self.to_json(), encoding="utf-8")
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -125,7 +135,7 @@ def read_manifest(bundle: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{bundle} is no bundle: it has no {names.MANIFEST}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
@@ -139,8 +149,12 @@ def read_manifest(bundle: Path) -> Manifest:
         manifest = _parse(data)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise BundleError(f"{path} is damaged ({error!r}); export the bundle again") from None
-    for name in [*manifest.files, *(g.file for p in manifest.graphs.values() for g in p.values())]:
+    graph_files = [g.file for p in manifest.graphs.values() for g in p.values()]
+    for name in (*manifest.files, *graph_files):
         _inside(bundle, name)
+    for name in graph_files:
+        if name not in manifest.files:
+            raise BundleError(f"{path} has no hash of {name}; export the bundle again")
     return manifest
 
 
@@ -206,7 +220,7 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
     graphs = {
         precision: {
             name: GraphInfo(
-                file=g["file"],
+                file=str(g["file"]),
                 inputs=tensors(g["inputs"]),
                 outputs=tensors(g["outputs"]),
                 weight_bytes=g["weight_bytes"],
@@ -215,6 +229,8 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
         }
         for precision, by_name in data["graphs"].items()
     }
+    if not graphs or data["batch"] < 1:
+        raise ValueError(f"{len(graphs)} precisions, batch {data['batch']}")
     return Manifest(
         model=ModelSpec.from_json(data["model"]),
         preset=data["preset"],

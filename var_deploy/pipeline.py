@@ -110,10 +110,9 @@ class Pipeline:
             cfg, top_k, top_p, temperature: see `Sampling`; None takes the bundle's default.
             on_progress: called with (launches done, launches in all).
 
-        Raises UsageError (LabelError) for labels, seeds or settings out of range.
+        Raises UsageError (LabelError) for labels, seeds or settings out of range, BackendError
+        where the pipeline is closed or the runtime fails.
         """
-        if self._loop is None:
-            raise BackendError("this pipeline is closed")
         manifest, spec = self.manifest, self.manifest.model
         sampling = manifest.defaults.replace(
             cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature
@@ -128,6 +127,8 @@ class Pipeline:
         launches = spec.scales + 1
         all_steps = -(-len(numbers) // batch) * launches
         with self._lock:
+            if self._loop is None:
+                raise BackendError("this pipeline is closed")
             for number, first in enumerate(range(0, len(numbers), batch)):
                 part = numbers[first : first + batch]
                 padded = part + [part[-1]] * (batch - len(part))

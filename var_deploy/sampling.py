@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from var_deploy.errors import UsageError
 
 MAX_SEED = 2**64 - 1
+MAX_TOP_K = 2**31 - 1  # far above any codebook, and an integer to every backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class Sampling:
         _number("temperature", self.temperature, 1e-3, 1000.0)
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral):
             raise UsageError(f"top_k must be a whole number, found {self.top_k!r}")
-        if self.top_k < 0:
-            raise UsageError(f"top_k must be 0 (off) or more, found {self.top_k}")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise UsageError(f"top_k must lie between 0 (off) and 2**31 - 1, found {self.top_k}")
 
     def guidance(self, scale: int, scales: int) -> float:
         """t at `scale`: logits = (1 + t)·conditional - t·unconditional."""
@@ -79,4 +80,5 @@ def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:
     number is exact in fp32 and none rounds up to 1.
     """
     bits = np.random.Philox(key=np.array([seed, image], np.uint64)).random_raw(tokens)
-    return ((bits >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+    drawn: NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32)
+    return drawn * np.float32(2.0**-24)

@@ -36,7 +36,7 @@ class BlockContext:
 
 
 def layer_norm(b: GraphBuilder, ctx: BlockContext, x: str, layer: int, which: int) -> str:
-    """LN(x)·(1+scale)+shift of norm `which` (0 or 1) of a block; the affine LN in the GPT-2 form."""
+    """LN(x)·(1+scale)+shift of norm `which` (0 or 1); the affine LN in the GPT-2 form."""
     t = ctx.spec.transformer
     if ctx.modulation is None:
         prefix = f"blocks.{layer}.norm{which + 1}"
@@ -131,7 +131,8 @@ def query_scale(prefix: str) -> Callable[[ReadKey], NDArray[Any]]:
 
     def make(read: ReadKey) -> NDArray[Any]:
         learned = read(f"{prefix}.scale_mul_1H11").reshape(-1, 1)
-        return np.exp(np.minimum(learned, np.float32(MAX_SCALE_LOG)))
+        scale: NDArray[Any] = np.exp(np.minimum(learned, np.float32(MAX_SCALE_LOG)))
+        return scale
 
     return make
 

@@ -34,12 +34,16 @@ class Autoencoder:
             weight = b.weight(f"{key}.weight", shape, dtype=b.compute)
             bias = b.weight(f"{key}.bias", (channels[1],), dtype=b.compute)
             near = 0 if far_side else kernel // 2
-            attributes = {
-                "kernel_shape": [kernel, kernel],
-                "pads": [near, near, kernel // 2, kernel // 2],
-                "strides": [2, 2] if far_side else [1, 1],
-            }
-            return b.to_float(b.op("Conv", b.to_compute(x), weight, bias, **attributes))
+            y = b.op(
+                "Conv",
+                b.to_compute(x),
+                weight,
+                bias,
+                kernel_shape=[kernel, kernel],
+                pads=[near, near, kernel // 2, kernel // 2],
+                strides=[2, 2] if far_side else [1, 1],
+            )
+            return b.to_float(y)
 
     def norm(self, key: str, x: str, channels: int, side: int) -> str:
         """GroupNorm as InstanceNormalization over the groups: GroupNormalization changed its

@@ -22,7 +22,13 @@ HALVINGS = 32
 
 
 def sample(
-    b: GraphBuilder, logits: str, uniforms: str, temperature: str, top_k: str, top_p: str, codes: int
+    b: GraphBuilder,
+    logits: str,
+    uniforms: str,
+    temperature: str,
+    top_k: str,
+    top_p: str,
+    codes: int,
 ) -> str:
     """logits [B, L, V], uniforms [B, L], scalars → tokens [B, L] int64."""
     with b.scope("sampler"):
@@ -48,15 +54,19 @@ def _top_k_threshold(b: GraphBuilder, x: str, top: str, top_k: str, codes: int) 
     off = b.op("Equal", top_k, b.constant(0, np.int64))
     k = b.op("Where", off, b.constant(codes, np.int64), top_k)
     k = b.cast(b.op("Min", k, b.constant(codes, np.int64)), np.float32)
-    low = b.op("ReduceMin", x, b.ints(-1), keepdims=1)
+
+    def enough(threshold: str) -> str:
+        above = b.cast(b.op("GreaterOrEqual", x, threshold), np.float32)
+        return b.op("GreaterOrEqual", b.op("ReduceSum", above, b.ints(-1), keepdims=1), k)
+
+    # halving never arrives at its upper end, so the largest is tried first: top-1 is exact
+    low = b.op("Where", enough(top), top, b.op("ReduceMin", x, b.ints(-1), keepdims=1))
     high = top
     for _ in range(HALVINGS):
         middle = _middle(b, low, high)
-        above = b.cast(b.op("GreaterOrEqual", x, middle), np.float32)
-        count = b.op("ReduceSum", above, b.ints(-1), keepdims=1)
-        enough = b.op("GreaterOrEqual", count, k)
-        low = b.op("Where", enough, middle, low)
-        high = b.op("Where", enough, high, middle)
+        holds = enough(middle)
+        low = b.op("Where", holds, middle, low)
+        high = b.op("Where", holds, high, middle)
     return low
 
 

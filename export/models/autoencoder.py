@@ -5,6 +5,8 @@ Module names are the keys of the released state dicts.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,8 +30,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        shortcut: Tensor = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + h
+        out: Tensor = h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -51,6 +53,8 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    key = "downsample"
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -62,6 +66,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    key = "upsample"
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -72,21 +78,36 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention at the lowest one."""
+    """Residual blocks of one resolution, each followed by attention at the lowest one.
 
-    def __init__(self, channels_in: int, channels_out: int, blocks: int, attention: bool) -> None:
+    `resample` ends the level, under the key of its class; None at the last resolution.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        blocks: int,
+        attention: bool,
+        resample: type[Downsample] | type[Upsample] | None,
+    ) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
         self.block = nn.ModuleList(
-            ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ResidualBlock(before, after) for before, after in pairwise(widths)
         )
         self.attn = nn.ModuleList(AttentionBlock(channels_out) for _ in range(blocks * attention))
+        self._resample = resample.key if resample else ""
+        if resample:
+            self.add_module(resample.key, resample(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
+        if self._resample:
+            x = self.get_submodule(self._resample)(x)
         return x
 
 
@@ -113,10 +134,8 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             coming = widths[i - 1] if i else spec.base_width
-            level = Level(coming, width, spec.res_blocks, attention=last)
-            if not last:
-                level.downsample = Downsample(width)
-            self.down.append(level)
+            resample = None if last else Downsample
+            self.down.append(Level(coming, width, spec.res_blocks, last, resample))
         self.mid = Middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], spec.code_width, 3, padding=1)
@@ -125,8 +144,6 @@ class Encoder(nn.Module):
         x = self.conv_in(image)
         for level in self.down:
             x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
         return out
 
@@ -143,10 +160,8 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             coming = widths[min(i + 1, len(widths) - 1)]
-            level = Level(coming, width, spec.res_blocks + 1, attention=last)
-            if i > 0:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+            resample = Upsample if i else None
+            self.up.append(Level(coming, width, spec.res_blocks + 1, last, resample))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], spec.image_channels, 3, padding=1)
 
@@ -154,7 +169,5 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             x = level(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def guide(logits_GLV: Tensor, strength: float, batch: int) -> Tensor:
-    """Classifier-free guidance: (1 + t)·conditional - t·unconditional; unguided rows as they are."""
+    """Classifier-free guidance: (1 + t)·conditional - t·unconditional; B rows stay as they are."""
     if len(logits_GLV) == batch:
         return logits_GLV
     return (1 + strength) * logits_GLV[:batch] - strength * logits_GLV[batch:]

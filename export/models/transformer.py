@@ -7,7 +7,7 @@ behind both, `modulation`, which depends on the label alone and is computed once
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -166,8 +166,9 @@ class Transformer(nn.Module):
         if self.spec.transformer.shared_adaln:
             shared = self.shared_ada_lin(cond).view(len(labels_G), 6, -1)
         position = self.pos_1LC[:, :1] + self.lvl_embed.weight[0]
+        blocks = [cast(Block, block).modulation(cond, shared) for block in self.blocks]
         return Modulation(
-            blocks=[block.modulation(cond, shared) for block in self.blocks],
+            blocks=blocks,
             head=self.head_nm.modulation(cond),
             first=cond.unsqueeze(1) + self.pos_start + position,
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+
 from var_deploy.export.pocket.outdoors import (
     draw_boat,
     draw_flower,

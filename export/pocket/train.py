@@ -78,7 +78,7 @@ class Optimizers:
         factor = cosine_rate(self.done, self.steps)
         for parameter in self.all:
             parameter.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for part, share in zip(self.parts, (1.0, 0.5), strict=True):
             for group in part.param_groups:
                 group["lr"] = self.rate * share * factor

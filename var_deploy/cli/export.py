@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -71,10 +72,10 @@ def export(
     tokenizer: Path | None,
     random_weights: int | None,
     heads: int | None,
-    precision: tuple[str, ...],
+    precision: tuple[Literal["fp32", "fp16"], ...],
     batch: int,
     guidance: bool,
-    layout: str,
+    layout: Literal["both", "per-scale", "shared"],
     force: bool,
 ) -> None:
     """Write the bundle of MODEL: ONNX graphs, one weights file and a manifest.

@@ -199,8 +199,14 @@ def _settings(
         "bundle": manifest.digest(),
         "precision": precision,
         "seed": str(seed),
-        "cfg": f"{sampling.cfg:g}",
+        "cfg": _exact(sampling.cfg),
         "top_k": str(sampling.top_k),
-        "top_p": f"{sampling.top_p:g}",
-        "temperature": f"{sampling.temperature:g}",
+        "top_p": _exact(sampling.top_p),
+        "temperature": _exact(sampling.temperature),
     }
+
+
+def _exact(value: float) -> str:
+    """The shortest text that gives the same number again, so that the image can be made again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
