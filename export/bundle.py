@@ -87,7 +87,7 @@ def export_bundle(
     if options.guidance and not model.spec.transformer.conditional:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
     report = progress or (lambda message, fraction: None)
-    out = out.absolute()
+    out = out.resolve()  # a link is followed, not replaced
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -198,17 +198,18 @@ def _save_graph(
 
 def _put_in_place(folder: Path, out: Path) -> None:
     """Rename; an older bundle is moved aside first and deleted last."""
+    old = folder.with_name(folder.name.replace(".partial-", ".old-"))
     try:
-        if not out.exists():
-            folder.rename(out)
-            return
-        old = folder.with_name(folder.name.replace(".partial-", ".old-"))
-        out.rename(old)
         try:
+            if out.exists():
+                out.rename(old)
             folder.rename(out)
         except BaseException:
-            old.rename(out)
+            if old.exists() and not out.exists():
+                old.rename(out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ExportError(f"cannot put the bundle at {out}: {error.strerror}") from None

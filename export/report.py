@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,10 @@ class Report:
             "failure": self.failure,
             "labels": list(self.labels),
             "seed": self.seed,
-            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "checks": [
+                {k: _plain(v) for k, v in dataclasses.asdict(check).items()}
+                for check in self.checks
+            ],
         }
 
     def table(self) -> str:
@@ -75,6 +79,11 @@ class Report:
         lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
         verdict = "the deployed graphs are the model" if self.passed else f"FAILED {self.failure}"
         return "\n".join(line.rstrip() for line in [*lines, "", verdict])
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: an error beyond all numbers is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(check: Check) -> tuple[str, ...]:

@@ -136,6 +136,10 @@ def _reference(
     return trace, labels, encoded
 
 
+class _UnfitError(Exception):
+    """A graph cannot be run on what the manifest says it takes."""
+
+
 class _Verifier:
     """The checks of one precision."""
 
@@ -143,16 +147,27 @@ class _Verifier:
         self._bundle, self._manifest, self._precision = bundle, manifest, precision
         self._trace = trace
         self._bound = BOUNDS[precision]
+        self._unfit = ""  # the first graph that cannot be run at all
 
     def graph(self, name: str, labels: Sequence[int], encoded: Arrays) -> list[Check]:
         """Run one graph on the reference's inputs: a check, or one a scale for `step`."""
+        try:
+            return self._graph(name, labels, encoded)
+        except _UnfitError as error:
+            self._unfit = self._unfit or name
+            return [self._failed(name, str(error))]
+
+    def _graph(self, name: str, labels: Sequence[int], encoded: Arrays) -> list[Check]:
         info = self._manifest.graph(self._precision, name)
         interior = {names.ENCODER: names.LATENT}.get(name, names.LOGITS)
         if name in (names.CONDITION, names.DECODER):
             interior = ""
-        runner = GraphRunner(self._bundle / info.file, info, interior)
+        try:
+            runner = GraphRunner(self._bundle / info.file, info, interior)
+        except Exception as error:  # onnx and ONNX Runtime raise types of their own
+            raise _UnfitError(f"cannot be loaded: {' '.join(str(error).split())}") from error
         if runner.mismatch:
-            return [self._failed(name, runner.mismatch)]
+            raise _UnfitError(runner.mismatch)
         if name == names.CONDITION:
             classes = self._manifest.model.transformer.classes
             rows = np.full(self._manifest.rows, classes)
@@ -177,6 +192,8 @@ class _Verifier:
         return [self._loop(layout, labels, seed) for layout in layouts]
 
     def _loop(self, layout: Layout, labels: Sequence[int], seed: int) -> Check:
+        if self._unfit:
+            return self._failed(f"loop {layout}", f"not run, because {self._unfit} is not right")
         spec = self._manifest.model
         loop = ScaleLoop(self._bundle, self._manifest, OrtCpuBackend(), self._precision, layout)
         try:
@@ -190,7 +207,7 @@ class _Verifier:
         expected = [trace.outputs[names.TOKENS] for trace in self._trace.scales]
         agree = sum(int((a == b).sum()) for a, b in zip(tokens, expected, strict=True))
         total = spec.total_tokens * len(labels)
-        error = float(np.abs(image - self._trace.image).max())
+        error = float(np.nan_to_num(np.abs(image - self._trace.image), nan=np.inf).max())
         bound = IMAGE_BOUNDS[self._precision]
         detail, passed = "", True
         if agree < total:
@@ -302,6 +319,6 @@ class _Verifier:
 
 
 def _psnr(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Of images in [0, 1]; 200 dB stands for equal."""
-    error = float(np.square(found.astype(np.float64) - expected).mean())
+    """Of images in [0, 1]; 200 dB stands for equal, -inf for a NaN."""
+    error = float(np.nan_to_num(np.square(found.astype(np.float64) - expected), nan=np.inf).mean())
     return min(200.0, -10 * float(np.log10(max(error, 1e-20))))

@@ -154,6 +154,12 @@ def family_member() -> Callable[..., ModelSpec]:
 
 
 @pytest.fixture(scope="session")
+def load_case() -> Callable[[str], Golden]:
+    """A golden case by name."""
+    return load_golden
+
+
+@pytest.fixture(scope="session")
 def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Bundle of a golden case by name: both precisions and layouts, B that of its arrays.
 

@@ -1,4 +1,4 @@
-"""What lies in a bundle: portable static graphs, named after the model, over one copy of weights."""
+"""What lies in a bundle: portable graphs, named after the model, over one copy of weights."""
 
 from __future__ import annotations
 
@@ -25,21 +25,27 @@ ROOT = Path(__file__).parents[2]
 CASES = ("seeded-adaln", "seeded-shared-aln")
 # what TensorRT 10.3 parses and keeps on the device; above all no TopK, CumSum, Multinomial,
 # GroupNormalization, NonZero, and no control flow
-OPERATORS = frozenset(
-    """
-    Add And ArgMin Cast Clip Concat Conv Div Equal Exp Expand Gather Gelu Greater GreaterOrEqual
-    Identity InstanceNormalization LayerNormalization LessOrEqual MatMul Max Min Mul Or Pad ReduceL2
-    ReduceMax ReduceMin ReduceSum ReduceSumSquare Reshape Resize Shape Sigmoid Slice Softmax Split
-    Sub Transpose Unsqueeze Where
-    """.split()
-)
+PORTABLE = """
+Add And ArgMin Cast Clip Concat Conv Div Equal Exp Expand Gather Gelu Greater GreaterOrEqual
+Identity InstanceNormalization LayerNormalization LessOrEqual MatMul Max Min Mul Or Pad ReduceL2
+ReduceMax ReduceMin ReduceSum ReduceSumSquare Reshape Resize Shape Sigmoid Slice Softmax Split
+Sub Transpose Unsqueeze Where
+"""
+OPERATORS = frozenset(PORTABLE.split())
 # weights that are made of several tensors of the checkpoint, or of one by a formula
 DERIVED = r"first_position|blocks\.\d+\.attn\.(qkv_bias|query_scale)"
 # whatever rounds badly in fp16 takes fp32
 FP32_OPERATORS = (
-    "Softmax", "LayerNormalization", "InstanceNormalization", "ReduceL2", "ReduceSumSquare",
-    "ReduceSum", "ReduceMax", "Exp", "Div",
-)  # fmt: skip
+    "Softmax",
+    "LayerNormalization",
+    "InstanceNormalization",
+    "ReduceL2",
+    "ReduceSumSquare",
+    "ReduceSum",
+    "ReduceMax",
+    "Exp",
+    "Div",
+)
 
 
 class Graph(NamedTuple):
@@ -56,9 +62,8 @@ class Graph(NamedTuple):
         for tensor in self.proto.graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 entry = {e.key: e.value for e in tensor.external_data}
-                found[tensor.name] = (
-                    entry["location"], int(entry["offset"]), int(entry["length"])
-                )  # fmt: skip
+                place = entry["location"], int(entry["offset"]), int(entry["length"])
+                found[tensor.name] = place
         return found
 
     def types(self) -> dict[str, onnx.TypeProto.Tensor]:

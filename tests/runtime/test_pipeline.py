@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ SCALES, SIDE = 3, 8
 ROUNDING = 1
 SMAPS = Path("/proc/self/smaps_rollup")
 needs_smaps = pytest.mark.skipif(
-    not SMAPS.exists(), reason="PSS is read from /proc/self/smaps_rollup, which is not here"
+    not SMAPS.exists(), reason="memory is read from /proc/self/smaps_rollup, which is not here"
 )
 
 
@@ -93,10 +92,10 @@ def difference(found: Images, wanted: Images) -> int:
     return int(np.abs(found.astype(int) - wanted).max())
 
 
-def pss() -> int:
-    """Proportional set size of this process in bytes."""
+def anonymous() -> int:
+    """Bytes that this process alone holds: what others do with shared libraries does not count."""
     lines = SMAPS.read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
 
 # what a seed promises
@@ -255,7 +254,7 @@ def test_without_guidance(export_to: ExportTo, pipe: Pipeline) -> None:
         assert difference(plain, pipe.generate(LABELS, seed=7, cfg=0)) <= ROUNDING
         np.testing.assert_array_equal(other.generate(LABELS, seed=7), plain)
         assert other.manifest.defaults.cfg == 0, "the default must be one that the bundle can do"
-        with pytest.raises(UsageError, match="--no-guidance.*cfg must be 0"):
+        with pytest.raises(UsageError, match=r"--no-guidance.*cfg must be 0"):
             other.generate(LABELS, cfg=1.0)
 
 
@@ -273,14 +272,15 @@ def test_fp16(export_to: ExportTo, expected: Images) -> None:
         greedy = only.generate(LABELS, seed=7, top_k=1)
         np.testing.assert_array_equal(asked.generate(LABELS, seed=7, top_k=1), greedy)
         assert greedy.std() > 10
-    with pytest.raises(BundleError, match="no fp32 graphs.*--precision fp32"):
+    with pytest.raises(BundleError, match=r"no fp32 graphs.*--precision fp32"):
         Pipeline.load(half, precision="fp32")
 
 
 @pytest.mark.parametrize("option", ["backend", "precision", "layout"])
 def test_unknown_options(tmp_path: Path, option: str) -> None:
+    wrong: dict[str, Any] = {option: "best"}
     with pytest.raises(UsageError, match=rf"{option} must be one of auto, .*, found 'best'"):
-        Pipeline.load(tmp_path, **{option: "best"})
+        Pipeline.load(tmp_path, **wrong)
 
 
 def test_threads(export_to: ExportTo, expected: Images) -> None:
@@ -452,9 +452,9 @@ def test_generating_does_not_grow(pipe: Pipeline) -> None:
         for seed in range(count):
             pipe.generate(LABELS[:2], seed=seed)
         gc.collect()
-        return pss()
+        return anonymous()
 
-    many(30)
+    many(30)  # whatever is allocated on first use
     before = many(30)
     caches = 2 * 2 * (1 + 4) * 4 * 64 * 4  # bytes of the K/V rows of one batch
     assert many(400) - before < 400 * caches / 4, "less than a quarter of a cache a batch"

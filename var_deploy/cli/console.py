@@ -46,6 +46,10 @@ class Program(click.Group):
             if _traceback_wanted():
                 raise
             _fail(str(error), error.exit_code)
+        except OSError as error:  # of a file that no command looked at by itself
+            if _traceback_wanted():
+                raise
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
         except Exception as error:
             if _traceback_wanted():
                 raise

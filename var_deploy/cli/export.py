@@ -121,7 +121,8 @@ def export(
 
 def _check_target(out: Path, *, force: bool) -> None:
     """Refuse what must not be replaced: a bundle without --force, anything else always."""
-    check_writable(out.absolute().parent)  # a bundle is written beside its place, then renamed
+    # a bundle is written beside its place, then renamed
+    check_writable(out.absolute().parent if out.exists() else out)
     if (out / names.MANIFEST).exists():
         if not force:
             raise UsageError(f"{out} already holds a bundle; --force replaces it")
