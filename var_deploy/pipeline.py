@@ -16,7 +16,7 @@ from var_deploy import names
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.sampling import check_seed, uniforms
+from var_deploy.sampling import Sampling, check_seed, uniforms
 
 BACKENDS = ("auto", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16")
@@ -33,7 +33,7 @@ class Pipeline:
         self, manifest: Manifest, loop: Any, precision: str, layout: str, how: dict[str, str]
     ) -> None:
         self.manifest = manifest
-        self._loop, self._lock = loop, threading.Lock()
+        self._loop, self._lock, self._busy = loop, threading.RLock(), False
         self._how = {"precision": precision, "layout": layout, **how}
 
     @classmethod
@@ -121,25 +121,17 @@ class Pipeline:
             raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
         seed = check_seed(seed)
         numbers = self._numbers(labels)
-        batch, total = manifest.batch, spec.total_tokens
         side, channels = spec.tokenizer.image_side, spec.tokenizer.image_channels
         images = np.empty((len(numbers), side, side, channels), np.uint8)
-        launches = spec.scales + 1
-        all_steps = -(-len(numbers) // batch) * launches
         with self._lock:
             if self._loop is None:
                 raise BackendError("this pipeline is closed")
-            for number, first in enumerate(range(0, len(numbers), batch)):
-                part = numbers[first : first + batch]
-                padded = part + [part[-1]] * (batch - len(part))
-                draws = np.stack([uniforms(seed, first + i, total) for i in range(batch)])
-
-                def step(done: int, before: int = number * launches) -> None:
-                    if on_progress:
-                        on_progress(before + done, all_steps)
-
-                result = self._loop.run(padded, draws, sampling, step)
-                images[first : first + len(part)] = np.rint(result[: len(part)] * 255)
+            self._refuse_callback()
+            self._busy = True
+            try:
+                self._fill(images, numbers, seed, sampling, on_progress)
+            finally:
+                self._busy = False
         return images
 
     def describe(self) -> dict[str, str]:
@@ -149,6 +141,7 @@ class Pipeline:
     def close(self) -> None:
         """Release the sessions; safe to call twice."""
         with self._lock:
+            self._refuse_callback()
             if self._loop is not None:
                 self._loop.close()
                 self._loop = None
@@ -163,6 +156,35 @@ class Pipeline:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _fill(
+        self,
+        images: NDArray[np.uint8],
+        labels: list[int],
+        seed: int,
+        sampling: Sampling,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Generate batch by batch into `images`; the last batch is padded with its last label."""
+        batch, total = self.manifest.batch, self.manifest.model.total_tokens
+        launches = self.manifest.model.scales + 1
+        all_steps = -(-len(labels) // batch) * launches
+        for number, first in enumerate(range(0, len(labels), batch)):
+            part = labels[first : first + batch]
+            padded = part + [part[-1]] * (batch - len(part))
+            draws = np.stack([uniforms(seed, first + i, total) for i in range(batch)])
+
+            def step(done: int, before: int = number * launches) -> None:
+                if on_progress:
+                    on_progress(before + done, all_steps)
+
+            result = self._loop.run(padded, draws, sampling, step)
+            images[first : first + len(part)] = np.rint(result[: len(part)] * 255)
+
+    def _refuse_callback(self) -> None:
+        """Only a callback of a running generation can hold the lock and get here."""
+        if self._busy:
+            raise UsageError("a callback of generate cannot use the pipeline that calls it")
 
     def _numbers(self, labels: Sequence[int | str] | None) -> list[int]:
         transformer = self.manifest.model.transformer

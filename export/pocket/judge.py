@@ -25,6 +25,7 @@ from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.export.checkpoint import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.drawings import CLASS_NAMES, draw_set
+from var_deploy.export.pocket.fit_transformer import TRAINING_CHUNK, TRAINING_SEED
 from var_deploy.export.pocket.recipe import Recipe
 from var_deploy.pipeline import Pipeline
 
@@ -34,8 +35,6 @@ Distances = NDArray[np.float32]
 
 JUDGE_SEED = Recipe().held_out_seed + 1  # what the judge learns from
 CHECK_SEED = Recipe().held_out_seed + 2  # what it is checked with
-TRAINING_SEED = 10_000_001  # the transformer learns from sets of 1000 with seeds this, + 1000, …
-TRAINING_CHUNK = 1000
 
 
 class Judge(nn.Module):

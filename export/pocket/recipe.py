@@ -43,9 +43,13 @@ class Recipe:
     plain_steps: int = 300
     tokenizer_rate: float = 5e-3
     commitment: float = 0.2
+    refine_images: int = 4_000
+    code_steps: int = 400
+    decoder_steps: int = 1_500
+    decoder_rate: float = 3e-3
     transformer_images: int = 40_000
     transformer_batch: int = 32
-    transformer_steps: int = 2_600
+    transformer_steps: int = 1_500
     transformer_rate: float = 3e-3
     weight_decay: float = 0.05
     label_dropout: float = 0.1

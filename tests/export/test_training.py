@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from var_deploy.export.checkpoint import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
-from var_deploy.export.pocket import judge, train
+from var_deploy.export.pocket import fit_tokenizer, fit_transformer, judge, train
 from var_deploy.export.pocket.drawings import draw_set
 from var_deploy.export.pocket.recipe import POCKET, Recipe
 from var_deploy.spec import ModelSpec
@@ -41,6 +42,9 @@ RECIPE = Recipe(
     tokenizer_batch=4,
     tokenizer_steps=12,
     plain_steps=8,
+    refine_images=40,
+    code_steps=30,
+    decoder_steps=10,
     transformer_images=24,
     transformer_batch=8,
     transformer_steps=80,
@@ -62,12 +66,12 @@ class Run:
 def run(recipe: Recipe) -> Run:
     none = dataclasses.replace(recipe, tokenizer_steps=0, transformer_steps=0)
     log: list[str] = []
-    tokenizer = train.train_tokenizer(recipe, SPEC, log.append)
+    tokenizer = fit_tokenizer.train_tokenizer(recipe, SPEC, log.append)
     return Run(
-        untrained_tokenizer=train.train_tokenizer(none, SPEC, str),
+        untrained_tokenizer=fit_tokenizer.train_tokenizer(none, SPEC, str),
         tokenizer=tokenizer,
-        untrained_transformer=train.train_transformer(none, SPEC, tokenizer, str),
-        transformer=train.train_transformer(recipe, SPEC, tokenizer, log.append),
+        untrained_transformer=fit_transformer.train_transformer(none, SPEC, tokenizer, str),
+        transformer=fit_transformer.train_transformer(recipe, SPEC, tokenizer, log.append),
         log=log,
     )
 
@@ -100,7 +104,7 @@ def token_loss(tokenizer: Tokenizer, transformer: Transformer) -> float:
     """Cross-entropy over the pictures that the transformer learned from."""
     images = judge.training_images(RECIPE.transformer_images)
     labels = torch.arange(len(images)) % 10
-    tokens = tokenizer.encode(train.to_tensor(images))
+    tokens = tokenizer.encode(fit_tokenizer.to_tensor(images))
     logits = transformer(labels, tokenizer.teacher_input(tokens))
     return F.cross_entropy(logits.flatten(0, 1), torch.cat(tokens, dim=1).flatten()).item()
 
@@ -115,7 +119,7 @@ def test_every_weight_of_the_tokenizer_moves_and_pictures_get_clearer(trained: R
 def test_the_codebook_is_used(trained: Run) -> None:
     images, _ = draw_set(RECIPE.tokenizer_images, RECIPE.seed)
     with torch.no_grad():
-        tokens = torch.cat(trained.tokenizer.encode(train.to_tensor(images)), dim=1)
+        tokens = torch.cat(trained.tokenizer.encode(fit_tokenizer.to_tensor(images)), dim=1)
     assert len(tokens.unique()) > SPEC.tokenizer.vocab_size / 2
 
 
@@ -133,8 +137,32 @@ def test_the_same_seed_trains_the_same_weights_and_another_does_not(trained: Run
         first, second = getattr(trained, name), getattr(again, name)
         assert unchanged(first, second) == list(parameters(first)), name
     short = dataclasses.replace(RECIPE, seed=4, tokenizer_steps=1, plain_steps=1)
-    other = train.train_tokenizer(short, SPEC, str)
+    other = fit_tokenizer.train_tokenizer(short, SPEC, str)
     assert not torch.equal(other.encoder.conv_in.weight, trained.tokenizer.encoder.conv_in.weight)
+
+
+def test_refining_the_codes_brings_them_nearer_and_moves_nothing_else(trained: Run) -> None:
+    before = trained.tokenizer
+    after = fit_tokenizer.refine_codes(copy.deepcopy(before), RECIPE, str)
+    moved = set(parameters(before)) - set(unchanged(before, after))
+    assert moved and all(name.startswith("quantize.") for name in moved)
+    images = fit_tokenizer.to_tensor(draw_set(40, RECIPE.seed)[0])
+
+    @torch.no_grad()
+    def error(model: Tokenizer) -> float:
+        f = model.features(images)
+        return F.mse_loss(model.accumulate(model.encode(images)), f).item()
+
+    assert error(after) < 0.9 * error(before)
+
+
+def test_refining_the_decoder_clears_the_picture_and_changes_no_token(trained: Run) -> None:
+    before = trained.tokenizer
+    after = fit_tokenizer.refine_decoder(copy.deepcopy(before), RECIPE, str)
+    moved = set(parameters(before)) - set(unchanged(before, after))
+    assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
+    images, _ = draw_set(RECIPE.tokenizer_images, RECIPE.seed)
+    assert judge.tokenizer_psnr(after, images) > judge.tokenizer_psnr(before, images)
 
 
 def test_progress_is_logged(trained: Run) -> None:
@@ -163,14 +191,14 @@ def test_what_is_saved_is_half_precision_and_loads_as_it_was(trained: Run, tmp_p
             assert torch.equal(found[name], p.half().float()), name
 
 
-def test_the_command_trains_both_stages_on_pictures_that_nothing_is_judged_with(
+def test_the_command_trains_every_stage_on_pictures_that_nothing_is_judged_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = {"tokenizer_steps": 1, "plain_steps": 0, "transformer_steps": 1}
+    few = {"tokenizer_steps": 1, "plain_steps": 0, "code_steps": 1, "decoder_steps": 1}
     drawn: list[tuple[int, int]] = []
 
     def recipe(seed: int) -> Recipe:
-        return dataclasses.replace(RECIPE, seed=seed, **few)
+        return dataclasses.replace(RECIPE, seed=seed, transformer_steps=1, **few)
 
     def recorded(count: int, seed: int) -> object:
         drawn.append((count, seed))
@@ -178,15 +206,16 @@ def test_the_command_trains_both_stages_on_pictures_that_nothing_is_judged_with(
 
     monkeypatch.setattr(train, "Recipe", recipe)
     monkeypatch.setattr(train, "POCKET", SPEC)
-    monkeypatch.setattr(train, "draw_set", recorded)
-    result = CliRunner().invoke(train.main, ["--out", str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
-    assert "transformer     0/1" in result.output
+    for module in (fit_tokenizer, fit_transformer):
+        monkeypatch.setattr(module, "draw_set", recorded)
     folder = tmp_path / "out"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        train.TOKENIZER_FILE,
-        train.TRANSFORMER_FILE,
-    ]
+    for stage in train.STAGES:
+        arguments = ["--out", str(folder), "--stage", stage]
+        result = CliRunner().invoke(train.main, arguments)
+        assert result.exit_code == 0, result.output
+    assert "transformer     0/1" in result.output
+    files = {train.JOINT_FILE, train.CODES_FILE, train.TOKENIZER_FILE, train.TRANSFORMER_FILE}
+    assert {p.name for p in folder.iterdir()} == files
     model = load_model(
         None,
         tokenizer=folder / train.TOKENIZER_FILE,
@@ -194,9 +223,9 @@ def test_the_command_trains_both_stages_on_pictures_that_nothing_is_judged_with(
     )
     assert model.spec == SPEC
 
-    assert drawn == [(16, 0), (24, judge.TRAINING_SEED)]
-    full = range(0, Recipe().transformer_images, judge.TRAINING_CHUNK)
-    learned = {Recipe().seed, *(judge.TRAINING_SEED + start for start in full)}
+    assert drawn == [(16, 0), (40, 0), (16, 0), (24, fit_transformer.TRAINING_SEED)]
+    full = range(0, Recipe().transformer_images, fit_transformer.TRAINING_CHUNK)
+    learned = {Recipe().seed, *(fit_transformer.TRAINING_SEED + start for start in full)}
     assert not learned & {Recipe().held_out_seed, judge.JUDGE_SEED, judge.CHECK_SEED}
 
 
@@ -211,8 +240,8 @@ def test_training_pictures_are_those_that_were_encoded(
         drawn.append(images)
         return images, labels
 
-    monkeypatch.setattr(train, "draw_set", recorded)
-    train.encode_set(trained.tokenizer, 2002, 10_000_000)
+    monkeypatch.setattr(fit_transformer, "draw_set", recorded)
+    fit_transformer.encode_set(trained.tokenizer, 2002, fit_transformer.TRAINING_SEED)
     picked = judge.training_images(2002)[[0, 1, 1000, 1001, 2000, 2001]]
     np.testing.assert_array_equal(np.concatenate(drawn), picked)
 

@@ -361,6 +361,17 @@ def test_close(export_to: ExportTo) -> None:
     assert closed.describe()["backend"] == "onnxruntime-cpu"
 
 
+def test_a_callback_cannot_use_its_own_pipeline(pipe: Pipeline, expected: Images) -> None:
+    for use in (pipe.close, lambda: pipe.generate([0])):
+
+        def callback(done: int, steps: int, use: Callable[[], object] = use) -> None:
+            use()
+
+        with pytest.raises(UsageError, match="callback"):
+            pipe.generate([0], on_progress=callback)
+    assert difference(pipe.generate(LABELS, seed=7), expected) == 0
+
+
 def test_an_exception_passes_through_the_context(export_to: ExportTo) -> None:
     with (
         pytest.raises(ZeroDivisionError),

@@ -7,6 +7,7 @@ take AdamW.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -57,3 +58,46 @@ class Muon(torch.optim.Optimizer):
                 scale = 0.2 * max(update.shape) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["decay"])
                 parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine down to a fiftieth."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(steps - warm_up, 1)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Optimizers:
+    """Muon for matrices and kernels, AdamW for the rest, on one cosine schedule."""
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        rate: float,
+        steps: int,
+        decay: float = 0.0,
+    ) -> None:
+        parameters = [(n, p) for n, p in named if p.requires_grad]
+        self.all = [p for _, p in parameters]
+        # tables and positions are looked up row by row: orthogonalising them mixes the rows
+        matrices = [p for n, p in parameters if p.ndim in (2, 4) and "emb" not in n]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.all if id(p) not in chosen]
+        self.rate, self.steps, self.done = rate, steps, 0
+        self.parts: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=rate, weight_decay=decay),
+            torch.optim.AdamW(rest, lr=rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+
+    def step(self, loss: Tensor) -> None:
+        factor = cosine_rate(self.done, self.steps)
+        for parameter in self.all:
+            parameter.grad = None
+        loss.backward()
+        for part, share in zip(self.parts, (1.0, 0.5), strict=True):
+            for group in part.param_groups:
+                group["lr"] = self.rate * share * factor
+            part.step()
+        self.done += 1
