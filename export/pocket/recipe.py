@@ -32,6 +32,8 @@ class Recipe:
         tokenizer_steps, transformer_steps: optimizer steps of each stage.
         plain_steps: first tokenizer steps, taken without quantising.
         commitment: weight of the quantisation error in the tokenizer's loss.
+        refine_images, code_steps: latents and steps that fit codebook and φ to the encoder.
+        decoder_steps: steps that fit the decoder to the finished codes.
         label_dropout: share of samples trained as "no class", for guidance.
         held_out_seed: drawn images with this seed are never trained on.
     """
@@ -45,11 +47,11 @@ class Recipe:
     commitment: float = 0.2
     refine_images: int = 4_000
     code_steps: int = 400
-    decoder_steps: int = 1_500
+    decoder_steps: int = 800
     decoder_rate: float = 3e-3
-    transformer_images: int = 40_000
+    transformer_images: int = 16_000
     transformer_batch: int = 32
-    transformer_steps: int = 1_500
+    transformer_steps: int = 1_300
     transformer_rate: float = 3e-3
     weight_decay: float = 0.05
     label_dropout: float = 0.1

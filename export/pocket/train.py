@@ -1,14 +1,12 @@
 """Trains pocket from nothing; `make train` repeats the shipped weights from their seed.
 
 Stages hand on files: "joint" fits the whole tokenizer to drawn images, "codes" fits codebook and
-φ to the finished encoder, and then "decoder" and "transformer", which see the codes alone and not
-each other, run side by side on a core each.
+φ to the finished encoder; then "decoder" and "transformer" both start from the codes, and neither
+sees the other.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +52,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     """One stage, from the files of the one before to its own."""
-    torch.set_num_threads(1 if stage in ("decoder", "transformer") else recipe.threads)
     if stage == "joint":
         save_half(train_tokenizer(recipe, POCKET, log), out / JOINT_FILE)
     elif stage == "codes":
@@ -79,21 +76,9 @@ def main(out: Path, stage: str, seed: int) -> None:
     def log(line: str) -> None:
         click.echo(line, err=True)
 
-    if stage != "all":
-        run_stage(stage, out, recipe, log)
-        return
-    run_stage("joint", out, recipe, log)
-    run_stage("codes", out, recipe, log)
-    # a process of its own: the number of threads belongs to a process
-    command = [sys.executable, "-m", "var_deploy.export.pocket.train", "--stage", "decoder"]
-    with subprocess.Popen([*command, "--out", str(out), "--seed", str(seed)]) as beside:
-        try:
-            run_stage("transformer", out, recipe, log)
-        except BaseException:
-            beside.terminate()
-            raise
-    if beside.returncode:
-        raise click.ClickException("the decoder stage failed")
+    torch.set_num_threads(recipe.threads)
+    for name in STAGES if stage == "all" else [stage]:
+        run_stage(name, out, recipe, log)
 
 
 if __name__ == "__main__":
