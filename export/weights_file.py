@@ -67,7 +67,7 @@ def write_weights(
             for weight in layout.weights:
                 gap = bytes(layout.offsets[weight.name] - position)
                 data = _cast(weight, weight.make(read))
-                for piece in (gap, memoryview(data.reshape(-1).view(np.uint8))):
+                for piece in (gap, data.reshape(-1).view(np.uint8).data):
                     stream.write(piece)
                     digest.update(piece)
                 position = layout.offsets[weight.name] + weight.nbytes

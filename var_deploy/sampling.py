@@ -81,4 +81,5 @@ def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:
     """
     bits = np.random.Philox(key=np.array([seed, image], np.uint64)).random_raw(tokens)
     drawn: NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32)
-    return drawn * np.float32(2.0**-24)
+    drawn *= np.float32(2.0**-24)
+    return drawn

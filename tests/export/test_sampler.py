@@ -234,6 +234,24 @@ def test_extreme_uniforms_never_draw_a_filtered_code(codes: int) -> None:
                 np.testing.assert_array_equal(tokens.ravel(), ends)
 
 
+def test_uniforms_at_the_ends_of_intervals_draw_a_neighbour() -> None:
+    """There rounding decides, but only between two codes that were kept."""
+    codes, length = 4096, 900
+    for seed in range(6):
+        row = some_logits(codes, seed, length=1)[:1]
+        probabilities = expected_filter(row, 300, 0.0).double().softmax(-1).numpy()[0, 0]
+        cdf = probabilities.cumsum()
+        ends = cdf[probabilities > 0].astype(np.float32)
+        draws = np.concatenate([ends, np.nextafter(ends, np.float32(0)), ends - 2.0**-24])
+        draws = np.clip(draws, 0, LAST_UNIFORM)[None]
+        assert draws.shape == (1, length)
+        tokens, found = run(np.repeat(row, length, axis=1), draws, 300)
+        assert (np.take_along_axis(found, tokens[..., None], -1) > 0).all()
+        upper = cdf[tokens[0]]
+        lower = upper - probabilities[tokens[0]]
+        assert ((lower - 1e-6 < draws[0]) & (draws[0] < upper + 1e-6)).all()
+
+
 def test_temperature_divides_the_logits_before_the_filters() -> None:
     logits = some_logits(96)
     draws = some_draws(logits)
