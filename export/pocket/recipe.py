@@ -47,7 +47,7 @@ class Recipe:
     commitment: float = 0.2
     refine_images: int = 4_000
     code_steps: int = 400
-    decoder_steps: int = 800
+    decoder_steps: int = 2_000
     decoder_rate: float = 3e-3
     transformer_images: int = 16_000
     transformer_batch: int = 32

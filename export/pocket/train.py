@@ -1,12 +1,14 @@
 """Trains pocket from nothing; `make train` repeats the shipped weights from their seed.
 
 Stages hand on files: "joint" fits the whole tokenizer to drawn images, "codes" fits codebook and
-φ to the finished encoder; then "decoder" and "transformer" both start from the codes, and neither
-sees the other.
+φ to the finished encoder, and then "decoder" and "transformer", which see the codes alone and not
+each other, run side by side on a core each.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,7 @@ CODES_FILE = "tokenizer-codes.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 TRANSFORMER_FILE = "transformer.safetensors"
 STAGES = ("joint", "codes", "decoder", "transformer")
+SIDE_BY_SIDE = ("decoder", "transformer")
 
 
 def save_half(model: nn.Module, path: Path) -> None:
@@ -52,6 +55,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     """One stage, from the files of the one before to its own."""
+    torch.set_num_threads(1 if stage in SIDE_BY_SIDE else recipe.threads)
     if stage == "joint":
         save_half(train_tokenizer(recipe, POCKET, log), out / JOINT_FILE)
     elif stage == "codes":
@@ -76,9 +80,21 @@ def main(out: Path, stage: str, seed: int) -> None:
     def log(line: str) -> None:
         click.echo(line, err=True)
 
-    torch.set_num_threads(recipe.threads)
-    for name in STAGES if stage == "all" else [stage]:
-        run_stage(name, out, recipe, log)
+    if stage != "all":
+        run_stage(stage, out, recipe, log)
+        return
+    run_stage("joint", out, recipe, log)
+    run_stage("codes", out, recipe, log)
+    # a process of its own: the number of threads belongs to a process
+    command = [sys.executable, "-m", "var_deploy.export.pocket.train", "--stage", "decoder"]
+    with subprocess.Popen([*command, "--out", str(out), "--seed", str(seed)]) as beside:
+        try:
+            run_stage("transformer", out, recipe, log)
+        except BaseException:
+            beside.terminate()
+            raise
+    if beside.returncode:
+        raise click.ClickException("the decoder stage failed")
 
 
 if __name__ == "__main__":
