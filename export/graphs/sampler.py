@@ -2,9 +2,10 @@
 
 No sort and no TopK (TensorRT's takes at most 3840): both filters keep what lies above a threshold,
 and a threshold is found by halving an interval, counting (top-k) or weighing (top-p) what lies
-above the middle. k and p are run-time scalars and ties at the threshold all stay, as in the
-published code. The cumulative sum is two small triangular products, because CumSum becomes a loop
-in TensorRT before 10.8.
+above the middle. k and p are run-time scalars. Equal logits at the top-k threshold all stay, as in
+the published code; at the top-p threshold too, where the published code drops some of them in an
+order that its sort leaves open. The cumulative sum is two small triangular products, because
+CumSum becomes a loop in TensorRT before 10.8.
 """
 
 from __future__ import annotations
