@@ -69,7 +69,9 @@ class OrtCpuBackend:
         # packed weights beside the arena: it grows by doubling, and would hold as much again
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         try:
-            session = self._ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            session = self._ort.InferenceSession(
+                str(graph), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             raise BackendError(f"ONNX Runtime refuses {graph.name}: {_line(error)}") from error
         return OrtSession(session, graph.stem)

@@ -1,0 +1,209 @@
+"""The command line over real models: from files on disk to images."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli_steps import ONE_THREAD, SIDE, done, export, pixels, process, refused, tree
+from var_deploy.images import read_settings
+from var_deploy.manifest import read_manifest
+
+pytest.importorskip("torch")
+
+
+# the whole path
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_from_files_to_verified_images(
+    files: Path, made: Path, tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / "deep" / "bundle"
+    assert export(files, out, "--batch", 2, suffix=suffix).exit_code == 0
+    assert sorted(p.name for p in out.parent.iterdir()) == ["bundle"]
+    assert read_manifest(out).digest() == read_manifest(made).digest(), "the same graphs"
+    if suffix == ".pth":
+        assert tree(out) == tree(made), "the same input gives the same bytes"
+
+    assert "not verified yet" in done("inspect", out).stdout
+    weights = ("--checkpoint", files / f"var{suffix}", "--tokenizer", files / f"vae{suffix}")
+    verified = done("verify", out, *weights)
+    for part in ("fp32/condition", "fp32/scale_02", "fp32/step @ 1", "fp32/loop shared", "ok"):
+        assert part in verified.stdout
+    report = json.loads(done("verify", out, *weights, "--json").stdout)
+    assert report["passed"] is True
+    assert report["checks"]
+
+    text = done("inspect", out).stdout
+    for part in ("agrees with the PyTorch model", "all intact", "8 × 8 pixels", "batch", "step"):
+        assert part in text
+    data = json.loads(done("inspect", out, "--json").stdout)
+    assert (data["intact"], data["damage"], data["batch"]) == (True, [], 2)
+    assert data["digest"] == read_manifest(out).digest(), "a report does not change it"
+    assert data["parity"] == report
+
+    done("generate", out, "--labels", 1, "--out", tmp_path / "one.png")
+    assert pixels(tmp_path / "one.png").shape == (SIDE, SIDE, 3)
+
+
+def test_a_machine_path_is_in_no_file(files: Path, made: Path) -> None:
+    for name, content in tree(made).items():
+        for path in (str(files), str(made.parent), str(Path(__file__).parents[1])):
+            assert content is None or path.encode() not in content, name
+
+
+def test_a_grid_a_folder_and_single_images_agree(made: Path, tmp_path: Path) -> None:
+    request = ("--labels", "4,2", "--count", 5, "--seed", 11)
+    done("generate", made, *request, "--out", f"{tmp_path}/many/")
+    singles = sorted((tmp_path / "many").iterdir())
+    assert [p.name for p in singles] == [
+        f"{n:03d}_{label}.png" for n, label in enumerate((4, 2, 4, 2, 4))
+    ]
+    result = done("generate", made, *request, "--out", tmp_path / "grid.png")
+    assert re.fullmatch(
+        rf"wrote {tmp_path}/grid\.png \(5 images of 8 × 8, [\d.]+ s\)\n", result.stdout
+    )
+    sheet = pixels(tmp_path / "grid.png")
+    assert sheet.shape == (2 * SIDE + 2, 3 * SIDE + 4, 3)
+    for n, path in enumerate(singles):
+        top, left = n // 3 * (SIDE + 2), n % 3 * (SIDE + 2)
+        np.testing.assert_array_equal(
+            sheet[top : top + SIDE, left : left + SIDE], pixels(path), err_msg=path.name
+        )
+    assert pixels(singles[0]).std() > 10
+
+
+def test_a_picture_can_be_made_again_from_its_text(made: Path, tmp_path: Path) -> None:
+    odd = ("--cfg", 1.23456789, "--top-p", 0.8765432101, "--temperature", 1.0000001, "--top-k", 40)
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    done("generate", made, "--labels", "3,0", "--seed", 2**64 - 1, *odd, "--out", first)
+    text = read_settings(first)
+    assert text["bundle"] == read_manifest(made).digest()
+    options = [
+        argument
+        for key in ("seed", "labels", "cfg", "top_k", "top_p", "temperature", "precision")
+        for argument in ("--" + key.replace("_", "-"), text[key])
+    ]
+    done("generate", made, *options, "--out", again)
+    np.testing.assert_array_equal(pixels(again), pixels(first))
+    assert read_settings(again) == text
+    assert float(text["cfg"]) == 1.23456789
+
+    done("generate", made, "--labels", "3,0", "--count", 3, "--out", tmp_path / "many")
+    text = read_settings(tmp_path / "many" / "002_3.png")
+    number = int(text["image"].split()[0])
+    assert number == 2
+    # image n depends on n, its label and the seed alone: the others may be of any class
+    labels = f"1,1,{text['labels']}"
+    done("generate", made, "--labels", labels, "--seed", text["seed"], "--out", tmp_path / "re")
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "re" / "002_3.png"), pixels(tmp_path / "many" / "002_3.png")
+    )
+
+
+def test_labels_by_name(named: Path, tmp_path: Path) -> None:
+    classes = read_manifest(named).labels
+    for out, labels in (("names", f"{classes[3]}, {classes[0].upper()}"), ("numbers", "3,0")):
+        done("generate", named, "--labels", labels, "--out", tmp_path / f"{out}.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "names.png"), pixels(tmp_path / "numbers.png"))
+    text = read_settings(tmp_path / "numbers.png")
+    assert text["labels"] == f"3 {classes[3]}, 0 {classes[0]}"
+    assert text["model"] == "pocket"
+
+
+def test_random_weights_are_verified_without_files(named: Path) -> None:
+    done("verify", named, "--precision", "fp32")
+
+
+def test_without_guidance(files: Path, tmp_path: Path) -> None:
+    assert export(files, tmp_path / "b", "--no-guidance").exit_code == 0
+    done("generate", tmp_path / "b", "--labels", 0, "--out", tmp_path / "x.png")
+    assert read_settings(tmp_path / "x.png")["cfg"] == "0"
+    refused(
+        *(2, "generate", tmp_path / "b", "--labels", 0, "--cfg", 1, "--out", tmp_path / "y.png"),
+        parts=("--no-guidance", "cfg must be 0"),
+    )
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_real_processes(named: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    made = process("generate", named, "--labels", "0", "--out", out, "--threads", 1, "--json")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert json.loads(made.stdout)["runtime"]["threads"] == "1"
+    assert json.loads(made.stdout)["settings"] == read_settings(out)
+    failed = process("generate", named, "--labels", "0", "--out", out / "y.png")
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr == f"error: {out}/y.png cannot be written: {out} is not a folder\n"
+    missing = process("inspect", tmp_path / "none")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert missing.stderr == f"error: {tmp_path}/none is no bundle: it has no manifest.json\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_progress_over_scales_and_batches_on_a_terminal(made: Path, tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "var_deploy.cli", "generate", str(made), "--labels", "0,1,2"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "x.png")],
+        stderr=theirs,
+        stdout=subprocess.PIPE,
+        env=ONE_THREAD,
+    ) as child:
+        os.close(theirs)
+        seen = b""
+        try:
+            while data := os.read(ours, 4096):
+                seen += data
+        except OSError:  # how Linux tells that the other side has closed
+            pass
+        os.close(ours)
+        assert child.wait(60) == 0
+    steps = re.findall(rb"step (\d+) of (\d+)", seen)
+    assert steps == [(b"%d" % n, b"8") for n in range(1, 9)], "two batches of 3 scales, a decoder"
+    assert seen.endswith(b"\r\x1b[K"), "the bar is wiped at the end"
+
+
+# what may be replaced
+
+
+def test_force(files: Path, bundle: Path) -> None:
+    before = tree(bundle)
+    (bundle / "engines").mkdir()
+    assert export(files, bundle, "--batch", 2).exit_code == 2
+    assert (bundle / "engines").exists()
+    assert export(files, bundle, "--batch", 2, "--force").exit_code == 0
+    assert tree(bundle) == before, "the old bundle is gone as a whole"
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
+
+
+def test_force_follows_a_link(files: Path, bundle: Path) -> None:
+    link = bundle.parent / "link"
+    link.symlink_to(bundle)
+    assert export(files, link, "--force").exit_code == 0
+    assert link.is_symlink()
+    assert read_manifest(bundle).batch == 1
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "link"]
+
+
+def test_an_empty_folder_is_filled_and_any_other_kept(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert export(files, tmp_path / "empty").exit_code == 0
+    done("inspect", tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    result = export(files, tmp_path / "other", "--force")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "holds no bundle" in result.stderr
+    assert tree(tmp_path / "other") == {"thesis.tex": b"x"}
