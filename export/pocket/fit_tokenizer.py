@@ -140,11 +140,14 @@ def refine_decoder(model: Tokenizer, recipe: Recipe, log: Log) -> Tokenizer:
     """Fit the decoder to what the finished codes give it, in place. No token changes."""
     torch.manual_seed(recipe.seed + 3)
     images, _ = draw_set(recipe.tokenizer_images, recipe.seed)
+    model.requires_grad_(False)
     learned = [
-        (name, parameter.requires_grad_(True))
+        (name, parameter)
         for name, parameter in model.named_parameters()
         if name.startswith(("decoder.", "post_quant_conv."))
     ]
+    for _, parameter in learned:
+        parameter.requires_grad_(True)
     steps = recipe.decoder_steps
     optimizers = Optimizers(learned, rate=recipe.decoder_rate, steps=steps)
     order = np.random.default_rng([recipe.seed, 4])
