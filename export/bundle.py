@@ -22,7 +22,7 @@ from var_deploy.export.graphs.builder import OPSET, GraphBuilder, Precision, Rea
 from var_deploy.export.graphs.codec import build_decoder, build_encoder
 from var_deploy.export.graphs.condition import build_condition
 from var_deploy.export.graphs.scale import build_scale, build_step
-from var_deploy.export.weights_file import plan_layout, write_weights
+from var_deploy.export.weights_bin import plan_layout, write_weights
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.spec import ModelSpec
 
@@ -107,9 +107,7 @@ def export_bundle(
     return manifest
 
 
-def _write(
-    model: LoadedModel, folder: Path, options: ExportOptions, report: Progress
-) -> Manifest:
+def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Progress) -> Manifest:
     graphs: dict[str, dict[str, GraphInfo]] = {}
     files: dict[str, FileInfo] = {}
     read = cached_reader(model)

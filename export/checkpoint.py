@@ -16,13 +16,13 @@ from torch import nn
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import hub
+from var_deploy.export.checkpoint_files import Part, WeightSource, open_checkpoint
 from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.recognise import recognise
-from var_deploy.export.weight_files import Part, WeightSource, open_checkpoint
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 

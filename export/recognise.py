@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from var_deploy.errors import CheckpointError, UsageError
+from var_deploy.export.checkpoint_files import WeightSource
 from var_deploy.export.presets import PRESETS
-from var_deploy.export.weight_files import WeightSource
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
 RELEASED_HEAD_WIDTH = 64  # every released VAR has heads of this width

@@ -290,9 +290,7 @@ class _Verifier:
         detail = check.detail
         if check.passed and not passed:
             detail = f"tokens of the encoder differ in {total - agree} of {total}"
-        return dataclasses.replace(
-            check, tokens=f"{agree}/{total}", passed=passed, detail=detail
-        )
+        return dataclasses.replace(check, tokens=f"{agree}/{total}", passed=passed, detail=detail)
 
     def _compare(
         self, name: str, expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]

@@ -21,9 +21,7 @@ from var_deploy.errors import UsageError, VarDeployError
 BACKGROUND = 255  # of a grid: white
 
 
-def grid(
-    images: NDArray[np.uint8], columns: int | None = None, gap: int = 2
-) -> NDArray[np.uint8]:
+def grid(images: NDArray[np.uint8], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:
     """Images [N, H, W, C] in reading order as one image, `gap` white pixels apart.
 
     Without `columns` the grid is as square as N allows. Raises UsageError where N or columns is 0.

@@ -46,9 +46,7 @@ def layer_norm(b: GraphBuilder, ctx: BlockContext, x: str, layer: int, which: in
     return modulated_norm(b, x, scale, shift, t.width, t.norm_eps)
 
 
-def modulated_norm(
-    b: GraphBuilder, x: str, scale: str, shift: str, width: int, eps: float
-) -> str:
+def modulated_norm(b: GraphBuilder, x: str, scale: str, shift: str, width: int, eps: float) -> str:
     ones = b.constant(np.ones(width, np.float32))
     h = b.op("LayerNormalization", x, ones, axis=-1, epsilon=eps)
     return b.op("Add", b.op("Mul", h, scale), shift)

@@ -101,8 +101,13 @@ class Autoencoder:
         b = self.b
         scales = b.constant([1, 1, 2, 2], np.float32)
         x = b.op(
-            "Resize", x, "", scales,
-            mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+            "Resize",
+            x,
+            "",
+            scales,
+            mode="nearest",
+            coordinate_transformation_mode="asymmetric",
+            nearest_mode="floor",
         )
         return self.conv(f"{key}.conv", x, (channels, channels))
 
@@ -170,9 +175,7 @@ def build_encoder(spec: TokenizerSpec, precision: Precision, batch: int) -> Grap
             z = b.transpose(b.reshape(pooled, batch, width, patch * patch), 0, 2, 1)  # [B, L, Cv]
             table = codebook(b, spec, scale)
             distance = _distance(b, z, table)
-            tokens = b.op(
-                "ArgMin", distance, axis=-1, keepdims=0, out=names.encoder_tokens(scale)
-            )
+            tokens = b.op("ArgMin", distance, axis=-1, keepdims=0, out=names.encoder_tokens(scale))
             b.output(tokens, np.int64, (batch, patch * patch))
             if last:
                 break

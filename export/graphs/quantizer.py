@@ -143,9 +143,7 @@ class DynamicCodes:
         if t.phi_count == 1:
             return phi(b, t, 0, h)
         width, count = t.code_width, t.phi_count
-        weights = [
-            b.weight(f"{phi_key(t, j)}.weight", (width, width, 3, 3)) for j in range(count)
-        ]
+        weights = [b.weight(f"{phi_key(t, j)}.weight", (width, width, 3, 3)) for j in range(count)]
         biases = [b.weight(f"{phi_key(t, j)}.bias", (width,)) for j in range(count)]
         weight, bias = b.op("Concat", *weights, axis=0), b.op("Concat", *biases, axis=0)
         conv = b.op("Conv", h, weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
@@ -163,7 +161,5 @@ class DynamicCodes:
                 row = b.op("Min", self.scale, b.constant(spec.scales - 2, np.int64))
                 table = b.op("Gather", token_embeddings(b, spec), row, axis=0)
                 maps = self._maps(b.op("Gather", table, tokens, axis=0), spec.input_width)
-            flat = b.reshape(
-                resize(b, names.NEXT_MATRIX, maps), self.batch, spec.input_width, -1
-            )
+            flat = b.reshape(resize(b, names.NEXT_MATRIX, maps), self.batch, spec.input_width, -1)
             b.op("Transpose", flat, perm=[0, 2, 1], out=names.NEXT_INPUT)

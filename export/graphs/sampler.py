@@ -71,9 +71,7 @@ def _top_k_threshold(b: GraphBuilder, x: str, top: str, top_k: str, codes: int) 
     return low
 
 
-def _top_p_threshold(
-    b: GraphBuilder, x: str, top: str, mass: str, low: str, top_p: str
-) -> str:
+def _top_p_threshold(b: GraphBuilder, x: str, top: str, mass: str, low: str, top_p: str) -> str:
     """The largest t with mass(x ≤ t) ≤ 1 - p: what lies above stays. p = 0 keeps all."""
     one, zero = b.constant(1.0, np.float32), b.constant(0.0, np.float32)
     off = b.op("Equal", top_p, zero)

@@ -68,9 +68,7 @@ def train_tokenizer(recipe: Recipe, spec: ModelSpec, log: Log) -> Tokenizer:
     model = Tokenizer(spec.tokenizer)
     table = model.quantize.codebook(0).weight.requires_grad_(False)
     steps, plain = recipe.tokenizer_steps, recipe.plain_steps
-    optimizers = Optimizers(
-        model.named_parameters(), rate=recipe.tokenizer_rate, steps=steps
-    )
+    optimizers = Optimizers(model.named_parameters(), rate=recipe.tokenizer_rate, steps=steps)
     codebook: MovingCodebook | None = None
     order = np.random.default_rng([recipe.seed, 1])
     start, smooth = time.monotonic(), 0.0

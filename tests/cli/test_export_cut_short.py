@@ -119,9 +119,9 @@ HALF_WAY = """
 import sys, time
 import torch; torch.set_num_threads(1)
 from var_deploy.cli import main
-from var_deploy.export import weights_file
+from var_deploy.export import weights_bin
 
-real, written = weights_file._cast, []
+real, written = weights_bin._cast, []
 
 def slow(weight, value):
     written.append(weight.name)
@@ -130,7 +130,7 @@ def slow(weight, value):
         time.sleep(300)
     return real(weight, value)
 
-weights_file._cast = slow
+weights_bin._cast = slow
 main(sys.argv[1:], prog_name="var-deploy")
 """
 

@@ -26,9 +26,7 @@ def write_bundle(folder: Path, *, family: str = "var", names: Sequence[str] = NA
     info = FileInfo(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     Manifest(
         model=ModelSpec(
-            tokenizer=TokenizerSpec(
-                patch_nums=(1, 2), vocab_size=8, code_width=4, base_width=32
-            ),
+            tokenizer=TokenizerSpec(patch_nums=(1, 2), vocab_size=8, code_width=4, base_width=32),
             transformer=TransformerSpec(
                 family=family,  # type: ignore[arg-type]
                 depth=1,

@@ -173,9 +173,7 @@ def test_one_image_and_all_classes(bundle: Path, pipeline: type[FakePipeline]) -
 
 
 @pytest.mark.parametrize("name", ["many/", "many", "there"])
-def test_a_folder_of_single_images(
-    bundle: Path, pipeline: type[FakePipeline], name: str
-) -> None:
+def test_a_folder_of_single_images(bundle: Path, pipeline: type[FakePipeline], name: str) -> None:
     (bundle.parent / "there").mkdir()
     folder = bundle.parent / name
     out = f"{bundle.parent}/{name}"

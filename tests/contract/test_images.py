@@ -120,9 +120,7 @@ def test_check_writable_refuses(tmp_path: Path) -> None:
         images.check_writable(Path("/proc/self/x.png"))
 
 
-def test_a_folder_or_device_is_not_overwritten(
-    tmp_path: Path, pictures: NDArray[np.uint8]
-) -> None:
+def test_a_folder_or_device_is_not_overwritten(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
     for path in (tmp_path, Path(os.devnull)):
         with pytest.raises(UsageError, match="not an ordinary file"):
             images.save_png(path, pictures[0], {})

@@ -355,9 +355,7 @@ def test_a_weight_that_fp16_cannot_hold_is_named(
         value[3, 4] = -1e5
         return value
 
-    model = dataclasses.replace(
-        model, transformer=Spoiled(model.transformer, **{key: overflow})
-    )
+    model = dataclasses.replace(model, transformer=Spoiled(model.transformer, **{key: overflow}))
     with pytest.raises(ExportError) as caught:
         export_bundle(model, old, ExportOptions(precisions=("fp32", "fp16")))
     assert str(caught.value).startswith(key)

@@ -18,7 +18,7 @@ from var_deploy import names
 from var_deploy.export.bundle import ExportOptions, build_graphs, cached_reader
 from var_deploy.export.checkpoint import empty_modules
 from var_deploy.export.presets import PRESETS
-from var_deploy.export.weights_file import PAGE, plan_layout
+from var_deploy.export.weights_bin import PAGE, plan_layout
 from var_deploy.manifest import check_files, read_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -231,9 +231,7 @@ def test_weights_are_the_checkpoints(
         np.testing.assert_array_equal(tensors[key], read(key).T)
     np.testing.assert_array_equal(tensors["blocks.1.ffn.fc1.bias"], read("blocks.1.ffn.fc1.bias"))
     q, v = read("blocks.0.attn.q_bias"), read("blocks.0.attn.v_bias")
-    np.testing.assert_array_equal(
-        tensors["blocks.0.attn.qkv_bias"], np.concatenate([q, 0 * q, v])
-    )
+    np.testing.assert_array_equal(tensors["blocks.0.attn.qkv_bias"], np.concatenate([q, 0 * q, v]))
 
 
 def test_fp16_graphs_keep_islands_of_fp32(graphs: list[Graph]) -> None:

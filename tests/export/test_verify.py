@@ -77,9 +77,7 @@ def plant(bundle: Path, graph: str, weight: str, instead: str, precision: str = 
     file = f"{precision}/{names.graph_file(graph)}"
     proto = onnx.load(str(bundle / file), load_external_data=False)
     tensors = {t.name: t for t in proto.graph.initializer}
-    places = {
-        name: {e.key: e for e in tensors[name].external_data} for name in (weight, instead)
-    }
+    places = {name: {e.key: e for e in tensors[name].external_data} for name in (weight, instead)}
     assert places[weight]["length"].value == places[instead]["length"].value
     assert places[weight]["offset"].value != places[instead]["offset"].value
     places[weight]["offset"].value = places[instead]["offset"].value
@@ -284,9 +282,7 @@ def test_spoiled_weights_with_a_true_hash_are_found(bundle: Path, model: LoadedM
     Pipeline.load(bundle, precision="fp32", threads=1).close()  # nothing else could have told
 
 
-def test_a_checkpoint_that_differs_a_little_is_another(
-    small_model: Model, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_differs_a_little_is_another(small_model: Model, tmp_path: Path) -> None:
     model = small_model()
     export_bundle(model, tmp_path / "bundle", ExportOptions(layout="shared"))
     assert verify_model(tmp_path / "bundle", model).passed

@@ -83,8 +83,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         if module in ("", "var_deploy"):
             raise
         raise VarDeployError(
-            f"{what} needs {module}, which is not installed; "
-            f'run: pip install "var-deploy[{extra}]"'
+            f'{what} needs {module}, which is not installed; run: pip install "var-deploy[{extra}]"'
         ) from error
 
 

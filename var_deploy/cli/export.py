@@ -128,4 +128,3 @@ def _check_target(out: Path, *, force: bool) -> None:
             raise UsageError(f"{out} already holds a bundle; --force replaces it")
     elif out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no bundle; choose another folder")
-

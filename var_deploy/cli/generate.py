@@ -90,9 +90,7 @@ def generate(
     target, as_folder = _target(out)
     seed = check_seed(seed)
     manifest = read_manifest(bundle)
-    sampling = manifest.defaults.replace(
-        cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature
-    )
+    sampling = manifest.defaults.replace(cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature)
     chosen = _labels(labels, manifest)
     count = count or len(chosen)
     wanted = [chosen[n % len(chosen)] for n in range(count)]
@@ -190,9 +188,7 @@ def _columns(labels: int, count: int) -> int | None:
     return labels if count % labels == 0 and labels * labels >= count else None
 
 
-def _settings(
-    manifest: Manifest, sampling: Sampling, seed: int, precision: str
-) -> dict[str, str]:
+def _settings(manifest: Manifest, sampling: Sampling, seed: int, precision: str) -> dict[str, str]:
     return {
         "Software": f"var-deploy {__version__}",
         "model": manifest.preset or "no preset",
