@@ -13,7 +13,7 @@ EXPORTER := $(wildcard export/*.py export/graphs/*.py export/models/*.py \
 
 demo: $(BUNDLE)/manifest.json
 	$(BIN)/var-deploy verify $(BUNDLE)
-	$(BIN)/var-deploy generate $(BUNDLE) --count 40 --seed 7 --out build/demo.png \
+	$(BIN)/var-deploy generate $(BUNDLE) --count 40 --seed 4 --out build/demo.png \
 		--labels star,heart,house,tree,fish,flower,sun,moon,mushroom,boat
 	@echo "the picture: $(CURDIR)/build/demo.png"
 
