@@ -13,7 +13,7 @@ from torch import Tensor
 from var_deploy import names
 from var_deploy.export.models.sampler import draw, filter_logits, guide
 from var_deploy.export.models.tokenizer import Tokenizer
-from var_deploy.export.models.transformer import Cache
+from var_deploy.export.models.transformer import Cache, Modulation
 from var_deploy.sampling import Sampling
 
 Arrays = dict[str, NDArray[Any]]
@@ -41,7 +41,7 @@ class Trace:
     image: NDArray[Any]
 
 
-def modulation_table(model: Any, mod: Any) -> Tensor:
+def modulation_table(mod: Modulation) -> Tensor:
     """The rows of the `modulation` tensor: [6N + 2, G, C], with the ones already added."""
     blocks = torch.cat([m.squeeze(2) for m in mod.blocks])
     ones = torch.tensor([0.0, 0, 1, 1, 0, 0] * len(mod.blocks) + [1, 0]).view(-1, 1, 1)
@@ -69,7 +69,7 @@ def trace_generation(
     if t.conditional:
         condition = {
             names.FIRST_INPUT: mod.first.numpy(),
-            names.MODULATION: modulation_table(transformer, mod).numpy(),
+            names.MODULATION: modulation_table(mod).numpy(),
         }
     cache, scales = Cache(t.depth), []
     side = spec.tokenizer.latent_side

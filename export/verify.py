@@ -83,7 +83,7 @@ def verify_model(
         for j, graph in enumerate(graphs):
             report(f"{name}/{graph}", (i + (j + 1) / (len(graphs) + 1)) / len(precisions))
             checks += verifier.graph(graph, labels, encoded)
-        checks += verifier.loops(labels, seed)
+        checks += verifier.loops(labels)
     result = Report(checks=tuple(checks), labels=tuple(labels), seed=seed)
     dataclasses.replace(manifest, parity=result.to_json()).save(bundle)
     report("done", 1.0)
@@ -159,11 +159,9 @@ class _Verifier:
 
     def _graph(self, name: str, labels: Sequence[int], encoded: Arrays) -> list[Check]:
         info = self._manifest.graph(self._precision, name)
-        interior = {names.ENCODER: names.LATENT}.get(name, names.LOGITS)
-        if name in (names.CONDITION, names.DECODER):
-            interior = ""
+        interior = {names.CONDITION: "", names.DECODER: "", names.ENCODER: names.LATENT}
         try:
-            runner = GraphRunner(self._bundle / info.file, info, interior)
+            runner = GraphRunner(self._bundle / info.file, info, interior.get(name, names.LOGITS))
         except Exception as error:  # onnx and ONNX Runtime raise types of their own
             raise _UnfitError(f"cannot be loaded: {' '.join(str(error).split())}") from error
         if runner.mismatch:
@@ -183,15 +181,15 @@ class _Verifier:
             return [self._scale(runner, f"{name} @ {k}", k) for k in scales]
         return [self._scale(runner, name, int(name.rpartition("_")[2]))]
 
-    def loops(self, labels: Sequence[int], seed: int) -> list[Check]:
+    def loops(self, labels: Sequence[int]) -> list[Check]:
         """The whole generation in every layout that the bundle holds."""
         graphs = self._manifest.graphs[self._precision]
         layouts: list[Layout] = ["shared"] if names.STEP in graphs else []
         if names.scale_graph(0) in graphs:
             layouts.append("per-scale")
-        return [self._loop(layout, labels, seed) for layout in layouts]
+        return [self._loop(layout, labels) for layout in layouts]
 
-    def _loop(self, layout: Layout, labels: Sequence[int], seed: int) -> Check:
+    def _loop(self, layout: Layout, labels: Sequence[int]) -> Check:
         if self._unfit:
             return self._failed(f"loop {layout}", f"not run, because {self._unfit} is not right")
         spec = self._manifest.model

@@ -25,16 +25,13 @@ SMALL_ALIGNMENT = 64
 class WeightLayout:
     """Where each weight lies in the file; large tensors start on a page."""
 
-    weights: tuple[Weight, ...]
+    weights: dict[str, Weight]
     offsets: dict[str, int]
     size: int
 
     def locate(self, name: str) -> tuple[str, int, int]:
         """(file, offset, length) of a weight, as ONNX external data wants it."""
-        return names.WEIGHTS, self.offsets[name], self._length(name)
-
-    def _length(self, name: str) -> int:
-        return next(w.nbytes for w in self.weights if w.name == name)
+        return names.WEIGHTS, self.offsets[name], self.weights[name].nbytes
 
 
 def plan_layout(graphs: Iterable[GraphBuilder]) -> WeightLayout:
@@ -51,7 +48,7 @@ def plan_layout(graphs: Iterable[GraphBuilder]) -> WeightLayout:
         position = -(-position // alignment) * alignment
         offsets[weight.name] = position
         position += weight.nbytes
-    return WeightLayout(weights=tuple(collected.values()), offsets=offsets, size=position)
+    return WeightLayout(weights=collected, offsets=offsets, size=position)
 
 
 def write_weights(
@@ -64,7 +61,7 @@ def write_weights(
     digest, position = hashlib.sha256(), 0
     try:
         with path.open("wb") as stream:
-            for weight in layout.weights:
+            for weight in layout.weights.values():
                 gap = bytes(layout.offsets[weight.name] - position)
                 data = _cast(weight, weight.make(read))
                 for piece in (gap, data.reshape(-1).view(np.uint8).data):

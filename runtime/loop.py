@@ -66,10 +66,6 @@ class ScaleLoop:
             self.close()
             raise
 
-    @property
-    def cache_bytes(self) -> int:
-        return self._buffers.arena.nbytes
-
     def run(
         self,
         labels: Sequence[int],

@@ -36,16 +36,21 @@ def done(*arguments: object) -> Result:
     return result
 
 
+def assert_one_line(result: Result, code: int, *parts: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in result.stderr, result.stderr
+
+
 def refused(code: int, *arguments: object, parts: tuple[str, ...] = ()) -> str:
     """The one line that a command fails with."""
     result = run(*arguments)
-    assert result.exit_code == code, result.output
-    assert result.stderr.startswith("error: ")
+    assert_one_line(result, code, *parts)
     assert result.stderr.endswith("\n")
-    assert result.stderr.count("\n") == 1, result.stderr
     assert "(unexpected;" not in result.stderr, "an error that nobody thought of"
-    for part in parts:
-        assert part in result.stderr, result.stderr
     return result.stderr
 
 

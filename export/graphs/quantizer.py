@@ -69,9 +69,8 @@ def token_embeddings(b: GraphBuilder, spec: ModelSpec) -> str:
     return b.weight("token_embed.weights", shape, stack)
 
 
-def to_maps(b: GraphBuilder, codes_BLC: str, batch: int, width: int, side: int | None) -> str:
-    """[B, L, C] → [B, C, p, p]; with p unknown the caller gives its shape."""
-    assert side is not None
+def to_maps(b: GraphBuilder, codes_BLC: str, batch: int, width: int, side: int) -> str:
+    """[B, L, C] → [B, C, p, p]."""
     return b.reshape(b.transpose(codes_BLC, 0, 2, 1), batch, width, side, side)
 
 

@@ -35,7 +35,6 @@ def build_scale(
     b = GraphBuilder(names.scale_graph(scale), precision)
     length, past = spec.scale_lengths[scale], spec.prefix_lengths[scale]
     last = scale == spec.scales - 1
-    side = spec.patch_nums[scale]
     if scale == 0:
         x = _first_hidden(b, spec, batch, guidance)
     else:
@@ -50,7 +49,6 @@ def build_scale(
     if not last:
         following = spec.scale_lengths[scale + 1]
         b.output(names.NEXT_INPUT, np.float32, (batch, following, spec.input_width))
-    assert side * side == length
     return b
 
 

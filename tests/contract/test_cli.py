@@ -15,9 +15,9 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
+from cli_steps import assert_one_line, run
 from var_deploy import __version__
 from var_deploy.cli import main
 from var_deploy.cli.console import Progress, human_bytes, table
@@ -25,19 +25,6 @@ from var_deploy.errors import BundleError
 from var_deploy.images import read_settings
 
 COMMANDS = ("export", "verify", "generate", "inspect")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def assert_one_line(result: Result, code: int, *parts: str) -> None:
-    assert result.exit_code == code, result.output
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.output
-    for part in parts:
-        assert part in result.stderr
 
 
 class FakePipeline:

@@ -9,24 +9,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from var_deploy.cli import main
+from cli_steps import assert_one_line, run
 from var_deploy.errors import ExportError
 from var_deploy.manifest import FileInfo
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def assert_one_line(result: Result, code: int, *parts: str) -> None:
-    assert result.exit_code == code, result.output
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.output
-    for part in parts:
-        assert part in result.stderr
 
 
 @pytest.fixture

@@ -271,7 +271,7 @@ def test_var_d16_holds_its_weights_once() -> None:
     built = build_graphs(spec, "fp32", ExportOptions())
     layout = plan_layout(built)
     assert 0.99 * parameters <= layout.size <= 1.01 * parameters
-    places = {w.name: layout.locate(w.name) for w in layout.weights}
+    places = {name: layout.locate(name) for name in layout.weights}
     files = sum(len(g.model(places.__getitem__).SerializeToString()) for g in built)
     assert files < 0.01 * parameters
     assert {g.name for g in built} == {
