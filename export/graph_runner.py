@@ -58,15 +58,15 @@ class GraphRunner:
     def complete(
         self, inputs: Mapping[str, Any], spec: ModelSpec, scale: int, rows: int
     ) -> dict[str, Any]:
-        """Add what `step` takes and a static graph does not: geometry, an empty past at scale 0."""
+        """Add what `step` takes and a static graph does not: geometry, a placeholder past at 0."""
         t = spec.transformer
-        empty = np.zeros((0, rows, t.heads, t.head_width), np.float32)
+        unused = np.zeros((1, rows, t.heads, t.head_width), np.float32)
         batch = len(inputs[names.UNIFORMS])
         filled: dict[str, Any] = {
             names.INPUT: np.zeros((batch, spec.scale_lengths[scale], spec.input_width), np.float32)
         }
         for layer in range(t.depth):
-            filled[names.past_key(layer)] = filled[names.past_value(layer)] = empty
+            filled[names.past_key(layer)] = filled[names.past_value(layer)] = unused
         return {**filled, **step_geometry(spec, scale), **inputs}
 
 

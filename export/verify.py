@@ -1,16 +1,17 @@
 """`verify`: is the deployed model the model?
 
-Every graph is run on the inputs that the PyTorch model had at this point, so an error cannot hide
-behind an earlier one, and its outputs are compared in the order names, shapes, values. Then the
-whole loop runs on its own from the same uniforms.
+Every graph is checked against what TensorRT takes, then run on the inputs that the PyTorch model
+had at this point, so that an error cannot hide behind an earlier one; its outputs are compared in
+the order names, shapes, values. Then the whole loop runs on its own from the same uniforms.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.export.checkpoint import LoadedModel, build_modules, load_model
 from var_deploy.export.graph_runner import GraphRunner
+from var_deploy.export.lint import lint_file
 from var_deploy.export.reference import Arrays, Trace, trace_generation
 from var_deploy.export.report import Check, Report
 from var_deploy.manifest import Manifest, check_files, read_manifest
@@ -36,6 +38,7 @@ IMAGE_BOUNDS = {"fp32": 1e-3, "fp16": 3e-2}  # absolute, of a picture in [0, 1]
 COIN_TOSS = {"fp32": 2e-5, "fp16": 5e-2}
 
 Progress = Callable[[str, float], None]
+T = TypeVar("T")
 
 
 def verify_bundle(
@@ -55,7 +58,7 @@ def verify_bundle(
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
-    model = _load(manifest, checkpoint, tokenizer)
+    model = load_bundle_model(manifest, checkpoint, tokenizer)
     return verify_model(bundle, model, precision=precision, seed=seed, progress=progress)
 
 
@@ -75,29 +78,34 @@ def verify_model(
         manifest.graph(name, names.DECODER)  # refuses a precision that the bundle lacks
     report = progress or (lambda message, fraction: None)
     report("PyTorch reference", 0.0)
-    trace, labels, encoded = _reference(model, manifest, seed)
+    reference = trace_reference(model, manifest, seed)
     checks: list[Check] = []
     for i, name in enumerate(precisions):
-        graphs = sorted(manifest.graphs[name], key=_run_order)
-        verifier = _Verifier(bundle, manifest, name, trace)
+        graphs = sorted(manifest.graphs[name], key=run_order)
+        verifier = _Verifier(bundle, manifest, name, reference)
         for j, graph in enumerate(graphs):
             report(f"{name}/{graph}", (i + (j + 1) / (len(graphs) + 1)) / len(precisions))
-            checks += verifier.graph(graph, labels, encoded)
-        checks += verifier.loops(labels)
-    result = Report(checks=tuple(checks), labels=tuple(labels), seed=seed)
+            checks += verifier.graph(graph)
+        checks += verifier.loops()
+    result = Report(checks=tuple(checks), labels=tuple(reference.labels), seed=seed)
     dataclasses.replace(manifest, parity=result.to_json()).save(bundle)
     report("done", 1.0)
     return result
 
 
-def _run_order(graph: str) -> tuple[int, str]:
+def run_order(graph: str) -> tuple[int, str]:
     """Graphs as a generation meets them, so that the first failure is the first cause."""
     fixed = {names.CONDITION: 0, names.STEP: 2, names.DECODER: 3, names.ENCODER: 4}
     return fixed.get(graph, 1), graph
 
 
-def _load(manifest: Manifest, checkpoint: Path | None, tokenizer: Path | None) -> LoadedModel:
-    """The model that the manifest names."""
+def load_bundle_model(
+    manifest: Manifest, checkpoint: Path | None = None, tokenizer: Path | None = None
+) -> LoadedModel:
+    """The model that the manifest names, or the one in the files that are given.
+
+    Raises UsageError where files are needed or are of another architecture.
+    """
     random = manifest.checkpoint["transformer"].get("random_weights")
     if checkpoint is None and tokenizer is None and random is not None:
         return load_model(manifest.preset, random_weights=random)
@@ -115,10 +123,44 @@ def _load(manifest: Manifest, checkpoint: Path | None, tokenizer: Path | None) -
     return model
 
 
-def _reference(
-    model: LoadedModel, manifest: Manifest, seed: int
-) -> tuple[Trace, list[int], dict[str, NDArray[Any]]]:
-    """A traced generation, its labels, and what the encoder makes of its image."""
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A generation of the PyTorch model, and what its encoder makes of the image.
+
+    Attributes:
+        labels: one an image.
+        encoded: the encoder's latent and tokens by tensor name.
+    """
+
+    labels: list[int]
+    trace: Trace
+    encoded: Arrays
+
+    def inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
+        """What a graph was given; of `step`, what the static graph of `scale` is given."""
+        if graph == names.CONDITION:
+            rows = np.full(manifest.rows, manifest.model.transformer.classes)
+            rows[: len(self.labels)] = self.labels
+            return {names.LABELS: rows}
+        if graph == names.DECODER:
+            return {names.F_HAT: self.trace.f_hat}
+        if graph == names.ENCODER:
+            return {names.IMAGE: self.trace.image}
+        trace, settings = self.trace.scales[scale], manifest.defaults
+        tokens = trace.outputs[names.TOKENS]
+        return {
+            **trace.inputs,
+            names.CFG: np.array(settings.guidance(scale, manifest.model.scales)),
+            names.TEMPERATURE: np.array(settings.temperature),
+            names.TOP_K: np.array(settings.top_k),
+            names.TOP_P: np.array(settings.top_p),
+            names.KEEP_MASK: np.zeros(tokens.shape, np.bool_),
+            names.KEEP_TOKENS: tokens,
+        }
+
+
+def trace_reference(model: LoadedModel, manifest: Manifest, seed: int) -> Reference:
+    """Generate B images with the PyTorch model, and encode them."""
     spec, batch = manifest.model, manifest.batch
     classes = max(spec.transformer.classes, 1)
     labels = [(7 * i + seed) % classes for i in range(batch)]
@@ -133,66 +175,80 @@ def _reference(
         encoded = {names.LATENT: latent.numpy()}
         for k, _, tokens, _ in tokenizer.quantize.encode(latent):
             encoded[names.encoder_tokens(k)] = tokens.numpy()
-    return trace, labels, encoded
+    return Reference(labels=labels, trace=trace, encoded=encoded)
 
 
 class _UnfitError(Exception):
     """A graph cannot be run on what the manifest says it takes."""
 
 
+def _attempt(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except Exception as error:  # onnx and ONNX Runtime raise types of their own
+        raise _UnfitError(f"cannot be loaded: {' '.join(str(error).split())}") from error
+
+
 class _Verifier:
     """The checks of one precision."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, precision: str, trace: Trace) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, precision: str, reference: Reference
+    ) -> None:
         self._bundle, self._manifest, self._precision = bundle, manifest, precision
-        self._trace = trace
+        self._reference, self._trace = reference, reference.trace
         self._bound = BOUNDS[precision]
         self._unfit = ""  # the first graph that cannot be run at all
 
-    def graph(self, name: str, labels: Sequence[int], encoded: Arrays) -> list[Check]:
-        """Run one graph on the reference's inputs: a check, or one a scale for `step`."""
+    def graph(self, name: str) -> list[Check]:
+        """Lint one graph and run it on the reference's inputs: a check, or one a scale for `step`.
+
+        What TensorRT would refuse is told in the first of them.
+        """
+        path = self._bundle / self._manifest.graph(self._precision, name).file
+        refused: list[str] = []
         try:
-            return self._graph(name, labels, encoded)
+            refused = _attempt(lambda: lint_file(path, self._precision))
+            checks = self._graph(name, path)
         except _UnfitError as error:
             self._unfit = self._unfit or name
-            return [self._failed(name, str(error))]
+            checks = [self._failed(name, str(error))]
+        if refused:
+            more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            detail = f"not for TensorRT 10.3: {refused[0]}{more}"
+            checks[0] = dataclasses.replace(checks[0], passed=False, detail=detail)
+        return checks
 
-    def _graph(self, name: str, labels: Sequence[int], encoded: Arrays) -> list[Check]:
+    def _graph(self, name: str, path: Path) -> list[Check]:
         info = self._manifest.graph(self._precision, name)
         interior = {names.CONDITION: "", names.DECODER: "", names.ENCODER: names.LATENT}
-        try:
-            runner = GraphRunner(self._bundle / info.file, info, interior.get(name, names.LOGITS))
-        except Exception as error:  # onnx and ONNX Runtime raise types of their own
-            raise _UnfitError(f"cannot be loaded: {' '.join(str(error).split())}") from error
+        runner = _attempt(lambda: GraphRunner(path, info, interior.get(name, names.LOGITS)))
         if runner.mismatch:
             raise _UnfitError(runner.mismatch)
         if name == names.CONDITION:
-            classes = self._manifest.model.transformer.classes
-            rows = np.full(self._manifest.rows, classes)
-            rows[: len(labels)] = labels
-            found = runner.run({names.LABELS: rows})
+            found = self._run(runner, name)
             return [self._compare(name, self._trace.condition, found)]
         if name == names.DECODER:
             return [self._decoder(runner)]
         if name == names.ENCODER:
-            return [self._encoder(runner, encoded)]
+            return [self._encoder(runner)]
         if name == names.STEP:
             scales = range(self._manifest.model.scales)
             return [self._scale(runner, f"{name} @ {k}", k) for k in scales]
         return [self._scale(runner, name, int(name.rpartition("_")[2]))]
 
-    def loops(self, labels: Sequence[int]) -> list[Check]:
+    def loops(self) -> list[Check]:
         """The whole generation in every layout that the bundle holds."""
         graphs = self._manifest.graphs[self._precision]
         layouts: list[Layout] = ["shared"] if names.STEP in graphs else []
         if names.scale_graph(0) in graphs:
             layouts.append("per-scale")
-        return [self._loop(layout, labels) for layout in layouts]
+        return [self._loop(layout) for layout in layouts]
 
-    def _loop(self, layout: Layout, labels: Sequence[int]) -> Check:
+    def _loop(self, layout: Layout) -> Check:
         if self._unfit:
             return self._failed(f"loop {layout}", f"not run, because {self._unfit} is not right")
-        spec = self._manifest.model
+        spec, labels = self._manifest.model, self._reference.labels
         loop = ScaleLoop(self._bundle, self._manifest, OrtCpuBackend(), self._precision, layout)
         try:
             draws = np.concatenate(
@@ -225,25 +281,18 @@ class _Verifier:
             relative=error,
             bound=bound,
             tokens=f"{agree}/{total}",
-            psnr=_psnr(image, self._trace.image),
+            psnr=psnr(image, self._trace.image),
             passed=passed,
             detail=detail,
         )
 
+    def _run(self, runner: GraphRunner, name: str) -> Arrays:
+        return runner.run(self._reference.inputs(self._manifest, name))
+
     def _scale(self, runner: GraphRunner, name: str, scale: int) -> Check:
-        trace, spec = self._trace.scales[scale], self._manifest.model
-        length = spec.scale_lengths[scale]
-        settings = self._manifest.defaults
-        base = {
-            **trace.inputs,
-            names.CFG: np.float32(settings.guidance(scale, spec.scales)),
-            names.TEMPERATURE: np.float32(settings.temperature),
-            names.TOP_K: np.int64(settings.top_k),
-            names.TOP_P: np.float32(settings.top_p),
-            names.KEEP_MASK: np.zeros((self._manifest.batch, length), np.bool_),
-            names.KEEP_TOKENS: trace.outputs[names.TOKENS],
-        }
-        inputs = runner.complete(base, spec, scale, self._manifest.rows)
+        trace, manifest = self._trace.scales[scale], self._manifest
+        given = self._reference.inputs(manifest, name.partition(" ")[0], scale)
+        inputs = runner.complete(given, manifest.model, scale, manifest.rows)
         found = runner.run(inputs)
         expected = {k: v for k, v in trace.outputs.items() if k in found}
         wanted = expected.pop(names.TOKENS)
@@ -262,7 +311,7 @@ class _Verifier:
         return dataclasses.replace(check, tokens=agreement, passed=passed, detail=detail)
 
     def _decoder(self, runner: GraphRunner) -> Check:
-        found = runner.run({names.F_HAT: self._trace.f_hat})
+        found = self._run(runner, names.DECODER)
         check = self._compare(names.DECODER, {names.IMAGE: self._trace.image}, found)
         bound = IMAGE_BOUNDS[self._precision]
         passed = check.error <= bound
@@ -271,13 +320,13 @@ class _Verifier:
             check,
             bound=bound,
             relative=check.error,
-            psnr=_psnr(found[names.IMAGE], self._trace.image),
+            psnr=psnr(found[names.IMAGE], self._trace.image),
             passed=passed,
             detail=detail,
         )
 
-    def _encoder(self, runner: GraphRunner, encoded: Arrays) -> Check:
-        found = runner.run({names.IMAGE: self._trace.image})
+    def _encoder(self, runner: GraphRunner) -> Check:
+        found, encoded = self._run(runner, names.ENCODER), self._reference.encoded
         latent = {names.LATENT: found.pop(names.LATENT)}
         check = self._compare(names.ENCODER, {names.LATENT: encoded[names.LATENT]}, latent)
         agree = sum(int((found[k] == encoded[k]).sum()) for k in found)
@@ -314,7 +363,7 @@ class _Verifier:
         return Check(precision=self._precision, graph=name, passed=False, detail=why)
 
 
-def _psnr(found: NDArray[Any], expected: NDArray[Any]) -> float:
+def psnr(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Of images in [0, 1]; 200 dB stands for equal, -inf for a NaN."""
     error = float(np.nan_to_num(np.square(found.astype(np.float64) - expected), nan=np.inf).mean())
     return min(200.0, -10 * float(np.log10(max(error, 1e-20))))

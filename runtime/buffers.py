@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,10 @@ from numpy.typing import DTypeLike, NDArray
 from var_deploy import names
 from var_deploy.manifest import Manifest
 from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.runtime.blocks import Block, Fields, SharedBlock
+from var_deploy.runtime.protocol import Array, Memory
+from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
-
-ALIGNMENT = 256  # what TensorRT asks of an address, and no less than any vector unit wants
-
-
-def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Zeros whose first byte lies on a multiple of 256."""
-    kind = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-    block = np.zeros(size + ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % ALIGNMENT
-    return block[start : start + size].view(kind).reshape(shape)
 
 
 class CacheArena:
@@ -29,98 +22,152 @@ class CacheArena:
 
     Scale k reads rows [0, P_k) and writes rows [P_k, P_k + L_k): views of the same memory, so
     nothing is ever copied or concatenated outside a graph. The last scale's rows are read by
-    nobody and have no place here.
+    nobody and have no place here. At scale 0 there is no past; `step` is given one row of zeros
+    instead, which it does not use, because TensorRT knows no empty input.
     """
 
-    def __init__(self, manifest: Manifest, dtype: DTypeLike) -> None:
+    def __init__(self, manifest: Manifest, dtype: DTypeLike, memory: Memory) -> None:
         spec, t = manifest.model, manifest.model.transformer
-        self._prefix = spec.prefix_lengths
-        self._scales = spec.scales
-        shape = (self._prefix[-2], manifest.rows, t.heads, t.head_width)
-        self._keys = [aligned(shape, dtype) for _ in range(t.depth)]
-        self._values = [aligned(shape, dtype) for _ in range(t.depth)]
+        self._prefix, self._scales, self._depth = spec.prefix_lengths, spec.scales, t.depth
+        row = (manifest.rows, t.heads, t.head_width)
+        fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {"no past": ((1, *row), dtype)}
+        for layer in range(t.depth):
+            for name in (names.past_key(layer), names.past_value(layer)):
+                fields[name] = ((self._prefix[-2], *row), dtype)
+        self._block = Block(memory, fields)
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self._keys, *self._values))
+        return self._block.nbytes
 
-    def past(self, scale: int) -> dict[str, NDArray[Any]]:
-        """What scale k attends to besides itself, [P_k, G, H, D] each."""
-        return self._rows(slice(0, self._prefix[scale]), names.past_key, names.past_value)
+    def past(self, scale: int) -> dict[str, Array]:
+        """What scale k attends to besides itself, [P_k, G, H, D] each ([1, G, H, D] at 0)."""
+        if scale == 0:
+            return {name: self._block["no past"] for name in self._block if name != "no past"}
+        return self._rows(0, self._prefix[scale], names.past_key, names.past_value)
 
-    def new(self, scale: int) -> dict[str, NDArray[Any]]:
+    def new(self, scale: int) -> dict[str, Array]:
         """Where scale k leaves its own rows, [L_k, G, H, D] each; nowhere at the last scale."""
         if scale == self._scales - 1:
             return {}
-        rows = slice(self._prefix[scale], self._prefix[scale + 1])
-        return self._rows(rows, names.new_key, names.new_value)
+        start, stop = self._prefix[scale], self._prefix[scale + 1]
+        return self._rows(start, stop, names.new_key, names.new_value)
 
-    def _rows(self, rows: slice, key: Any, value: Any) -> dict[str, NDArray[Any]]:
-        views: dict[str, NDArray[Any]] = {}
-        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-            views[key(layer)], views[value(layer)] = keys[rows], values[rows]
+    def _rows(
+        self, start: int, stop: int, key: Callable[[int], str], value: Callable[[int], str]
+    ) -> dict[str, Array]:
+        views = {}
+        for layer in range(self._depth):
+            views[key(layer)] = self._block[names.past_key(layer)].rows(start, stop)
+            views[value(layer)] = self._block[names.past_value(layer)].rows(start, stop)
         return views
 
 
 class LoopBuffers:
-    """Inputs and outputs of every launch, by tensor name."""
+    """Inputs and outputs of every launch, by tensor name.
 
-    def __init__(self, manifest: Manifest, cache_dtype: DTypeLike) -> None:
-        spec, batch, rows = manifest.model, manifest.batch, manifest.rows
-        t = spec.transformer
-        side, width = spec.tokenizer.latent_side, spec.tokenizer.code_width
-        self._spec = spec
-        self.arena = CacheArena(manifest, cache_dtype)
-        self.condition_out = {
-            names.FIRST_INPUT: aligned((rows, 1, t.width), np.float32),
-            names.MODULATION: aligned((6 * t.depth + 2, rows, t.width), np.float32),
-        }
-        self.labels = aligned((rows,), np.int64)
-        # f_hat goes back and forth between two buffers: a graph never writes what it reads
-        self.f_hats = [aligned((batch, width, side, side), np.float32) for _ in range(2)]
-        self.scalars = {
-            names.CFG: aligned((), np.float32),
-            names.TEMPERATURE: aligned((), np.float32),
-            names.TOP_K: aligned((), np.int64),
-            names.TOP_P: aligned((), np.float32),
-        }
-        lengths = spec.scale_lengths
-        self.uniforms = [aligned((batch, n), np.float32) for n in lengths]
-        self.keep_mask = [aligned((batch, n), np.bool_) for n in lengths]
-        self.keep_tokens = [aligned((batch, n), np.int64) for n in lengths]
-        self.tokens = [aligned((batch, n), np.int64) for n in lengths]
-        self.inputs = [aligned((batch, n, spec.input_width), np.float32) for n in lengths]
-        image = (batch, *[spec.tokenizer.image_side] * 2, spec.tokenizer.image_channels)
-        self.image = aligned(image, np.float32)
+    Three blocks cross between host and backend, each in one copy: `given` before a generation,
+    `made` after it, and the geometry of `step` once. Everything else stays with the backend.
+    """
 
-    def scale_inputs(self, scale: int) -> dict[str, NDArray[Any]]:
+    def __init__(self, manifest: Manifest, cache_dtype: DTypeLike, memory: Memory) -> None:
+        self._spec = spec = manifest.model
+        self._batch = manifest.batch
+        self.arena = CacheArena(manifest, cache_dtype, memory)
+        self.given = SharedBlock(memory, _given_fields(manifest))
+        self.made = SharedBlock(memory, _made_fields(manifest))
+        self._inner = Block(memory, _inner_fields(manifest))
+        geometry = {
+            _at(name, k): value
+            for k in range(spec.scales)
+            for name, value in step_geometry(spec, k).items()
+        }
+        fields = {name: (value.shape, value.dtype) for name, value in geometry.items()}
+        self._fixed = SharedBlock(memory, fields)
+        for name, value in geometry.items():
+            self._fixed.host[name][...] = value
+        self._fixed.upload()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks in the backend's memory."""
+        blocks = (self.arena, self.given, self.made, self._inner, self._fixed)
+        return sum(block.nbytes for block in blocks)
+
+    def fill(
+        self,
+        labels: Sequence[int],
+        uniforms_BT: NDArray[np.float32],
+        sampling: Sampling,
+        forced: Sequence[NDArray[np.int64]] = (),
+    ) -> None:
+        """Set what one generation is given: B labels, B·T uniforms, the settings, and the tokens
+        [B, L_k] of the first scales where they are not to be drawn."""
+        spec, given = self._spec, self.given.host
+        given[names.LABELS][: self._batch] = labels
+        given[names.LABELS][self._batch :] = spec.transformer.classes
+        given[names.TEMPERATURE][...] = sampling.temperature
+        given[names.TOP_K][...] = sampling.top_k
+        given[names.TOP_P][...] = sampling.top_p
+        prefix = spec.prefix_lengths
+        for k in range(spec.scales):
+            given[_at(names.CFG, k)][...] = sampling.guidance(k, spec.scales)
+            given[_at(names.UNIFORMS, k)][...] = uniforms_BT[:, prefix[k] : prefix[k + 1]]
+            given[_at(names.KEEP_MASK, k)][...] = k < len(forced)
+            if k < len(forced):
+                given[_at(names.KEEP_TOKENS, k)][...] = forced[k]
+        self.given.upload()
+
+    def image(self) -> NDArray[np.float32]:
+        """[B, side, side, channels] in [0, 1], valid after `made.download()`."""
+        return self.made.host[names.IMAGE]
+
+    def tokens(self, scale: int) -> NDArray[np.int64]:
+        """[B, L_k], valid after `made.download()`."""
+        return self.made.host[_at(names.TOKENS, scale)]
+
+    def condition_inputs(self) -> dict[str, Array]:
+        return {names.LABELS: self.given[names.LABELS]}
+
+    def condition_outputs(self) -> dict[str, Array]:
+        return {name: self._inner[name] for name in (names.FIRST_INPUT, names.MODULATION)}
+
+    def scale_inputs(self, scale: int) -> dict[str, Array]:
         """Everything that the static graph of a scale, or `step`, may ask for."""
+        given = (names.UNIFORMS, names.CFG, names.KEEP_MASK, names.KEEP_TOKENS)
+        fixed = (names.SCALE, names.UP_MATRIX, names.NEXT_MATRIX)
         return {
-            **self.condition_out,
-            **self.scalars,
+            **self.condition_outputs(),
+            **{n: self.given[n] for n in (names.TEMPERATURE, names.TOP_K, names.TOP_P)},
+            **{n: self.given[_at(n, scale)] for n in given},
+            **{n: self._fixed[_at(n, scale)] for n in fixed},
             **self.arena.past(scale),
-            **step_geometry(self._spec, scale),
-            names.INPUT: self.inputs[scale],
-            names.F_HAT: self.f_hats[scale % 2],
-            names.UNIFORMS: self.uniforms[scale],
-            names.KEEP_MASK: self.keep_mask[scale],
-            names.KEEP_TOKENS: self.keep_tokens[scale],
+            names.INPUT: self._inner[_at(names.INPUT, scale)],
+            names.F_HAT: self._f_hat(scale),
         }
 
-    def scale_outputs(self, scale: int) -> dict[str, NDArray[Any]]:
+    def scale_outputs(self, scale: int) -> dict[str, Array]:
         """Where a scale leaves its results; at the last scale nothing for a next one."""
         outputs = {
-            names.TOKENS: self.tokens[scale],
-            names.NEW_F_HAT: self.f_hats[(scale + 1) % 2],
+            names.TOKENS: self.made[_at(names.TOKENS, scale)],
+            names.NEW_F_HAT: self._f_hat(scale + 1),
             **self.arena.new(scale),
         }
         if scale + 1 < self._spec.scales:
-            outputs[names.NEXT_INPUT] = self.inputs[scale + 1]
+            outputs[names.NEXT_INPUT] = self._inner[_at(names.INPUT, scale + 1)]
         return outputs
 
-    @property
-    def final_f_hat(self) -> NDArray[Any]:
-        return self.f_hats[self._spec.scales % 2]
+    def decoder_inputs(self) -> dict[str, Array]:
+        return {names.F_HAT: self._f_hat(self._spec.scales)}
+
+    def decoder_outputs(self) -> dict[str, Array]:
+        return {names.IMAGE: self.made[names.IMAGE]}
+
+    def _f_hat(self, scale: int) -> Array:
+        """f_hat before a scale: zeros that nobody writes, then two buffers in turn, since a graph
+        never writes what it reads."""
+        which = 0 if scale == 0 else 1 + scale % 2
+        return self._inner[_at(names.F_HAT, which)]
 
 
 def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
@@ -139,3 +186,71 @@ def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
         names.UP_MATRIX: bicubic_matrix(patch, side),
         names.NEXT_MATRIX: next_matrix,
     }
+
+
+def step_shapes(manifest: Manifest, precision: str, scale: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every input of `step` at a scale: one optimisation profile of a TensorRT engine.
+
+    Raises BundleError where the bundle has no such graph.
+    """
+    spec = manifest.model
+    last = scale + 1 == spec.scales
+    sizes = {
+        names.LENGTH: spec.scale_lengths[scale],
+        names.PAST: max(spec.prefix_lengths[scale], 1),  # a placeholder at scale 0
+        names.SIDE: spec.patch_nums[scale],
+        names.NEXT_SIDE: 1 if last else spec.patch_nums[scale + 1],
+    }
+    return {
+        tensor.name: tuple(sizes[n] if isinstance(n, str) else n for n in tensor.shape)
+        for tensor in manifest.graph(precision, names.STEP).inputs
+    }
+
+
+def _at(name: str, scale: int) -> str:
+    """Key of a buffer that exists once a scale."""
+    return f"{name}@{scale}"
+
+
+def _given_fields(manifest: Manifest) -> Fields:
+    """The strength of guidance has a place a scale, so that a whole generation can be launched
+    without the host stepping in."""
+    fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+        names.LABELS: ((manifest.rows,), np.int64),
+        names.TEMPERATURE: ((), np.float32),
+        names.TOP_K: ((), np.int64),
+        names.TOP_P: ((), np.float32),
+    }
+    for k, length in enumerate(manifest.model.scale_lengths):
+        row = (manifest.batch, length)
+        fields[_at(names.CFG, k)] = ((), np.float32)
+        fields[_at(names.UNIFORMS, k)] = (row, np.float32)
+        fields[_at(names.KEEP_MASK, k)] = (row, np.bool_)
+        fields[_at(names.KEEP_TOKENS, k)] = (row, np.int64)
+    return fields
+
+
+def _made_fields(manifest: Manifest) -> Fields:
+    t = manifest.model.tokenizer
+    image = (manifest.batch, t.image_side, t.image_side, t.image_channels)
+    fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {names.IMAGE: (image, np.float32)}
+    for k, length in enumerate(manifest.model.scale_lengths):
+        fields[_at(names.TOKENS, k)] = ((manifest.batch, length), np.int64)
+    return fields
+
+
+def _inner_fields(manifest: Manifest) -> Fields:
+    spec, batch, rows = manifest.model, manifest.batch, manifest.rows
+    t, side = spec.transformer, spec.tokenizer.latent_side
+    fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+        names.FIRST_INPUT: ((rows, 1, t.width), np.float32),
+        names.MODULATION: ((6 * t.depth + 2, rows, t.width), np.float32),
+    }
+    for which in range(3):
+        fields[_at(names.F_HAT, which)] = (
+            (batch, spec.tokenizer.code_width, side, side),
+            np.float32,
+        )
+    for k, length in enumerate(spec.scale_lengths):
+        fields[_at(names.INPUT, k)] = ((batch, length, spec.input_width), np.float32)
+    return fields

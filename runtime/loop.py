@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.errors import BackendError
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.buffers import LoopBuffers
-from var_deploy.runtime.protocol import Backend, Buffers, Launch, Session
+from var_deploy.runtime.protocol import Arrays, Backend, Launch, Session
 from var_deploy.sampling import Sampling
 
 Layout = Literal["per-scale", "shared"]
@@ -24,6 +25,7 @@ class ScaleLoop:
     All buffers are bound when it is made; a generation only fills the small inputs and launches.
 
     Args:
+        backend: the loop's own from here on; closed with it, also when this fails.
         layout: "shared" drives all scales through the one `step` graph, which keeps one copy of
             the weights in memory; "per-scale" opens the K static graphs.
     """
@@ -31,37 +33,22 @@ class ScaleLoop:
     def __init__(
         self, bundle: Path, manifest: Manifest, backend: Backend, precision: str, layout: Layout
     ) -> None:
-        self._manifest, self._spec = manifest, manifest.model
+        self._manifest, self._spec, self._backend = manifest, manifest.model, backend
         self._opened: dict[str, Session] = {}
-        scale_graphs = [
-            names.STEP if layout == "shared" else names.scale_graph(k)
-            for k in range(self._spec.scales)
-        ]
-        graphs = {
-            name: manifest.graph(precision, name)
-            for name in dict.fromkeys([names.DECODER, *scale_graphs])
-        }
-        if self._spec.transformer.conditional:
-            graphs[names.CONDITION] = manifest.graph(precision, names.CONDITION)
-        self._buffers = buffers = LoopBuffers(
-            manifest, np.float16 if precision == "fp16" else np.float32
-        )
+        self._launches: Sequence[Launch] = ()
         try:
+            graphs = self._graphs(precision, layout)
+            half = precision == "fp16"
+            self._buffers = LoopBuffers(manifest, np.float16 if half else np.float32, backend)
             # the decoder first: its weights are reordered while it loads, and that passing second
             # copy should not come on top of everything else
-            for name, graph in graphs.items():
+            for name, graph in sorted(graphs.items(), key=lambda item: item[0] != names.DECODER):
                 self._opened[name] = backend.open(bundle / graph.file)
-            self._condition = self._bind_condition(graphs)
-            self._scales = [
-                self._bind(graphs, name, buffers.scale_inputs(k), buffers.scale_outputs(k))
-                for k, name in enumerate(scale_graphs)
-            ]
-            self._decode = self._bind(
-                graphs,
-                names.DECODER,
-                {names.F_HAT: buffers.final_f_hat},
-                {names.IMAGE: buffers.image},
-            )
+            launches = self._bind_all(graphs, layout)
+            # a backend may run everything once: with a generation that is as good as any
+            draws = np.zeros((manifest.batch, self._spec.total_tokens), np.float32)
+            self._buffers.fill([0] * manifest.batch, draws, Sampling())
+            self._launches = backend.finish(launches)
         except BaseException:
             self.close()
             raise
@@ -72,56 +59,83 @@ class ScaleLoop:
         uniforms_BT: NDArray[np.float32],
         sampling: Sampling,
         on_step: Callable[[int], None] | None = None,
+        forced: Sequence[NDArray[np.int64]] = (),
     ) -> NDArray[np.float32]:
         """Images [B, side, side, channels] in [0, 1] of B labels and their uniforms [B, T].
 
-        `on_step` is called after each scale and after the decoder with the launches done so far.
-        The returned array is overwritten by the next run.
+        `forced` holds the tokens [B, L_k] of the first scales; the others are drawn.
+        `on_step` is called after each scale and after the decoder with how many of them are done;
+        on a GPU that makes the host wait at each. The returned array is overwritten by the next
+        run. Raises BackendError where the model's logits are not numbers.
         """
-        buffers, spec = self._buffers, self._spec
-        batch = self._manifest.batch
-        buffers.labels[:batch] = labels
-        buffers.labels[batch:] = spec.transformer.classes
-        buffers.f_hats[0].fill(0)
-        prefix = spec.prefix_lengths
-        for scale, target in enumerate(buffers.uniforms):
-            target[...] = uniforms_BT[:, prefix[scale] : prefix[scale + 1]]
-        scalars = buffers.scalars
-        scalars[names.TEMPERATURE][...] = sampling.temperature
-        scalars[names.TOP_K][...] = sampling.top_k
-        scalars[names.TOP_P][...] = sampling.top_p
-        if self._condition is not None:
-            self._condition()
-        for scale, launch in enumerate(self._scales):
-            scalars[names.CFG][...] = sampling.guidance(scale, spec.scales)
+        if not self._launches:
+            raise BackendError("this scale loop is closed")
+        buffers, backend = self._buffers, self._backend
+        buffers.fill(labels, uniforms_BT, sampling, forced)
+        before = len(self._launches) - self._spec.scales - 1  # `condition`, where there is one
+        for number, launch in enumerate(self._launches):
             launch()
-            if on_step:
-                on_step(scale + 1)
-        self._decode()
-        if on_step:
-            on_step(spec.scales + 1)
-        return buffers.image
+            if on_step and number >= before:
+                backend.synchronize()
+                on_step(number - before + 1)
+        buffers.made.download()
+        backend.synchronize()
+        self._check_tokens()
+        return buffers.image()
+
+    def _check_tokens(self) -> None:
+        """The graphs give V, which is no code, for logits that are not numbers."""
+        for scale in range(self._spec.scales):
+            if (self._buffers.tokens(scale) >= self._spec.tokenizer.vocab_size).any():
+                raise BackendError(
+                    f"the logits of scale {scale} are not numbers: fp16 overflowed, or the weights "
+                    "hold such values; try precision fp32, and var-deploy verify names the layer"
+                )
 
     def tokens(self) -> list[NDArray[np.int64]]:
         """Copies of the last run's tokens, [B, L_k] a scale."""
-        return [tokens.copy() for tokens in self._buffers.tokens]
+        return [self._buffers.tokens(k).copy() for k in range(self._spec.scales)]
 
     def close(self) -> None:
-        """Release every session; safe to call twice."""
+        """Release every session and the backend's memory; safe to call twice."""
         for session in self._opened.values():
             session.close()
         self._opened.clear()
+        self._launches = ()
+        self._backend.close()
 
-    def _bind_condition(self, graphs: dict[str, GraphInfo]) -> Launch | None:
-        if names.CONDITION not in graphs:
-            return None
-        inputs: dict[str, NDArray[Any]] = {names.LABELS: self._buffers.labels}
-        return self._bind(graphs, names.CONDITION, inputs, self._buffers.condition_out)
+    def _graphs(self, precision: str, layout: Layout) -> dict[str, GraphInfo]:
+        wanted = [*_scale_graphs(self._spec.scales, layout), names.DECODER]
+        if self._spec.transformer.conditional:
+            wanted.insert(0, names.CONDITION)
+        return {name: self._manifest.graph(precision, name) for name in wanted}
 
-    def _bind(
-        self, graphs: dict[str, GraphInfo], name: str, inputs: Buffers, outputs: Buffers
-    ) -> Launch:
+    def _bind_all(self, graphs: Mapping[str, GraphInfo], layout: Layout) -> list[Launch]:
+        """Launches in the order of a generation."""
+        b, scales = self._buffers, _scale_graphs(self._spec.scales, layout)
+        launches = []
+        if names.CONDITION in graphs:
+            condition = graphs[names.CONDITION]
+            launches.append(
+                self._bind(condition, names.CONDITION, b.condition_inputs(), b.condition_outputs())
+            )
+        for k, name in enumerate(scales):
+            launches.append(
+                self._bind(graphs[name], name, b.scale_inputs(k), b.scale_outputs(k))
+            )
+        decoder = graphs[names.DECODER]
+        launches.append(
+            self._bind(decoder, names.DECODER, b.decoder_inputs(), b.decoder_outputs())
+        )
+        return launches
+
+    def _bind(self, graph: GraphInfo, name: str, inputs: Arrays, outputs: Arrays) -> Launch:
         """Bind what the graph names out of what there is."""
-        wanted = {t.name: inputs[t.name] for t in graphs[name].inputs}
-        given = {t.name for t in graphs[name].outputs}
+        wanted = {t.name: inputs[t.name] for t in graph.inputs}
+        given = {t.name for t in graph.outputs}
         return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in given})
+
+
+def _scale_graphs(scales: int, layout: Layout) -> list[str]:
+    """The graph that computes each scale."""
+    return [names.STEP if layout == "shared" else names.scale_graph(k) for k in range(scales)]

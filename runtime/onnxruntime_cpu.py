@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.runtime.protocol import Buffers
+from var_deploy.runtime.host_memory import HostMemory
+from var_deploy.runtime.protocol import Arrays, Launch
 
 
 class OrtSession:
@@ -15,12 +17,12 @@ class OrtSession:
     def __init__(self, session: Any, graph: str) -> None:
         self._session, self._graph = session, graph
 
-    def bind(self, inputs: Buffers, outputs: Buffers) -> OrtLaunch:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
         binding = self._session.io_binding()
         for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
         for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.address)
         return OrtLaunch(self._session, binding, (inputs, outputs), self._graph)
 
     def close(self) -> None:
@@ -39,7 +41,7 @@ class OrtLaunch:
             raise BackendError(f"ONNX Runtime failed in {self._graph}: {_line(error)}") from error
 
 
-class OrtCpuBackend:
+class OrtCpuBackend(HostMemory):
     """Opens graphs on the CPU.
 
     Args:
@@ -76,6 +78,12 @@ class OrtCpuBackend:
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             raise BackendError(f"ONNX Runtime refuses {graph.name}: {_line(error)}") from error
         return OrtSession(session, graph.stem)
+
+    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return launches
+
+    def close(self) -> None:
+        """Nothing is held here: sessions and memory go with the loop."""
 
     def describe(self) -> dict[str, str]:
         threads = str(self._threads) if self._threads else "all cores"

@@ -43,6 +43,10 @@ SCALE = "scale"  # [] int64, k
 UP_MATRIX = "up_matrix"  # [p_K, p_k] fp32, bicubic (identity at the last scale)
 NEXT_MATRIX = "next_matrix"  # [p_{k+1}, p_K] fp32, area (any one row at the last scale)
 
+# symbolic sizes of step: L_k, P_k (1 at scale 0, whose past is a placeholder row that is not used),
+# L_{k+1}, p_k, p_{k+1}; at the last scale, which feeds no next one, the last two are 1
+LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE = "L", "P", "N", "p", "q"
+
 # inside the scale graphs, not an output: guided logits before temperature [B, L_k, V] fp32
 LOGITS = "logits"
 # likewise: unnormalised probabilities after top-k and top-p, 0 where dropped [B, L_k, V] fp32

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy import names
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.sampling import Sampling, check_seed, uniforms
 
-BACKENDS = ("auto", "onnxruntime-cpu")
+BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16")
 LAYOUTS = ("auto", "per-scale", "shared")
 
@@ -45,20 +44,27 @@ class Pipeline:
         layout: str = "auto",
         *,
         threads: int | None = None,
+        cuda_graph: bool = True,
         check: Literal["hashes", "sizes"] = "hashes",
     ) -> Pipeline:
         """Check a bundle and load its graphs.
 
         Args:
             bundle: folder written by `var-deploy export`.
-            backend: "onnxruntime-cpu", or "auto" for the best that is installed.
-            precision: "fp32" or "fp16"; "auto" takes fp32 on a CPU, which computes fp16 graphs in
-                fp32 anyway, and fp16 where the bundle has nothing else.
+            backend: one of BACKENDS; "auto" takes the first that can run the bundle here:
+                engines built for this very device, ONNX Runtime on a GPU, ONNX Runtime on a CPU.
+                `describe()["chosen because"]` says what was passed over.
+            precision: "fp32" or "fp16"; "auto" takes fp16 on a GPU, fp32 on a CPU, which computes
+                fp16 graphs in fp32 anyway, and otherwise what the bundle has.
             layout: "shared" (one graph for all scales, one copy of the weights), "per-scale" (a
-                static graph a scale), or "auto": shared on a CPU, where each session would pack
-                its own copy of the weights.
-            threads: CPU threads; None takes every physical core.
-            check: "hashes" reads every file once; "sizes" trusts files of the right size.
+                static graph a scale), or "auto": with ONNX Runtime shared, since each session
+                holds its own copy of the weights; with TensorRT what was built, and by free
+                memory where both were.
+            threads: CPU threads; None takes every physical core. With "auto" a number asks for
+                the CPU.
+            cuda_graph: TensorRT only: record each launch once and replay it.
+            check: "hashes" reads every file once; "sizes" trusts files of the right size. Engines
+                are always checked whole.
 
         Raises BundleError for a bundle that cannot be trusted, BackendError where the runtime is
         missing or refuses, UsageError for an unknown option.
@@ -72,21 +78,30 @@ class Pipeline:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, found {value!r}")
         folder = Path(bundle)
         manifest = read_manifest(folder)
-        if precision == "auto":
-            precision = "fp32" if "fp32" in manifest.graphs else next(iter(manifest.graphs))
-        graphs = manifest.graphs.get(precision, {})
-        if layout == "auto":
-            layout = "shared" if names.STEP in graphs or not graphs else "per-scale"
-        check_files(folder, manifest, prefix=f"{precision}/", hashes=check == "hashes")
-
+        from var_deploy.runtime.backends import choose_backend
         from var_deploy.runtime.loop import ScaleLoop
-        from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
-        engine = OrtCpuBackend(threads)
-        loop = ScaleLoop(
-            folder, manifest, engine, precision, "shared" if layout == "shared" else "per-scale"
+        choice = choose_backend(
+            folder,
+            manifest,
+            backend=backend,
+            precision=precision,
+            layout=layout,
+            threads=threads,
+            cuda_graph=cuda_graph,
         )
-        return cls(manifest, loop, precision, layout, engine.describe())
+        precision = choice.precision
+        try:
+            if choice.reads_graphs:
+                check_files(folder, manifest, prefix=f"{precision}/", hashes=check == "hashes")
+        except BaseException:
+            choice.backend.close()
+            raise
+        loop = ScaleLoop(folder, manifest, choice.backend, precision, choice.layout)
+        how = choice.backend.describe()
+        if choice.reason:
+            how["chosen because"] = choice.reason
+        return cls(manifest, loop, precision, choice.layout, how)
 
     def generate(
         self,

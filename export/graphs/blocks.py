@@ -27,12 +27,15 @@ class BlockContext:
         rows: G.
         modulation: value name of the modulation table, None in the GPT-2 form.
         past: whether the graph has a cache to read.
+        alone: a bool value that is true at scale 0 of `step`, where the cache row is a
+            placeholder; None in static graphs, which know.
     """
 
     spec: ModelSpec
     rows: int
     modulation: str | None
     past: bool
+    alone: str | None = None
 
 
 def layer_norm(b: GraphBuilder, ctx: BlockContext, x: str, layer: int, which: int) -> str:
@@ -102,7 +105,7 @@ def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
     elif t.attention_scale != 1.0:
         q = b.op("Mul", q, b.constant(t.attention_scale, b.compute))
     k = b.op("Identity", k, out=names.new_key(layer))
-    v = b.op("Identity", v, out=names.new_value(layer))
+    new_v = v = b.op("Identity", v, out=names.new_value(layer))
     if ctx.past:
         k = b.op("Concat", names.past_key(layer), k, axis=0)
         v = b.op("Concat", names.past_value(layer), v, axis=0)
@@ -112,6 +115,10 @@ def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
     scores = b.to_float(b.op("MatMul", q, k))
     weights = b.to_compute(b.op("Softmax", scores, axis=-1))
     mixed = b.transpose(b.op("MatMul", weights, v), 2, 0, 1, 3)  # [L, G, H, D]
+    if ctx.alone is not None:
+        # one token that sees itself alone gets its own value, whatever the placeholder holds:
+        # exact, and cheaper than masking the scores of every scale
+        mixed = b.op("Where", ctx.alone, new_v, mixed)
     proj_bias = b.weight(f"{prefix}.proj.bias", (width,), dtype=b.compute)
     return b.linear(
         b.reshape(mixed, -1, rows, width), f"{prefix}.proj.weight", width, width, proj_bias

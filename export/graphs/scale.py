@@ -16,9 +16,8 @@ from var_deploy.export.graphs.blocks import BlockContext, affine_norm, block, mo
 from var_deploy.export.graphs.builder import GraphBuilder, Precision, Shape
 from var_deploy.export.graphs.quantizer import DynamicCodes, StaticCodes
 from var_deploy.export.graphs.sampler import sample
+from var_deploy.names import LENGTH, NEXT_LENGTH, NEXT_SIDE, PAST, SIDE
 from var_deploy.spec import ModelSpec
-
-LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE = "L", "P", "N", "p", "q"  # symbolic sizes of `step`
 
 
 class Codes(Protocol):
@@ -61,16 +60,18 @@ def build_step(spec: ModelSpec, precision: Precision, batch: int, guidance: bool
     source = SIDE if spec.transformer.family == "gpt2" else side
     b.input(names.NEXT_MATRIX, np.float32, (NEXT_SIDE, source))
     embedded = _embed(b, spec, _input(b, spec, batch, LENGTH))
-    # the rows of this scale start after the past; its length is that of the input
+    # the rows of this scale start after the past; its length is that of the input. At scale 0,
+    # where the past is a placeholder, what comes out is not used
     start = b.op("Shape", names.past_key(0), start=0, end=1)
     stop = b.op("Add", start, b.op("Shape", names.INPUT, start=1, end=2))
     position = b.op("Slice", _positions(b, spec), start, stop, b.ints(0))
     level = b.op("Gather", _levels(b, spec), scale, axis=0)
     placed = _place(b, embedded, b.op("Add", position, level), batch, guidance)
     first = _first_hidden(b, spec, batch, guidance)
-    x = b.op("Where", b.op("Equal", scale, b.constant(0, np.int64)), first, placed)
+    alone = b.op("Equal", scale, b.constant(0, np.int64))
+    x = b.op("Where", alone, first, placed)
     codes = DynamicCodes(b, spec, scale, batch)
-    _body(b, spec, x, codes, batch, guidance, LENGTH, PAST, last=False)
+    _body(b, spec, x, codes, batch, guidance, LENGTH, PAST, last=False, alone=alone)
     b.output(names.NEXT_INPUT, np.float32, (batch, NEXT_LENGTH, spec.input_width))
     return b
 
@@ -85,6 +86,7 @@ def _body(
     length: int | str,
     past: int | str,
     last: bool,
+    alone: str | None = None,
 ) -> None:
     """Blocks, head, guidance, sampling, f_hat and the next input. x is [L, G, C]."""
     t = spec.transformer
@@ -92,7 +94,7 @@ def _body(
     modulation = None
     if t.family == "var":
         modulation = b.input(names.MODULATION, np.float32, (6 * t.depth + 2, rows, t.width))
-    ctx = BlockContext(spec=spec, rows=rows, modulation=modulation, past=past != 0)
+    ctx = BlockContext(spec=spec, rows=rows, modulation=modulation, past=past != 0, alone=alone)
     cache_row = (rows, t.heads, t.head_width)
     if ctx.past:
         for layer in range(t.depth):
@@ -115,9 +117,12 @@ def _body(
     vocab = spec.tokenizer.vocab_size
     sampled = sample(b, names.LOGITS, uniforms, temperature, top_k, top_p, vocab)
     tokens = b.op("Where", keep_mask, keep_tokens, sampled, out=names.TOKENS)
-    codes.add(tokens, f_hat)
+    # where the logits are not numbers the sampler gives V: the host sees that, and a look-up past
+    # the table would be an invalid address on a GPU
+    known = b.op("Min", tokens, b.constant(vocab - 1, np.int64))
+    codes.add(known, f_hat)
     if not last:
-        codes.next_input(tokens)
+        codes.next_input(known)
 
     b.output(names.TOKENS, np.int64, tokens_shape)
     b.output(names.NEW_F_HAT, np.float32, f_hat_shape)

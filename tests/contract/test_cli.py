@@ -24,7 +24,7 @@ from var_deploy.cli.console import Progress, human_bytes, table
 from var_deploy.errors import BundleError
 from var_deploy.images import read_settings
 
-COMMANDS = ("export", "verify", "generate", "inspect")
+COMMANDS = ("export", "verify", "generate", "inspect", "build", "plan", "doctor")
 
 
 class FakePipeline:
@@ -75,7 +75,7 @@ def test_version_and_help() -> None:
     for command in COMMANDS:
         result = run(command, "--help")
         assert result.exit_code == 0
-        assert f"Example:\n    var-deploy {command} " in result.output
+        assert f"Example:\n    var-deploy {command}" in result.output
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
     assert load == {
         "bundle": bundle,
         "backend": "auto",
+        "cuda_graph": True,
         "precision": "auto",
         "layout": "auto",
         "threads": 1,

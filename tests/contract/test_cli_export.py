@@ -32,7 +32,14 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             raise ExportError("disk full")
         return SimpleNamespace(files={"a": FileInfo(size=2_500_000, sha256="")})
 
+    def calibrate(out: Path, images: int, progress: Any) -> str:
+        calls.append({"calibrated": out, "images": images})
+        return "blocks.0.ffn comes near overflow" if images > 1 else ""
+
     checkpoint, bundle = ModuleType("checkpoint"), ModuleType("bundle")
+    calibration = ModuleType("calibrate")
+    calibration.calibrate = calibrate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "var_deploy.export.calibrate", calibration)
     checkpoint.load_model = load_model  # type: ignore[attr-defined]
     bundle.export_bundle = export_bundle  # type: ignore[attr-defined]
     bundle.ExportOptions = SimpleNamespace  # type: ignore[attr-defined]
@@ -45,11 +52,13 @@ def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, A
     result = run(
         *("export", "var-d16", "--out", tmp_path / "b", "--random-weights", 0, "--batch", 2),
         *("--precision", "fp16", "--precision", "fp32", "--precision", "fp16"),
-        *("--no-guidance", "--layout", "shared"),
+        *("--no-guidance", "--layout", "shared", "--calibration", 2),
     )
     assert result.exit_code == 0, result.output
     assert "1 files, 2.5 MB" in result.stdout
-    load, write = exporter
+    assert result.stderr == "warning: blocks.0.ffn comes near overflow\n"
+    load, write, calibrated = exporter
+    assert calibrated == {"calibrated": tmp_path / "b", "images": 2}
     del load["progress"]
     assert load == {
         "preset": "var-d16",

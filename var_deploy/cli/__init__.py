@@ -5,10 +5,13 @@ from __future__ import annotations
 import click
 
 from var_deploy import __version__
+from var_deploy.cli.build import build
 from var_deploy.cli.console import Program
+from var_deploy.cli.doctor import doctor
 from var_deploy.cli.export import export
 from var_deploy.cli.generate import generate
 from var_deploy.cli.inspect import inspect
+from var_deploy.cli.plan import plan
 from var_deploy.cli.verify import verify
 
 __all__ = ["main"]
@@ -34,3 +37,6 @@ main.add_command(export)
 main.add_command(verify)
 main.add_command(generate)
 main.add_command(inspect)
+main.add_command(build)
+main.add_command(plan)
+main.add_command(doctor)

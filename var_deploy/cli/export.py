@@ -64,6 +64,14 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="One graph a scale, one for all scales, or both over the same weights.",
 )
+@click.option(
+    "--calibration",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Images run through the fp16 graphs, to warn of values near overflow; 0 skips it.",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle that OUT holds.")
 def export(
     model: str | None,
@@ -76,6 +84,7 @@ def export(
     batch: int,
     guidance: bool,
     layout: Literal["both", "per-scale", "shared"],
+    calibration: int,
     force: bool,
 ) -> None:
     """Write the bundle of MODEL: ONNX graphs, one weights file and a manifest.
@@ -115,6 +124,13 @@ def export(
                 progress=lambda message: progress.update(message, 0.0),
             )
             manifest = export_bundle(loaded, out, options, progress.update)
+            warning = ""
+            if "fp16" in precision and calibration:
+                from var_deploy.export.calibrate import calibrate
+
+                warning = calibrate(out, calibration, progress.update)
+    if warning:
+        click.echo(f"warning: {warning}", err=True)
     size = human_bytes(sum(file.size for file in manifest.files.values()))
     click.echo(f"wrote {out} ({len(manifest.files)} files, {size})")
 

@@ -52,11 +52,18 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime-cpu"]),
+    type=click.Choice(["auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu"]),
     default="auto",
     show_default=True,
+    help="What runs the graphs; auto takes the fastest that can.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all cores).")
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=True,
+    show_default=True,
+    help="TensorRT: record every launch and replay it.",
+)
 @click.option("--quiet", is_flag=True, help="No progress and no closing line.")
 @click.option("--json", "as_json", is_flag=True, help="What was done, as JSON on stdout.")
 def generate(
@@ -73,6 +80,7 @@ def generate(
     layout: str,
     backend: str,
     threads: int | None,
+    cuda_graph: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -103,7 +111,12 @@ def generate(
         with Progress(quiet=quiet) as progress:
             progress.update("loading", 0.0)
             with Pipeline.load(
-                bundle, backend=backend, precision=precision, layout=layout, threads=threads
+                bundle,
+                backend=backend,
+                precision=precision,
+                layout=layout,
+                threads=threads,
+                cuda_graph=cuda_graph,
             ) as pipe:
                 images = pipe.generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,

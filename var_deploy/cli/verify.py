@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from var_deploy.cli.console import Progress, needs_extra
-from var_deploy.errors import VerificationError
+from var_deploy.errors import UsageError, VerificationError
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -20,23 +20,46 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), help="Only these graphs (default: all)."
 )
+@click.option(
+    "--bisect",
+    "backends",
+    metavar="A,B",
+    help="Instead, find the first layer at which two backends part: onnxruntime, pytorch, "
+    "tensorrt or tensorrt_rtx, each with :fp32 or :fp16.",
+)
+@click.option(
+    "--graph",
+    metavar="NAME",
+    help="With --bisect: this graph alone, such as decoder, step, or 'step @ 3'.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def verify(
     bundle: Path,
     checkpoint: Path | None,
     tokenizer: Path | None,
     precision: str | None,
+    backends: str | None,
+    graph: str | None,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with the PyTorch model, graph by graph and then the whole loop.
 
-    The report is stored in the bundle's manifest. Ends with 1 where a tolerance does not hold.
+    Every graph is also checked against what TensorRT 10.3 takes. The report is stored in the
+    bundle's manifest. Ends with 1 where a tolerance does not hold.
 
     \b
     Example:
       var-deploy verify build/pocket
       var-deploy verify build/d16 --checkpoint var_d16.pth --tokenizer vae_ch160v4096z32.pth
+      var-deploy verify build/pocket --bisect onnxruntime:fp32,tensorrt:fp16 --graph decoder
     """
+    if backends is not None:
+        if precision is not None:
+            raise UsageError("--bisect takes the precision behind each backend, not --precision")
+        _bisect(bundle, backends, checkpoint, tokenizer, graph, as_json)
+        return
+    if graph is not None:
+        raise UsageError("--graph goes with --bisect")
     with needs_extra("export", "verify"):
         from var_deploy.export.verify import verify_bundle
 
@@ -51,3 +74,28 @@ def verify(
     click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
     if not report.passed:
         raise VerificationError(report.failure or f"{bundle} does not compute what the model does")
+
+
+def _bisect(
+    bundle: Path,
+    backends: str,
+    checkpoint: Path | None,
+    tokenizer: Path | None,
+    graph: str | None,
+    as_json: bool,
+) -> None:
+    with needs_extra("export", "verify"):
+        from var_deploy.export.bisect import bisect_bundle
+
+        with Progress() as progress:
+            result = bisect_bundle(
+                bundle,
+                backends,
+                checkpoint=checkpoint,
+                tokenizer=tokenizer,
+                graph=graph,
+                progress=progress.update,
+            )
+    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+    if result.divergence:
+        raise VerificationError(result.headline)

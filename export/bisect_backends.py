@@ -1,0 +1,145 @@
+"""Brings interior values out of a graph, on any backend: what `verify --bisect` compares."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import helper
+
+from var_deploy.errors import BackendError, UsageError
+from var_deploy.export.graph_runner import EXTERNAL_FOLDER
+from var_deploy.export.lint import values_of
+from var_deploy.export.torch_graph import TorchGraph
+from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, load_library
+
+Values = Mapping[str, NDArray[Any]]
+# (graph file, inputs, names of the values wanted) → those of them that the backend has
+Runner = Callable[[Path, Values, Sequence[str]], Values]
+
+
+def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values:
+    """On the CPU, optimised as far as values that are looked at allow."""
+    model = onnx.load(str(path), load_external_data=False)
+    types = values_of(onnx.shape_inference.infer_shapes(model).graph)
+    given = {value.name for value in model.graph.output}
+    model.graph.output.extend(
+        helper.make_tensor_value_info(name, types[name].elem_type, None)
+        for name in wanted
+        if name not in given
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        found = session.run(list(wanted), dict(inputs))
+    except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+        raise BackendError(f"ONNX Runtime failed in {path.stem}: {_line(error)}") from error
+    return dict(zip(wanted, found, strict=True))
+
+
+def run_pytorch(path: Path, inputs: Values, wanted: Sequence[str]) -> Values:
+    found = TorchGraph(path).run(inputs, also=wanted)
+    return {name: found[name] for name in wanted}
+
+
+def run_tensorrt(
+    library: str, path: Path, inputs: Values, wanted: Sequence[str], polygraphy: Any = None
+) -> Values:
+    """An engine for these shapes alone, through Polygraphy.
+
+    What is brought out cannot be fused away, so a fault that only a fusion has does not show.
+
+    Args:
+        library: "tensorrt" or "tensorrt_rtx".
+        polygraphy: stands for the module polygraphy.backend.trt.
+    """
+    complaints = _Complaints()
+    trt = polygraphy or _polygraphy(library, complaints)
+    try:
+        parsed = trt.network_from_onnx_path(str(path), strongly_typed=True)
+        network = parsed[1]
+        outputs = (layer.get_output(i) for layer in network for i in range(layer.num_outputs))
+        made = {tensor.name for tensor in outputs if tensor is not None}
+        marked = [name for name in wanted if name in made]
+        if not marked:
+            return {}
+        parsed = trt.modify_network_outputs(parsed, outputs=marked)
+        profile = trt.Profile()
+        for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+            if -1 in tuple(tensor.shape):
+                shape = inputs[tensor.name].shape
+                profile.add(tensor.name, min=shape, opt=shape, max=shape)
+        # TF32 stays off, which is Polygraphy's default: fp32 islands are meant to be fp32
+        engine = trt.engine_from_network(parsed, config=trt.CreateConfig(profiles=[profile]))
+        with trt.TrtRunner(engine) as runner:
+            taken = {name: inputs[name] for name in runner.get_input_metadata()}
+            found = runner.infer(taken)
+            return {name: np.array(found[name]) for name in marked}
+    except Exception as error:  # Polygraphy raises types of its own, all Exception
+        words = complaints.text() or _line(error)
+        raise BackendError(f"{library} failed in {path.stem}: {words}") from error
+
+
+class _Complaints(logging.Handler):
+    """TensorRT's own words: Polygraphy's exceptions only say that there were some."""
+
+    SHOWN = 3
+    CHARACTERS = 700
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._lines: dict[str, None] = {}  # in order, without repeats
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines[" ".join(record.getMessage().split())] = None
+
+    def text(self) -> str:
+        return "; ".join(list(self._lines)[: self.SHOWN])[: self.CHARACTERS]
+
+
+def _polygraphy(library: str, complaints: logging.Handler) -> Any:
+    """polygraphy.backend.trt, set to drive `library`: it reads which one when it is imported."""
+    load_library(library)  # says what to install
+    rtx = library == RTX
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if rtx else "0"
+    try:
+        config = importlib.import_module("polygraphy.config")
+        logger = importlib.import_module("polygraphy.logger").G_LOGGER
+        backend = importlib.import_module("polygraphy.backend.trt")
+    except ModuleNotFoundError:
+        raise BackendError(
+            f'{library} is compared through Polygraphy, which is not installed; run: '
+            'pip install "polygraphy>=0.53"'
+        ) from None
+    if rtx != config.USE_TENSORRT_RTX:
+        raise UsageError("tensorrt and tensorrt_rtx cannot be compared in one process")
+    logger.use_python_logging_system = True
+    logger.colors = logger.letter = False  # it would print to stdout that it has no colours
+    log = logging.getLogger("Polygraphy")
+    log.handlers, log.propagate = [complaints], False
+    return backend
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+RUNNERS: dict[str, Runner] = {
+    "onnxruntime": run_onnxruntime,
+    "pytorch": run_pytorch,
+    TENSORRT: partial(run_tensorrt, TENSORRT),
+    RTX: partial(run_tensorrt, RTX),
+}

@@ -1,0 +1,299 @@
+"""PyTorch on a GPU: what the engines are measured against.
+
+    python -m var_deploy.export.torch_peers BUNDLE
+    python -m var_deploy.export.torch_peers --rates
+
+The first times our own modules with the bundle's sizes and random weights, eager and compiled, in
+fp16 throughout. The second measures the GPU: bandwidth and rates. Both print lines of JSON: what
+they ran on, or {"problem": …} where PyTorch finds no GPU; then each result as soon as it is known,
+since compiling a large model takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor
+
+from var_deploy.errors import VarDeployError
+from var_deploy.export.checkpoint import empty_modules, load_into
+from var_deploy.export.models.gpt2 import Gpt2Transformer
+from var_deploy.export.models.sampler import filter_logits, guide
+from var_deploy.export.models.tokenizer import Phi
+from var_deploy.export.models.transformer import Cache, Modulation
+from var_deploy.export.random_weights import RandomWeights
+from var_deploy.manifest import read_manifest
+from var_deploy.sampling import Sampling
+from var_deploy.spec import ModelSpec
+
+BUDGET = 10.0  # seconds a case
+FEWEST, MOST, WARM_UPS = 5, 100, 3
+COPY_BYTES = 1 << 28
+MATRIX_SIDES = (4096, 8192)  # the second one only where the first is too short to time
+SHORT = 0.005
+MEASURED = 20
+RECOMPILE_LIMIT = 64  # a compiled function has one version a scale; PyTorch allows eight
+
+Compiler = str | Callable[..., Any]
+Timer = Callable[[Callable[[], object], int, float], list[float]]
+
+
+class Peer:
+    """A generation in PyTorch: B labels and uniforms [B, T] → images [B, 3, S, S] in [-1, 1].
+
+    Nothing waits for the GPU in between. Everything is of one type, also what the graphs keep in
+    fp32: this is about time, and the fastest that a user would run.
+
+    Args:
+        compiler: a backend of torch.compile, such as "inductor"; None leaves the modules as they
+            are.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int,
+        guidance: bool,
+        sampling: Sampling,
+        device: torch.device,
+        dtype: torch.dtype,
+        compiler: Compiler | None = None,
+    ) -> None:
+        self.spec, self.batch, self.guidance, self.sampling = spec, batch, guidance, sampling
+        self.device, self.dtype = device, dtype
+        tokenizer, transformer = empty_modules(spec)
+        for module in (tokenizer, transformer):
+            shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
+            load_into(module, RandomWeights(shapes, 0))
+            module.to(device, dtype)
+        self.tokenizer, self.transformer = tokenizer, transformer
+        phis = [module for module in tokenizer.quantize.modules() if isinstance(module, Phi)]
+        served = (spec.tokenizer.phi_index(k) for k in range(spec.scales))
+        self._phis = [phis[index] for index in served] if phis else []
+        self._scale, self._decode = self._eager_scale, tokenizer.decode
+        if compiler is not None:
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            self._scale = torch.compile(self._scale, dynamic=False, backend=compiler)
+            self._decode = torch.compile(self._decode, dynamic=False, backend=compiler)
+
+    @torch.inference_mode()
+    def __call__(self, labels_B: Tensor, uniforms_BT: Tensor) -> Tensor:
+        spec, t = self.spec, self.spec.transformer
+        rows = labels_B
+        if self.guidance:
+            rows = torch.cat((labels_B, torch.full_like(labels_B, t.classes)))
+        mod = self.transformer.modulation(rows)
+        cache, side = Cache(t.depth), spec.tokenizer.latent_side
+        f_hat = torch.zeros(
+            *(self.batch, spec.tokenizer.code_width, side, side),
+            device=self.device,
+            dtype=self.dtype,
+        )
+        following: Tensor | None = None
+        for k, draws in enumerate(uniforms_BT.split(list(spec.scale_lengths), dim=1)):
+            f_hat, following = self._scale(k, following, mod, cache, f_hat, draws)
+        image: Tensor = self._decode(f_hat)
+        return image
+
+    def _eager_scale(
+        self,
+        scale: int,
+        following: Tensor | None,
+        mod: Modulation,
+        cache: Cache,
+        f_hat: Tensor,
+        draws_BL: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        spec, sampling, quantize = self.spec, self.sampling, self.tokenizer.quantize
+        logits = self.transformer.step(scale, following, mod, cache).float()
+        logits = guide(logits, sampling.guidance(scale, spec.scales), self.batch)
+        kept = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        cdf = kept.softmax(dim=-1).cumsum(dim=-1)
+        tokens = (cdf > draws_BL.unsqueeze(-1) * cdf[..., -1:]).int().argmax(dim=-1)
+        f_hat = f_hat + self._contribution(scale, quantize.lookup(scale, tokens))
+        if scale + 1 == spec.scales:
+            return f_hat, None
+        if isinstance(self.transformer, Gpt2Transformer):
+            return f_hat, self.transformer.next_input(scale, tokens)
+        return f_hat, quantize.next_input(scale, f_hat)
+
+    def _contribution(self, scale: int, codes: Tensor) -> Tensor:
+        """As `MultiScaleQuantizer.contribution`; that one looks for φ with NumPy, where a compiler
+        cannot follow."""
+        side = self.spec.tokenizer.latent_side
+        if self.spec.patch_nums[scale] != side:
+            codes = F.interpolate(codes, size=(side, side), mode="bicubic")
+        return self._phis[scale](codes) if self._phis else codes
+
+
+def time_peers(
+    spec: ModelSpec,
+    *,
+    guidance: bool,
+    sampling: Sampling,
+    batches: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype = torch.float16,
+    modes: Sequence[tuple[str, Compiler | None]] = (("eager", None), ("torch.compile", "inductor")),
+    budget: float = BUDGET,
+) -> Iterator[dict[str, Any]]:
+    """A row a mode and batch: median, p10 and p95 in milliseconds and the memory at its peak, or
+    the problem that kept it from running. `modes` are (name, compiler)."""
+    for name, compiler in modes:
+        for batch in batches:
+            row: dict[str, Any] = {"mode": name, "batch": batch}
+            peer: Peer | None = None
+            try:
+                peer = Peer(
+                    spec,
+                    batch=batch,
+                    guidance=guidance,
+                    sampling=sampling,
+                    device=device,
+                    dtype=dtype,
+                    compiler=compiler,
+                )
+                row |= _time_peer(peer, budget)
+            except Exception as error:  # no memory, no compiler: the other cases may do
+                row["problem"] = " ".join(str(error).split())[:300] or type(error).__name__
+            finally:
+                del peer  # its memory is for the next one
+                torch._dynamo.reset()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+            yield row
+
+
+def _time_peer(peer: Peer, budget: float) -> dict[str, Any]:
+    device = peer.device
+    labels = torch.arange(peer.batch, device=device) % max(peer.spec.transformer.classes, 1)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(peer.batch, peer.spec.total_tokens, generator=generator).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    peer(labels, draws)
+    first = time.perf_counter() - started  # with a compiler: mostly its work
+    seconds = timer_of(device)(lambda: peer(labels, draws), MOST, budget)
+    tenths = statistics.quantiles(seconds, n=20, method="inclusive")
+    found = {
+        "median_ms": round(statistics.median(seconds) * 1e3, 4),
+        "p10_ms": round(tenths[1] * 1e3, 4),
+        "p95_ms": round(tenths[18] * 1e3, 4),
+        "count": len(seconds),
+        "first_seconds": round(first, 2),
+    }
+    if device.type == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def timer_of(device: torch.device) -> Timer:
+    """Seconds of each of several runs: by CUDA events on a GPU, else by the clock."""
+    return _time_on_gpu if device.type == "cuda" else _time_on_cpu
+
+
+def _time_on_gpu(run: Callable[[], object], most: int, budget: float) -> list[float]:
+    for _ in range(WARM_UPS):
+        run()
+    seconds: list[float] = []
+    started = time.perf_counter()
+    while len(seconds) < most and (
+        len(seconds) < FEWEST or time.perf_counter() - started < budget
+    ):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        seconds.append(before.elapsed_time(after) / 1e3)
+    return seconds
+
+
+def _time_on_cpu(run: Callable[[], object], most: int, budget: float) -> list[float]:
+    seconds: list[float] = []
+    started = time.perf_counter()
+    while len(seconds) < most and (
+        len(seconds) < FEWEST or time.perf_counter() - started < budget
+    ):
+        before = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - before)
+    return seconds
+
+
+def measure_rates(
+    device: torch.device, *, copy_bytes: int = COPY_BYTES, sides: Sequence[int] = MATRIX_SIDES
+) -> dict[str, float]:
+    """Bytes a second of a large copy (read and written), operations a second of large products in
+    fp16 and in fp32 without TF32. Medians."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    timer = timer_of(device)
+    source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = statistics.median(timer(lambda: target.copy_(source), MEASURED, BUDGET))
+    rates = {"bandwidth": 2 * copy_bytes / seconds}
+    for name, dtype in (("half_rate", torch.float16), ("full_rate", torch.float32)):
+        rates[name] = 0.0
+        for side in sides:
+            a = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
+            seconds = statistics.median(timer(lambda a=a: a @ a, MEASURED, BUDGET))
+            rates[name] = max(rates[name], 2 * side**3 / seconds)
+            if seconds > SHORT:
+                break
+    return rates
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--rates", is_flag=True, help="Measure the GPU instead.")
+@click.option("--batches", default="1,8", show_default=True, metavar="LIST")
+@click.option("--budget", type=float, default=BUDGET, show_default=True, metavar="SECONDS")
+def main(bundle: Path | None, rates: bool, batches: str, budget: float) -> None:
+    """Time PyTorch with the sizes of BUNDLE on this machine's GPU; lines of JSON."""
+    if (bundle is None) != rates:
+        raise click.UsageError("give either a bundle or --rates")
+    if not torch.cuda.is_available():
+        click.echo(json.dumps({"problem": f"PyTorch {torch.__version__} finds no GPU"}))
+        return
+    device = torch.device("cuda")
+    click.echo(
+        json.dumps(
+            {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "device": torch.cuda.get_device_name(),
+            }
+        )
+    )
+    if bundle is None:
+        click.echo(json.dumps(measure_rates(device)))
+        return
+    try:
+        manifest = read_manifest(bundle)
+    except VarDeployError as error:
+        raise click.ClickException(str(error)) from None
+    rows = time_peers(
+        manifest.model,
+        guidance=manifest.guidance,
+        sampling=manifest.defaults,
+        batches=[int(batch) for batch in batches.split(",")],
+        device=device,
+        budget=budget,
+    )
+    for row in rows:
+        click.echo(json.dumps(row))  # flushes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Named arrays side by side in one piece of memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from var_deploy.runtime.protocol import ALIGNMENT, Array, Memory
+
+Fields = Mapping[str, tuple[tuple[int, ...], DTypeLike]]
+
+
+def pack(fields: Fields) -> tuple[dict[str, int], int]:
+    """Offset of each field, on a multiple of 256, and the bytes of all."""
+    offsets, position = {}, 0
+    for name, (shape, dtype) in fields.items():
+        offsets[name] = position
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        position += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets, position
+
+
+class Block(Mapping[str, Array]):
+    """Arrays that the graphs alone read and write."""
+
+    def __init__(self, memory: Memory, fields: Fields) -> None:
+        offsets, self.nbytes = pack(fields)
+        base = memory.allocate(self.nbytes)
+        self._arrays = {
+            name: Array(base.address + offsets[name], shape, np.dtype(dtype), base.owner)
+            for name, (shape, dtype) in fields.items()
+        }
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+class SharedBlock(Mapping[str, Array]):
+    """Arrays that the host fills or reads; one copy moves all of them.
+
+    Attributes:
+        host: the same arrays for the host, by name.
+    """
+
+    def __init__(self, memory: Memory, fields: Fields) -> None:
+        offsets, self.nbytes = pack(fields)
+        self._shared = shared = memory.share(self.nbytes)
+        self._arrays: dict[str, Array] = {}
+        self.host: dict[str, NDArray[Any]] = {}
+        for name, (shape, dtype) in fields.items():
+            start, kind = offsets[name], np.dtype(dtype)
+            array = Array(shared.address + start, shape, kind, shared.host)
+            self._arrays[name] = array
+            view: NDArray[Any] = shared.host[start : start + array.nbytes].view(kind)
+            self.host[name] = view.reshape(shape)
+
+    def upload(self) -> None:
+        self._shared.upload()
+
+    def download(self) -> None:
+        self._shared.download()
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)

@@ -1,0 +1,54 @@
+"""The memory of backends that run on a CPU: NumPy's, aligned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy.runtime.protocol import ALIGNMENT, Array
+
+
+def aligned_bytes(size: int) -> NDArray[np.uint8]:
+    """Zeros [size] whose first byte lies on a multiple of 256."""
+    block = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT
+    return block[start : start + size]
+
+
+def host_view(array: Array) -> NDArray[Any]:
+    """The values of an array that lies in host memory: the same bytes, not a copy."""
+    block = array.owner
+    assert isinstance(block, np.ndarray)  # what `HostMemory` gives its arrays
+    start = array.address - block.ctypes.data
+    view: NDArray[Any] = block[start : start + array.nbytes].view(array.dtype)
+    return view.reshape(array.shape)
+
+
+class HostShared:
+    """`Shared` where there is one memory only."""
+
+    def __init__(self, size: int) -> None:
+        self.host = aligned_bytes(size)
+        self.address = int(self.host.ctypes.data)
+
+    def upload(self) -> None:
+        pass
+
+    def download(self) -> None:
+        pass
+
+
+class HostMemory:
+    """`Memory` on the host; freed when nothing refers to it any more."""
+
+    def allocate(self, size: int) -> Array:
+        block = aligned_bytes(size)
+        return Array(int(block.ctypes.data), (size,), block.dtype, block)
+
+    def share(self, size: int) -> HostShared:
+        return HostShared(size)
+
+    def synchronize(self) -> None:
+        pass

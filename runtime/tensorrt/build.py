@@ -1,0 +1,288 @@
+"""The engines of a bundle: which there are to build, which are still good, one after the other.
+
+Every finished engine is in engine.json before the next one starts, so a build that is cut off goes
+on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from var_deploy import names
+from var_deploy.errors import BackendError, BundleError, UsageError
+from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.runtime.tensorrt import engine_files
+from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
+from var_deploy.runtime.tensorrt.job import Job, open_folder, run_in_child, run_job
+from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, Library, load_library
+from var_deploy.runtime.tensorrt.monitor import Progress
+from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
+
+Layout = Literal["shared", "per-scale", "both"]
+FindDevice = Callable[[], tuple[str, int]]
+
+LAYOUTS = ("shared", "per-scale", "both", "auto")
+SHARED_PROFILES_FIXED = (10, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineResult:
+    """One engine after a build: `kept` where an earlier build had made it already."""
+
+    graph: str
+    kept: bool
+    size: int
+    profiles: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What `build_bundle` did.
+
+    Attributes:
+        folder: where the engines lie.
+        layout: the one that was built, and why.
+        notes: what a person should know, a line each.
+    """
+
+    folder: Path
+    target: Target
+    layout: Layout
+    reason: str
+    engines: tuple[EngineResult, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "folder": str(self.folder)}
+
+
+def choose_layout(
+    manifest: Manifest, precision: str, memory: int | None
+) -> tuple[Layout, str]:
+    """The layout of `--layout auto`, and the reason in a few words.
+
+    `memory` is what the GPU has free, in bytes; None where engines are built for another machine.
+    """
+    if memory is not None:
+        from var_deploy.plan import choose_layout as by_memory
+
+        return by_memory(manifest, memory, precision=precision)
+    if names.STEP in manifest.graphs[precision]:
+        return "shared", "one copy of the weights for all scales"
+    return "per-scale", "the bundle has no graph for all scales"
+
+
+def engines_of(manifest: Manifest, precision: str, layout: Layout, encoder: bool) -> list[str]:
+    """Names of the engines of a layout, in the order in which a generation needs them.
+
+    Raises BundleError where the bundle lacks one of the graphs.
+    """
+    graphs = [names.CONDITION] if manifest.model.transformer.conditional else []
+    if layout != "per-scale":
+        graphs.append(names.STEP)
+    if layout != "shared":
+        graphs += [names.scale_graph(k) for k in range(manifest.model.scales)]
+    graphs.append(names.DECODER)
+    if encoder:
+        graphs.append(names.ENCODER)
+    manifest.graph(precision, names.DECODER)  # every bundle has it, if it has the precision
+    for graph in graphs:
+        if graph not in manifest.graphs[precision]:
+            raise BundleError(
+                f"the bundle has no graph {graph} in {precision}, which layout {layout} needs; "
+                "export it again with --layout both"
+            )
+    return graphs
+
+
+def build_bundle(
+    bundle: Path,
+    *,
+    precision: str | None = None,
+    layout: Layout | Literal["auto"] = "auto",
+    options: BuildOptions | None = None,
+    low_memory: bool = False,
+    library: Library | str | None = None,
+    encoder: bool = True,
+    force: bool = False,
+    find_device: FindDevice | None = None,
+    find_memory: Callable[[], int] | None = None,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build the engines of a bundle for this device into engines/<target>/.
+
+    Args:
+        precision: "fp16" or "fp32"; None takes fp16 where the bundle has it.
+        layout: "shared" (one engine for all scales), "per-scale" (one each), "both", or "auto".
+        low_memory: build each engine in a process of its own.
+        library: "tensorrt", "tensorrt_rtx", or one that is loaded; None takes what is installed.
+        encoder: build the encoder too, which only images as input need.
+        force: build again what is finished.
+        find_device: name and compute capability of the GPU, ("Orin, 8 SMs", 87).
+        find_memory: bytes that the GPU has free, which settle "auto".
+        progress: called with a message and the fraction done.
+
+    Raises BundleError for a bundle that cannot be trusted, UsageError for options that do not fit,
+    BackendError where TensorRT is missing or refuses, or the disk does; KeyboardInterrupt after
+    Ctrl-C. Engines that were finished before stay.
+    """
+    report = progress or (lambda message, fraction: None)
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
+    bundle = bundle.absolute()  # a process of its own has a working directory of its own
+    manifest = read_manifest(bundle)
+    if precision is None:
+        precision = "fp16" if "fp16" in manifest.graphs else next(iter(manifest.graphs))
+    manifest.graph(precision, names.DECODER)  # refuses a precision that the bundle lacks
+    library, options, target = _settle(library, options or BuildOptions(), precision, find_device)
+    kind, reason = layout, "as asked"
+    if kind == "auto":
+        memory = None if library.is_rtx else (find_memory or _free_memory)()
+        kind, reason = choose_layout(manifest, precision, memory)
+    graphs = engines_of(manifest, precision, kind, encoder)
+    _check_sources(bundle, manifest, precision, report)
+
+    folder, notes = open_folder(bundle, target)
+    notes += _version_notes(library, kind)
+    keys = {g: engine_files.engine_key(manifest, g, precision, options, target) for g in graphs}
+    report("looking for finished engines", 0.0)
+    wanted = [g for g in graphs if force or not _finished(folder, g, keys[g])]
+    _check_disk(folder, manifest, precision, wanted)
+    for number, graph in enumerate(wanted):
+        job = Job(
+            bundle=bundle,
+            graph=graph,
+            precision=precision,
+            key=keys[graph],
+            options=options,
+            target=target,
+        )
+
+        def advance(phase: str, fraction: float, number: int = number, graph: str = graph) -> None:
+            done = (number + fraction) / len(wanted)
+            report(f"{graph} ({number + 1} of {len(wanted)}): {phase}", done)
+
+        advance("starting", 0.0)
+        run = run_in_child if low_memory else run_job
+        notes += run(job, library, advance)
+    report("done", 1.0)
+    folder = engine_files.read_engines(bundle, target)
+    return BuildReport(
+        folder=folder.path,
+        target=target,
+        layout=kind,
+        reason=reason,
+        engines=tuple(_result(folder.record(g), kept=g not in wanted) for g in graphs),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _free_memory() -> int:
+    from var_deploy.runtime.cuda import Cuda
+
+    cuda = Cuda()
+    try:
+        return cuda.free_memory()[0]
+    finally:
+        cuda.close()
+
+
+def _settle(
+    library: Library | str | None,
+    options: BuildOptions,
+    precision: str,
+    find_device: FindDevice | None,
+) -> tuple[Library, BuildOptions, Target]:
+    """Library, options and target that belong together."""
+    ahead = options.compute_capability
+    if not isinstance(library, Library):
+        library = load_library(library or (RTX if ahead is not None else None))
+    if ahead is not None and not library.is_rtx:
+        raise UsageError(
+            f"--compute-capability is for {RTX} alone: {TENSORRT} builds for the device it runs on"
+        )
+    device = ANY_DEVICE
+    if ahead is None:
+        if find_device is None:
+            from var_deploy.runtime.cuda import device_name_and_sm
+
+            find_device = device_name_and_sm
+        device, ahead = find_device()
+    if library.is_rtx:
+        device = ANY_DEVICE
+        options = dataclasses.replace(options, compute_capability=ahead)
+    target = Target(
+        library=library.name,
+        version=library.version,
+        device=device,
+        sm=ahead,
+        precision=precision,
+    )
+    return library, options, target
+
+
+def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Progress) -> None:
+    """An engine from damaged weights would be found by nobody."""
+    prefix = f"{precision}/"
+    total = sum(f.size for name, f in manifest.files.items() if name.startswith(prefix))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report("checking the bundle", done / max(total, 1))
+
+    check_files(bundle, manifest, prefix=prefix, progress=advance)
+
+
+def _version_notes(library: Library, layout: Layout) -> list[str]:
+    parts = tuple(int(p) for p in library.version.split(".")[:2] if p.isdigit())
+    if layout == "per-scale" or library.is_rtx or parts >= SHARED_PROFILES_FIXED:
+        return []
+    return [
+        f"tensorrt {library.version}: an accuracy bug with several profiles was fixed in 10.8; "
+        "compare the images of the shared layout with those of the per-scale layout"
+    ]
+
+
+def _finished(folder: EngineFolder, graph: str, key: str) -> bool:
+    record = folder.engines.get(graph)
+    return record is not None and record.key == key and folder.intact(record)
+
+
+def _check_disk(
+    folder: EngineFolder, manifest: Manifest, precision: str, graphs: list[str]
+) -> None:
+    """Make the folder; refuse where the plans, about as large as their weights, have no room."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder.path, os.W_OK):
+            raise BackendError(f"{folder.path} cannot be written: Permission denied")
+        engine_files.remove_leftovers(folder)
+        replaced = sum(folder.engines[g].size for g in graphs if g in folder.engines)
+        free = shutil.disk_usage(folder.path).free + replaced
+    except OSError as error:
+        raise BackendError(f"{folder.path} cannot be written: {error.strerror}") from None
+    needed = sum(manifest.graph(precision, g).weight_bytes for g in graphs)
+    if free < needed:
+        raise BackendError(
+            f"the disk of {folder.path} has {free / 1e6:.0f} MB free, the engines need about "
+            f"{needed / 1e6:.0f} MB"
+        )
+
+
+def _result(record: EngineRecord, *, kept: bool) -> EngineResult:
+    return EngineResult(
+        graph=record.graph,
+        kept=kept,
+        size=record.size,
+        profiles=record.profiles,
+        seconds=record.seconds,
+    )

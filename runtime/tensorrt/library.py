@@ -1,0 +1,125 @@
+"""The one place that picks the module: `tensorrt` (10.3 to 11.x) or `tensorrt_rtx`, one Python API.
+
+Nothing else in the package imports either; it is handed a `Library`. A stand-in for the module
+takes the same way in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from functools import cache
+from typing import Any
+
+from var_deploy.errors import BackendError, UsageError
+
+TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
+OLDEST = (10, 3)  # JetPack 6.1
+KEPT_LINES = 20
+SHOWN_LINES = 3
+SHOWN_CHARACTERS = 700
+
+INSTALL = {
+    TENSORRT: "on a Jetson it comes with JetPack (make the virtual environment with "
+    '--system-site-packages), elsewhere run pip install "var-deploy[tensorrt]"',
+    RTX: "run pip install tensorrt_rtx",
+}
+
+
+class Library:
+    """TensorRT, loaded.
+
+    Attributes:
+        module: `tensorrt`, `tensorrt_rtx` or what stands for it.
+        name: which of the two, whatever the module calls itself.
+        version: as the module gives it; an engine is tied to it.
+        logger: an ILogger that keeps the last error lines: `errors()`, `clear()`.
+    """
+
+    def __init__(self, module: Any, name: str = TENSORRT) -> None:
+        self.module, self.name = module, name
+        self.version = str(module.__version__)
+        self.logger = _error_log(module)
+
+    @property
+    def is_rtx(self) -> bool:
+        return self.name == RTX
+
+    def words(self) -> str:
+        """What TensorRT said since the logger was cleared, on one line.
+
+        Its first complaint is the cause and the last one the call that failed; what lies between
+        is left out where there is much of it.
+        """
+        lines = list(dict.fromkeys(self.logger.errors()))
+        if len(lines) > SHOWN_LINES:
+            lines = [*lines[: SHOWN_LINES - 1], lines[-1]]
+        text = "; ".join(lines) or "it gave no reason"
+        return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def load_library(prefer: str | None = None) -> Library:
+    """Import `prefer`, or the first of `tensorrt` and `tensorrt_rtx` that is installed.
+
+    Raises UsageError for another name, BackendError where the module is missing, does not load or
+    is too old, with what to do about it.
+    """
+    if prefer is not None and prefer not in INSTALL:
+        raise UsageError(f"library must be {TENSORRT} or {RTX}, found {prefer!r}")
+    for name in (prefer,) if prefer else (TENSORRT, RTX):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise BackendError(_broken(name, error)) from None
+            continue
+        except Exception as error:  # a shared library that is missing, of any exception type
+            raise BackendError(_broken(name, error)) from None
+        return _checked(module, name)
+    missing = f"{prefer} is not" if prefer else f"neither {TENSORRT} nor {RTX} is"
+    raise BackendError(f"{missing} installed: {INSTALL[prefer or TENSORRT]}")
+
+
+def _checked(module: Any, name: str) -> Library:
+    if not hasattr(module, "Builder"):
+        # a folder of this name on the path, or the empty package that holds the name on PyPI
+        where = getattr(module, "__file__", None) or "its place"
+        raise BackendError(f"the module {name} in {where} is not NVIDIA's: {INSTALL[name]}")
+    library = Library(module, name)
+    parts = library.version.split(".")[:2]
+    oldest = ".".join(map(str, OLDEST))
+    if name == TENSORRT and tuple(int(p) for p in parts if p.isdigit()) < OLDEST:
+        raise BackendError(
+            f"tensorrt {library.version} is too old, {oldest} or newer is needed: {INSTALL[name]}"
+        )
+    return library
+
+
+def _broken(name: str, error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return f"{name} is installed but does not load ({words}); install it again: {INSTALL[name]}"
+
+
+@cache
+def _error_log(module: Any) -> Any:
+    """One logger a module: TensorRT sends some lines to the first it was ever given, and no
+    object of TensorRT may outlive its logger."""
+    severity = module.ILogger.Severity
+    kept = (severity.INTERNAL_ERROR, severity.ERROR)
+
+    class ErrorLog(module.ILogger):  # type: ignore[misc]  # the base is known at run time only
+        def __init__(self) -> None:
+            super().__init__()
+            self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in kept:
+                self._lines.append(" ".join(str(msg).split()))
+
+        def errors(self) -> list[str]:
+            return list(self._lines)
+
+        def clear(self) -> None:
+            self._lines.clear()
+
+    return ErrorLog()

@@ -1,0 +1,130 @@
+"""The ways through a bundle that `device_check` compares: a backend, a precision, a layout."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from var_deploy import names
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.measure import ClockedBackend, CudaClock, WallClock
+from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
+from var_deploy.runtime.protocol import Backend
+from var_deploy.runtime.tensorrt.engine_files import find_target, load_plan
+from var_deploy.runtime.tensorrt.library import Library
+from var_deploy.runtime.tensorrt.session import TensorRtBackend
+from var_deploy.runtime.tensorrt.target import Target
+
+TENSORRT, ORT_CUDA, ORT_CPU = "tensorrt", "onnxruntime-cuda", "onnxruntime-cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way through a bundle. `backend` "tensorrt" stands for tensorrt_rtx as well."""
+
+    backend: str
+    precision: str
+    layout: Layout
+    cuda_graph: bool = True
+
+    @property
+    def title(self) -> str:
+        graphs = "" if self.cuda_graph else ", no CUDA graph"
+        return f"{self.backend} {self.precision} {self.layout}{graphs}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A variant that is open.
+
+    Attributes:
+        runs_on: its versions and settings.
+        free: bytes of device memory before it was opened, 0 on a CPU.
+        cuda: the GPU it runs on, None on a CPU.
+    """
+
+    loop: ScaleLoop
+    clock: WallClock | CudaClock
+    runs_on: dict[str, str]
+    free: int
+    cuda: Cuda | None
+
+
+def onnxruntime_lacks(manifest: Manifest, variant: Variant) -> str:
+    """Why ONNX Runtime cannot run a variant, "" where it can."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return 'onnxruntime is not installed; run pip install "var-deploy[cpu]"'
+    graph = names.STEP if variant.layout == "shared" else names.scale_graph(0)
+    if graph not in manifest.graphs.get(variant.precision, {}):
+        return f"the bundle has no layout {variant.layout} in {variant.precision}"
+    if variant.backend == ORT_CUDA:
+        import onnxruntime
+
+        if PROVIDER not in onnxruntime.get_available_providers():
+            return (
+                f"onnxruntime {onnxruntime.__version__} has no {PROVIDER}; run pip uninstall "
+                'onnxruntime, then pip install "var-deploy[gpu]"'
+            )
+    return ""
+
+
+@contextlib.contextmanager
+def opened(
+    bundle: Path, manifest: Manifest, variant: Variant, library: Library | None
+) -> Iterator[Running]:
+    """Open a variant; everything is given back at the end.
+
+    `library` is for engines. Raises BackendError where it cannot run.
+    """
+    cuda, free = None, 0
+    backend: Backend
+    clock: WallClock | CudaClock
+    if variant.backend == ORT_CPU:
+        backend = OrtCpuBackend()
+        clock = WallClock(backend.synchronize)
+    else:
+        cuda = Cuda()
+        try:
+            free = cuda.free_memory()[0]
+            clock = CudaClock(cuda.stream)
+            if variant.backend == ORT_CUDA:
+                backend = OrtCudaBackend(cuda=cuda)
+            else:
+                assert library is not None
+                backend = _tensorrt(bundle, manifest, variant, library, cuda)
+        except BaseException:
+            cuda.close()
+            raise
+    clocked = ClockedBackend(backend, clock)
+    loop = ScaleLoop(bundle, manifest, clocked, variant.precision, variant.layout)
+    try:
+        yield Running(loop=loop, clock=clock, runs_on=backend.describe(), free=free, cuda=cuda)
+    finally:
+        clock.close()
+        loop.close()
+
+
+def _tensorrt(
+    bundle: Path, manifest: Manifest, variant: Variant, library: Library, cuda: Cuda
+) -> TensorRtBackend:
+    device, sm = cuda.device_name_and_sm()
+    target = Target(
+        library=library.name,
+        version=library.version,
+        device=device,
+        sm=sm,
+        precision=variant.precision,
+    )
+    find_target(bundle, target)
+    return TensorRtBackend(
+        library,
+        lambda graph: load_plan(bundle, manifest, graph, target)[1],
+        cuda=cuda,
+        cuda_graph=variant.cuda_graph,
+    )

@@ -1,0 +1,139 @@
+"""`var-deploy plan` on presets, bundles and devices."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_steps import done, process, refused, tree
+from fake_machine import FakeMachine, jetson
+from var_deploy import devices
+
+
+def plan(*arguments: object) -> Any:
+    return json.loads(done("plan", *arguments, "--json").stdout)
+
+
+def test_a_preset_on_a_board() -> None:
+    text = done("plan", "var-d16", "--device", "orin-nano-8gb").stdout
+    for part in ("Jetson Orin Nano 8GB", "one memory for CPU and GPU", "68 GB/s", "fp16, TensorRT"):
+        assert part in text
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    for row in ("weights", "cache", "peak", "generates", "engines on disk", "builds", "scale_09"):
+        assert row in lines, row
+    assert "one image: at least " in text and "A floor, not a promise" in text
+    assert "a quarter of 41 sparse INT8 TOPS" in text.replace("\n  ", " ")
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_options_change_the_prediction() -> None:
+    board = ("--device", "agx-orin-64gb")
+    first = plan("var-d16", *board)
+    assert (first["batch"], first["guidance"], first["precision"]) == (1, True, "fp16")
+    cache = first["layouts"]["shared"]["footprint"]["cache"]
+    eight = plan("var-d16", *board, "--batch", 8)
+    assert eight["layouts"]["shared"]["footprint"]["cache"] == pytest.approx(8 * cache, rel=1e-3)
+    single = plan("var-d16", *board, "--no-guidance")
+    assert single["layouts"]["shared"]["footprint"]["cache"] == pytest.approx(cache / 2, rel=1e-3)
+    full = plan("var-d16", *board, "--precision", "fp32")
+    assert full["seconds"] > first["seconds"]
+    assert (first["layout"], plan("var-d16", *board, "--layout", "shared")["layout"]) == (
+        "per-scale",
+        "shared",
+    )
+    assert "8 images: at least" in done("plan", "var-d16", *board, "--batch", 8).stdout
+
+
+def test_what_does_not_fit_is_still_done() -> None:
+    text = done("plan", "var-d36", "--device", "orin-nano-4gb").stdout
+    assert "no, lacks" in text and "neither fits" in text
+    assert plan("var-d36", "--device", "orin-nano-4gb")["fits"] is False
+
+
+def test_a_bundle_settles_its_options(made: Path) -> None:
+    before = tree(made)
+    found = plan(made, "--device", "thor")
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert (found["batch"], found["precision"]) == (2, "fp32"), "what the bundle holds"
+    assert found["bundle_measured"] is True
+    assert found["bundle_bytes"] == sum(f["size"] for f in manifest["files"].values())
+    assert tree(made) == before
+    same = plan(made, "--device", "thor", "--batch", 2, "--guidance", "--precision", "fp32")
+    assert same == found
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--batch", 3), ("exported for 2 images", "--batch 3")),
+        (("--no-guidance",), ("exported with guidance", "--no-guidance")),
+        (("--precision", "fp16"), ("no fp16 graphs (it has fp32)", "--precision fp16")),
+    ],
+)
+def test_a_bundle_contradicts(
+    made: Path, options: tuple[object, ...], parts: tuple[str, ...]
+) -> None:
+    refused(2, "plan", made, "--device", "thor", *options, parts=parts)
+
+
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "Machine", lambda: jetson(free=6000))
+    found = plan("pocket")
+    assert found["device"]["available"] == 6000 << 20
+    assert found["library"] == "tensorrt"
+    files = jetson().files
+    monkeypatch.setattr(
+        devices, "Machine", lambda: FakeMachine(files={"/proc/meminfo": files["/proc/meminfo"]})
+    )
+    bare = plan("pocket")
+    assert (bare["library"], bare["precision"]) == ("onnxruntime-cpu", "fp32")
+    text = done("plan", "pocket").stdout
+    assert "engines" not in text and "TensorRT" not in text and "ONNX Runtime" in text
+
+
+def test_bad_usage(tmp_path: Path) -> None:
+    refused(2, "plan", parts=("MODEL",))
+    refused(2, "plan", "var-d63", parts=("neither the folder of a bundle", "did you mean var-d36?"))
+    refused(2, "plan", "pocket", "--device", "orin", parts=("unknown device 'orin'", "thor"))
+    refused(2, "plan", "pocket", "--batch", 0, parts=("--batch",))
+    refused(1, "plan", tmp_path, parts=("is no bundle",))
+    (tmp_path / "file").write_text("x")
+    refused(1, "plan", tmp_path / "file", parts=("is no bundle",))
+
+
+def test_a_model_without_classes(made: Path, tmp_path: Path) -> None:
+    """No preset is one, so the manifest of a bundle says it is."""
+    data = json.loads((made / "manifest.json").read_text())
+    data["guidance"] = False
+    data["model"]["transformer"].update(family="gpt2", classes=0, qk_l2_norm=False)
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    assert plan(tmp_path, "--device", "thor")["launches"][0]["work"]["name"] == "scale_00"
+    refused(2, "plan", tmp_path, "--device", "thor", "--guidance", parts=("unconditional",))
+
+
+def test_no_torch_is_needed() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['onnx'] = None\n"
+        "from var_deploy.cli import main; main(sys.argv[1:])"
+    )
+    for model in ("var-d16", "pocket"):
+        result = subprocess.run(
+            [sys.executable, "-c", code, "plan", model, "--device", "h200"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "4800 GB/s" in result.stdout
+
+
+def test_the_command_as_a_program() -> None:
+    result = process("plan", "pocket", "--device", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "at least" in result.stdout

@@ -1,0 +1,237 @@
+"""The ONNX Runtime CUDA backend, on a stand-in that computes on the CPU over the fake's memory."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from fake_tensorrt import cudart
+from var_deploy.errors import BackendError
+from var_deploy.manifest import read_manifest
+from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
+from var_deploy.runtime.protocol import Backend
+from var_deploy.sampling import Sampling, uniforms
+
+SETTINGS = Sampling(cfg=2.0, top_k=0, top_p=0.95)
+CPU = "CPUExecutionProvider"
+
+
+class Binding:
+    """IOBinding to addresses on the device."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, tuple[Any, ...]] = {}
+        self.outputs: dict[str, tuple[Any, ...]] = {}
+
+    def bind_input(
+        self,
+        name: str,
+        device_type: str,
+        device_id: int,
+        element_type: Any,
+        shape: tuple[int, ...],
+        buffer_ptr: int,
+    ) -> None:
+        assert (device_type, device_id) == ("cuda", 0)
+        self.inputs[name] = (element_type, shape, buffer_ptr)
+
+    def bind_output(
+        self,
+        name: str,
+        device_type: str = "cpu",
+        device_id: int = 0,
+        element_type: Any = None,
+        shape: Any = None,
+        buffer_ptr: int | None = None,
+    ) -> None:
+        assert (device_type, device_id) == ("cuda", 0)
+        self.outputs[name] = (element_type, shape, buffer_ptr)
+
+
+def on_device(dtype: Any, shape: tuple[int, ...], address: int) -> NDArray[Any]:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    view: NDArray[Any] = cudart.view(address, size).view(dtype).reshape(shape)
+    return view
+
+
+class Session(cudart.Counted):
+    """InferenceSession: asynchronous on the stream that it was given, if it was told so."""
+
+    def __init__(
+        self,
+        path: str,
+        sess_options: Any,
+        providers: list[tuple[str, dict[str, str]]],
+        enable_fallback: int = 1,
+    ) -> None:
+        super().__init__("session")
+        [(provider, self.settings)] = providers
+        assert provider == PROVIDER
+        assert not enable_fallback, "or it would go on with the CPU after a failure"
+        self._real = onnxruntime.InferenceSession(path, sess_options, providers=[CPU])
+
+    def get_providers(self) -> list[str]:
+        return [PROVIDER, CPU]
+
+    def io_binding(self) -> Binding:
+        return Binding()
+
+    def run_with_iobinding(self, binding: Binding, run_options: Any) -> None:
+        stream = int(self.settings["user_compute_stream"])
+
+        def work() -> None:
+            feed = {name: on_device(*place).copy() for name, place in binding.inputs.items()}
+            names = list(binding.outputs)
+            for name, array in zip(names, self._real.run(names, feed), strict=True):
+                on_device(*binding.outputs[name])[...] = array
+
+        cudart.enqueue(stream, work)
+        key = "disable_synchronize_execution_providers"
+        if run_options.get_run_config_entry(key) != "1":
+            cudart.cudaStreamSynchronize(stream)
+
+
+@pytest.fixture
+def ort() -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        __version__="1.23.2",
+        SessionOptions=onnxruntime.SessionOptions,
+        RunOptions=onnxruntime.RunOptions,
+        InferenceSession=Session,
+        get_available_providers=lambda: [PROVIDER, CPU],
+    )
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    cudart.reset()
+    yield
+    assert cudart.live() == {}, "something was left on the device"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, small_model: Callable[..., Any]) -> Path:
+    pytest.importorskip("torch")
+    from var_deploy.export.bundle import ExportOptions, export_bundle
+
+    out = tmp_path_factory.mktemp("ort") / "bundle"
+    export_bundle(small_model(), out, ExportOptions(precisions=("fp16",), batch=2))
+    return out
+
+
+def images(bundle: Path, backend: Backend, layout: Layout) -> tuple[NDArray[np.float32], list[str]]:
+    """An image of each label, and the calls that it took."""
+    manifest = read_manifest(bundle)
+    loop = ScaleLoop(bundle, manifest, backend, "fp16", layout)
+    try:
+        draws = np.stack([uniforms(5, n, manifest.model.total_tokens) for n in range(2)])
+        before = len(cudart.calls())
+        return loop.run([3, 1], draws, SETTINGS).copy(), cudart.calls()[before:]
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("layout", ["per-scale", "shared"])
+def test_images_are_those_of_the_cpu(bundle: Path, ort: Any, layout: Layout) -> None:
+    expected, _ = images(bundle, OrtCpuBackend(1), layout)
+    found, calls = images(bundle, OrtCudaBackend(ort, Cuda(cudart)), layout)
+    np.testing.assert_array_equal(found, expected)
+    # one copy in, one out, and nobody waits but at the end
+    assert calls == ["cudaMemcpyAsync", "cudaMemcpyAsync", "cudaStreamSynchronize"]
+
+
+def test_settings_of_the_provider(bundle: Path, ort: Any) -> None:
+    cuda = Cuda(cudart)
+    backend = OrtCudaBackend(ort, cuda)
+    session = backend.open(bundle / "fp16" / "decoder.onnx")
+    settings = session.session.settings
+    assert settings["user_compute_stream"] == str(cuda.stream) != "0"
+    assert settings["use_tf32"] == "0"
+    assert all(isinstance(value, str) for value in settings.values()), "ONNX Runtime wants text"
+    backend.close()
+
+
+def test_it_says_what_it_runs_on(ort: Any) -> None:
+    backend = OrtCudaBackend(ort, Cuda(cudart))
+    described = {"backend": backend.name, "onnxruntime": "1.23.2", "device": "Orin, 16 SMs (sm87)"}
+    assert backend.describe() == described
+    backend.close()
+    backend.close()
+
+
+def test_without_the_provider_it_says_what_to_install(ort: Any) -> None:
+    ort.get_available_providers = lambda: [CPU]
+    with pytest.raises(BackendError, match=r"has no CUDAExecution.*; run .*var-deploy\[gpu\]"):
+        OrtCudaBackend(ort, Cuda(cudart))
+    assert cudart.live() == {}, "the device that it was given is its own, also when it fails"
+
+
+def test_without_onnxruntime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r'not installed; run pip install "var-deploy\[gpu\]"'):
+        OrtCudaBackend(cuda=Cuda(cudart))
+
+
+def test_the_installed_onnxruntime_is_asked_for_its_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ort: Any
+) -> None:
+    asked: list[str] = []
+
+    def preload_dlls() -> None:
+        asked.append("preload")
+        print("Failed to load libcudnn.so.9")
+
+    ort.preload_dlls = preload_dlls
+    monkeypatch.setitem(sys.modules, "onnxruntime", ort)
+    OrtCudaBackend(cuda=Cuda(cudart)).close()
+    assert asked == ["preload"]
+    assert capsys.readouterr().out == "", "a report as JSON may be on its way there"
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(
+    bundle: Path, ort: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "get_providers", lambda self: [CPU])
+    with pytest.raises(BackendError, match=r"does not load its CUDAExecutionProvider.*cudnn"):
+        images(bundle, OrtCudaBackend(ort, Cuda(cudart)), "shared")
+    assert cudart.live() == {}
+
+
+def test_what_onnxruntime_says_becomes_one_line(
+    bundle: Path, ort: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, binding: Any, run_options: Any) -> None:
+        raise RuntimeError("CUDNN_STATUS_ALLOC_FAILED\n while running Conv")
+
+    monkeypatch.setattr(Session, "run_with_iobinding", fail)
+    with pytest.raises(BackendError) as caught:
+        images(bundle, OrtCudaBackend(ort, Cuda(cudart)), "shared")
+    words = "ONNX Runtime failed in condition: CUDNN_STATUS_ALLOC_FAILED while running Conv"
+    assert str(caught.value) == words
+
+
+def test_a_graph_that_cannot_be_read_is_named(tmp_path: Path, ort: Any) -> None:
+    backend = OrtCudaBackend(ort, Cuda(cudart))
+    with pytest.raises(BackendError, match=r"ONNX Runtime refuses decoder.onnx: "):
+        backend.open(tmp_path / "decoder.onnx")
+    backend.close()
+
+
+def test_the_options_are_ones_that_onnxruntime_knows(bundle: Path) -> None:
+    """Its own CUDA provider, where there is one, checks every key."""
+    if PROVIDER not in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has no {PROVIDER}")
+    backend = OrtCudaBackend()
+    backend.open(bundle / "fp16" / "decoder.onnx")
+    backend.close()

@@ -1,0 +1,245 @@
+"""`var-deploy plan`: what a model needs on a device, before anything is built."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from var_deploy.cli.console import human_bytes, needs_extra, table
+from var_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from var_deploy.costs import Precision, Workload
+    from var_deploy.manifest import Manifest
+    from var_deploy.plan import Plan
+    from var_deploy.spec import ModelSpec
+
+WIDTH = 96
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--device",
+    default="this",
+    show_default=True,
+    metavar="NAME",
+    help="orin-nano-8gb, orin-nx-16gb, agx-orin-64gb, thor, h200, rtx-4090, … or this, or cpu "
+    "(its processor); a wrong name lists all.",
+)
+@click.option("--batch", type=click.IntRange(1), help="Images a launch (default: 1).")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="auto: fp16 on a GPU, fp32 on a CPU.",
+)
+@click.option(
+    "--guidance/--no-guidance",
+    default=None,
+    help="Two rows an image for classifier-free guidance, or one (default: two).",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["auto", "per-scale", "shared"]),
+    default="auto",
+    show_default=True,
+    help="One engine a scale, or one for all of them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
+def plan(
+    model: str,
+    device: str,
+    batch: int | None,
+    precision: Literal["auto", "fp32", "fp16"],
+    guidance: bool | None,
+    layout: Literal["auto", "per-scale", "shared"],
+    as_json: bool,
+) -> None:
+    """Predict disk, memory and the least time of MODEL on a device; nothing is built or run.
+
+    MODEL is a preset such as var-d16, or the folder of a bundle, which settles batch and guidance.
+
+    \b
+    Example:
+      var-deploy plan var-d16 --device orin-nano-8gb
+      var-deploy plan build/pocket --device this --json
+    """
+    from var_deploy.devices import find_device
+    from var_deploy.plan import make_plan
+
+    target = find_device(device)
+    chosen: Precision | None = None if precision == "auto" else precision
+    if chosen is None and target.sm is None:
+        chosen = "fp32"
+    manifest, workload = _workload(model, batch, chosen, guidance)
+    found = make_plan(
+        workload,
+        target,
+        name=model,
+        layout=None if layout == "auto" else layout,
+        manifest=manifest,
+    )
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
+
+
+def _workload(
+    model: str, batch: int | None, precision: Precision | None, guidance: bool | None
+) -> tuple[Manifest | None, Workload]:
+    """Sizes of a bundle or a preset; what the options say must agree with a bundle."""
+    from var_deploy.costs import Workload
+
+    path = Path(model)
+    if not path.exists():
+        spec = _preset(model)
+        _check_guidance(guidance, spec.transformer.conditional)
+        return None, Workload(
+            model=spec,
+            batch=batch or 1,
+            guidance=spec.transformer.conditional if guidance is None else guidance,
+            precision=precision or "fp16",
+        )
+
+    from var_deploy.manifest import read_manifest
+    from var_deploy.plan import workload_of
+
+    manifest = read_manifest(path)
+    _check_guidance(guidance, manifest.model.transformer.conditional)
+    if batch not in (None, manifest.batch):
+        raise UsageError(
+            f"{path} was exported for {manifest.batch} images a launch; export it again with "
+            f"--batch {batch}, or give the name of the preset"
+        )
+    if guidance not in (None, manifest.guidance):
+        asked, held = ("--guidance", "without") if guidance else ("--no-guidance", "with")
+        raise UsageError(f"{path} was exported {held} guidance; export it again with {asked}")
+    if precision is None:
+        precision = "fp16" if "fp16" in manifest.graphs else "fp32"
+    elif precision not in manifest.graphs:
+        raise UsageError(
+            f"{path} has no {precision} graphs (it has {', '.join(manifest.graphs)}); export it "
+            f"again with --precision {precision}"
+        )
+    return manifest, workload_of(manifest, precision)
+
+
+def _preset(name: str) -> ModelSpec:
+    with needs_extra("export", "plan"):
+        from var_deploy.export.presets import PRESETS
+    if name in PRESETS:
+        return PRESETS[name].spec
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UsageError(
+        f"{name} is neither the folder of a bundle nor a preset ({', '.join(PRESETS)}){hint}"
+    )
+
+
+def _check_guidance(guidance: bool | None, conditional: bool) -> None:
+    if guidance and not conditional:
+        raise UsageError("an unconditional model has no guidance: leave --guidance out")
+
+
+def _as_text(found: Plan) -> str:
+    from var_deploy.plan import ASSUMPTION, ESTIMATES
+
+    notes = [f"numbers of the device: {found.device.source}"]
+    if found.device.derived:
+        notes.append(f"derived: {found.device.derived}")
+    notes += [ESTIMATES[found.library], ASSUMPTION]
+    wrapped = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes]
+    return "\n".join(
+        [_facts(found), "", _memory(found), "", _verdict(found), "", _times(found), "", *wrapped]
+    )
+
+
+def _facts(found: Plan) -> str:
+    w, device = found.workload, found.device
+    spec = w.model
+    rows = [
+        (
+            "model",
+            f"{found.name}: {spec.transformer.depth} blocks, width {spec.transformer.width}, "
+            f"{spec.tokenizer.image_side} × {spec.tokenizer.image_side} pixels, {spec.scales} "
+            f"scales, {spec.total_tokens} tokens",
+        ),
+        (
+            "device",
+            f"{device.title}: {human_bytes(device.memory)}"
+            f"{', one memory for CPU and GPU' if device.one_memory and device.sm else ''}, "
+            f"{human_bytes(device.reserved)} of it the system's",
+        ),
+        (
+            "rates",
+            f"{device.bandwidth / 1e9:.0f} GB/s, "
+            + (f"{_tera(device.compute_rate)} dense fp16, " if device.sm is not None else "")
+            + f"{_tera(device.full_rate)} fp32",
+        ),
+        (
+            "run",
+            f"batch {w.batch}, guidance {'on' if w.guidance else 'off'}, {w.precision}, "
+            f"{'TensorRT' if found.library == 'tensorrt' else 'ONNX Runtime'}",
+        ),
+        ("bundle", f"{'' if found.measured else 'about '}{human_bytes(found.bundle)} on disk"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def _memory(found: Plan) -> str:
+    plans = found.layouts.values()
+    rows: list[tuple[str, ...]] = [("memory", *found.layouts)]
+    for part in ("weights", "cache", "buffers", "scratch", "runtime", "loading", "peak"):
+        sizes = [getattr(layout.footprint, part) for layout in plans]
+        if any(sizes):
+            label = {"scratch": "scratch (or loading)", "loading": "while loading"}.get(part, part)
+            rows.append((label, *map(human_bytes, sizes)))
+    rows.append(("generates", *(_lacking(layout.missing) for layout in plans)))
+    if found.library == "tensorrt":
+        rows.append(("engines on disk", *(human_bytes(layout.engines) for layout in plans)))
+        builds = [layout.build for layout in plans if layout.build]
+        for side in ("host", "device"):
+            rows.append((f"to build, {side}", *(human_bytes(getattr(b, side)) for b in builds)))
+        rows.append(("builds", *(_lacking(layout.build_missing) for layout in plans)))
+    return table(rows, right=(1, 2))
+
+
+def _lacking(missing: int) -> str:
+    return f"no, lacks {human_bytes(missing)}" if missing else "yes"
+
+
+def _verdict(found: Plan) -> str:
+    text = f"layout {found.layout}: {found.reason}"
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
+
+
+def _times(found: Plan) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("launch", "tokens", "past", "operations", "bytes", "at least", "bound by")
+    ]
+    for launch in found.launches:
+        work = launch.work
+        rows.append(
+            (
+                work.name,
+                str(launch.tokens or ""),
+                str(launch.past if launch.tokens else ""),
+                f"{(work.compute_operations + work.full_operations) / 1e9:.1f} G",
+                human_bytes(work.traffic),
+                f"{launch.seconds * 1e3:.2f} ms",
+                launch.bound,
+            )
+        )
+    images = "one image" if found.workload.batch == 1 else f"{found.workload.batch} images"
+    total = f"{images}: at least {found.seconds * 1e3:.1f} ms"
+    return table(rows, right=(1, 2, 3, 4, 5)) + f"\n\n{total}"
+
+
+def _tera(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOPS"

@@ -1,0 +1,337 @@
+"""What a model costs before anything is built: bytes and operations, from its sizes alone.
+
+The formulas follow the graphs (docs/DESIGN.md) operator by operator; tests hold the bytes against
+exported bundles, where they agree to the byte. Notation as in `spec`; c is the size of a number in
+the graph's products, 2 in fp16 and 4 in fp32. A multiplication with an addition counts as two
+operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from var_deploy import names
+from var_deploy.spec import ModelSpec, TokenizerSpec
+
+Precision = Literal["fp32", "fp16"]
+
+FULL = 4  # bytes of an fp32 number
+# Top-k and top-p halve an interval 32 times each, with a comparison, a choice and a sum a code and
+# halving; exponentials, masks and the search for the drawn code come to about twenty more.
+SAMPLER_OPERATIONS = 2 * 32 * 3 + 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model and how it is run: all that a cost depends on besides the device."""
+
+    model: ModelSpec
+    batch: int = 1
+    guidance: bool = True
+    precision: Precision = "fp16"
+
+    @property
+    def rows(self) -> int:
+        """G."""
+        return 2 * self.batch if self.guidance else self.batch
+
+    @property
+    def itemsize(self) -> int:
+        """c."""
+        return 2 if self.precision == "fp16" else FULL
+
+    @property
+    def scale_graphs(self) -> tuple[str, ...]:
+        """Names of the static graphs of all scales."""
+        return tuple(names.scale_graph(k) for k in range(self.model.scales))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Numbers that a graph takes from weights.bin.
+
+    Attributes:
+        compute: those stored in the precision of the graph.
+        full: those that are fp32 in either precision.
+        tables: part of `full`, of which a launch reads a few rows.
+    """
+
+    compute: int = 0
+    full: int = 0
+    tables: int = 0
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes, as `weight_bytes` in the manifest."""
+        return self.compute * itemsize + self.full * FULL
+
+    def read(self, itemsize: int) -> int:
+        """Bytes that every launch reads."""
+        return self.nbytes(itemsize) - self.tables * FULL
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(
+            compute=self.compute + other.compute,
+            full=self.full + other.full,
+            tables=self.tables + other.tables,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One launch.
+
+    Attributes:
+        name: the static graph.
+        compute_operations: in the graph's precision.
+        full_operations: in fp32, whatever the precision.
+        traffic: bytes that it reads and writes at least: weights, cache, inputs, outputs.
+    """
+
+    name: str
+    compute_operations: int
+    full_operations: int
+    traffic: int
+
+
+# weights
+
+
+def graph_weights(workload: Workload, graph: str) -> Weights:
+    """Weights of one graph by name; `batch` and `guidance` do not change them."""
+    model = workload.model
+    if graph == names.CONDITION:
+        return _condition_weights(model)
+    if graph == names.DECODER:
+        return _autoencoder_weights(decoder_layers(model.tokenizer))
+    if graph == names.ENCODER:
+        served = {model.tokenizer.phi_index(k) for k in range(model.scales - 1)}
+        used = len(served) if model.tokenizer.phi_count else 0
+        layers = encoder_layers(model.tokenizer)
+        return _autoencoder_weights(layers) + _codebook(model) + _phi(model, used)
+    if graph == names.STEP:
+        return _scale_weights(model, first=True, later=True, phis=model.tokenizer.phi_count)
+    scale = workload.scale_graphs.index(graph)
+    feeds = scale + 1 < model.scales
+    used = min(model.tokenizer.phi_count, 1)
+    return _scale_weights(model, first=scale == 0, later=scale > 0, phis=used, feeds=feeds)
+
+
+def bundle_weights(workload: Workload) -> int:
+    """Bytes of all weights of one precision, each once (weights.bin adds padding to pages)."""
+    model, size = workload.model, workload.itemsize
+    graphs = [names.STEP, names.DECODER]
+    if model.transformer.conditional:
+        graphs.append(names.CONDITION)
+    encoder = _autoencoder_weights(encoder_layers(model.tokenizer))  # the rest of it is in step
+    return sum(graph_weights(workload, g).nbytes(size) for g in graphs) + encoder.nbytes(size)
+
+
+def _condition_weights(model: ModelSpec) -> Weights:
+    t = model.transformer
+    table = (t.classes + 1) * t.width
+    adaln = t.width * 6 * t.width + 6 * t.width  # a projection to six vectors, with its bias
+    head = t.width * 2 * t.width + 2 * t.width
+    offsets = 6 * t.width * t.depth if t.shared_adaln else 0
+    projections = 1 if t.shared_adaln else t.depth
+    return Weights(compute=projections * adaln + head, full=table + t.width + offsets, tables=table)
+
+
+def _block_weights(model: ModelSpec) -> Weights:
+    t = model.transformer
+    attention = t.width * 3 * t.width + 3 * t.width + t.width * t.width + t.width
+    feed_forward = t.width * t.ffn_width + t.ffn_width + t.ffn_width * t.width + t.width
+    norms = 4 * t.width if t.family == "gpt2" else 0
+    return Weights(compute=attention + feed_forward, full=norms + (t.heads if t.qk_l2_norm else 0))
+
+
+def _scale_weights(
+    model: ModelSpec, *, first: bool, later: bool, phis: int, feeds: bool = True
+) -> Weights:
+    """`first`, `later`: whether the graph serves scale 0, and whether it serves others."""
+    t, vocab = model.transformer, model.tokenizer.vocab_size
+    gpt2 = t.family == "gpt2"
+    block = _block_weights(model)
+    full = t.width * vocab + vocab + (2 * t.width if gpt2 else 0)  # the head
+    if later and not gpt2:
+        full += (model.tokenizer.code_width + 1) * t.width
+    if first and gpt2:
+        full += t.width
+    tables = (model.total_tokens + model.scales) * t.width if later else 0
+    if gpt2 and feeds:
+        tables += (model.scales - 1) * vocab * t.width
+    own = Weights(
+        compute=t.depth * block.compute, full=t.depth * block.full + full + tables, tables=tables
+    )
+    return own + _codebook(model) + _phi(model, phis)
+
+
+def _codebook(model: ModelSpec) -> Weights:
+    """A graph holds all codebooks where every scale has its own."""
+    t = model.tokenizer
+    size = t.vocab_size * t.code_width * (model.scales if t.codebook_per_scale else 1)
+    return Weights(full=size, tables=size)
+
+
+def _phi(model: ModelSpec, count: int) -> Weights:
+    width = model.tokenizer.code_width
+    return Weights(full=count * (9 * width * width + width))
+
+
+# the autoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer on square maps. `side` is that of its output; `kernel` 0 is no convolution."""
+
+    kind: Literal["conv", "norm", "mix"]
+    before: int
+    after: int
+    side: int
+    kernel: int = 0
+
+    @property
+    def weights(self) -> Weights:
+        if self.kind == "conv":
+            return Weights(compute=self.kernel**2 * self.before * self.after + self.after)
+        return Weights(full=2 * self.after if self.kind == "norm" else 0)
+
+    @property
+    def operations(self) -> int:
+        """An image; only products count."""
+        positions = self.side**2
+        if self.kind == "conv":
+            return 2 * self.kernel**2 * self.before * self.after * positions
+        return 4 * self.after * positions**2 if self.kind == "mix" else 0
+
+
+def _conv(before: int, after: int, side: int, kernel: int = 3) -> Layer:
+    return Layer(kind="conv", before=before, after=after, side=side, kernel=kernel)
+
+
+def _norm(channels: int, side: int) -> Layer:
+    return Layer(kind="norm", before=channels, after=channels, side=side)
+
+
+def _residual(before: int, after: int, side: int) -> Iterator[Layer]:
+    yield from (_norm(before, side), _conv(before, after, side))
+    yield from (_norm(after, side), _conv(after, after, side))
+    if before != after:
+        yield _conv(before, after, side, 1)
+
+
+def _attention(channels: int, side: int) -> Iterator[Layer]:
+    yield from (_norm(channels, side), _conv(channels, 3 * channels, side, 1))
+    yield Layer(kind="mix", before=channels, after=channels, side=side)
+    yield _conv(channels, channels, side, 1)
+
+
+def _middle(channels: int, side: int) -> Iterator[Layer]:
+    yield from _residual(channels, channels, side)
+    yield from _attention(channels, side)
+    yield from _residual(channels, channels, side)
+
+
+def _level(before: int, after: int, blocks: int, side: int, lowest: bool) -> Iterator[Layer]:
+    for number in range(blocks):
+        yield from _residual(after if number else before, after, side)
+        if lowest:
+            yield from _attention(after, side)
+
+
+def decoder_layers(spec: TokenizerSpec) -> list[Layer]:
+    """f_hat → image: what docs/DESIGN.md calls the decoder, layer by layer."""
+    widths = [spec.base_width * m for m in spec.width_multipliers]
+    side, top = spec.latent_side, len(widths) - 1
+    layers = [_conv(spec.code_width, spec.code_width, side)]
+    layers += [_conv(spec.code_width, widths[-1], side), *_middle(widths[-1], side)]
+    for i in range(top, -1, -1):
+        coming, lowest = widths[min(i + 1, top)], side == spec.latent_side
+        layers += _level(coming, widths[i], spec.res_blocks + 1, side, lowest)
+        if i:
+            side *= 2
+            layers.append(_conv(widths[i], widths[i], side))
+    return [*layers, _norm(widths[0], side), _conv(widths[0], spec.image_channels, side)]
+
+
+def encoder_layers(spec: TokenizerSpec) -> list[Layer]:
+    """Image → latent."""
+    widths = [spec.base_width * m for m in spec.width_multipliers]
+    side, coming = spec.image_side, spec.base_width
+    layers = [_conv(spec.image_channels, spec.base_width, side)]
+    for i, width in enumerate(widths):
+        layers += _level(coming, width, spec.res_blocks, side, side == spec.latent_side)
+        if i + 1 < len(widths):
+            side //= 2
+            layers.append(_conv(width, width, side))
+        coming = width
+    layers += [*_middle(coming, side), _norm(coming, side), _conv(coming, spec.code_width, side)]
+    return [*layers, _conv(spec.code_width, spec.code_width, side)]
+
+
+def _autoencoder_weights(layers: list[Layer]) -> Weights:
+    return sum((layer.weights for layer in layers), Weights())
+
+
+# work
+
+
+def launches(workload: Workload) -> list[Work]:
+    """What one generation of B images launches, in order."""
+    found = [_scale_work(workload, k) for k in range(workload.model.scales)]
+    if workload.model.transformer.conditional:
+        found.insert(0, _condition_work(workload))
+    return [*found, _decoder_work(workload)]
+
+
+def _condition_work(w: Workload) -> Work:
+    t = w.model.transformer
+    weights = _condition_weights(w.model)
+    outputs = (6 * t.depth + 2 + 1) * w.rows * t.width * FULL
+    return Work(
+        name=names.CONDITION,
+        compute_operations=2 * w.rows * weights.compute,
+        full_operations=0,
+        traffic=weights.read(w.itemsize) + outputs,
+    )
+
+
+def _scale_work(w: Workload, scale: int) -> Work:
+    """Products of the blocks and of attention; head, codes and sampling in fp32."""
+    model, t, tok = w.model, w.model.transformer, w.model.tokenizer
+    length, past = model.scale_lengths[scale], model.prefix_lengths[scale]
+    weights = graph_weights(w, names.scale_graph(scale))
+    attended = 4 * length * (past + length) * t.width * t.depth * w.rows
+    patch, side, vocab = model.patch_nums[scale], tok.latent_side, tok.vocab_size
+    full = 2 * w.rows * length * t.width * vocab
+    full += w.batch * length * vocab * (SAMPLER_OPERATIONS + 2 * math.isqrt(vocab))
+    full += 2 * w.batch * tok.code_width * (side * patch * patch + side * side * patch)
+    if tok.phi_count:
+        full += 2 * w.batch * 9 * tok.code_width**2 * side**2
+    if scale and t.family == "var":
+        full += 2 * w.batch * length * tok.code_width * t.width
+    rows = past if scale + 1 == model.scales else past + length  # cache read and written
+    cache = 2 * t.depth * rows * w.rows * t.width * w.itemsize
+    f_hats = 2 * w.batch * tok.code_width * side**2 * FULL
+    modulation = (6 * t.depth + 2) * w.rows * t.width * FULL if t.family == "var" else 0
+    return Work(
+        name=names.scale_graph(scale),
+        compute_operations=2 * w.rows * length * weights.compute + attended,
+        full_operations=full,
+        traffic=weights.read(w.itemsize) + cache + f_hats + modulation,
+    )
+
+
+def _decoder_work(w: Workload) -> Work:
+    tok = w.model.tokenizer
+    layers = decoder_layers(tok)
+    image = tok.image_side**2 * tok.image_channels + tok.code_width * tok.latent_side**2
+    return Work(
+        name=names.DECODER,
+        compute_operations=w.batch * sum(layer.operations for layer in layers),
+        full_operations=0,
+        traffic=_autoencoder_weights(layers).nbytes(w.itemsize) + w.batch * image * FULL,
+    )

@@ -1,0 +1,250 @@
+"""What a generation holds in memory, predicted from the sizes of the model.
+
+The cache and the buffers are exact: they are what `var_deploy.runtime` allocates. Weights are exact
+for the graphs; what a library adds around them, and its scratch memory, are estimates, fitted to
+ONNX Runtime 1.31 on a CPU (within a third, `tests/runtime/test_plan_against_cpu.py`) and to engines
+that TensorRT-RTX builds without a GPU. No board has confirmed those for TensorRT yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from var_deploy import names
+from var_deploy.costs import (
+    FULL,
+    Precision,
+    Workload,
+    bundle_weights,
+    decoder_layers,
+    encoder_layers,
+    graph_weights,
+)
+
+Layout = Literal["per-scale", "shared"]
+Library = Literal["tensorrt", "onnxruntime-cpu"]
+LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
+
+ALIGNMENT = 256  # every buffer of the runtime starts on a multiple of it
+
+# TensorRT. An engine is its weights and its kernels. The kernels' share, and what the build holds
+# on the host, are those of TensorRT-RTX 1.7 for SM89 on a machine without a GPU, for pocket and a
+# d16 in fp16. The CUDA context and the libraries: 0.6 GB, as NVIDIA's forum reports it.
+SCALE_KERNELS = 6_100_000  # of a scale graph besides its blocks, once a profile
+STATIC_BLOCK_KERNELS = 280_000  # a transformer block, where the shapes are known
+STEP_BLOCK_KERNELS = 470_000  # a block and profile of `step`
+OTHER_KERNELS = 4_500_000  # of the other graphs
+BUILD_COPIES = 3.35  # of an engine on the host, while it is built
+BUILD_RUNTIME = 200_000_000
+TENSORRT_RUNTIME = 600_000_000
+# ONNX Runtime on a CPU: Python with its imports, what the first session adds, and what each holds
+# besides weights
+CPU_IMPORTS = 40_000_000
+CPU_RUNTIME = CPU_IMPORTS + 8_000_000
+CPU_SESSION = 4_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of one layout while it generates.
+
+    Attributes:
+        weights: as the library holds them, a copy a session or engine.
+        cache: keys and values.
+        buffers: inputs and outputs of all launches.
+        scratch: intermediate results of the largest launch (an estimate).
+        runtime: what is there before any model: interpreter, libraries, CUDA context.
+        loading: what is held only while weights are being read.
+    """
+
+    layout: Layout
+    weights: int
+    cache: int
+    buffers: int
+    scratch: int
+    runtime: int
+    loading: int
+
+    @property
+    def peak(self) -> int:
+        """The most at one time; scratch and loading do not meet."""
+        held = self.weights + self.cache + self.buffers + self.runtime
+        return held + max(self.scratch, self.loading)
+
+
+def layout_graphs(workload: Workload, layout: Layout) -> tuple[str, ...]:
+    """Graphs that a generation opens, in order."""
+    scales = (names.STEP,) if layout == "shared" else workload.scale_graphs
+    condition = (names.CONDITION,) if workload.model.transformer.conditional else ()
+    return (*condition, *scales, names.DECODER)
+
+
+def footprint(
+    workload: Workload, layout: Layout, library: Library, *, one_memory: bool = False
+) -> Footprint:
+    """Memory of the device that generates (of the whole process on a CPU).
+
+    `one_memory`: CPU and GPU share it, as on a Jetson: an engine's bytes then lie beside its
+    weights while it is being read.
+    """
+    graphs = layout_graphs(workload, layout)
+    scratch = max(scratch_bytes(workload, graph, library) for graph in graphs)
+    if library == "tensorrt":
+        plans = {graph: plan_bytes(workload, graph) for graph in graphs}
+        weights, runtime = sum(plans.values()), TENSORRT_RUNTIME
+        loading = max(plans.values()) if one_memory else 0
+    else:
+        # fp16 is computed in fp32: the converted weights come on top of the mapped file
+        weights = sum(graph_weights(workload, graph).nbytes(FULL) for graph in graphs)
+        loading = 0
+        if workload.precision == "fp16":
+            mapped = layout_graphs(workload, "shared")
+            weights += sum(graph_weights(workload, graph).nbytes(2) for graph in mapped)
+            # the decoder's are converted, then reordered
+            loading = graph_weights(workload, names.DECODER).nbytes(FULL)
+        runtime = CPU_RUNTIME + CPU_SESSION * len(graphs)
+    return Footprint(
+        layout=layout,
+        weights=weights,
+        cache=cache_bytes(workload),
+        buffers=buffer_bytes(workload),
+        scratch=scratch,
+        runtime=runtime,
+        loading=loading,
+    )
+
+
+# on disk, and while building
+
+
+def bundle_bytes(workload: Workload, precisions: tuple[Precision, ...]) -> int:
+    """Estimate of a bundle with both layouts: the weights once a precision, and the graphs."""
+    total = 0
+    for precision in precisions:
+        part = Workload(model=workload.model, precision=precision)
+        nodes = 20_000 * (workload.model.scales + 1) * workload.model.transformer.depth
+        total += bundle_weights(part) + nodes
+    return total
+
+
+def plan_bytes(workload: Workload, graph: str) -> int:
+    """Estimate of an engine: its weights and its kernels, once a profile for `step`."""
+    weights = graph_weights(workload, graph).nbytes(workload.itemsize)
+    depth = workload.model.transformer.depth
+    if graph == names.STEP:
+        profile = SCALE_KERNELS + depth * STEP_BLOCK_KERNELS
+        return weights + workload.model.scales * profile
+    if graph in workload.scale_graphs:
+        return weights + SCALE_KERNELS + depth * STATIC_BLOCK_KERNELS
+    return weights + OTHER_KERNELS
+
+
+def engine_bytes(workload: Workload, layout: Layout) -> int:
+    """Disk that the engines of a layout take, the encoder's included."""
+    graphs = (*layout_graphs(workload, layout), names.ENCODER)
+    return sum(plan_bytes(workload, graph) for graph in graphs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildMemory:
+    """Bytes while the largest engine is built, one at a time in a process of its own."""
+
+    host: int
+    device: int
+    graph: str
+
+    @property
+    def total(self) -> int:
+        """What a board needs whose CPU and GPU share their memory."""
+        return self.host + self.device
+
+
+def build_memory(workload: Workload, layout: Layout) -> BuildMemory:
+    """Estimate, engines one at a time. The host holds more than three copies of the engine, of
+    which TensorRT's developer guide explains two (weights as parsed and as serialized); the device
+    holds one while kernels are timed, with scratch memory and the CUDA context."""
+
+    def of(graph: str) -> BuildMemory:
+        plan = plan_bytes(workload, graph)
+        device = plan + scratch_bytes(workload, graph, "tensorrt") + TENSORRT_RUNTIME
+        return BuildMemory(
+            host=int(BUILD_COPIES * plan) + BUILD_RUNTIME, device=device, graph=graph
+        )
+
+    graphs = (*layout_graphs(workload, layout), names.ENCODER)
+    return max((of(graph) for graph in graphs), key=lambda memory: memory.total)
+
+
+# a generation
+
+
+def cache_bytes(workload: Workload) -> int:
+    """The arena: keys and values of all scales but the last, P_{K-1} rows of G·C numbers a block
+    and kind, and one row that stands for "no past" at scale 0."""
+    t = workload.model.transformer
+    row = workload.rows * t.width * workload.itemsize
+    return _padded(row) + 2 * t.depth * _padded(workload.model.prefix_lengths[-2] * row)
+
+
+def buffer_bytes(workload: Workload) -> int:
+    """Inputs and outputs of all launches besides the cache, each padded to 256 bytes."""
+    model, batch, rows = workload.model, workload.batch, workload.rows
+    t, tok, side = model.transformer, model.tokenizer, model.tokenizer.latent_side
+    sizes = [8 * rows, FULL, 8, FULL]  # labels, temperature, top_k, top_p
+    sizes += [rows * t.width * FULL, (6 * t.depth + 2) * rows * t.width * FULL]
+    sizes += 3 * [batch * tok.code_width * side**2 * FULL]  # f_hat
+    sizes.append(batch * tok.image_side**2 * tok.image_channels * FULL)
+    for scale, length in enumerate(model.scale_lengths):
+        here = model.patch_nums[scale]
+        following = model.patch_nums[scale + 1] if scale + 1 < model.scales else 1
+        source = here if t.family == "gpt2" else side
+        # cfg; uniforms, keep_mask, keep_tokens, tokens; the input; scale and its two matrices
+        sizes += [FULL, *(batch * length * size for size in (FULL, 1, 8, 8))]
+        sizes.append(batch * length * model.input_width * FULL)
+        sizes += [8, side * here * FULL, following * source * FULL]
+    return sum(_padded(size) for size in sizes)
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+# scratch: how many copies of its largest tensors a launch holds at once. On a CPU the counts are
+# those seen in the process; TensorRT is taken to fuse no more than that, in half the bytes.
+
+
+def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
+    """Estimate of a launch's intermediate results, of the last scale for `step`."""
+    if graph == names.CONDITION:
+        t = workload.model.transformer
+        return 2 * (6 * t.depth + 2) * workload.rows * t.width * FULL
+    if graph in (names.DECODER, names.ENCODER):
+        layers = (decoder_layers if graph == names.DECODER else encoder_layers)(
+            workload.model.tokenizer
+        )
+        copies = 4 if library == "tensorrt" else 5
+        largest = max(max(layer.before, layer.after) * layer.side**2 for layer in layers)
+        return copies * workload.batch * largest * FULL
+    gpu = library == "tensorrt"
+    if graph == names.STEP:
+        # ONNX Runtime writes the softmax over its input where the shapes are known, and only there
+        return _scale_scratch(workload, workload.model.scales - 1, gpu, 2 if gpu else 3)
+    return _scale_scratch(workload, workload.scale_graphs.index(graph), gpu, 2)
+
+
+def _scale_scratch(workload: Workload, scale: int, gpu: bool, score_copies: int) -> int:
+    """The largest of attention, feed-forward and sampling, one after the other."""
+    model, t = workload.model, workload.model.transformer
+    size = workload.itemsize if gpu else FULL
+    length = model.scale_lengths[scale]
+    attended = model.prefix_lengths[scale] + length
+    tokens, hidden = length * workload.rows, length * workload.rows * t.width
+    scores = workload.rows * t.heads * length * attended
+    attention = (FULL + size) * hidden + 2 * size * attended * workload.rows * t.width
+    attention += score_copies * FULL * scores
+    feed_forward = (FULL + size) * hidden + (2 if gpu else 4) * size * tokens * t.ffn_width
+    vocab = model.tokenizer.vocab_size
+    logits = 2 * FULL * tokens * vocab
+    sampling = (6 if gpu else 8) * FULL * workload.batch * length * vocab
+    return max(attention, feed_forward, logits, sampling)

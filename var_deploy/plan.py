@@ -1,0 +1,281 @@
+"""What a model needs on a device, predicted before anything is built or run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from var_deploy import names
+from var_deploy.costs import Precision, Work, Workload, launches
+from var_deploy.devices import Device
+from var_deploy.manifest import Manifest
+from var_deploy.memory import (
+    LAYOUTS,
+    BuildMemory,
+    Footprint,
+    Layout,
+    Library,
+    build_memory,
+    bundle_bytes,
+    engine_bytes,
+    footprint,
+)
+
+ASSUMPTION = (
+    "A floor, not a promise: every launch takes the longer of its bytes over the published "
+    "bandwidth and its operations over the published dense rates. Launches, activations that "
+    "leave the caches and clocks below the maximum come on top; weights small enough to stay in a "
+    "cache from one scale to the next may beat it."
+)
+HEADROOM = 0.9  # share of the free memory that the larger layout may take: part of it is estimated
+ESTIMATES: Mapping[Library, str] = {
+    "tensorrt": "Cache and buffers are exact; scratch memory, the runtime, the engines and what "
+    "building takes are estimates that no board has confirmed yet.",
+    "onnxruntime-cpu": "Cache and buffers are exact; the rest is an estimate, within a third of "
+    "what processes were seen to hold.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchTime:
+    """The least time of one launch.
+
+    Attributes:
+        past: tokens in the cache before it.
+        bound: what takes that long, "memory" or "compute".
+    """
+
+    work: Work
+    tokens: int
+    past: int
+    seconds: float
+    bound: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutPlan:
+    """One layout on the device: memory to generate, and with TensorRT disk and memory to build.
+
+    `missing` and `build_missing` are the bytes that the device lacks, 0 where it fits.
+    """
+
+    footprint: Footprint
+    missing: int
+    engines: int = 0
+    build: BuildMemory | None = None
+    build_missing: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A prediction.
+
+    Attributes:
+        name: preset or bundle.
+        layout: the one that is taken, and `reason` why.
+        bundle: bytes of the bundle; `measured` where they were read from its manifest.
+        launches: the least time of each launch of B images.
+    """
+
+    name: str
+    workload: Workload
+    device: Device
+    library: Library
+    layouts: Mapping[Layout, LayoutPlan]
+    layout: Layout
+    reason: str
+    bundle: int
+    measured: bool
+    launches: tuple[LaunchTime, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The least time of B images."""
+        return sum(launch.seconds for launch in self.launches)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device can generate in the layout that is taken."""
+        return self.layouts[self.layout].missing == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; bytes, operations and seconds."""
+        w = self.workload
+        layouts = {}
+        for name, layout in self.layouts.items():
+            data = dataclasses.asdict(layout)
+            data["footprint"]["peak"] = layout.footprint.peak
+            if layout.build:
+                data["build"]["total"] = layout.build.total
+            layouts[name] = data
+        return {
+            "model": self.name,
+            "batch": w.batch,
+            "guidance": w.guidance,
+            "precision": w.precision,
+            "library": self.library,
+            "device": {**dataclasses.asdict(self.device), "available": self.device.available},
+            "bundle_bytes": self.bundle,
+            "bundle_measured": self.measured,
+            "layouts": layouts,
+            "layout": self.layout,
+            "reason": self.reason,
+            "fits": self.fits,
+            "launches": [dataclasses.asdict(launch) for launch in self.launches],
+            "seconds": self.seconds,
+            "assumptions": [ASSUMPTION, ESTIMATES[self.library]],
+        }
+
+
+def make_plan(
+    workload: Workload,
+    device: Device,
+    *,
+    name: str,
+    layout: Layout | None = None,
+    manifest: Manifest | None = None,
+) -> Plan:
+    """Predict `workload` on `device`: TensorRT where it has a GPU, else ONNX Runtime.
+
+    `layout` None chooses; `manifest` is that of a bundle which exists already.
+    """
+    library: Library = "onnxruntime-cpu" if device.sm is None else "tensorrt"
+    plans = {each: _layout_plan(workload, device, each, library) for each in LAYOUTS}
+    held = _layouts_of(manifest, workload.precision) if manifest else LAYOUTS
+    chosen, reason = _choose(
+        {each: plans[each].footprint for each in held or LAYOUTS}, device.available, library
+    )
+    if layout is not None:
+        chosen, reason = layout, "as asked for"
+    measured = manifest is not None and workload.precision in manifest.graphs
+    if manifest is not None and measured:
+        bundle = sum(file.size for file in manifest.files.values())
+    else:
+        bundle = bundle_bytes(workload, (workload.precision,))
+    return Plan(
+        name=name,
+        workload=workload,
+        device=device,
+        library=library,
+        layouts=plans,
+        layout=chosen,
+        reason=reason,
+        bundle=bundle,
+        measured=measured,
+        launches=launch_times(workload, device),
+    )
+
+
+def choose_layout(
+    source: Manifest | Workload,
+    memory: int,
+    *,
+    precision: str = "fp16",
+    library: Library = "tensorrt",
+    one_memory: bool = False,
+) -> tuple[Layout, str]:
+    """The layout to take where the caller leaves it open, and the reason in words.
+
+    On a GPU the static engines of "per-scale" are taken where they fit, since nothing in them is
+    decided at run time; "shared" holds the weights once. On a CPU it is always "shared".
+
+    Args:
+        source: a bundle, of which only the layouts that it holds are considered, or sizes.
+        memory: bytes that the process may use.
+        precision: of the bundle's graphs; sizes carry their own.
+        one_memory: CPU and GPU share their memory.
+
+    Raises BundleError where the bundle has no graphs of that precision.
+    """
+    held: Collection[Layout] = LAYOUTS
+    if isinstance(source, Workload):
+        workload = source
+    else:
+        source.graph(precision, names.DECODER)
+        workload = workload_of(source, cast(Precision, precision))
+        held = _layouts_of(source, precision)
+    options = {each: footprint(workload, each, library, one_memory=one_memory) for each in held}
+    return _choose(options, memory, library)
+
+
+def workload_of(manifest: Manifest, precision: Precision) -> Workload:
+    """What a bundle runs."""
+    return Workload(
+        model=manifest.model,
+        batch=manifest.batch,
+        guidance=manifest.guidance,
+        precision=precision,
+    )
+
+
+def launch_times(workload: Workload, device: Device) -> tuple[LaunchTime, ...]:
+    """max(bytes / bandwidth, operations / rate) of every launch; see ASSUMPTION."""
+    if device.sm is None:  # a CPU computes fp16 graphs in fp32
+        workload = dataclasses.replace(workload, precision="fp32")
+    rate = device.compute_rate if workload.precision == "fp16" else device.full_rate
+    model, times = workload.model, []
+    for work in launches(workload):
+        moving = work.traffic / device.bandwidth
+        computing = work.compute_operations / rate + work.full_operations / device.full_rate
+        scale = None
+        if work.name in workload.scale_graphs:
+            scale = workload.scale_graphs.index(work.name)
+        times.append(
+            LaunchTime(
+                work=work,
+                tokens=0 if scale is None else model.scale_lengths[scale],
+                past=0 if scale is None else model.prefix_lengths[scale],
+                seconds=max(moving, computing),
+                bound="memory" if moving >= computing else "compute",
+            )
+        )
+    return tuple(times)
+
+
+def _layout_plan(
+    workload: Workload, device: Device, layout: Layout, library: Library
+) -> LayoutPlan:
+    held = footprint(workload, layout, library, one_memory=device.one_memory)
+    missing = max(held.peak - device.available, 0)
+    if library != "tensorrt":
+        return LayoutPlan(footprint=held, missing=missing)
+    build = build_memory(workload, layout)
+    needed = build.total if device.one_memory else build.device
+    return LayoutPlan(
+        footprint=held,
+        missing=missing,
+        engines=engine_bytes(workload, layout),
+        build=build,
+        build_missing=max(needed - device.available, 0),
+    )
+
+
+def _layouts_of(manifest: Manifest, precision: str) -> Collection[Layout]:
+    """The layouts that a bundle holds."""
+    graphs = manifest.graphs.get(precision, {})
+    needed: Mapping[Layout, str] = {"per-scale": names.scale_graph(0), "shared": names.STEP}
+    return tuple(layout for layout in LAYOUTS if needed[layout] in graphs)
+
+
+def _choose(
+    options: Mapping[Layout, Footprint], memory: int, library: Library
+) -> tuple[Layout, str]:
+    if len(options) < 2:
+        only: Layout = next(iter(options), "per-scale")
+        return only, "the bundle holds no other layout"
+    if library != "tensorrt":
+        return "shared", "on a CPU every session would hold a copy of its weights"
+    needs = {layout: option.peak for layout, option in options.items()}
+    said = ", ".join(f"{layout} needs {_gigabytes(peak)}" for layout, peak in needs.items())
+    said += f", {_gigabytes(memory)} are free"
+    if needs["per-scale"] <= HEADROOM * memory:
+        return "per-scale", f"it fits and is the faster one: {said}"
+    if needs["shared"] <= memory:
+        return "shared", f"per-scale would not leave a tenth free: {said}"
+    return "shared", f"neither fits: {said}"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
