@@ -16,7 +16,7 @@ CHECKS := $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolatio
 
 demo: $(BUNDLE)/manifest.json
 	$(BIN)/var-deploy verify $(BUNDLE)
-	$(BIN)/var-deploy generate $(BUNDLE) --count 40 --seed 4 --out build/demo.png \
+	$(BIN)/var-deploy generate $(BUNDLE) --count 40 --seed 1 --out build/demo.png \
 		--labels star,heart,house,tree,fish,flower,sun,moon,mushroom,boat
 	@echo "the picture: $(CURDIR)/build/demo.png"
 

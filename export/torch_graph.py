@@ -110,8 +110,9 @@ class TorchGraph:
                     raise ExportError(f"{self.name}: {_title(node)} failed: {why}") from error
                 values.update(zip(node.output, made, strict=True))
                 del given, made
-                for name in node.output if on_value else ():
-                    on_value(node.name, name, values[name])
+                if on_value:
+                    for name in node.output:
+                        on_value(node.name, name, values[name])
                 for name in {*node.input, *node.output}:
                     if self._last_use.get(name, number) <= number and name not in kept:
                         values.pop(name, None)
