@@ -47,6 +47,18 @@ wheel: $(READY)
 train: $(READY)
 	$(BIN)/python -m var_deploy.export.pocket.train --out build/train
 
+# Builds, compares and times engines on this machine's GPU; without one a rehearsal on the CPU. A
+# board without PyTorch runs the same program on a bundle that was copied there: docs/JETSON.md
+DEVICE_BUNDLE := build/device/pocket
+.PHONY: device-check
+device-check: $(DEVICE_BUNDLE)/manifest.json
+	$(BIN)/python -m var_deploy.runtime.device_check $(DEVICE_BUNDLE) \
+		--out build/device-report.json
+
+$(DEVICE_BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
+	$(BIN)/var-deploy export pocket --precision fp32 --precision fp16 \
+		--out $(DEVICE_BUNDLE) --force
+
 # the virtual environment stays: .venv is made anew once it is deleted by hand
 clean:
 	rm -rf build dist .types .mypy_cache .ruff_cache .pytest_cache
@@ -58,6 +70,5 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 		-e ".[export,cpu,dev]"
-	$(CHECKS) || $(CHECKS) || echo "warning: the packages that some tests need could not be \
-	installed; those tests will say that they were skipped"
+	@$(CHECKS) || $(CHECKS) || echo "warning: some tests will be skipped for want of packages"
 	@touch $@

@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def measure_rates(
         rates[name] = 0.0
         for side in sides:
             a = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
-            seconds = statistics.median(timer(lambda a=a: a @ a, MEASURED, BUDGET))
+            seconds = statistics.median(timer(partial(torch.matmul, a, a), MEASURED, BUDGET))
             rates[name] = max(rates[name], 2 * side**3 / seconds)
             if seconds > SHORT:
                 break

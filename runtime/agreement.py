@@ -106,7 +106,7 @@ class Reference:
 
         Asked once; the answers are kept.
         """
-        missing = [pair for pair in wanted if (*pair, margin) not in self._near]
+        missing = [pair for pair in wanted if (pair[0], pair[1], margin) not in self._near]
         if missing:
             loop = self._open()
             try:
@@ -114,7 +114,7 @@ class Reference:
                     self._near[case, scale, margin] = self._ask(loop, case, scale, margin)
             finally:
                 loop.close()
-        return {pair: self._near[(*pair, margin)] for pair in wanted}
+        return {pair: self._near[pair[0], pair[1], margin] for pair in wanted}
 
     def _ask(
         self, loop: ScaleLoop, number: int, scale: int, margin: float

@@ -9,8 +9,9 @@ import dataclasses
 import importlib.util
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from var_deploy import names
 from var_deploy.costs import Precision
@@ -86,30 +87,29 @@ class BundleCheck:
         report.step("plan", self._plan)
         report.step("reference", self._refer)
         for layout in LAYOUTS:
-            report.step(f"build {layout}", lambda layout=layout: self._build(layout, False))
-        report.step("build encoder", lambda: self._build("shared", True))
-        on_gpu = [
+            report.step(f"build {layout}", partial(self._build, layout))
+        report.step("build encoder", partial(self._build, self._common_layout, encoder=True))
+        engines = [
             Variant(backend=TENSORRT, precision=self.precision, layout=layout, cuda_graph=graphs)
             for layout in LAYOUTS
             for graphs in (True, False)
         ]
-        on_gpu += [
+        others = [
             Variant(backend=ORT_CUDA, precision=precision, layout=self._common_layout)
             for precision in self.manifest.graphs
         ]
-        on_cpu = [
+        rehearsal = [
             Variant(backend=ORT_CPU, precision=self.precision, layout=layout) for layout in LAYOUTS
         ]
-        for variant in (*on_gpu, *on_cpu):
-            report.step(variant.title, lambda variant=variant: self._run(variant))
-        separate, shared = on_gpu[0], on_gpu[2]
-        report.step("layouts agree", lambda: self._compare(separate, shared, on_cpu))
+        for variant in (*engines, *others, *rehearsal):
+            report.step(variant.title, partial(self._run, variant))
+        separate, shared = engines[0], engines[2]
+        layouts = rehearsal if set(rehearsal) <= set(self._outcomes) else [separate, shared]
+        report.step("layouts agree", partial(self._compare, *layouts))
         for variant in (separate, shared):
             plain = dataclasses.replace(variant, cuda_graph=False)
-            report.step(
-                f"CUDA graph changes nothing, {variant.layout}",
-                lambda pair=(variant, plain): self._compare(*pair),
-            )
+            name = f"CUDA graph changes nothing, {variant.layout}"
+            report.step(name, partial(self._compare, variant, plain))
         report.step("generate", self._generate)
 
     @property
@@ -186,8 +186,11 @@ class BundleCheck:
         everywhere = all(names.STEP in graphs for graphs in self.manifest.graphs.values())
         return "shared" if everywhere else "per-scale"
 
-    def _build(self, layout: Literal["shared", "per-scale"], encoder: bool) -> Found:
+    def _build(self, layout: Layout, encoder: bool = False) -> Found:
         here = self._here
+        graph = names.STEP if layout == "shared" else names.scale_graph(0)
+        if graph not in self.manifest.graphs[self.precision]:
+            raise NotRunError(f"the bundle has no layout {layout}")
         if not here.gpu or here.library is None:
             raise NotRunError(NO_TENSORRT if here.gpu else NO_GPU)
         made = build_bundle(
@@ -197,6 +200,7 @@ class BundleCheck:
             low_memory=here.low_memory,
             library=here.library,
             encoder=encoder,
+            progress=self._report.progress,
         )
         self._built.add(layout)
         size = sum(engine.size for engine in made.engines)
@@ -284,11 +288,7 @@ class BundleCheck:
 
     # what follows from several
 
-    def _compare(self, one: Variant, other: Variant, instead: list[Variant] | None = None) -> Found:
-        """`instead`: the pair of a rehearsal."""
-        pair = [one, other]
-        if instead and all(variant in self._outcomes for variant in instead):
-            pair = instead
+    def _compare(self, *pair: Variant) -> Found:
         for variant in pair:
             if variant not in self._outcomes:
                 raise NotRunError(f"{variant.title} has nothing to compare")

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def check_device(
     machine = machine or Machine()
     names = _names(bundles)
     report = Report(out, _private(names))
-    report.step("machine", lambda: _examine(machine))
+    report.step("machine", partial(_examine, machine))
     here = _look_around(report, options, machine)
     for bundle, name in names.items():
         report.start_bundle(name)
@@ -83,7 +84,7 @@ def _check_bundle(bundle: Path, name: str, report: Report, here: Here, options: 
     check = BundleCheck(bundle, name, report, here, options.images, options.budget)
     if check.open():
         check.run()
-        report.step("PyTorch", lambda: _peers(bundle, check, here, options))
+        report.step("PyTorch", partial(_peers, bundle, check, here, options))
         for line in latency_table([step for step in report.steps if step.bundle == name]):
             print(line)
 
@@ -128,10 +129,10 @@ def _examine(machine: Machine) -> Found:
 def _look_around(report: Report, options: Options, machine: Machine) -> Here:
     """What the steps need to know of this machine."""
     here = Here()
-    report.step("GPU", lambda: _find_gpu(here))
-    report.step("TensorRT", lambda: _find_tensorrt(here, options.library))
+    report.step("GPU", partial(_find_gpu, here))
+    report.step("TensorRT", partial(_find_tensorrt, here, options.library))
     here.low_memory = options.low_memory
-    report.step("rates", lambda: _rates(here, machine))
+    report.step("rates", partial(_rates, here, machine))
     return here
 
 

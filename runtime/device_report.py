@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ SCHEMA_VERSION = 1
 State = Literal["running", "done", "failed", "not run"]
 # two names and more, absolute; what lies in /proc and /etc is the same on every machine
 PATH = re.compile(r"(?<![\w.~-])(?:~|[A-Za-z]:)?(?!/(?:proc|etc)/)(?:[/\\][^\s/\\:;,'\"()]+){2,}")
-TEXT_WIDTH = 100
+PAUSE = 0.1  # seconds
 
 
 class NotRunError(Exception):
@@ -80,6 +81,7 @@ class Report:
         self.steps: list[Step] = []
         self.finished = False
         self._out, self._say, self._bundle = out, say, ""
+        self._shown, self._shown_at = sys.stderr.isatty(), 0.0
         # the longest first: a folder before the one that it lies in
         self._private = sorted(private.items(), key=lambda item: -len(item[0]))
 
@@ -100,6 +102,7 @@ class Report:
         step = Step(name=name, bundle=self._bundle)
         self.steps.append(step)
         self.save()
+        self.progress(name)
         started, found = time.perf_counter(), None
         try:
             found = work()
@@ -120,15 +123,21 @@ class Report:
             step.seconds = time.perf_counter() - started
             step.reason = self._clean(step.reason)
             self.save()
+        self._wipe()
         self._say(_line(step, found.headline if found else ""))
         return found
 
-    def result(self, name: str) -> Mapping[str, Any]:
-        """Of a step of this bundle; {} where there is none."""
-        for step in self.steps:
-            if (step.name, step.bundle) == (name, self._bundle):
-                return step.result
-        return {}
+    def progress(self, message: str, fraction: float | None = None) -> None:
+        """A passing line on a terminal, ten times a second at most."""
+        now = time.monotonic()
+        if self._shown and (fraction is None or now - self._shown_at > PAUSE):
+            self._shown_at = now
+            part = "" if fraction is None else f"{fraction:4.0%} "
+            print(f"\r\x1b[K  {part}{message[:70]}", end="", file=sys.stderr, flush=True)
+
+    def _wipe(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         self.finished = True
@@ -179,7 +188,7 @@ def _line(step: Step, headline: str) -> str:
 
 def latency_table(steps: Sequence[Step]) -> list[str]:
     """Lines: the times of every step of a bundle that has some."""
-    rows = [("", "image ms", "p10", "p95", "call ms", "of the floor")]
+    rows: list[tuple[str, ...]] = [("", "image ms", "p10", "p95", "call ms", "of the floor")]
     for step in steps:
         if "latency" not in step.result:
             continue

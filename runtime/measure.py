@@ -24,7 +24,7 @@ from var_deploy.runtime.cuda import call, load_api
 from var_deploy.runtime.protocol import Array, Backend, Launch, Session, Shared
 
 BUDGET = 20.0  # seconds for one kind of repetition
-WARM_UP = 0.05  # share of it that is run before; clocks rise and caches fill meanwhile
+WARM_UP = 0.1  # share of it that is run before; clocks rise and caches fill meanwhile
 FEWEST, MOST, FEWEST_WARM_UPS = 5, 200, 2
 
 
@@ -209,8 +209,7 @@ def time_images(
     launch by launch, each for about `budget` seconds."""
     clock.each = False
     clock.laps()  # what was marked before belongs to nobody
-    _repeat(run, FEWEST_WARM_UPS, WARM_UP * budget)
-    clock.laps()
+    _repeat(run, FEWEST_WARM_UPS, WARM_UP * budget, clock.laps, most=None)
     images: list[float] = []
     calls = _repeat(run, FEWEST, budget, lambda: images.append(sum(clock.laps())))
     clock.each = True
@@ -230,12 +229,13 @@ def _repeat(
     run: Callable[[], object],
     fewest: int,
     budget: float,
-    after: Callable[[], object] = lambda: None,
+    after: Callable[[], object],
+    most: int | None = MOST,
 ) -> list[float]:
-    """Seconds of each of at least `fewest` runs, as many as the budget allows."""
+    """Seconds of each of at least `fewest` runs, as many as the budget allows up to `most`."""
     seconds: list[float] = []
     started = time.perf_counter()
-    while len(seconds) < MOST:
+    while most is None or len(seconds) < most:
         before = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - before)
