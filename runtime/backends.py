@@ -183,7 +183,7 @@ def _engine_layout(
     ]
     if len(built) == 1:
         return _named(built[0]), "its engines were built"
-    from var_deploy.plan import choose_layout
+    from var_deploy.planning.plan import choose_layout
 
     return choose_layout(manifest, free, precision=precision)
 

@@ -16,9 +16,9 @@ import pytest
 from cli_steps import done
 from var_deploy import __version__
 from var_deploy.cli import main
-from var_deploy.devices import DEVICES
-from var_deploy.runtime.agreement import FORCED_PSNR, MARGIN, SAME_PSNR
-from var_deploy.runtime.device_check import _parser
+from var_deploy.planning.devices import DEVICES
+from var_deploy.runtime.device_check.agreement import FORCED_PSNR, MARGIN, SAME_PSNR
+from var_deploy.runtime.device_check.command import _parser
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "JETSON.md").read_text(encoding="utf-8")

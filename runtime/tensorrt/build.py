@@ -71,7 +71,7 @@ def choose_layout(
     `memory` is what the GPU has free, in bytes; None where engines are built for another machine.
     """
     if memory is not None:
-        from var_deploy.plan import choose_layout as by_memory
+        from var_deploy.planning.plan import choose_layout as by_memory
 
         return by_memory(manifest, memory, precision=precision)
     if names.STEP in manifest.graphs[precision]:

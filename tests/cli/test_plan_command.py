@@ -12,7 +12,7 @@ import pytest
 
 from cli_steps import done, process, refused, tree
 from fake_machine import FakeMachine, jetson
-from var_deploy import devices
+from var_deploy.planning import devices
 
 
 def plan(*arguments: object) -> Any:

@@ -12,12 +12,12 @@ import pytest
 
 from fake_machine import H100_GPU, NVRM, ORIN_GPU, ORIN_NANO, FakeMachine, jetson, meminfo
 from var_deploy import names
-from var_deploy.costs import Precision, Workload, bundle_weights, graph_weights, launches
-from var_deploy.devices import DEVICES, Device, find_device
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.machine import Driver
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, read_manifest
-from var_deploy.memory import (
+from var_deploy.planning.costs import Precision, Workload, bundle_weights, graph_weights, launches
+from var_deploy.planning.devices import DEVICES, Device, find_device
+from var_deploy.planning.memory import (
     BUILD_COPIES,
     BUILD_RUNTIME,
     LAYOUTS,
@@ -30,7 +30,7 @@ from var_deploy.memory import (
     plan_bytes,
     scratch_bytes,
 )
-from var_deploy.plan import choose_layout, make_plan
+from var_deploy.planning.plan import choose_layout, make_plan
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 

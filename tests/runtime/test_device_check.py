@@ -21,18 +21,33 @@ from fake_machine import FakeMachine, jetson, workstation
 from fake_tensorrt import builder as fake
 from fake_tensorrt import cudart, engine
 from var_deploy import names
-from var_deploy.costs import Workload
-from var_deploy.devices import DEVICES
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
-from var_deploy.plan import launch_times
-from var_deploy.runtime import agreement, bundle_check, device_check, variants
-from var_deploy.runtime.agreement import Case, Reference, compare, judge, make_cases, observe, psnr
+from var_deploy.planning.costs import Workload
+from var_deploy.planning.devices import DEVICES
+from var_deploy.planning.plan import launch_times
 from var_deploy.runtime.cuda import Graph
-from var_deploy.runtime.device_check import Options, check_device, main
-from var_deploy.runtime.device_report import Found, NotRunError, Report
+from var_deploy.runtime.device_check import agreement, bundle_check, command, variants
+from var_deploy.runtime.device_check.agreement import (
+    Case,
+    Reference,
+    compare,
+    judge,
+    make_cases,
+    observe,
+    psnr,
+)
+from var_deploy.runtime.device_check.command import Options, check_device, main
+from var_deploy.runtime.device_check.measure import (
+    CudaClock,
+    Spread,
+    WallClock,
+    floors,
+    reached,
+    time_images,
+)
+from var_deploy.runtime.device_check.report import Found, NotRunError, Report
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.measure import CudaClock, Spread, WallClock, floors, reached, time_images
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library
@@ -106,7 +121,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cudart.reset()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda_module())
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
-    monkeypatch.setattr(device_check, "_ask_pytorch", lambda *a: pytorch_lacks())
+    monkeypatch.setattr(command, "_ask_pytorch", lambda *a: pytorch_lacks())
     yield
     assert cudart.live() == {}, "something was left on the device"
 
@@ -319,7 +334,7 @@ def test_onnxruntime_on_the_gpu_and_pytorch_beside_it(
             {"mode": "torch.compile", "batch": 1, "problem": "no compiler"},
         ]
 
-    monkeypatch.setattr(device_check, "_ask_pytorch", pytorch)
+    monkeypatch.setattr(command, "_ask_pytorch", pytorch)
     found = check(bundle)
     assert asked == [("--rates",), (str(bundle),)]
     assert found["rates"]["result"]["used"] == "measured by PyTorch"
@@ -449,7 +464,7 @@ def test_bad_usage_and_no_bundle(
 def test_pytorch_without_a_gpu_is_a_reason() -> None:
     pytest.importorskip("torch")
     with pytest.raises(NotRunError, match="finds no GPU"):
-        device_check._ask_pytorch("--rates")
+        command._ask_pytorch("--rates")
 
 
 def test_what_pytorch_prints_is_kept_when_time_runs_out(
@@ -460,23 +475,23 @@ def test_what_pytorch_prints_is_kept_when_time_runs_out(
     )
     (tmp_path / "broken_peer.py").write_text('raise SystemExit("CUDA went away")\n')
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(device_check, "PEER_SECONDS", 1.5)
-    monkeypatch.setattr(device_check, "PEERS", "slow_peer")
-    monkeypatch.setattr(device_check.importlib.util, "find_spec", lambda name: object())
-    assert device_check._ask_pytorch("x") == [
+    monkeypatch.setattr(command, "PEER_SECONDS", 1.5)
+    monkeypatch.setattr(command, "PEERS", "slow_peer")
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: object())
+    assert command._ask_pytorch("x") == [
         {"torch": "1"},
         {"mode": "eager"},
         {"problem": "stopped after 2 s"},
     ]
-    monkeypatch.setattr(device_check, "PEERS", "broken_peer")
+    monkeypatch.setattr(command, "PEERS", "broken_peer")
     with pytest.raises(BackendError, match="PyTorch failed: CUDA went away"):
-        device_check._ask_pytorch("x")
+        command._ask_pytorch("x")
 
 
 def test_boards_build_one_engine_at_a_time() -> None:
     for machine, expected in ((jetson(), True), (workstation(), False)):
         here = bundle_check.Here()
-        device_check._rates(here, machine)
+        command._rates(here, machine)
         assert here.low_memory is expected
 
 
@@ -687,7 +702,7 @@ def test_floors_are_what_plan_says(exported: Path, precision: Any, device: str) 
 
 
 def test_what_part_of_the_floor_is_reached(exported: Path) -> None:
-    from var_deploy.runtime.measure import Latency
+    from var_deploy.runtime.device_check.measure import Latency
 
     workload = Workload(model=read_manifest(exported / "small").model)
     least = floors(workload, DEVICES["orin-nano-8gb"])

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy.costs import Precision, Workload
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.memory import CPU_IMPORTS, Layout, buffer_bytes, cache_bytes, footprint
+from var_deploy.planning.costs import Precision, Workload
+from var_deploy.planning.memory import CPU_IMPORTS, Layout, buffer_bytes, cache_bytes, footprint
 from var_deploy.runtime.buffers import CacheArena, LoopBuffers
 from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.sampling import Sampling

@@ -90,7 +90,7 @@ def test_ten_profiles_do_not_copy_the_weights_of_a_d16(tmp_path: Path, library: 
         sizes.append(len(plan))
         del built, plan
     one, ten = sizes
-    print(f"step of a d16: {step.weight_bytes} bytes of weights, plan {one} with one profile, {ten}")
+    print(f"d16 step: {step.weight_bytes} bytes of weights, plan {one} with one profile, {ten}")
     # what a profile adds is the source text of its kernels, which TensorRT for RTX compiles on the
     # GPU: about 85 of them, 160 kB each
     assert step.weight_bytes < one < ten < one + 9 * 16_000_000

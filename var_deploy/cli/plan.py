@@ -14,9 +14,9 @@ from var_deploy.cli.console import human_bytes, needs_extra, table
 from var_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from var_deploy.costs import Precision, Workload
     from var_deploy.manifest import Manifest
-    from var_deploy.plan import Plan
+    from var_deploy.planning.costs import Precision, Workload
+    from var_deploy.planning.plan import Plan
     from var_deploy.spec import ModelSpec
 
 WIDTH = 96
@@ -71,8 +71,8 @@ def plan(
       var-deploy plan var-d16 --device orin-nano-8gb
       var-deploy plan build/pocket --device this --json
     """
-    from var_deploy.devices import find_device
-    from var_deploy.plan import make_plan
+    from var_deploy.planning.devices import find_device
+    from var_deploy.planning.plan import make_plan
 
     target = find_device(device)
     chosen: Precision | None = None if precision == "auto" else precision
@@ -93,7 +93,7 @@ def _workload(
     model: str, batch: int | None, precision: Precision | None, guidance: bool | None
 ) -> tuple[Manifest | None, Workload]:
     """Sizes of a bundle or a preset; what the options say must agree with a bundle."""
-    from var_deploy.costs import Workload
+    from var_deploy.planning.costs import Workload
 
     path = Path(model)
     if not path.exists():
@@ -107,7 +107,7 @@ def _workload(
         )
 
     from var_deploy.manifest import read_manifest
-    from var_deploy.plan import workload_of
+    from var_deploy.planning.plan import workload_of
 
     manifest = read_manifest(path)
     _check_guidance(guidance, manifest.model.transformer.conditional)
@@ -147,7 +147,7 @@ def _check_guidance(guidance: bool | None, conditional: bool) -> None:
 
 
 def _as_text(found: Plan) -> str:
-    from var_deploy.plan import ASSUMPTION, ESTIMATES
+    from var_deploy.planning.plan import ASSUMPTION, ESTIMATES
 
     notes = [f"numbers of the device: {found.device.source}"]
     if found.device.derived:

@@ -23,14 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from var_deploy.devices import Device, find_device
 from var_deploy.doctor import examine
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.machine import Machine
-from var_deploy.runtime.bundle_check import NO_GPU, BundleCheck, Here
+from var_deploy.planning.devices import Device, find_device
 from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.device_report import Found, NotRunError, Report, latency_table
-from var_deploy.runtime.measure import BUDGET
+from var_deploy.runtime.device_check.bundle_check import NO_GPU, BundleCheck, Here
+from var_deploy.runtime.device_check.measure import BUDGET
+from var_deploy.runtime.device_check.report import Found, NotRunError, Report, latency_table
 from var_deploy.runtime.tensorrt.library import load_library
 
 DEFAULT_BUNDLE = Path("build/pocket")
@@ -351,7 +351,3 @@ def _at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {number}")
     return number
-
-
-if __name__ == "__main__":
-    sys.exit(main())

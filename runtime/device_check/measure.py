@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from var_deploy import names
-from var_deploy.costs import Workload
-from var_deploy.devices import Device
 from var_deploy.manifest import Manifest
-from var_deploy.plan import launch_times
+from var_deploy.planning.costs import Workload
+from var_deploy.planning.devices import Device
+from var_deploy.planning.plan import launch_times
 from var_deploy.runtime.cuda import call, load_api
 from var_deploy.runtime.protocol import Array, Backend, Launch, Session, Shared
 

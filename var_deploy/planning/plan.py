@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from var_deploy import names
-from var_deploy.costs import Precision, Work, Workload, launches
-from var_deploy.devices import Device
 from var_deploy.manifest import Manifest
-from var_deploy.memory import (
+from var_deploy.planning.costs import Precision, Work, Workload, launches
+from var_deploy.planning.devices import Device
+from var_deploy.planning.memory import (
     LAYOUTS,
     BuildMemory,
     Footprint,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from var_deploy import names
-from var_deploy.costs import (
+from var_deploy.planning.costs import (
     FULL,
     Precision,
     Workload,

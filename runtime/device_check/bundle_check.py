@@ -14,20 +14,29 @@ from pathlib import Path
 from typing import Any, cast
 
 from var_deploy import names
-from var_deploy.costs import Precision
-from var_deploy.devices import Device
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.memory import footprint
 from var_deploy.pipeline import Pipeline
-from var_deploy.plan import make_plan, workload_of
-from var_deploy.runtime.agreement import Outcome, Reference, compare, judge, make_cases, observe
-from var_deploy.runtime.device_report import Found, NotRunError, Report
-from var_deploy.runtime.loop import Layout, ScaleLoop
-from var_deploy.runtime.measure import Latency, floors, launch_names, reached, time_images
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-from var_deploy.runtime.tensorrt.build import build_bundle
-from var_deploy.runtime.tensorrt.library import Library
-from var_deploy.runtime.variants import (
+from var_deploy.planning.costs import Precision
+from var_deploy.planning.devices import Device
+from var_deploy.planning.memory import footprint
+from var_deploy.planning.plan import make_plan, workload_of
+from var_deploy.runtime.device_check.agreement import (
+    Outcome,
+    Reference,
+    compare,
+    judge,
+    make_cases,
+    observe,
+)
+from var_deploy.runtime.device_check.measure import (
+    Latency,
+    floors,
+    launch_names,
+    reached,
+    time_images,
+)
+from var_deploy.runtime.device_check.report import Found, NotRunError, Report
+from var_deploy.runtime.device_check.variants import (
     ORT_CPU,
     ORT_CUDA,
     TENSORRT,
@@ -35,6 +44,10 @@ from var_deploy.runtime.variants import (
     onnxruntime_lacks,
     opened,
 )
+from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.tensorrt.build import build_bundle
+from var_deploy.runtime.tensorrt.library import Library
 
 LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 NO_GPU = "there is no GPU, see the step GPU"
