@@ -255,5 +255,7 @@ def call(api: Any, name: str, *arguments: Any) -> Any:
     api.cudaGetLastError()
     words = [api.cudaGetErrorName(code)[1], api.cudaGetErrorString(code)[1]]
     title, text = (w.decode(errors="replace") if isinstance(w, bytes) else str(w) for w in words)
-    hint = f"; {INSTALL}" if title == "cudaErrorInsufficientDriver" else ""
+    hint = ""
+    if title == "cudaErrorInsufficientDriver":
+        hint = f"; NVIDIA's driver is missing or older than cuda-python; {INSTALL}"
     raise BackendError(f"{name} failed: {title} ({text}){hint}")
