@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
 if TYPE_CHECKING:
     from var_deploy.export.checkpoint import LoadedModel
+
+# a shell starts what runs in its background with Ctrl-C ignored, and what a test starts
+# would inherit that; tests that press it need it to work
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 # the larger cases hold weights and lie beside the repository, where they are at hand at all
@@ -184,6 +190,7 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 @pytest.fixture(scope="session")
 def pocket_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pocket as the command line exports it, in fp32; not to be changed."""
+    pytest.importorskip("onnx", reason="onnx is not installed, so nothing can be exported here")
     from var_deploy.export.bundle import ExportOptions, export_bundle
     from var_deploy.export.checkpoint import load_model
 

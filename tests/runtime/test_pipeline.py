@@ -1,18 +1,10 @@
-"""The pipeline over exported bundles: what a seed promises, and what a failure leaves behind.
-
-The model is a small member of the family with random weights, whose images differ visibly from
-label to label and from seed to seed.
-"""
+"""The pipeline over exported bundles: what a seed promises, and what is refused."""
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from var_deploy.errors import BackendError, BundleError, LabelError, UsageError
-from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.sampling import Sampling
-from var_deploy.spec import ModelSpec
 
 Images = NDArray[np.uint8]
 ExportTo = Callable[..., Path]
@@ -34,68 +23,11 @@ NAMES = ("star", "heart", "house", "tree", "fish")
 SCALES, SIDE = 3, 8
 # another batch size means other matrix shapes, whose sums may round differently: one grey level
 ROUNDING = 1
-SMAPS = Path("/proc/self/smaps_rollup")
-needs_smaps = pytest.mark.skipif(
-    not SMAPS.exists(), reason="memory is read from /proc/self/smaps_rollup, which is not here"
-)
-
-
-def random_model(spec: ModelSpec) -> Any:
-    from var_deploy.export.checkpoint import assemble, empty_modules
-    from var_deploy.export.random_weights import RandomWeights
-
-    drawn = (
-        RandomWeights({key: tuple(p.shape) for key, p in module.named_parameters()}, 3)
-        for module in empty_modules(spec)
-    )
-    defaults = Sampling(cfg=2.0, top_k=0, top_p=0.95)
-    return assemble(spec, *drawn, labels=NAMES, defaults=defaults)
-
-
-@pytest.fixture(scope="module")
-def export_to(
-    tmp_path_factory: pytest.TempPathFactory, family_member: Callable[..., ModelSpec]
-) -> ExportTo:
-    """Exports the small model once for each set of options, and says where."""
-    pytest.importorskip("torch")
-    from var_deploy.export.bundle import ExportOptions, export_bundle
-
-    folder = tmp_path_factory.mktemp("bundles")
-    model = random_model(family_member())
-    made: dict[str, Path] = {}
-
-    def export(**options: Any) -> Path:
-        name = json.dumps(options, sort_keys=True)
-        if name not in made:
-            made[name] = folder / str(len(made))
-            export_bundle(model, made[name], ExportOptions(**options))
-        return made[name]
-
-    return export
-
-
-@pytest.fixture(scope="module")
-def pipe(export_to: ExportTo) -> Iterator[Pipeline]:
-    """Two images a launch, guidance on."""
-    with Pipeline.load(export_to(batch=2), threads=1) as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def expected(pipe: Pipeline) -> Images:
-    """Five images of seed 7."""
-    return pipe.generate(LABELS, seed=7)
 
 
 def difference(found: Images, wanted: Images) -> int:
     assert found.shape == wanted.shape
     return int(np.abs(found.astype(int) - wanted).max())
-
-
-def anonymous() -> int:
-    """Bytes that this process alone holds: what others do with shared libraries does not count."""
-    lines = SMAPS.read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
 
 # what a seed promises
@@ -340,169 +272,3 @@ def test_a_graph_that_the_library_refuses(export_to: ExportTo, tmp_path: Path) -
     with pytest.raises(BackendError, match=r"ONNX Runtime refuses decoder\.onnx") as caught:
         Pipeline.load(bundle, check="sizes")
     assert "\n" not in str(caught.value)
-
-
-# life of a pipeline
-
-
-def test_progress_counts_every_launch(pipe: Pipeline) -> None:
-    seen: list[tuple[int, int]] = []
-    pipe.generate(LABELS, on_progress=lambda done, steps: seen.append((done, steps)))
-    launches = 3 * (SCALES + 1)  # five images, two at a time: every scale and the decoder
-    assert seen == [(n, launches) for n in range(1, launches + 1)]
-
-
-def test_close(export_to: ExportTo) -> None:
-    with Pipeline.load(export_to(batch=2), threads=1) as closed:
-        closed.generate([0])
-    with pytest.raises(BackendError, match="this pipeline is closed"):
-        closed.generate([0])
-    closed.close()
-    assert closed.describe()["backend"] == "onnxruntime-cpu"
-
-
-def test_a_callback_cannot_use_its_own_pipeline(pipe: Pipeline, expected: Images) -> None:
-    for use in (pipe.close, lambda: pipe.generate([0])):
-
-        def callback(done: int, steps: int, use: Callable[[], object] = use) -> None:
-            use()
-
-        with pytest.raises(UsageError, match="callback"):
-            pipe.generate([0], on_progress=callback)
-    assert difference(pipe.generate(LABELS, seed=7), expected) == 0
-
-
-def test_an_exception_passes_through_the_context(export_to: ExportTo) -> None:
-    with (
-        pytest.raises(ZeroDivisionError),
-        Pipeline.load(export_to(batch=2), threads=1) as closed,
-    ):
-        raise ZeroDivisionError
-    with pytest.raises(BackendError, match="closed"):
-        closed.generate([0])
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("when", [1, SCALES + 1, SCALES + 3])
-def test_cancelling_leaves_nothing_behind(
-    pipe: Pipeline, expected: Images, error: type[BaseException], when: int
-) -> None:
-    def cancel(done: int, steps: int) -> None:
-        if done == when:
-            raise error
-
-    with pytest.raises(error):
-        pipe.generate([2, 2, 2], seed=1, on_progress=cancel)
-    np.testing.assert_array_equal(pipe.generate(LABELS, seed=7), expected)
-
-
-def test_two_pipelines_at_once(export_to: ExportTo, pipe: Pipeline, expected: Images) -> None:
-    with Pipeline.load(export_to(batch=2), threads=1) as other:
-        found: list[Images] = []
-
-        def between(done: int, steps: int) -> None:  # one generates inside the other
-            found.append(other.generate(LABELS, seed=done))
-
-        np.testing.assert_array_equal(pipe.generate(LABELS, seed=7, on_progress=between), expected)
-        for done, images in enumerate(found, start=1):
-            np.testing.assert_array_equal(images, pipe.generate(LABELS, seed=done))
-    np.testing.assert_array_equal(pipe.generate(LABELS, seed=7), expected)
-
-
-def test_threads_wait_for_their_turn(pipe: Pipeline) -> None:
-    seeds = range(8)
-    wanted = [pipe.generate(LABELS, seed=seed) for seed in seeds]
-    found: dict[int, Images] = {}
-
-    def work(seed: int) -> None:
-        found[seed] = pipe.generate(LABELS, seed=seed)
-
-    workers = [threading.Thread(target=work, args=(seed,)) for seed in seeds]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    for seed in seeds:
-        np.testing.assert_array_equal(found[seed], wanted[seed])
-
-
-def test_closing_while_another_thread_waits(export_to: ExportTo) -> None:
-    shared = Pipeline.load(export_to(batch=2), threads=1)
-    running, closing = threading.Event(), threading.Event()
-    ended: list[object] = []
-
-    def first(done: int, steps: int) -> None:
-        running.set()
-        closing.wait(60)
-
-    def work(**options: Any) -> None:
-        try:
-            ended.append(shared.generate([0], **options).shape)
-        except BackendError as error:
-            ended.append(str(error))
-
-    workers = [threading.Thread(target=work, kwargs={"on_progress": first})]
-    workers[0].start()
-    assert running.wait(60)
-    workers += [threading.Thread(target=shared.close), threading.Thread(target=work)]
-    for worker in workers[1:]:
-        worker.start()
-    closing.set()
-    for worker in workers:
-        worker.join(60)
-    assert ended[0] == (1, SIDE, SIDE, 3), "what runs is finished first"
-    assert ended[1] in ("this pipeline is closed", (1, SIDE, SIDE, 3)), "either order, no crash"
-
-
-# memory
-
-
-@needs_smaps
-def test_generating_does_not_grow(pipe: Pipeline) -> None:
-    def many(count: int) -> int:
-        for seed in range(count):
-            pipe.generate(LABELS[:2], seed=seed)
-        gc.collect()
-        return anonymous()
-
-    many(30)  # whatever is allocated on first use
-    before = many(30)
-    caches = 2 * 2 * (1 + 4) * 4 * 64 * 4  # bytes of the K/V rows of one batch
-    assert many(400) - before < 400 * caches / 4, "less than a quarter of a cache a batch"
-
-
-MEASURE = """
-import gc, sys
-import numpy, onnxruntime
-from var_deploy.pipeline import Pipeline
-def pss():
-    lines = open("/proc/self/smaps_rollup").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-before = pss()
-pipe = Pipeline.load(sys.argv[1], layout=sys.argv[2], threads=1)
-pipe.generate([0])
-gc.collect()
-print(pss() - before)
-"""
-
-
-@needs_smaps
-def test_the_shared_layout_holds_the_weights_once(
-    tmp_path: Path, family_member: Callable[..., ModelSpec]
-) -> None:
-    pytest.importorskip("torch")
-    from var_deploy.export.bundle import ExportOptions, export_bundle
-
-    spec = family_member(width=640, heads=10, ffn_width=2560)
-    model = dataclasses.replace(random_model(spec), labels=())
-    export_bundle(model, tmp_path / "b", ExportOptions())
-    graphs = read_manifest(tmp_path / "b").graphs["fp32"]
-    once = sum(graphs[name].weight_bytes for name in ("condition", "step", "decoder"))
-    assert 30e6 < graphs["step"].weight_bytes < once < 100e6
-    shared, per_scale = (
-        int(subprocess.check_output([sys.executable, "-c", MEASURE, tmp_path / "b", layout]))
-        for layout in ("shared", "per-scale")
-    )
-    assert shared < 1.35 * once + 20e6  # the library's own memory on top
-    # and the other layout does hold a copy a scale, or the line above would prove little
-    assert per_scale - shared > 1.2 * graphs["step"].weight_bytes

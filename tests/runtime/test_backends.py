@@ -1,0 +1,157 @@
+"""Which backend runs a bundle, on a machine that has everything, as far as the code can see."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fake_tensorrt
+from fake_tensorrt import cudart
+from var_deploy.errors import BackendError, BundleError, UsageError
+from var_deploy.pipeline import Pipeline
+from var_deploy.runtime import backends
+from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.tensorrt import library as libraries
+from var_deploy.runtime.tensorrt.build import build_bundle
+from var_deploy.runtime.tensorrt.library import Library
+
+ExportTo = Callable[..., Path]
+LABELS = (3, 0, 4)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An Orin with TensorRT 10.3."""
+    cudart.reset()
+    monkeypatch.setattr("var_deploy.runtime.cuda.load_api", lambda: cudart)
+    monkeypatch.setattr(libraries, "load_library", lambda name=None: Library(fake_tensorrt))
+    yield
+    assert cudart.live() == {}, "something was left on the device"
+
+
+@pytest.fixture
+def bundle(export_to: ExportTo, tmp_path: Path) -> Path:
+    """Both precisions and layouts, no engines yet."""
+    made = export_to(precisions=("fp32", "fp16"), batch=2)
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+def build(bundle: Path, **options: object) -> None:
+    given: dict[str, object] = {"library": Library(fake_tensorrt), "layout": "shared", **options}
+    build_bundle(bundle, **given)  # type: ignore[arg-type]
+
+
+def test_without_engines_it_is_the_cpu(gpu: None, bundle: Path) -> None:
+    with Pipeline.load(bundle) as pipe:
+        how = pipe.describe()
+    assert (how["backend"], how["precision"], how["layout"]) == (
+        "onnxruntime-cpu",
+        "fp32",
+        "shared",
+    )
+    assert "chosen because" not in how, "nothing better was passed over"
+
+
+@pytest.mark.parametrize("layout", ["shared", "per-scale"])
+def test_engines_of_this_device_are_taken(gpu: None, bundle: Path, layout: str) -> None:
+    build(bundle, layout=layout)
+    with Pipeline.load(bundle) as pipe:
+        how = pipe.describe()
+        images = pipe.generate(LABELS, seed=7)
+    assert (how["backend"], how["precision"], how["layout"]) == ("tensorrt", "fp16", layout)
+    assert how["device"] == "Orin, 16 SMs (sm87)"
+    assert how["chosen because"] == "its engines were built"
+    with Pipeline.load(bundle, backend="onnxruntime-cpu", precision="fp16") as pipe:
+        np.testing.assert_array_equal(images, pipe.generate(LABELS, seed=7))
+
+
+def test_of_two_layouts_the_memory_chooses(
+    gpu: None, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle, layout="both")
+    for free, layout in ((1 << 40, "per-scale"), (1, "shared")):
+        monkeypatch.setattr(Cuda, "free_memory", lambda self, free=free: (free, free))
+        with Pipeline.load(bundle) as pipe:
+            assert pipe.describe()["layout"] == layout
+    with Pipeline.load(bundle, layout="per-scale") as pipe:
+        assert pipe.describe()["layout"] == "per-scale"
+
+
+def test_fp32_engines_serve_where_there_are_no_others(gpu: None, bundle: Path) -> None:
+    build(bundle, precision="fp32")
+    with Pipeline.load(bundle) as pipe:
+        how = pipe.describe()
+    assert (how["backend"], how["precision"]) == ("tensorrt", "fp32")
+
+
+def test_engines_do_not_need_the_graphs(gpu: None, bundle: Path) -> None:
+    build(bundle)
+    for graph in bundle.glob("*/scale_00.onnx"):  # the engine of `step` stands for it
+        graph.unlink()
+    with Pipeline.load(bundle) as pipe:
+        assert pipe.describe()["backend"] == "tensorrt"
+    with pytest.raises(BundleError, match=r"scale_00\.onnx is missing"):
+        Pipeline.load(bundle, backend="onnxruntime-cpu")
+
+
+def test_engines_of_another_device_are_passed_over_and_said_so(gpu: None, bundle: Path) -> None:
+    build(bundle, find_device=lambda: ("Xavier, 8 SMs", 72), find_memory=lambda: 1)
+    with Pipeline.load(bundle) as pipe:
+        how = pipe.describe()
+    assert how["backend"] == "onnxruntime-cpu"
+    assert "it has tensorrt-10.3.0-sm72-fp16" in how["chosen because"]
+    assert "Orin, 16 SMs (sm87)" in how["chosen because"]
+    with pytest.raises(BackendError, match=r"sm72.*run var-deploy build"):
+        Pipeline.load(bundle, backend="tensorrt")
+
+
+def test_a_damaged_engine_is_refused_not_replaced(gpu: None, bundle: Path) -> None:
+    """The engines fit the device: to run something else in silence would hide the damage."""
+    build(bundle)
+    plan = next(bundle.glob("engines/*/step.plan"))
+    plan.write_bytes(plan.read_bytes()[:-1])
+    with pytest.raises(BackendError, match="truncated"):
+        Pipeline.load(bundle)
+
+
+def test_a_changed_bundle_makes_its_engines_stale(gpu: None, bundle: Path) -> None:
+    build(bundle)
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    data["files"]["fp16/weights.bin"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(data))
+    with pytest.raises(BackendError, match="built from other graphs, weights or settings"):
+        Pipeline.load(bundle, backend="tensorrt")
+
+
+def test_threads_ask_for_the_cpu(gpu: None, bundle: Path) -> None:
+    build(bundle)
+    with Pipeline.load(bundle, threads=1) as pipe:
+        assert pipe.describe()["backend"] == "onnxruntime-cpu"
+    for backend in ("tensorrt", "onnxruntime-cuda"):
+        with pytest.raises(UsageError, match=f"threads are for onnxruntime-cpu, not for {backend}"):
+            Pipeline.load(bundle, backend=backend, threads=1)
+
+
+def test_a_gpu_without_a_provider_is_one_line(bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"CUDAExecutionProvider|onnxruntime-gpu"):
+        Pipeline.load(bundle, backend="onnxruntime-cuda")
+
+
+def test_cuda_that_fails_is_passed_over(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise BackendError("cudaMalloc failed")
+
+    monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
+    monkeypatch.setattr(backends, "_on_cuda", broken)
+    with Pipeline.load(bundle) as pipe:
+        how = pipe.describe()
+    assert how["backend"] == "onnxruntime-cpu"
+    assert how["chosen because"] == "onnxruntime-cuda: cudaMalloc failed"
