@@ -25,8 +25,8 @@ from onnx import TensorProto
 from var_deploy import names
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.bisect_backends import RUNNERS, Runner
+from var_deploy.export.graph_runner import complete_step
 from var_deploy.export.lint import values_of
-from var_deploy.export.torch_loop import complete_step
 from var_deploy.export.verify import (
     BOUNDS,
     COIN_TOSS,

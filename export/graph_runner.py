@@ -12,10 +12,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
-from var_deploy import names
-from var_deploy.manifest import GraphInfo, TensorInfo
-from var_deploy.runtime.buffers import step_geometry
-from var_deploy.spec import ModelSpec
+from var_deploy.manifest import GraphInfo, Manifest, TensorInfo
+from var_deploy.runtime.buffers import step_geometry, step_shapes
 
 # where an in-memory model finds its weights
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -55,19 +53,14 @@ class GraphRunner:
         outputs = [output.name for output in self._session.get_outputs()]
         return dict(zip(outputs, self._session.run(outputs, feed), strict=True))
 
-    def complete(
-        self, inputs: Mapping[str, Any], spec: ModelSpec, scale: int, rows: int
-    ) -> dict[str, Any]:
-        """Add what `step` takes and a static graph does not: geometry, a placeholder past at 0."""
-        t = spec.transformer
-        unused = np.zeros((1, rows, t.heads, t.head_width), np.float32)
-        batch = len(inputs[names.UNIFORMS])
-        filled: dict[str, Any] = {
-            names.INPUT: np.zeros((batch, spec.scale_lengths[scale], spec.input_width), np.float32)
-        }
-        for layer in range(t.depth):
-            filled[names.past_key(layer)] = filled[names.past_value(layer)] = unused
-        return {**filled, **step_geometry(spec, scale), **inputs}
+
+def complete_step(
+    manifest: Manifest, precision: str, scale: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Add what `step` takes and a static graph does not: geometry, placeholders at scale 0."""
+    shapes = step_shapes(manifest, precision, scale)
+    empty = {name: np.zeros(shape) for name, shape in shapes.items() if name not in given}
+    return {**empty, **step_geometry(manifest.model, scale), **given}
 
 
 def _mismatch(model: onnx.ModelProto, info: GraphInfo) -> str:

@@ -30,7 +30,7 @@ from var_deploy.export.calibrate import (
     sample_labels,
 )
 from var_deploy.export.torch_loop import Progress, generate
-from var_deploy.export.verify import psnr
+from var_deploy.images import psnr
 from var_deploy.manifest import check_files, read_manifest
 
 SHOWN_LAYERS = 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.export.graph_runner import complete_step
 from var_deploy.export.torch_graph import OnValue, TorchGraph
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.buffers import step_geometry, step_shapes
 from var_deploy.sampling import uniforms
 
 Arrays = dict[str, NDArray[Any]]
@@ -130,15 +130,6 @@ def _draw(
             state[names.INPUT] = made[names.NEXT_INPUT]
             _append_cache(state, made, spec.transformer.depth)
     return drawn, state[names.F_HAT]
-
-
-def complete_step(
-    manifest: Manifest, precision: str, scale: int, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Add what `step` takes and a static graph does not: geometry, placeholders at scale 0."""
-    shapes = step_shapes(manifest, precision, scale)
-    empty = {name: np.zeros(shape) for name, shape in shapes.items() if name not in given}
-    return {**empty, **step_geometry(manifest.model, scale), **given}
 
 
 def _append_cache(state: Arrays, made: Arrays, depth: int) -> None:

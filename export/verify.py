@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.export.checkpoint import LoadedModel, build_modules, load_model
-from var_deploy.export.graph_runner import GraphRunner
+from var_deploy.export.graph_runner import GraphRunner, complete_step
 from var_deploy.export.lint import lint_file
 from var_deploy.export.reference import Arrays, Trace, trace_generation
 from var_deploy.export.report import Check, Report
+from var_deploy.images import psnr
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.runtime.loop import Layout, ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
@@ -291,8 +292,10 @@ class _Verifier:
 
     def _scale(self, runner: GraphRunner, name: str, scale: int) -> Check:
         trace, manifest = self._trace.scales[scale], self._manifest
-        given = self._reference.inputs(manifest, name.partition(" ")[0], scale)
-        inputs = runner.complete(given, manifest.model, scale, manifest.rows)
+        graph = name.partition(" ")[0]
+        inputs = self._reference.inputs(manifest, graph, scale)
+        if graph == names.STEP:
+            inputs = complete_step(manifest, self._precision, scale, inputs)
         found = runner.run(inputs)
         expected = {k: v for k, v in trace.outputs.items() if k in found}
         wanted = expected.pop(names.TOKENS)
@@ -361,9 +364,3 @@ class _Verifier:
 
     def _failed(self, name: str, why: str) -> Check:
         return Check(precision=self._precision, graph=name, passed=False, detail=why)
-
-
-def psnr(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Of images in [0, 1]; 200 dB stands for equal, -inf for a NaN."""
-    error = float(np.nan_to_num(np.square(found.astype(np.float64) - expected), nan=np.inf).mean())
-    return min(200.0, -10 * float(np.log10(max(error, 1e-20))))

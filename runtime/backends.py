@@ -15,7 +15,6 @@ from var_deploy.runtime.tensorrt.engine_files import ENGINES, EngineFolder, find
 from var_deploy.runtime.tensorrt.target import Target
 
 CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
-TENSORRT = ("tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,4 +206,6 @@ def _has_cuda_provider() -> bool:
         import onnxruntime
     except ImportError:
         return False
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    from var_deploy.runtime.onnxruntime_cuda import PROVIDER
+
+    return PROVIDER in onnxruntime.get_available_providers()

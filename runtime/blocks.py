@@ -24,14 +24,13 @@ def pack(fields: Fields) -> tuple[dict[str, int], int]:
     return offsets, position
 
 
-class Block(Mapping[str, Array]):
-    """Arrays that the graphs alone read and write."""
+class _Packed(Mapping[str, Array]):
+    """The fields of one piece of memory, by name."""
 
-    def __init__(self, memory: Memory, fields: Fields) -> None:
+    def __init__(self, address: int, owner: object, fields: Fields) -> None:
         offsets, self.nbytes = pack(fields)
-        base = memory.allocate(self.nbytes)
         self._arrays = {
-            name: Array(base.address + offsets[name], shape, np.dtype(dtype), base.owner)
+            name: Array(address + offsets[name], shape, np.dtype(dtype), owner)
             for name, (shape, dtype) in fields.items()
         }
 
@@ -45,7 +44,15 @@ class Block(Mapping[str, Array]):
         return len(self._arrays)
 
 
-class SharedBlock(Mapping[str, Array]):
+class Block(_Packed):
+    """Arrays that the graphs alone read and write."""
+
+    def __init__(self, memory: Memory, fields: Fields) -> None:
+        base = memory.allocate(pack(fields)[1])
+        super().__init__(base.address, base.owner, fields)
+
+
+class SharedBlock(_Packed):
     """Arrays that the host fills or reads; one copy moves all of them.
 
     Attributes:
@@ -53,28 +60,16 @@ class SharedBlock(Mapping[str, Array]):
     """
 
     def __init__(self, memory: Memory, fields: Fields) -> None:
-        offsets, self.nbytes = pack(fields)
-        self._shared = shared = memory.share(self.nbytes)
-        self._arrays: dict[str, Array] = {}
+        self._shared = shared = memory.share(pack(fields)[1])
+        super().__init__(shared.address, shared.host, fields)
         self.host: dict[str, NDArray[Any]] = {}
-        for name, (shape, dtype) in fields.items():
-            start, kind = offsets[name], np.dtype(dtype)
-            array = Array(shared.address + start, shape, kind, shared.host)
-            self._arrays[name] = array
-            view: NDArray[Any] = shared.host[start : start + array.nbytes].view(kind)
-            self.host[name] = view.reshape(shape)
+        for name, array in self.items():
+            start = array.address - shared.address
+            view: NDArray[Any] = shared.host[start : start + array.nbytes].view(array.dtype)
+            self.host[name] = view.reshape(array.shape)
 
     def upload(self) -> None:
         self._shared.upload()
 
     def download(self) -> None:
         self._shared.download()
-
-    def __getitem__(self, name: str) -> Array:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)

@@ -140,3 +140,11 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise VarDeployError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def psnr(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Of images in [0, 1], in dB; 200 stands for equal, -inf where a value is no number."""
+    error = float(np.square(found.astype(np.float64) - expected).mean())
+    if not math.isfinite(error):
+        return -math.inf
+    return min(200.0, -10 * math.log10(max(error, 1e-20)))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy import images
 from var_deploy.errors import BackendError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import ScaleLoop
@@ -238,10 +239,7 @@ def compare(one: Outcome, other: Outcome) -> tuple[dict[str, Any], list[str]]:
 
 def psnr(found: Image, expected: Image) -> float:
     """Of images in [0, 1], in dB: 200 where they are equal, -200 where one is no number."""
-    error = np.square(found.astype(np.float64) - expected).mean()
-    if not np.isfinite(error):
-        return -EQUAL_PSNR
-    return round(min(EQUAL_PSNR, -10 * float(np.log10(max(error, 1e-20)))), 2)
+    return round(max(-EQUAL_PSNR, images.psnr(found, expected)), 2)
 
 
 def _all_psnr(found: Sequence[Image], expected: Sequence[Image]) -> list[float]:
