@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -19,10 +20,12 @@ from var_deploy import names
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint import LoadedModel
 from var_deploy.export.graphs.builder import OPSET, GraphBuilder, Precision, ReadKey
+from var_deploy.export.decoder_ranges import decoder_ranges
 from var_deploy.export.graphs.codec import build_decoder, build_encoder
 from var_deploy.export.graphs.condition import build_condition
+from var_deploy.export.graphs.int8 import Ranges
 from var_deploy.export.graphs.scale import build_scale, build_step
-from var_deploy.export.weights_bin import plan_layout, write_weights
+from var_deploy.export.weights_bin import WeightLayout, plan_layout, write_weights
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.spec import ModelSpec
 
@@ -35,21 +38,26 @@ class ExportOptions:
     """What a bundle holds.
 
     Attributes:
-        precisions: folders to write, of "fp32" and "fp16".
+        precisions: folders to write, of "fp32", "fp16" and "int8".
         batch: images a launch, B.
         guidance: 2B rows for classifier-free guidance, or B at half the work.
         layout: per-scale static graphs, the one `step` graph ("shared"), or both over the same
             weights.
+        calibration: images that an int8 decoder's ranges are taken from.
     """
 
     precisions: tuple[Precision, ...] = ("fp32",)
     batch: int = 1
     guidance: bool = True
     layout: Layout = "both"
+    calibration: int = 4
 
     def __post_init__(self) -> None:
-        if not self.precisions or not set(self.precisions) <= {"fp32", "fp16"}:
-            raise UsageError(f"precision must be fp32 or fp16, found {self.precisions}")
+        known = get_args(Precision)
+        if not self.precisions or not set(self.precisions) <= set(known):
+            raise UsageError(f"precision must be of {', '.join(known)}, found {self.precisions}")
+        if self.calibration < 1:
+            raise UsageError(f"calibration must be at least 1 image, found {self.calibration}")
         if self.batch < 1:
             raise UsageError(f"batch must be at least 1, found {self.batch}")
         if self.layout not in ("both", "per-scale", "shared"):
@@ -57,9 +65,12 @@ class ExportOptions:
 
 
 def build_graphs(
-    spec: ModelSpec, precision: Precision, options: ExportOptions
+    spec: ModelSpec, precision: Precision, options: ExportOptions, ranges: Ranges | None = None
 ) -> list[GraphBuilder]:
-    """Every graph of one precision, in the order in which a generation needs them."""
+    """Every graph of one precision, in the order in which a generation needs them.
+
+    `ranges` is what an int8 decoder rounds to; without it, its convolutions stay in fp32.
+    """
     batch, guidance = options.batch, options.guidance
     graphs = []
     if spec.transformer.conditional:
@@ -68,7 +79,7 @@ def build_graphs(
         graphs.append(build_step(spec, precision, batch, guidance))
     if options.layout != "shared":
         graphs += [build_scale(spec, k, precision, batch, guidance) for k in range(spec.scales)]
-    graphs.append(build_decoder(spec.tokenizer, precision, batch))
+    graphs.append(build_decoder(spec.tokenizer, precision, batch, ranges))
     graphs.append(build_encoder(spec.tokenizer, precision, batch))
     return graphs
 
@@ -108,47 +119,73 @@ def export_bundle(
 
 
 def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Progress) -> Manifest:
-    graphs: dict[str, dict[str, GraphInfo]] = {}
-    files: dict[str, FileInfo] = {}
     read = cached_reader(model)
-    plans = []
+    plans: dict[Precision, _Plan] = {}
     for precision in options.precisions:
-        built = build_graphs(model.spec, precision, options)
-        plans.append((precision, built, plan_layout(built)))
-    total = sum(layout.size for _, _, layout in plans)
-    free = shutil.disk_usage(folder).free
-    if free < 1.01 * total:
-        raise ExportError(
-            f"the disk has {free / 1e6:.0f} MB free, the bundle needs {1.01 * total / 1e6:.0f} MB"
-        )
+        ranges = None
+        if precision == "int8":
+            ranges = _calibrate(model, folder, options, read, report)
+        plans[precision] = _Plan.of(build_graphs(model.spec, precision, options, ranges))
+    total = sum(plan.layout.size for plan in plans.values())
+    _check_space(folder, total)
     done = 0
-    for precision, built, layout in plans:
-        (folder / precision).mkdir()
+    manifest = _manifest(model, options)
+    for precision, plan in plans.items():
 
         def advance(count: int, precision: str = precision) -> None:
             nonlocal done
             done += count
             report(f"writing {precision} weights", 0.95 * done / max(total, 1))
 
-        weights = f"{precision}/{names.WEIGHTS}"
-        files[weights] = write_weights(folder / weights, layout, read, advance)
-        graphs[precision] = {}
-        for graph in built:
-            file = f"{precision}/{names.graph_file(graph.name)}"
-            files[file] = _save_graph(graph, folder / file, layout.locate)
-            graphs[precision][graph.name] = GraphInfo(
-                file=file,
-                inputs=tuple(graph.inputs),
-                outputs=tuple(graph.outputs),
-                weight_bytes=sum(w.nbytes for w in graph.weights.values()),
-            )
-    manifest = Manifest(
+        manifest = plan.write(folder, precision, manifest, read, advance)
+    manifest.save(folder)
+    return manifest
+
+
+def _calibrate(
+    model: LoadedModel, folder: Path, options: ExportOptions, read: ReadKey, report: Progress
+) -> Ranges:
+    """Ranges of the decoder, from images that the model's own int8 scales draw.
+
+    Those graphs are written to a folder of their own first, and deleted with it.
+    """
+    shared = dataclasses.replace(options, layout="shared", precisions=("int8",))
+    graphs = {graph.name: graph for graph in build_graphs(model.spec, "int8", shared)}
+    decoder = graphs.pop(names.DECODER)
+    del graphs[names.ENCODER]
+    plan = _Plan.of(list(graphs.values()))
+    _check_space(folder, plan.layout.size)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name)
+        report("rounding to int8", 0.0)
+        found = plan.write(scratch, "int8", _manifest(model, shared), read, lambda count: None)
+        found.graphs["int8"][decoder.name] = _info(decoder, "int8")  # named, and never opened
+        return decoder_ranges(
+            model,
+            scratch,
+            found,
+            options.calibration,
+            lambda done, all: report("calibrating int8", 0.2 * done / all),
+        )
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < 1.01 * needed:
+        raise ExportError(
+            f"the disk has {free / 1e6:.0f} MB free, the bundle needs {1.01 * needed / 1e6:.0f} MB"
+        )
+
+
+def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
+    """All but graphs and files."""
+    return Manifest(
         model=model.spec,
         preset=model.preset,
         batch=options.batch,
         guidance=options.guidance,
-        graphs=graphs,
-        files=files,
+        graphs={},
+        files={},
         checkpoint={
             "tokenizer": dict(model.tokenizer.description),
             "transformer": dict(model.transformer.description),
@@ -162,8 +199,49 @@ def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Pro
         defaults=model.defaults if options.guidance else model.defaults.replace(cfg=0.0),
         labels=model.labels,
     )
-    manifest.save(folder)
-    return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The folder of one precision before it is written."""
+
+    graphs: list[GraphBuilder]
+    layout: WeightLayout
+
+    @classmethod
+    def of(cls, graphs: list[GraphBuilder]) -> _Plan:
+        return cls(graphs=graphs, layout=plan_layout(graphs))
+
+    def write(
+        self,
+        folder: Path,
+        precision: Precision,
+        manifest: Manifest,
+        read: ReadKey,
+        advance: Callable[[int], None],
+    ) -> Manifest:
+        """Write weights and graphs; `manifest` with them in it."""
+        (folder / precision).mkdir()
+        weights = f"{precision}/{names.WEIGHTS}"
+        files = {weights: write_weights(folder / weights, self.layout, read, advance)}
+        infos = {}
+        for graph in self.graphs:
+            infos[graph.name] = info = _info(graph, precision)
+            files[info.file] = _save_graph(graph, folder / info.file, self.layout.locate)
+        return dataclasses.replace(
+            manifest,
+            graphs={**manifest.graphs, precision: infos},
+            files={**manifest.files, **files},
+        )
+
+
+def _info(graph: GraphBuilder, precision: Precision) -> GraphInfo:
+    return GraphInfo(
+        file=f"{precision}/{names.graph_file(graph.name)}",
+        inputs=tuple(graph.inputs),
+        outputs=tuple(graph.outputs),
+        weight_bytes=sum(w.nbytes for w in graph.weights.values()),
+    )
 
 
 def cached_reader(model: LoadedModel) -> ReadKey:

@@ -29,8 +29,9 @@ from var_deploy.errors import VarDeployError
 from var_deploy.export.checkpoint import empty_modules, load_into
 from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.sampler import filter_logits, guide
-from var_deploy.export.models.tokenizer import Phi
-from var_deploy.export.models.transformer import Cache, Modulation
+from var_deploy.export.models.tokenizer import Phi, Tokenizer
+from var_deploy.export.models.transformer import Cache, Modulation, Transformer
+from var_deploy.export.published_path import Mark
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.manifest import read_manifest
 from var_deploy.sampling import Sampling
@@ -46,6 +47,16 @@ RECOMPILE_LIMIT = 64  # a compiled function has one version a scale; PyTorch all
 
 Compiler = str | Callable[..., Any]
 Timer = Callable[[Callable[[], object], int, float], list[float]]
+
+
+def random_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
+    """What a generation needs, so without the encoder: random weights, fp32, on the CPU."""
+    tokenizer, transformer = empty_modules(spec)
+    del tokenizer.encoder, tokenizer.quant_conv
+    for module in (tokenizer, transformer):
+        shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
+        load_into(module, RandomWeights(shapes, 0))
+    return tokenizer, transformer
 
 
 class Peer:
@@ -72,12 +83,11 @@ class Peer:
     ) -> None:
         self.spec, self.batch, self.guidance, self.sampling = spec, batch, guidance, sampling
         self.device, self.dtype = device, dtype
-        tokenizer, transformer = empty_modules(spec)
-        for module in (tokenizer, transformer):
-            shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
-            load_into(module, RandomWeights(shapes, 0))
-            module.to(device, dtype)
-        self.tokenizer, self.transformer = tokenizer, transformer
+        tokenizer, transformer = random_modules(spec)
+        self.tokenizer, self.transformer = (
+            tokenizer.to(device, dtype),
+            transformer.to(device, dtype),
+        )
         phis = [module for module in tokenizer.quantize.modules() if isinstance(module, Phi)]
         served = (spec.tokenizer.phi_index(k) for k in range(spec.scales))
         self._phis = [phis[index] for index in served] if phis else []
@@ -88,8 +98,12 @@ class Peer:
             self._decode = torch.compile(self._decode, dynamic=False, backend=compiler)
 
     @torch.inference_mode()
-    def __call__(self, labels_B: Tensor, uniforms_BT: Tensor) -> Tensor:
+    def __call__(
+        self, labels_B: Tensor, uniforms_BT: Tensor, mark: Mark = lambda: None
+    ) -> Tensor:
+        """`mark` is called at the start and after every launch of a bundle's generation."""
         spec, t = self.spec, self.spec.transformer
+        mark()
         rows = labels_B
         if self.guidance:
             rows = torch.cat((labels_B, torch.full_like(labels_B, t.classes)))
@@ -101,9 +115,13 @@ class Peer:
             dtype=self.dtype,
         )
         following: Tensor | None = None
+        if t.conditional:
+            mark()
         for k, draws in enumerate(uniforms_BT.split(list(spec.scale_lengths), dim=1)):
             f_hat, following = self._scale(k, following, mod, cache, f_hat, draws)
+            mark()
         image: Tensor = self._decode(f_hat)
+        mark()
         return image
 
     def _eager_scale(

@@ -18,7 +18,7 @@ from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.sampling import Sampling, check_seed, uniforms
 
 BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
-PRECISIONS = ("auto", "fp32", "fp16")
+PRECISIONS = ("auto", "fp32", "fp16", "int8")
 LAYOUTS = ("auto", "per-scale", "shared")
 
 

@@ -94,18 +94,18 @@ def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
     bias = b.weight(f"{prefix}.qkv_bias", (3 * width,), qkv_bias(ctx.spec, prefix), b.compute)
     weight = f"{prefix}.qkv.weight" if t.family == "gpt2" else f"{prefix}.mat_qkv.weight"
     qkv = b.linear(h, weight, width, 3 * width, bias)  # [L, G, 3C]
-    q, k, v = (
-        b.reshape(part, -1, rows, heads, head_width) for part in b.split(qkv, 2, [width] * 3)
-    )  # [L, G, H, D]
+    # heads before the split: new keys and values are then graph outputs as they are, not copies
+    qkv = b.reshape(qkv, -1, rows, 3 * heads, head_width)
+    new_k, new_v = names.new_key(layer), names.new_value(layer)
+    outs = (None, None if t.qk_l2_norm else new_k, new_v)
+    q, k, v = b.split(qkv, 2, [heads] * 3, outs)  # [L, G, H, D]
     if t.qk_l2_norm:
-        q, k = l2_normalize(b, b.to_float(q)), l2_normalize(b, b.to_float(k))
         scale = b.weight(f"{prefix}.query_scale", (heads, 1), query_scale(prefix))
-        q = b.to_compute(b.op("Mul", q, scale))
-        k = b.to_compute(k)
+        q = b.to_compute(b.op("Mul", l2_normalize(b, b.to_float(q)), scale))
+        k = l2_normalize(b, b.to_float(k), out=None if b.half else new_k)
+        k = b.to_compute(k, out=new_k)
     elif t.attention_scale != 1.0:
         q = b.op("Mul", q, b.constant(t.attention_scale, b.compute))
-    k = b.op("Identity", k, out=names.new_key(layer))
-    new_v = v = b.op("Identity", v, out=names.new_value(layer))
     if ctx.past:
         k = b.op("Concat", names.past_key(layer), k, axis=0)
         v = b.op("Concat", names.past_value(layer), v, axis=0)
@@ -125,10 +125,10 @@ def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
     )
 
 
-def l2_normalize(b: GraphBuilder, x: str) -> str:
+def l2_normalize(b: GraphBuilder, x: str, out: str | None = None) -> str:
     """x / max(|x|, 1e-12) over the last axis, in fp32: 1e-12 is 0 in fp16."""
     norm = b.op("ReduceL2", x, b.ints(-1), keepdims=1)
-    return b.op("Div", x, b.op("Max", norm, b.constant(1e-12, np.float32)))
+    return b.op("Div", x, b.op("Max", norm, b.constant(1e-12, np.float32)), out=out)
 
 
 def query_scale(prefix: str) -> Callable[[ReadKey], NDArray[Any]]:

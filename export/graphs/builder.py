@@ -13,12 +13,13 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, helper
 
+from var_deploy.export.graphs.int8 import dynamic_linear
 from var_deploy.manifest import TensorInfo
 
 OPSET = 20  # the newest that TensorRT 10.3 parses; the first with a native tanh GELU
 IR_VERSION = 9
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 Shape = Sequence[int | str]
 ReadKey = Callable[[str], NDArray[Any]]
 
@@ -48,13 +49,14 @@ def onnx_type(dtype: DTypeLike) -> int:
 class GraphBuilder:
     """Collects nodes; values are referred to by name.
 
-    In fp16 graphs the products run on fp16 weights; `linear` and `conv` take and give fp32, so the
-    rest of the graph reads the same in both precisions.
+    In fp16 graphs the products run on fp16 weights between casts; in int8 graphs `linear` rounds
+    what it is given and gives fp32, so the rest of the graph reads the same in every precision.
     """
 
     def __init__(self, name: str, precision: Precision) -> None:
         self.name = name
         self.half = precision == "fp16"
+        self.rounded = precision == "int8"
         self.compute = np.dtype(np.float16 if self.half else np.float32)
         self.weights: dict[str, Weight] = {}
         self.inputs: list[TensorInfo] = []
@@ -81,10 +83,18 @@ class GraphBuilder:
         """Declare a value, already made under this name, as a graph output."""
         self.outputs.append(TensorInfo(name=name, dtype=np.dtype(dtype).name, shape=tuple(shape)))
 
-    def ops(self, op_type: str, inputs: Sequence[str], outputs: int, **attrs: Any) -> list[str]:
-        """A node with several outputs."""
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        outputs: int,
+        outs: Sequence[str | None] = (),
+        **attrs: Any,
+    ) -> list[str]:
+        """A node with several outputs, named as `outs` says where it does."""
         node_name = self._fresh(op_type)
-        results = [f"{node_name}:{i}" for i in range(outputs)]
+        given = [*outs, *[None] * (outputs - len(outs))]
+        results = [out or f"{node_name}:{i}" for i, out in enumerate(given)]
         self._nodes.append(helper.make_node(op_type, list(inputs), results, node_name, **attrs))
         return results
 
@@ -127,12 +137,12 @@ class GraphBuilder:
         )
         return name
 
-    def cast(self, value: str, dtype: DTypeLike) -> str:
-        return self.op("Cast", value, to=onnx_type(dtype))
+    def cast(self, value: str, dtype: DTypeLike, out: str | None = None) -> str:
+        return self.op("Cast", value, to=onnx_type(dtype), out=out)
 
-    def to_compute(self, value: str) -> str:
-        """fp32 → the type that products run in."""
-        return self.cast(value, np.float16) if self.half else value
+    def to_compute(self, value: str, out: str | None = None) -> str:
+        """fp32 → the type that products run in; `out` names the result where there is a cast."""
+        return self.cast(value, np.float16, out) if self.half else value
 
     def to_float(self, value: str) -> str:
         """The inverse of `to_compute`."""
@@ -146,9 +156,12 @@ class GraphBuilder:
         `bias` names a weight made with the compute type; `full` keeps the product in fp32 where
         the model asks for it.
         """
-        dtype = np.dtype(np.float32) if full else self.compute
-        name = self.weight(key, (width_in, width_out), lambda read: read(key).T, dtype)
-        y = self.op("MatMul", x, name)
+        if self.rounded and not full:
+            y = dynamic_linear(self, x, key, width_in, width_out)
+        else:
+            dtype = np.dtype(np.float32) if full else self.compute
+            name = self.weight(key, (width_in, width_out), lambda read: read(key).T, dtype)
+            y = self.op("MatMul", x, name)
         return self.op("Add", y, bias) if bias else y
 
     def reshape(self, x: str, *shape: int) -> str:
@@ -157,8 +170,10 @@ class GraphBuilder:
     def transpose(self, x: str, *perm: int) -> str:
         return self.op("Transpose", x, perm=list(perm))
 
-    def split(self, x: str, axis: int, sizes: Sequence[int]) -> list[str]:
-        return self.ops("Split", (x, self.ints(*sizes)), len(sizes), axis=axis)
+    def split(
+        self, x: str, axis: int, sizes: Sequence[int], outs: Sequence[str | None] = ()
+    ) -> list[str]:
+        return self.ops("Split", (x, self.ints(*sizes)), len(sizes), outs, axis=axis)
 
     def gather_row(self, table: str, index: int) -> str:
         """table[index] along the first axis, which is dropped."""

@@ -1,15 +1,21 @@
 """The `decoder` and `encoder` graphs: the tokenizer's autoencoder as operators.
 
 Convolutions run in the graph's precision; GroupNorm, attention weights and everything around the
-codebook in fp32.
+codebook in fp32. In an int8 decoder the convolutions that have a `Range` are int8, all others fp32;
+an encoder is fp32 there, because its tokens are the nearest codes, and nearness wants precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.export.graphs.builder import GraphBuilder, Precision
+from var_deploy.export.graphs.builder import GraphBuilder, Precision, ReadKey
+from var_deploy.export.graphs.int8 import Kernel, Ranges, dequantize, quantize, static_conv
 from var_deploy.export.graphs.quantizer import codebook, phi, resize, to_maps
 from var_deploy.resize import area_matrix, bicubic_matrix
 from var_deploy.spec import TokenizerSpec
@@ -20,8 +26,10 @@ GROUPS, NORM_EPS = 32, 1e-6
 class Autoencoder:
     """Layers on maps [B, c, s, s]; fp32 between layers, so that residual sums do not round."""
 
-    def __init__(self, b: GraphBuilder, spec: TokenizerSpec, batch: int) -> None:
-        self.b, self.spec, self.batch = b, spec, batch
+    def __init__(
+        self, b: GraphBuilder, spec: TokenizerSpec, batch: int, ranges: Ranges | None = None
+    ) -> None:
+        self.b, self.spec, self.batch, self.ranges = b, spec, batch, ranges or {}
         self.widths = [spec.base_width * m for m in spec.width_multipliers]
 
     def conv(
@@ -29,8 +37,14 @@ class Autoencoder:
     ) -> str:
         """Stride 1 with the same size, or (`far_side`) stride 2 with zeros on the far side only."""
         b = self.b
+        shape = (channels[1], channels[0], kernel, kernel)
         with b.scope(key):
-            shape = (channels[1], channels[0], kernel, kernel)
+            if key in self.ranges:
+                ranges, name = self.ranges[key], f"{key}.weight"
+                weights = Kernel(name=name, shape=shape, make=lambda read: read(name))
+                rounded = quantize(b, x, ranges.input)
+                y = static_conv(b, rounded, key, weights, ranges, [kernel // 2] * 4)
+                return dequantize(b, y, ranges.output)
             weight = b.weight(f"{key}.weight", shape, dtype=b.compute)
             bias = b.weight(f"{key}.bias", (channels[1],), dtype=b.compute)
             near = 0 if far_side else kernel // 2
@@ -97,8 +111,11 @@ class Autoencoder:
                 x = self.attention(f"{key}.attn.{i}", x, after, side)
         return x
 
-    def upsample(self, key: str, x: str, channels: int) -> str:
+    def upsample(self, key: str, x: str, channels: int, side: int) -> str:
+        """Nearest 2× and a 3×3 convolution; [B, c, side, side] → [B, c, 2·side, 2·side]."""
         b = self.b
+        if not b.half:
+            return self.phases(f"{key}.conv", x, channels, side)
         scales = b.constant([1, 1, 2, 2], np.float32)
         x = b.op(
             "Resize",
@@ -111,6 +128,40 @@ class Autoencoder:
         )
         return self.conv(f"{key}.conv", x, (channels, channels))
 
+    def phases(self, key: str, x: str, channels: int, side: int) -> str:
+        """The same on the small grid, with 4/9 of the operations.
+
+        Of the three rows under the kernel two are copies of one, so an even row of the result is
+        a sum over two rows of x, and so is an odd one, and likewise for columns: a convolution of
+        2×2 for each of the four phases, with the weights of equal rows added up.
+        """
+        b, ranges = self.b, self.ranges.get(key)
+        with b.scope(key):
+            x = quantize(b, x, ranges.input) if ranges else x
+            rows = []
+            for down in (0, 1):
+                phases = [self._phase(key, x, channels, down, right) for right in (0, 1)]
+                row = b.op("Concat", *(b.op("Unsqueeze", y, b.ints(-1)) for y in phases), axis=-1)
+                rows.append(b.reshape(row, self.batch, channels, side, 1, 2 * side))
+            y = b.op("Concat", *rows, axis=3)  # [B, c, side, 2, 2·side]
+            y = dequantize(b, y, ranges.output) if ranges else y
+            return b.reshape(y, self.batch, channels, 2 * side, 2 * side)
+
+    def _phase(self, key: str, x: str, channels: int, down: int, right: int) -> str:
+        """The rows and columns of one parity, [B, c, side, side]."""
+        b = self.b
+        weights = Kernel(
+            name=f"{key}.weight.phase_{down}{right}",
+            shape=(channels, channels, 2, 2),
+            make=phase_weight(f"{key}.weight", down, right),
+        )
+        pads = [1 - down, 1 - right, down, right]
+        if key in self.ranges:
+            return static_conv(b, x, key, weights, self.ranges[key], pads)
+        weight = b.weight(weights.name, weights.shape, weights.make)
+        bias = b.weight(f"{key}.bias", (channels,))
+        return b.op("Conv", x, weight, bias, kernel_shape=[2, 2], pads=pads)
+
     def decode(self, f_hat: str) -> str:
         spec, widths = self.spec, self.widths
         side, top = spec.latent_side, len(widths) - 1
@@ -121,7 +172,8 @@ class Autoencoder:
             coming = widths[min(i + 1, top)]
             x = self.level(f"decoder.up.{i}", x, (coming, widths[i]), spec.res_blocks + 1, side)
             if i > 0:
-                x, side = self.upsample(f"decoder.up.{i}.upsample", x, widths[i]), side * 2
+                x = self.upsample(f"decoder.up.{i}.upsample", x, widths[i], side)
+                side *= 2
         x = self.b.silu(self.norm("decoder.norm_out", x, widths[0], side))
         return self.conv("decoder.conv_out", x, (widths[0], spec.image_channels))
 
@@ -141,16 +193,33 @@ class Autoencoder:
         return self.conv("quant_conv", x, (spec.code_width, spec.code_width))
 
 
+def phase_weight(key: str, down: int, right: int) -> Callable[[ReadKey], NDArray[Any]]:
+    """[out, in, 2, 2] of one phase, from the 3×3 kernel after nearest up-sampling."""
+    # which of the three taps fall on each of the two rows, for even and for odd rows
+    taps = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float64)
+
+    def make(read: ReadKey) -> NDArray[Any]:
+        added = np.einsum("ui,vj,ncij->ncuv", taps[down], taps[right], read(key))
+        return added.astype(np.float32)
+
+    return make
+
+
 def image_shape(spec: TokenizerSpec, batch: int) -> tuple[int, int, int, int]:
     """[B, side, side, channels]."""
     return (batch, spec.image_side, spec.image_side, spec.image_channels)
 
 
-def build_decoder(spec: TokenizerSpec, precision: Precision, batch: int) -> GraphBuilder:
-    """f_hat [B, Cv, p_K, p_K] → image [B, side, side, channels] in [0, 1]."""
+def build_decoder(
+    spec: TokenizerSpec, precision: Precision, batch: int, ranges: Ranges | None = None
+) -> GraphBuilder:
+    """f_hat [B, Cv, p_K, p_K] → image [B, side, side, channels] in [0, 1].
+
+    `ranges` names the convolutions that run in int8.
+    """
     b = GraphBuilder(names.DECODER, precision)
     f_hat = b.input(names.F_HAT, np.float32, (batch, spec.code_width, *[spec.latent_side] * 2))
-    x = Autoencoder(b, spec, batch).decode(f_hat)
+    x = Autoencoder(b, spec, batch, ranges).decode(f_hat)
     x = b.op("Clip", x, b.constant(-1.0, np.float32), b.constant(1.0, np.float32))
     half = b.constant(0.5, np.float32)
     x = b.op("Add", b.op("Mul", x, half), half)

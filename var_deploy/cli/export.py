@@ -38,7 +38,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(["fp32", "fp16", "int8"]),
     multiple=True,
     default=("fp32",),
     show_default=True,
@@ -80,7 +80,7 @@ def export(
     tokenizer: Path | None,
     random_weights: int | None,
     heads: int | None,
-    precision: tuple[Literal["fp32", "fp16"], ...],
+    precision: tuple[Literal["fp32", "fp16", "int8"], ...],
     batch: int,
     guidance: bool,
     layout: Literal["both", "per-scale", "shared"],

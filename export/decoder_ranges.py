@@ -1,0 +1,135 @@
+"""What the decoder's convolutions see: the ranges that an int8 decoder rounds to.
+
+The transformer needs none, since its activations are rounded as they come. It draws the images
+itself: its int8 graphs run in ONNX Runtime from a fixed seed, and the PyTorch decoder is watched
+while it decodes what they drew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from var_deploy import names
+from var_deploy.export.checkpoint import LoadedModel, empty_modules, load_into
+from var_deploy.export.graphs.int8 import ConvRanges, Range, Ranges
+from var_deploy.export.models.tokenizer import Tokenizer
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.protocol import Arrays, Launch
+from var_deploy.sampling import uniforms
+from var_deploy.spec import TokenizerSpec
+
+SEED = 0
+# A range is widened to the next of these steps an octave, so that rounding on another machine,
+# which moves the last digits of a maximum, does not move the bytes of a bundle.
+STEPS_AN_OCTAVE = 16
+
+
+def rounded_convs(spec: TokenizerSpec) -> list[str]:
+    """Keys of the decoder's convolutions that run in int8: the 3×3 ones within its residual
+    blocks and after up-sampling, 98 % of its operations. The others touch f_hat or the pixels, or
+    are too small to be worth an error."""
+    blocks = [f"decoder.mid.block_{n}" for n in (1, 2)]
+    levels = range(len(spec.width_multipliers))
+    blocks += [f"decoder.up.{i}.block.{j}" for i in levels for j in range(spec.res_blocks + 1)]
+    ups = [f"decoder.up.{i}.upsample.conv" for i in levels if i > 0]
+    return [f"{block}.conv{n}" for block in blocks for n in (1, 2)] + ups
+
+
+def decoder_ranges(
+    model: LoadedModel,
+    folder: Path,
+    manifest: Manifest,
+    images: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Ranges:
+    """Draw `images` images with the int8 graphs in `folder` and watch the decoder.
+
+    Args:
+        manifest: of the folder; of its graphs all but the decoder are needed.
+        progress: called with (batches done, batches in all).
+    """
+    tokenizer, _ = empty_modules(model.spec)
+    load_into(tokenizer, model.tokenizer)
+    seen = {key: _Seen() for key in rounded_convs(model.spec.tokenizer)}
+    for key, module in tokenizer.named_modules():
+        if key in seen:
+            module.register_forward_hook(seen[key])
+    batches = -(-images // manifest.batch)
+    loop = ScaleLoop(folder, manifest, _NoDecoder(), "int8", "shared")
+    try:
+        for number in range(batches):
+            tokens = _draw(loop, manifest, number)
+            _decode(tokenizer, tokens)
+            progress(number + 1, batches)
+    finally:
+        loop.close()
+    return {key: found.ranges() for key, found in seen.items()}
+
+
+def _draw(loop: ScaleLoop, manifest: Manifest, number: int) -> list[NDArray[np.int64]]:
+    """Tokens [B, L_k] a scale of one batch, with labels spread over the classes."""
+    spec, batch = manifest.model, manifest.batch
+    first, classes = number * batch, max(spec.transformer.classes, 1)
+    # multiples of the golden ratio never cluster, however many there are
+    labels = [int(classes * ((first + i) * 0.6180339887 % 1)) for i in range(batch)]
+    draws = np.stack([uniforms(SEED, first + i, spec.total_tokens) for i in range(batch)])
+    loop.run(labels, draws, manifest.defaults)
+    return loop.tokens()
+
+
+@torch.inference_mode()
+def _decode(tokenizer: Tokenizer, tokens: list[NDArray[np.int64]]) -> None:
+    for image in range(len(tokens[0])):  # one by one: the memory of one is enough
+        one = [torch.from_numpy(scale[image : image + 1]) for scale in tokens]
+        tokenizer.decode(tokenizer.accumulate(one))
+
+
+class _Seen:
+    """Extremes of a convolution's input and output."""
+
+    def __init__(self) -> None:
+        self._input, self._output = [math.inf, -math.inf], [math.inf, -math.inf]
+
+    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        for extremes, tensor in ((self._input, given[0]), (self._output, made)):
+            low, high = (float(v) for v in tensor.aminmax())
+            extremes[:] = min(extremes[0], low), max(extremes[1], high)
+
+    def ranges(self) -> ConvRanges:
+        input, output = (
+            Range(low=_widen(low), high=_widen(high)) for low, high in (self._input, self._output)
+        )
+        return ConvRanges(input=input, output=output)
+
+
+def _widen(value: float) -> float:
+    """Away from zero to the next step."""
+    if value == 0:
+        return 0.0
+    steps = math.ceil(math.log2(abs(value)) * STEPS_AN_OCTAVE)
+    return math.copysign(2 ** (steps / STEPS_AN_OCTAVE), value)
+
+
+class _NoDecoder(OrtCpuBackend):
+    """Leaves the decoder out: it is what we are about to make."""
+
+    def open(self, graph: Path) -> Any:
+        return _Idle() if graph.stem == names.DECODER else super().open(graph)
+
+
+class _Idle:
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
+        return lambda: None
+
+    def close(self) -> None:
+        pass

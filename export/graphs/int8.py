@@ -1,0 +1,152 @@
+"""int8: how matrices and kernels are rounded, and the operators that multiply with them.
+
+Weights are signed, symmetric, one scale an output channel; activations are unsigned with a zero
+point. Standard operators only: ONNX Runtime fuses them where it has better ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
+
+LIMIT = 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Smallest and largest value of a tensor; what lies beyond is clipped.
+
+    Zero is always inside, as the padding of a convolution needs it.
+    """
+
+    low: float
+    high: float
+
+    @property
+    def scale(self) -> np.float32:
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        return np.float32(max(high - low, 1e-6) / 255)
+
+    @property
+    def zero_point(self) -> np.uint8:
+        return np.uint8(np.clip(np.rint(-min(self.low, 0.0) / self.scale), 0, 255))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvRanges:
+    """What a convolution takes and gives."""
+
+    input: Range
+    output: Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Weights of a convolution: how they are called, [out, in, h, w], how they are made."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    make: Callable[[ReadKey], NDArray[Any]]
+
+
+Ranges = Mapping[str, ConvRanges]  # by the key of the convolution
+
+
+def weight_scale(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """One scale a row of [out, in]: w ≈ scale · q.
+
+    x86 processors without VNNI add two neighbouring products in 16 bits and cut off what does not
+    fit: with inputs up to 255, two neighbours may come to 128 together. The scale follows the
+    largest such pair, so the integers that come out are the same on every machine; that costs
+    half a bit, where the usual answer, 7-bit weights, costs a whole one.
+    """
+    out, length = rows.shape
+    pairs = np.zeros((out, length + length % 2), np.float32)
+    pairs[:, :length] = rows
+    pairs = pairs.reshape(out, -1, 2)
+    positive = np.maximum(pairs, 0).sum(axis=-1).max(axis=-1)
+    negative = np.maximum(-pairs, 0).sum(axis=-1).max(axis=-1)
+    scale: NDArray[np.float32] = np.maximum(np.maximum(positive, negative) / LIMIT, 1e-12)
+    return scale.astype(np.float32)
+
+
+def round_rows(rows: NDArray[np.float32]) -> NDArray[np.int8]:
+    """q of [out, in], as int8."""
+    q: NDArray[np.int8] = np.rint(rows / weight_scale(rows)[:, None]).astype(np.int8)
+    return q
+
+
+def kernel_rows(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[out, in, h, w] → [out, h·w·in], the order in which ONNX Runtime multiplies."""
+    return kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1)
+
+
+def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: int) -> str:
+    """x [..., in] → [..., out] with the checkpoint's `key` [out, in]; x is rounded as it comes."""
+
+    def matrix(read: ReadKey) -> NDArray[Any]:
+        return round_rows(read(key)).T
+
+    def scales(read: ReadKey) -> NDArray[Any]:
+        return weight_scale(read(key))
+
+    weight = b.weight(key, (width_in, width_out), matrix, np.int8)
+    scale = b.weight(f"{key}.scale", (width_out,), scales)
+    q, x_scale, zero = b.ops("DynamicQuantizeLinear", (x,), 3)
+    product = b.op("Cast", b.op("MatMulInteger", q, weight, zero), to=1)
+    return b.op("Mul", product, b.op("Mul", x_scale, scale))
+
+
+def quantize(b: GraphBuilder, x: str, to: Range) -> str:
+    return b.op("QuantizeLinear", x, b.constant(to.scale), b.constant(to.zero_point))
+
+
+def dequantize(b: GraphBuilder, x: str, of: Range) -> str:
+    return b.op("DequantizeLinear", x, b.constant(of.scale), b.constant(of.zero_point))
+
+
+def static_conv(
+    b: GraphBuilder,
+    x: str,
+    key: str,
+    kernel: Kernel,
+    ranges: ConvRanges,
+    pads: Sequence[int],
+) -> str:
+    """Rounded x [B, in, s, s] → rounded [B, out, s, s], with the checkpoint's bias of `key`."""
+    channels = kernel.shape[0]
+    zeros = b.constant(np.zeros(channels, np.int8))
+
+    def scales(read: ReadKey) -> NDArray[Any]:
+        return weight_scale(kernel_rows(kernel.make(read)))
+
+    def values(read: ReadKey) -> NDArray[Any]:
+        rows = round_rows(kernel_rows(kernel.make(read)))
+        out, width, *sides = kernel.shape
+        return rows.reshape(out, *sides, width).transpose(0, 3, 1, 2)
+
+    def bias(read: ReadKey) -> NDArray[Any]:
+        # products are sums of q · (x's rounded value), so the bias is counted in the same unit
+        return np.rint(read(f"{key}.bias") / (ranges.input.scale * scales(read)))
+
+    return b.op(
+        "QLinearConv",
+        x,
+        b.constant(ranges.input.scale),
+        b.constant(ranges.input.zero_point),
+        b.weight(kernel.name, kernel.shape, values, np.int8),
+        b.weight(f"{kernel.name}.scale", (channels,), scales),
+        zeros,
+        b.constant(ranges.output.scale),
+        b.constant(ranges.output.zero_point),
+        b.weight(f"{kernel.name}.bias", (channels,), bias, np.int32),
+        kernel_shape=list(kernel.shape[2:]),
+        pads=list(pads),
+    )
