@@ -245,17 +245,20 @@ def _info(graph: GraphBuilder, precision: Precision) -> GraphInfo:
 
 
 def cached_reader(model: LoadedModel) -> ReadKey:
-    """Reads a tensor by key; small ones, which several weights may be made of, stay in memory."""
+    """Reads a tensor by key; small ones, which several weights may be made of, stay in memory, and
+    of the large ones the last, since an int8 matrix and its scales are made of the same."""
 
     @lru_cache(maxsize=64)
     def small(key: str) -> NDArray[Any]:
         return model.source(key).read(key)
 
+    @lru_cache(maxsize=1)
+    def large(key: str) -> NDArray[Any]:
+        return model.source(key).read(key)
+
     def read(key: str) -> NDArray[Any]:
-        source = model.source(key)
-        if np.prod(source.shape(key), dtype=np.int64) > 1 << 16:
-            return source.read(key)
-        return small(key)
+        size = np.prod(model.source(key).shape(key), dtype=np.int64)
+        return large(key) if size > 1 << 16 else small(key)
 
     return read
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._inductor.config
 from torch import Tensor
 
 from var_deploy.errors import BackendError, UsageError
@@ -76,7 +75,7 @@ class TorchContender:
             torch.set_num_threads(threads)
         if name == "torch-compile":
             if compiler == "inductor":
-                _prepare_inductor()
+                _check_compiler()
             path = "our modules, AdaLN once an image, compiled by inductor"
             self._path = _own(manifest, images, compiler)
         elif manifest.model.transformer.family == "gpt2":
@@ -168,13 +167,11 @@ def _own(manifest: Manifest, images: int, compiler: Compiler | None) -> Generate
     return generate
 
 
-def _prepare_inductor() -> None:
-    """Compile in this process: workers of its own would live on beside what is measured.
+def _check_compiler() -> None:
+    """Raises BackendError where none of the C++ compilers that inductor would use is installed."""
+    from torch._inductor import config
 
-    Raises BackendError where none of the C++ compilers that inductor would use is installed.
-    """
-    torch._inductor.config.compile_threads = 1
-    named = torch._inductor.config.cpp.cxx
+    named = config.cpp.cxx
     compilers = [named] if isinstance(named, str) else [name for name in named if name]
     if not any(map(shutil.which, compilers)):
         raise BackendError(

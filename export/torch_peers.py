@@ -21,12 +21,12 @@ from typing import Any
 
 import click
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from var_deploy.errors import VarDeployError
-from var_deploy.export.checkpoint import empty_modules, load_into
+from var_deploy.export.checkpoint import load_into
 from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.sampler import filter_logits, guide
 from var_deploy.export.models.tokenizer import Phi, Tokenizer
@@ -49,9 +49,24 @@ Compiler = str | Callable[..., Any]
 Timer = Callable[[Callable[[], object], int, float], list[float]]
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves parameters as they are allocated, untouched, where they are about to be replaced."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def random_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
-    """What a generation needs, so without the encoder: random weights, fp32, on the CPU."""
-    tokenizer, transformer = empty_modules(spec)
+    """What a generation needs, so without the encoder: random weights, fp32, on the CPU.
+
+    Not by way of the meta device: whatever is computed there loads PyTorch's compiler, 50 MB and a
+    second that nobody owes who does not compile.
+    """
+    family = Gpt2Transformer if spec.transformer.family == "gpt2" else Transformer
+    with _NoInitialisation():
+        tokenizer, transformer = Tokenizer(spec.tokenizer).eval(), family(spec).eval()
     del tokenizer.encoder, tokenizer.quant_conv
     for module in (tokenizer, transformer):
         shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
@@ -93,14 +108,14 @@ class Peer:
         self._phis = [phis[index] for index in served] if phis else []
         self._scale, self._decode = self._eager_scale, tokenizer.decode
         if compiler is not None:
-            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            from torch import _dynamo  # not at the top: see random_modules
+
+            _dynamo.config.recompile_limit = RECOMPILE_LIMIT
             self._scale = torch.compile(self._scale, dynamic=False, backend=compiler)
             self._decode = torch.compile(self._decode, dynamic=False, backend=compiler)
 
     @torch.inference_mode()
-    def __call__(
-        self, labels_B: Tensor, uniforms_BT: Tensor, mark: Mark = lambda: None
-    ) -> Tensor:
+    def __call__(self, labels_B: Tensor, uniforms_BT: Tensor, mark: Mark = lambda: None) -> Tensor:
         """`mark` is called at the start and after every launch of a bundle's generation."""
         spec, t = self.spec, self.spec.transformer
         mark()
@@ -168,6 +183,8 @@ def time_peers(
 ) -> Iterator[dict[str, Any]]:
     """A row a mode and batch: median, p10 and p95 in milliseconds and the memory at its peak, or
     the problem that kept it from running. `modes` are (name, compiler)."""
+    from torch import _dynamo
+
     for name, compiler in modes:
         for batch in batches:
             row: dict[str, Any] = {"mode": name, "batch": batch}
@@ -187,7 +204,7 @@ def time_peers(
                 row["problem"] = " ".join(str(error).split())[:300] or type(error).__name__
             finally:
                 del peer  # its memory is for the next one
-                torch._dynamo.reset()
+                _dynamo.reset()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             yield row

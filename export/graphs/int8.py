@@ -67,14 +67,14 @@ def weight_scale(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     largest such pair, so the integers that come out are the same on every machine; that costs
     half a bit, where the usual answer, 7-bit weights, costs a whole one.
     """
-    out, length = rows.shape
-    pairs = np.zeros((out, length + length % 2), np.float32)
-    pairs[:, :length] = rows
-    pairs = pairs.reshape(out, -1, 2)
-    positive = np.maximum(pairs, 0).sum(axis=-1).max(axis=-1)
-    negative = np.maximum(-pairs, 0).sum(axis=-1).max(axis=-1)
-    scale: NDArray[np.float32] = np.maximum(np.maximum(positive, negative) / LIMIT, 1e-12)
-    return scale.astype(np.float32)
+    if rows.shape[1] % 2:
+        rows = np.pad(rows, ((0, 0), (0, 1)))
+    first, second = rows[:, ::2], rows[:, 1::2]
+    positive = np.maximum(first, 0) + np.maximum(second, 0)
+    negative = np.minimum(first, 0) + np.minimum(second, 0)
+    largest = np.maximum(positive.max(axis=1), -negative.min(axis=1))
+    scale: NDArray[np.float32] = np.maximum(largest / LIMIT, 1e-12).astype(np.float32)
+    return scale
 
 
 def round_rows(rows: NDArray[np.float32]) -> NDArray[np.int8]:

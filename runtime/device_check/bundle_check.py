@@ -28,13 +28,7 @@ from var_deploy.runtime.device_check.agreement import (
     make_cases,
     observe,
 )
-from var_deploy.runtime.device_check.measure import (
-    Latency,
-    floors,
-    launch_names,
-    reached,
-    time_images,
-)
+from var_deploy.runtime.device_check.measure import Latency, time_images
 from var_deploy.runtime.device_check.report import Found, NotRunError, Report
 from var_deploy.runtime.device_check.variants import (
     ORT_CPU,
@@ -45,6 +39,7 @@ from var_deploy.runtime.device_check.variants import (
     opened,
 )
 from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.measure import floors, launch_names, reached
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.build import build_bundle
 from var_deploy.runtime.tensorrt.library import Library
@@ -259,7 +254,8 @@ class BundleCheck:
         if self._here.device is not None:
             workload = workload_of(manifest, cast(Precision, variant.precision))
             least = floors(workload, self._here.device)
-            result["floor"] = {"rates": self._here.rates, **reached(latency, least)}
+            part = reached(latency.launches, latency.image, least)
+            result["floor"] = {"rates": self._here.rates, **part}
         if outcome is not None and reference is not None:
             self._outcomes[variant] = outcome
             result["agreement"], problems = judge(outcome, reference)

@@ -11,8 +11,8 @@ from pathlib import Path
 from var_deploy import names
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.device_check.measure import ClockedBackend, CudaClock, WallClock
 from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.measure import ClockedBackend, CudaClock, WallClock
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
 from var_deploy.runtime.protocol import Backend

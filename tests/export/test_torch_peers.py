@@ -18,7 +18,13 @@ from var_deploy.export.checkpoint import assemble, build_modules, empty_modules
 from var_deploy.export.models import gpt2
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.reference import trace_generation
-from var_deploy.export.torch_peers import Peer, main, measure_rates, time_peers
+from var_deploy.export.torch_peers import (
+    Peer,
+    main,
+    measure_rates,
+    random_modules,
+    time_peers,
+)
 from var_deploy.sampling import Sampling, uniforms
 from var_deploy.spec import ModelSpec
 
@@ -81,6 +87,12 @@ def test_the_gpt2_form() -> None:
     image = peer(spec, guidance=False)(torch.tensor([0, 0]), torch.from_numpy(draws(spec, 2)))
     found = (image.permute(0, 2, 3, 1).numpy() + 1) / 2
     np.testing.assert_allclose(found, reference_image(spec, False), atol=1e-4)
+
+
+def test_what_no_generation_needs_takes_no_memory(family_member: Family) -> None:
+    tokenizer, _ = random_modules(family_member())
+    parts = {name.partition(".")[0] for name, _ in tokenizer.named_parameters()}
+    assert parts == {"decoder", "quantize", "post_quant_conv"}
 
 
 def test_a_scale_is_compiled_as_one_graph(family_member: Family) -> None:

@@ -38,16 +38,10 @@ from var_deploy.runtime.device_check.agreement import (
     psnr,
 )
 from var_deploy.runtime.device_check.command import Options, check_device, main
-from var_deploy.runtime.device_check.measure import (
-    CudaClock,
-    Spread,
-    WallClock,
-    floors,
-    reached,
-    time_images,
-)
+from var_deploy.runtime.device_check.measure import time_images
 from var_deploy.runtime.device_check.report import Found, NotRunError, Report
 from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.measure import CudaClock, Spread, WallClock, floors, reached
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library
@@ -702,13 +696,11 @@ def test_floors_are_what_plan_says(exported: Path, precision: Any, device: str) 
 
 
 def test_what_part_of_the_floor_is_reached(exported: Path) -> None:
-    from var_deploy.runtime.device_check.measure import Latency
-
     workload = Workload(model=read_manifest(exported / "small").model)
     least = floors(workload, DEVICES["orin-nano-8gb"])
     doubled = {floor.name: Spread.of([2 * floor.seconds]) for floor in least}
     whole = Spread.of([4 * sum(floor.seconds for floor in least)])
-    found = reached(Latency(image=whole, call=whole, launches=doubled), least)
+    found = reached(doubled, whole, least)
     assert found["reached"] == pytest.approx(0.25)
     assert {row["reached"] for row in found["launches"]} == {0.5}
     assert found["launches"][-1]["launch"] == names.DECODER

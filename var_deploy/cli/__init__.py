@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from var_deploy import __version__
+from var_deploy.cli.bench import bench
 from var_deploy.cli.build import build
 from var_deploy.cli.console import Program
 from var_deploy.cli.doctor import doctor
@@ -40,3 +41,4 @@ main.add_command(inspect)
 main.add_command(build)
 main.add_command(plan)
 main.add_command(doctor)
+main.add_command(bench)
