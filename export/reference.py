@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from var_deploy import names
+from var_deploy.export.checkpoint import LoadedModel, build_modules
 from var_deploy.export.models.sampler import draw, filter_logits, guide
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Cache, Modulation
-from var_deploy.sampling import Sampling
+from var_deploy.manifest import Manifest
+from var_deploy.sampling import Sampling, uniforms
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -39,6 +42,61 @@ class Trace:
     scales: list[ScaleTrace]
     f_hat: NDArray[Any]
     image: NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A generation of the PyTorch model, and what its encoder makes of the image.
+
+    Attributes:
+        labels: one an image.
+        encoded: the encoder's latent and tokens by tensor name.
+    """
+
+    labels: list[int]
+    trace: Trace
+    encoded: Arrays
+
+    def inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
+        """What a graph was given; of `step`, what the static graph of `scale` is given."""
+        if graph == names.CONDITION:
+            rows = np.full(manifest.rows, manifest.model.transformer.classes)
+            rows[: len(self.labels)] = self.labels
+            return {names.LABELS: rows}
+        if graph == names.DECODER:
+            return {names.F_HAT: self.trace.f_hat}
+        if graph == names.ENCODER:
+            return {names.IMAGE: self.trace.image}
+        trace, settings = self.trace.scales[scale], manifest.defaults
+        tokens = trace.outputs[names.TOKENS]
+        return {
+            **trace.inputs,
+            names.CFG: np.array(settings.guidance(scale, manifest.model.scales)),
+            names.TEMPERATURE: np.array(settings.temperature),
+            names.TOP_K: np.array(settings.top_k),
+            names.TOP_P: np.array(settings.top_p),
+            names.KEEP_MASK: np.zeros(tokens.shape, np.bool_),
+            names.KEEP_TOKENS: tokens,
+        }
+
+
+def trace_reference(model: LoadedModel, manifest: Manifest, seed: int) -> Reference:
+    """Generate B images with the PyTorch model, and encode them."""
+    spec, batch = manifest.model, manifest.batch
+    classes = max(spec.transformer.classes, 1)
+    labels = [(7 * i + seed) % classes for i in range(batch)]
+    draws = np.stack([uniforms(seed, i, spec.total_tokens) for i in range(batch)])
+    tokenizer, transformer = build_modules(model)
+    trace = trace_generation(
+        tokenizer, transformer, labels, draws, manifest.defaults, manifest.guidance
+    )
+    with torch.no_grad():
+        image = torch.from_numpy(trace.image).permute(0, 3, 1, 2) * 2 - 1
+        latent = tokenizer.features(image)
+        encoded = {names.LATENT: latent.numpy()}
+        for k, _, tokens, _ in tokenizer.quantize.encode(latent):
+            encoded[names.encoder_tokens(k)] = tokens.numpy()
+    return Reference(labels=labels, trace=trace, encoded=encoded)
 
 
 def modulation_table(mod: Modulation) -> Tensor:

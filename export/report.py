@@ -7,6 +7,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from var_deploy.export.sample_study import SampleStudy, SkippedStudy
+
+HEADER = (
+    *("graph", "worst tensor", "abs error", "rel error", "bound", "logits", "top-1"),
+    *("tokens", "PSNR", ""),
+)
+INT8_REMARK = (
+    "int8: rel error is |found - expected| / |expected| of whole tensors; what the loops draw is "
+    "reported, not bound"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
@@ -14,11 +25,18 @@ class Check:
 
     Attributes:
         precision, graph: what was run, such as "fp32", "scale_03" or "step @ 3".
-        tensor: the tensor with the largest relative error, or what else was compared.
+        tensor: the tensor that came nearest to its bound, or what else was compared; "" where
+            nothing could be.
         error: largest absolute difference.
-        relative: the same over the largest magnitude of the expected tensor.
-        bound: the largest `relative` that passes.
+        relative: fp32, fp16: the same over the largest magnitude of the expected tensor; int8:
+            ‖found - expected‖ / ‖expected‖, of Frobenius norms.
+        bound: the largest `relative` that passes, None where none is set.
+        logits: ‖found - expected‖ / ‖expected‖ of a scale's logits, in any precision, from the
+            inputs that the model had; None where there are no logits.
+        top_1: places where the likeliest code is the model's, "a/b".
         tokens: tokens that agree, "a/b"; "" where there are none.
+        psnr: of an image, dB.
+        least_psnr: the lowest that passes, None where none is set.
         passed: whether every tensor of the graph holds.
         detail: the first thing that does not, or a remark.
     """
@@ -28,34 +46,52 @@ class Check:
     tensor: str = ""
     error: float = 0.0
     relative: float = 0.0
-    bound: float = 0.0
+    bound: float | None = None
+    logits: float | None = None
+    top_1: str = ""
     tokens: str = ""
     psnr: float | None = None
-    passed: bool
+    least_psnr: float | None = None
+    passed: bool = True
     detail: str = ""
+
+    def failed(self, why: str) -> Check:
+        """The same, with why it does not hold; what failed before stays the reason."""
+        return dataclasses.replace(self, passed=False, detail=why) if self.passed else self
+
+    def remarked(self, detail: str) -> Check:
+        """The same with a remark, where it holds."""
+        return dataclasses.replace(self, detail=detail) if self.passed else self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All checks, in the order in which a generation runs the graphs."""
+    """All checks, in the order in which a generation runs the graphs.
+
+    Attributes:
+        labels, seed: of the images that were compared.
+        samples: what became of many images in int8; None where int8 was not compared.
+    """
 
     checks: tuple[Check, ...]
     labels: tuple[int, ...]
     seed: int
+    samples: SampleStudy | SkippedStudy | None = None
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
+        return self.failure is None
 
     @property
     def failure(self) -> str | None:
-        """The first graph and tensor that leave the tolerance, in one line."""
-        failed = [check for check in self.checks if not check.passed]
-        if not failed:
+        """The first failure in one line, None if everything holds."""
+        lines = [f"{c.precision}/{c.graph}: {c.detail}" for c in self.checks if not c.passed]
+        if self.samples and self.samples.failure:
+            lines.append(f"int8 samples: {self.samples.failure}")
+        if not lines:
             return None
-        first = failed[0]
-        more = f" ({len(failed) - 1} more checks fail)" if len(failed) > 1 else ""
-        return f"{first.precision}/{first.graph}: {first.detail}{more}"
+        more = f" ({len(lines) - 1} more checks fail)" if len(lines) > 1 else ""
+        return lines[0] + more
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as stored in the manifest."""
@@ -68,15 +104,19 @@ class Report:
                 {k: _plain(v) for k, v in dataclasses.asdict(check).items()}
                 for check in self.checks
             ],
+            "samples": self.samples.to_json() if self.samples else None,
         }
 
     def table(self) -> str:
-        """A table with a line a graph."""
-        header = ("graph", "worst tensor", "abs error", "rel error", "bound", "tokens", "PSNR", "")
-        rows = [header, *(_row(check) for check in self.checks)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        """A table with a line a graph, and what the samples showed."""
+        rows = [HEADER, *(_row(check) for check in self.checks)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        if any(check.precision == "int8" for check in self.checks):
+            lines += ["", INT8_REMARK]
+        if self.samples:
+            lines += ["", self.samples.text()]
         verdict = "the deployed graphs are the model" if self.passed else f"FAILED {self.failure}"
         return "\n".join(line.rstrip() for line in [*lines, "", verdict])
 
@@ -87,13 +127,16 @@ def _plain(value: Any) -> Any:
 
 
 def _row(check: Check) -> tuple[str, ...]:
-    measured = check.bound > 0
+    measured = check.tensor != ""
+    bound = "" if check.bound is None else f"{check.bound:.0e}"
     return (
         f"{check.precision}/{check.graph}",
         check.tensor,
         f"{check.error:.2e}" if measured else "",
         f"{check.relative:.2e}" if measured else "",
-        f"{check.bound:.0e}" if measured else "",
+        bound if check.least_psnr is None else f"{check.least_psnr:.0f} dB",
+        "" if check.logits is None else f"{check.logits:.1e}",
+        check.top_1,
         check.tokens,
         "" if check.psnr is None else f"{check.psnr:.1f} dB",
         ("ok " if check.passed else "FAIL ") + check.detail,

@@ -9,12 +9,14 @@ from typing import cast, get_args
 from var_deploy import names
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.manifest import Manifest
+from var_deploy.planning import precisions
+from var_deploy.planning.precisions import check_gpu_precision, cpu_precision, gpu_precision
 from var_deploy.runtime.loop import Layout
 from var_deploy.runtime.protocol import Backend
 from var_deploy.runtime.tensorrt.engine_files import ENGINES, EngineFolder, find_target, load_plan
 from var_deploy.runtime.tensorrt.target import Target
 
-CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
+CPU, CUDA = precisions.CPU, "onnxruntime-cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ def choose_backend(
     CPU. The caller closes it.
 
     Raises BackendError or BundleError where a backend that was asked for cannot run this bundle,
-    UsageError for threads with a GPU.
+    UsageError for threads or int8 with a GPU.
     """
     if backend == "auto":
         return _best(bundle, manifest, precision, layout, threads, cuda_graph)
@@ -55,6 +57,7 @@ def choose_backend(
         return _on_cpu(manifest, precision, layout, threads, "as asked for")
     if threads is not None:
         raise UsageError(f"threads are for {CPU}, not for {backend}")
+    check_gpu_precision(precision, backend)
     if backend == CUDA:
         return _on_cuda(manifest, precision, layout, "as asked for")
     return _on_tensorrt(bundle, manifest, backend, precision, layout, cuda_graph)
@@ -69,7 +72,9 @@ def _best(
     cuda_graph: bool,
 ) -> Choice:
     passed_over = []
-    if threads is None:  # who names CPU threads wants the CPU
+    if precision == "int8":
+        passed_over.append(f"precision int8 is for {CPU}")
+    elif threads is None:  # who names CPU threads wants the CPU
         if (bundle / ENGINES).is_dir():
             try:
                 return _on_tensorrt(bundle, manifest, None, precision, layout, cuda_graph)
@@ -86,11 +91,12 @@ def _best(
 def _on_cpu(
     manifest: Manifest, precision: str, layout: str, threads: int | None, reason: str
 ) -> Choice:
-    """fp32 where there is a choice: a CPU computes fp16 graphs in fp32 anyway, with casts."""
     from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
     if precision == "auto":
-        precision = "fp32" if "fp32" in manifest.graphs else next(iter(manifest.graphs))
+        precision = cpu_precision(manifest.graphs)
+        if precision == "int8" and len(manifest.graphs) > 1:
+            reason = "; ".join(filter(None, (reason, "the bundle was exported with int8")))
     return Choice(
         backend=OrtCpuBackend(threads),
         precision=precision,
@@ -104,7 +110,7 @@ def _on_cuda(manifest: Manifest, precision: str, layout: str, reason: str) -> Ch
     from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
 
     if precision == "auto":
-        precision = "fp16" if "fp16" in manifest.graphs else next(iter(manifest.graphs))
+        precision = gpu_precision(manifest.graphs, CUDA)
     return Choice(
         backend=OrtCudaBackend(),
         precision=precision,
@@ -127,10 +133,12 @@ def _on_tensorrt(
     from var_deploy.runtime.tensorrt.session import TensorRtBackend
 
     library = load_library(library_name)
+    if precision == "auto":
+        gpu_precision(manifest.graphs, library.name)  # refuses a bundle that has none
     cuda = Cuda()
     try:
         device, sm = cuda.device_name_and_sm()
-        wanted = ("fp16", "fp32") if precision == "auto" else (precision,)
+        wanted = precisions.ON_GPU if precision == "auto" else (precision,)
         targets = [
             Target(
                 library=library.name, version=library.version, device=device, sm=sm, precision=p

@@ -18,6 +18,7 @@ from var_deploy.images import read_settings
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "var_deploy", "export", "runtime")
+PROBES = ("gemm_fp32", "gemm_int8", "conv_fp32", "conv_int8")
 WEIGHTS = ("tokenizer.safetensors", "transformer.safetensors")
 
 
@@ -78,7 +79,8 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         for path in (ROOT / top).rglob("*.py")
     }
     weights = {f"var_deploy/export/pocket/{name}" for name in WEIGHTS}
-    assert names == modules | weights | {"var_deploy/py.typed"}
+    probes = {f"var_deploy/runtime/bench/{name}.onnx" for name in PROBES}
+    assert names == modules | weights | probes | {"var_deploy/py.typed"}
     assert f"\nVersion: {__version__}\n" in about
     assert "Apache License" in licence
 

@@ -53,9 +53,12 @@ class Pipeline:
             bundle: folder written by `var-deploy export`.
             backend: one of BACKENDS; "auto" takes the first that can run the bundle here:
                 engines built for this very device, ONNX Runtime on a GPU, ONNX Runtime on a CPU.
-                `describe()["chosen because"]` says what was passed over.
-            precision: "fp32" or "fp16"; "auto" takes fp16 on a GPU, fp32 on a CPU, which computes
-                fp16 graphs in fp32 anyway, and otherwise what the bundle has.
+                `describe()["chosen because"]` says what was passed over, and why it is int8 where
+                that was left open.
+            precision: "fp32", "fp16" or "int8", which runs on ONNX Runtime on a CPU alone. "auto"
+                takes fp16 on a GPU, else fp32; on a CPU int8 where the bundle has it, since it has
+                it only where its export was asked for it, else fp32, else fp16, which a CPU
+                computes in fp32 anyway.
             layout: "shared" (one graph for all scales, one copy of the weights), "per-scale" (a
                 static graph a scale), or "auto": with ONNX Runtime shared, since each session
                 holds its own copy of the weights; with TensorRT what was built, and by free

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.errors import CheckpointError, UsageError, VarDeployError
 from var_deploy.export.checkpoint import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.drawings import CLASS_NAMES, draw_set
@@ -33,6 +35,7 @@ Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 Distances = NDArray[np.float32]
 
+JUDGE_FILE = Path(__file__).parent / "judge.safetensors"
 JUDGE_SEED = Recipe().held_out_seed + 1  # what the judge learns from
 CHECK_SEED = Recipe().held_out_seed + 2  # what it is checked with
 
@@ -112,9 +115,9 @@ def augment(x: Tensor, random: torch.Generator) -> Tensor:
 
 
 def train_judge(
-    count: int = 4000,
+    count: int = Recipe().judge_images,
     seed: int = JUDGE_SEED,
-    steps: int = 600,
+    steps: int = Recipe().judge_steps,
     log: Callable[[str], None] | None = None,
 ) -> Judge:
     """Fit a judge to `count` drawn pictures; about half a minute on one core.
@@ -140,6 +143,20 @@ def train_judge(
         schedule.step()
         if log is not None and (step % 100 == 0 or step == steps - 1):
             log(f"judge {step:4d}/{steps}  loss {loss.item():.4f}")
+    return judge.eval().requires_grad_(False)
+
+
+def load_judge(path: Path = JUDGE_FILE) -> Judge:
+    """The judge that ships in the package: rounded to fp16, computed in fp32.
+
+    Raises CheckpointError where the file is missing or no judge.
+    """
+    judge = Judge()
+    try:
+        judge.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is not pocket's judge ({why}); make train makes it") from None
     return judge.eval().requires_grad_(False)
 
 
@@ -335,7 +352,7 @@ def main(bundle: Path, samples: int, seed: int) -> None:
     try:
         images = generate_samples(bundle, samples, seed)
         log(f"generated {samples} samples with seed {seed}")
-        report = measure(train_judge(log=log), shipped_tokenizer(), images)
+        report = measure(load_judge(), shipped_tokenizer(), images)
     except VarDeployError as error:
         raise click.ClickException(str(error)) from None
     click.echo(report.table())

@@ -34,6 +34,7 @@ class Recipe:
         commitment: weight of the quantisation error in the tokenizer's loss.
         refine_images, code_steps: latents and steps that fit codebook and φ to the encoder.
         decoder_steps: steps that fit the decoder to the finished codes.
+        judge_images, judge_steps: drawings that the judge learns from, and its steps.
         label_dropout: share of samples trained as "no class", for guidance.
         held_out_seed: drawn images with this seed are never trained on.
     """
@@ -53,6 +54,8 @@ class Recipe:
     transformer_batch: int = 32
     transformer_steps: int = 2_100
     transformer_rate: float = 3e-3
+    judge_images: int = 4_000
+    judge_steps: int = 600
     weight_decay: float = 0.05
     label_dropout: float = 0.1
     held_out_seed: int = 999

@@ -2,7 +2,8 @@
 
 Stages hand on files: "joint" fits the whole tokenizer to drawn images, "codes" fits codebook and
 φ to the finished encoder, and then "decoder" and "transformer", which see the codes alone and not
-each other, run side by side on a core each.
+each other, run side by side on a core each. "judge" needs none of them: it fits the classifier that
+judges what a deployed pocket draws.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from torch import nn
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.fit_tokenizer import refine_codes, refine_decoder, train_tokenizer
 from var_deploy.export.pocket.fit_transformer import train_transformer
+from var_deploy.export.pocket.judge import JUDGE_FILE, train_judge
 from var_deploy.export.pocket.recipe import POCKET, Recipe
 
 JOINT_FILE = "tokenizer-joint.safetensors"
 CODES_FILE = "tokenizer-codes.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 TRANSFORMER_FILE = "transformer.safetensors"
-STAGES = ("joint", "codes", "decoder", "transformer")
-SIDE_BY_SIDE = ("decoder", "transformer")
+STAGES = ("joint", "codes", "decoder", "transformer", "judge")
+ONE_CORE = ("decoder", "transformer", "judge")
 
 
 def save_half(model: nn.Module, path: Path) -> None:
@@ -55,7 +57,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     """One stage, from the files of the one before to its own."""
-    torch.set_num_threads(1 if stage in SIDE_BY_SIDE else recipe.threads)
+    torch.set_num_threads(1 if stage in ONE_CORE else recipe.threads)
     if stage == "joint":
         save_half(train_tokenizer(recipe, POCKET, log), out / JOINT_FILE)
     elif stage == "codes":
@@ -63,6 +65,9 @@ def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None])
     elif stage == "decoder":
         tokenizer = refine_decoder(load_tokenizer(out / CODES_FILE), recipe, log)
         save_half(tokenizer, out / TOKENIZER_FILE)
+    elif stage == "judge":
+        judge = train_judge(recipe.judge_images, steps=recipe.judge_steps, log=log)
+        save_half(judge, out / JUDGE_FILE.name)
     else:
         tokenizer = load_tokenizer(out / CODES_FILE)
         save_half(train_transformer(recipe, POCKET, tokenizer, log), out / TRANSFORMER_FILE)
@@ -73,7 +78,7 @@ def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None])
 @click.option("--stage", type=click.Choice(["all", *STAGES]), default="all", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, stage: str, seed: int) -> None:
-    """Train pocket and write its two weight files into OUT."""
+    """Train pocket and its judge and write their three weight files into OUT."""
     recipe = Recipe(seed=seed)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -95,6 +100,7 @@ def main(out: Path, stage: str, seed: int) -> None:
             raise
     if beside.returncode:
         raise click.ClickException("the decoder stage failed")
+    run_stage("judge", out, recipe, log)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ from var_deploy.runtime.device_check.variants import (
     onnxruntime_lacks,
     opened,
 )
+from var_deploy.runtime.floors import floors, reached
 from var_deploy.runtime.loop import Layout, ScaleLoop
-from var_deploy.runtime.measure import floors, launch_names, reached
+from var_deploy.runtime.measure import launch_names
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.build import build_bundle
 from var_deploy.runtime.tensorrt.library import Library

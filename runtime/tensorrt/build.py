@@ -17,6 +17,7 @@ from typing import Any, Literal
 from var_deploy import names
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.planning.precisions import check_gpu_precision, gpu_precision
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
 from var_deploy.runtime.tensorrt.job import Job, open_folder, run_in_child, run_job
@@ -119,7 +120,7 @@ def build_bundle(
     """Build the engines of a bundle for this device into engines/<target>/.
 
     Args:
-        precision: "fp16" or "fp32"; None takes fp16 where the bundle has it.
+        precision: "fp16" or "fp32"; None takes fp16 where the bundle has it, int8 never.
         layout: "shared" (one engine for all scales), "per-scale" (one each), "both", or "auto".
         low_memory: build each engine in a process of its own.
         library: "tensorrt", "tensorrt_rtx", or one that is loaded; None takes what is installed.
@@ -139,7 +140,8 @@ def build_bundle(
     bundle = bundle.absolute()  # a process of its own has a working directory of its own
     manifest = read_manifest(bundle)
     if precision is None:
-        precision = "fp16" if "fp16" in manifest.graphs else next(iter(manifest.graphs))
+        precision = gpu_precision(manifest.graphs, "TensorRT")
+    check_gpu_precision(precision, "TensorRT")
     manifest.graph(precision, names.DECODER)  # refuses a precision that the bundle lacks
     library, options, target = _settle(library, options or BuildOptions(), precision, find_device)
     kind, reason = layout, "as asked"

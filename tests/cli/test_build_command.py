@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,20 @@ def test_failures_are_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(1, "build", bundle / "nowhere", parts=("is no bundle",))
     edit(bundle, lambda data: data["files"]["fp16/weights.bin"].update(sha256="0" * 64))
     refused(1, "build", bundle, parts=("weights.bin does not match its hash",))
+
+
+def test_int8_is_not_for_engines(bundle: Path) -> None:
+    refused(
+        *(2, "build", bundle, "--precision", "int8"),
+        parts=("int8 is for onnxruntime-cpu, not for TensorRT",),
+    )
+
+    def only(data: Any) -> None:
+        data["graphs"] = {"int8": data["graphs"]["fp16"]}
+
+    edit(bundle, only)
+    refused(1, "build", bundle, parts=("has int8 graphs alone", "--precision fp16"))
+    assert not (bundle / "engines").exists()
 
 
 def test_without_tensorrt_it_says_what_to_install(

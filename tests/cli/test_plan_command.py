@@ -49,6 +49,23 @@ def test_options_change_the_prediction() -> None:
     assert "8 images: at least" in done("plan", "var-d16", *board, "--batch", 8).stdout
 
 
+def test_int8_is_for_processors() -> None:
+    full, rounded = (
+        plan("var-d16", "--device", "cpu", "--precision", p) for p in ("fp32", "int8")
+    )
+    assert rounded["precision"] == "int8"
+    assert rounded["bundle_bytes"] < 0.4 * full["bundle_bytes"]
+    weights = [p["layouts"]["shared"]["footprint"]["weights"] for p in (full, rounded)]
+    assert weights[1] < 0.3 * weights[0]
+    assert plan("var-d16", "--device", "cpu")["precision"] == "fp32", "where nobody asked for it"
+    text = done("plan", "var-d16", "--device", "cpu", "--precision", "int8").stdout
+    assert "TOPS int8" in text and ", int8, ONNX Runtime" in text
+    refused(
+        *(2, "plan", "var-d16", "--device", "thor", "--precision", "int8"),
+        parts=("int8 is for onnxruntime-cpu", "not for TensorRT on Jetson Thor"),
+    )
+
+
 def test_what_does_not_fit_is_still_done() -> None:
     text = done("plan", "var-d36", "--device", "orin-nano-4gb").stdout
     assert "no, lacks" in text and "neither fits" in text
@@ -104,6 +121,24 @@ def test_bad_usage(tmp_path: Path) -> None:
     refused(1, "plan", tmp_path, parts=("is no bundle",))
     (tmp_path / "file").write_text("x")
     refused(1, "plan", tmp_path / "file", parts=("is no bundle",))
+
+
+def test_of_a_bundle_it_is_what_generate_takes(made: Path, tmp_path: Path) -> None:
+    data = json.loads((made / "manifest.json").read_text())
+    graphs = data["graphs"].pop("fp32")
+    for held, cpu, gpu in (
+        (("fp16",), "fp16", "fp16"),
+        (("fp32", "fp16"), "fp32", "fp16"),
+        (("fp32", "int8"), "int8", "fp32"),
+    ):
+        data["graphs"] = dict.fromkeys(held, graphs)
+        (tmp_path / "manifest.json").write_text(json.dumps(data))
+        found = [plan(tmp_path, "--device", d)["precision"] for d in ("cpu", "thor")]
+        assert found == [cpu, gpu]
+    data["graphs"] = {"int8": graphs}
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    alone = "has int8 graphs alone, which are for onnxruntime-cpu"
+    refused(1, "plan", tmp_path, "--device", "thor", parts=(alone, "--precision fp16"))
 
 
 def test_a_model_without_classes(made: Path, tmp_path: Path) -> None:

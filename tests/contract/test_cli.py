@@ -24,7 +24,7 @@ from var_deploy.cli.console import Progress, human_bytes, table
 from var_deploy.errors import BundleError
 from var_deploy.images import read_settings
 
-COMMANDS = ("export", "verify", "generate", "inspect", "build", "plan", "doctor")
+COMMANDS = ("export", "verify", "generate", "inspect", "build", "plan", "doctor", "bench")
 
 
 class FakePipeline:

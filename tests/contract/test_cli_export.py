@@ -52,7 +52,7 @@ def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, A
     result = run(
         *("export", "var-d16", "--out", tmp_path / "b", "--random-weights", 0, "--batch", 2),
         *("--precision", "fp16", "--precision", "fp32", "--precision", "fp16"),
-        *("--no-guidance", "--layout", "shared", "--calibration", 2),
+        *("--precision", "int8", "--no-guidance", "--layout", "shared", "--calibration", 2),
     )
     assert result.exit_code == 0, result.output
     assert "1 files, 2.5 MB" in result.stdout
@@ -70,11 +70,37 @@ def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, A
     assert write == {
         "model": "model",
         "out": tmp_path / "b",
-        "precisions": ("fp16", "fp32"),
+        "precisions": ("fp16", "fp32", "int8"),
         "batch": 2,
         "guidance": False,
         "layout": "shared",
+        "calibration": 2,
     }
+
+
+def test_images_to_calibrate_with(tmp_path: Path, exporter: list[dict[str, Any]]) -> None:
+    """Four for the ranges of int8, one to look for overflow in fp16, which 0 leaves out."""
+    out, both = tmp_path / "b", ("--precision", "int8", "--precision", "fp16")
+    assert run("export", "pocket", "--out", out, *both).exit_code == 0
+    _, write, calibrated = exporter
+    assert (write["calibration"], calibrated["images"]) == (4, 1)
+    exporter.clear()
+    none = ("--calibration", 0)
+    assert run("export", "pocket", "--out", out, "--precision", "fp16", *none).exit_code == 0
+    assert len(exporter) == 2 and exporter[1]["calibration"] >= 1, "never read, and still valid"
+    exporter.clear()
+    result = run("export", "pocket", "--out", out, "--precision", "int8", *none)
+    assert_one_line(result, 2, "--calibration", "at least 1 with int8")
+    assert_one_line(run("export", "pocket", "--out", out, "--calibration", -1), 2, "--calibration")
+    assert not exporter
+
+
+def test_the_same_default_as_the_library() -> None:
+    pytest.importorskip("torch")
+    from var_deploy.cli.export import INT8_IMAGES
+    from var_deploy.export.bundle import ExportOptions
+
+    assert ExportOptions().calibration == INT8_IMAGES
 
 
 def test_export_replaces_only_bundles_and_only_on_request(

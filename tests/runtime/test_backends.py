@@ -41,6 +41,14 @@ def bundle(export_to: ExportTo, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "bundle"))
 
 
+@pytest.fixture
+def rounded(export_to: ExportTo, tmp_path: Path) -> Path:
+    """All precisions, no engines yet."""
+    options = {"layout": "shared", "calibration": 1}
+    made = export_to(precisions=("int8", "fp16", "fp32"), batch=2, **options)
+    return Path(shutil.copytree(made, tmp_path / "rounded"))
+
+
 def build(bundle: Path, **options: object) -> None:
     given: dict[str, object] = {"library": Library(fake_tensorrt), "layout": "shared", **options}
     build_bundle(bundle, **given)  # type: ignore[arg-type]
@@ -136,6 +144,51 @@ def test_threads_ask_for_the_cpu(gpu: None, bundle: Path) -> None:
     for backend in ("tensorrt", "onnxruntime-cuda"):
         with pytest.raises(UsageError, match=f"threads are for onnxruntime-cpu, not for {backend}"):
             Pipeline.load(bundle, backend=backend, threads=1)
+
+
+def test_a_processor_takes_int8_where_the_bundle_has_it(gpu: None, rounded: Path) -> None:
+    with Pipeline.load(rounded) as pipe:
+        how, images = pipe.describe(), pipe.generate(LABELS, seed=7)
+    assert (how["backend"], how["precision"]) == ("onnxruntime-cpu", "int8")
+    assert how["chosen because"] == "the bundle was exported with int8"
+    with Pipeline.load(rounded, precision="int8") as pipe:
+        how = pipe.describe()
+        np.testing.assert_array_equal(pipe.generate(LABELS, seed=7), images)
+    assert how["chosen because"] == "precision int8 is for onnxruntime-cpu"
+    with Pipeline.load(rounded, precision="fp32") as pipe:
+        assert pipe.describe()["precision"] == "fp32"
+        assert (pipe.generate(LABELS, seed=7) != images).any()
+
+
+def test_a_gpu_never_takes_int8(gpu: None, rounded: Path) -> None:
+    build(rounded)
+    with Pipeline.load(rounded) as pipe:
+        how = pipe.describe()
+    assert (how["backend"], how["precision"]) == ("tensorrt", "fp16")
+    with Pipeline.load(rounded, precision="int8") as pipe:
+        assert pipe.describe()["backend"] == "onnxruntime-cpu"
+    for backend in ("tensorrt", "tensorrt_rtx", "onnxruntime-cuda"):
+        with pytest.raises(UsageError, match=f"int8 is for onnxruntime-cpu, not for {backend}"):
+            Pipeline.load(rounded, backend=backend, precision="int8")
+    with pytest.raises(UsageError, match="int8 is for onnxruntime-cpu, not for TensorRT"):
+        build(rounded, precision="int8")
+
+
+def test_a_bundle_of_int8_alone(gpu: None, rounded: Path) -> None:
+    path = rounded / "manifest.json"
+    data = json.loads(path.read_text())
+    data["graphs"] = {"int8": data["graphs"]["int8"]}
+    path.write_text(json.dumps(data))
+    (rounded / "engines").mkdir()
+    with Pipeline.load(rounded) as pipe:
+        how = pipe.describe()
+    assert (how["backend"], how["precision"]) == ("onnxruntime-cpu", "int8")
+    assert how["chosen because"].startswith("TensorRT: the bundle has int8 graphs alone, which")
+    for backend in ("tensorrt", "onnxruntime-cuda"):
+        with pytest.raises(BackendError, match="has int8 graphs alone"):
+            Pipeline.load(rounded, backend=backend)
+    with pytest.raises(BackendError, match=r"int8 graphs alone.*--precision fp16"):
+        build(rounded)
 
 
 def test_a_gpu_without_a_provider_is_one_line(bundle: Path) -> None:

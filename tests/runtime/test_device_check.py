@@ -40,8 +40,9 @@ from var_deploy.runtime.device_check.agreement import (
 from var_deploy.runtime.device_check.command import Options, check_device, main
 from var_deploy.runtime.device_check.measure import time_images
 from var_deploy.runtime.device_check.report import Found, NotRunError, Report
+from var_deploy.runtime.floors import floors, reached
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.measure import CudaClock, Spread, WallClock, floors, reached
+from var_deploy.runtime.measure import CudaClock, Spread, WallClock
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library

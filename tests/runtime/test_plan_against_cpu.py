@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.planning.costs import Precision, Workload
+from var_deploy.planning.costs import Precision, Workload, graph_weights
 from var_deploy.planning.memory import CPU_IMPORTS, Layout, buffer_bytes, cache_bytes, footprint
 from var_deploy.runtime.buffers import CacheArena, LoopBuffers
 from var_deploy.runtime.host_memory import HostMemory
@@ -70,7 +70,7 @@ def manifest_of(model: ModelSpec, batch: int, guidance: bool) -> Manifest:
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -119,7 +119,7 @@ def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for module in empty_modules(spec)
     ]
     out = tmp_path_factory.mktemp("wide") / "bundle"
-    options = ExportOptions(precisions=("fp32", "fp16"), layout="both")
+    options = ExportOptions(precisions=("fp32", "fp16", "int8"), layout="both", calibration=1)
     export_bundle(assemble(spec, *weights), out, options)
     return out
 
@@ -144,10 +144,24 @@ def measured_peak(bundle: Path, precision: str, layout: str) -> int:
     return int(found["peak"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_weights_are_those_of_the_files(wide_bundle: Path, precision: Precision) -> None:
+    manifest = read_manifest(wide_bundle)
+    workload = Workload(model=manifest.model, precision=precision)
+    for name, graph in manifest.graphs[precision].items():
+        predicted = graph_weights(workload, name).nbytes(workload.itemsize)
+        assert predicted == graph.weight_bytes, name
+
+
 @pytest.mark.parametrize("layout", ["shared", "per-scale"])
 @pytest.mark.parametrize(
     ("bundle", "precision"),
-    [("pocket_bundle", "fp32"), ("wide_bundle", "fp32"), ("wide_bundle", "fp16")],
+    [
+        ("pocket_bundle", "fp32"),
+        ("wide_bundle", "fp32"),
+        ("wide_bundle", "fp16"),
+        ("wide_bundle", "int8"),
+    ],
 )
 def test_the_peak_of_a_generation(
     request: pytest.FixtureRequest, bundle: str, precision: Precision, layout: Layout

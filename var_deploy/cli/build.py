@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--precision",
-    type=click.Choice(["fp16", "fp32"]),
-    help="Of the graphs to build (default: fp16 where the bundle has it).",
+    type=click.Choice(["fp16", "fp32", "int8"]),
+    help="Of the graphs to build (default: fp16 where the bundle has it); int8 is refused, it is "
+    "for CPUs.",
 )
 @click.option(
     "--layout",

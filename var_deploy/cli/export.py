@@ -13,6 +13,7 @@ from var_deploy.errors import UsageError
 from var_deploy.images import check_writable
 
 FILE = click.Path(path_type=Path, dir_okay=False)
+INT8_IMAGES, FP16_IMAGES = 4, 1  # of --calibration, where it is not given
 
 
 @click.command(no_args_is_help=True)
@@ -42,7 +43,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     multiple=True,
     default=("fp32",),
     show_default=True,
-    help="May be given several times.",
+    help="May be given several times; int8 is for ONNX Runtime on CPUs.",
 )
 @click.option(
     "--batch",
@@ -67,10 +68,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--calibration",
     type=click.IntRange(0),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="Images run through the fp16 graphs, to warn of values near overflow; 0 skips it.",
+    help="Images drawn to take int8's ranges from (default: 4), and to warn of fp16 values near "
+    "overflow (default: 1; 0 skips it).",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that OUT holds.")
 def export(
@@ -84,7 +84,7 @@ def export(
     batch: int,
     guidance: bool,
     layout: Literal["both", "per-scale", "shared"],
-    calibration: int,
+    calibration: int | None,
     force: bool,
 ) -> None:
     """Write the bundle of MODEL: ONNX graphs, one weights file and a manifest.
@@ -98,6 +98,8 @@ def export(
       var-deploy export var-d16 --checkpoint var_d16.pth \\
           --tokenizer vae_ch160v4096z32.pth --precision fp16 --out build/d16
     """
+    if calibration == 0 and "int8" in precision:
+        raise UsageError("--calibration must be at least 1 with int8, whose ranges it gives")
     _check_target(out, force=force)
 
     with needs_extra("export", "export"):
@@ -113,6 +115,7 @@ def export(
             batch=batch,
             guidance=guidance,
             layout=layout,
+            calibration=calibration or INT8_IMAGES,
         )
         with Progress() as progress:
             loaded = load_model(
@@ -125,10 +128,10 @@ def export(
             )
             manifest = export_bundle(loaded, out, options, progress.update)
             warning = ""
-            if "fp16" in precision and calibration:
+            if "fp16" in precision and calibration != 0:
                 from var_deploy.export.calibrate import calibrate
 
-                warning = calibrate(out, calibration, progress.update)
+                warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
     if warning:
         click.echo(f"warning: {warning}", err=True)
     size = human_bytes(sum(file.size for file in manifest.files.values()))

@@ -41,7 +41,11 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 @click.option("--top-p", type=float, help="Keep the likeliest codes of this mass, 0 = all.")
 @click.option("--temperature", type=float, help="Divides the logits.")
 @click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="auto: fp16 on a GPU; on a CPU int8 where the bundle has it, else fp32.",
 )
 @click.option(
     "--layout",

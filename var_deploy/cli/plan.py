@@ -6,7 +6,7 @@ import difflib
 import json
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
@@ -16,6 +16,7 @@ from var_deploy.errors import UsageError
 if TYPE_CHECKING:
     from var_deploy.manifest import Manifest
     from var_deploy.planning.costs import Precision, Workload
+    from var_deploy.planning.devices import Device
     from var_deploy.planning.plan import Plan
     from var_deploy.spec import ModelSpec
 
@@ -35,10 +36,11 @@ WIDTH = 96
 @click.option("--batch", type=click.IntRange(1), help="Images a launch (default: 1).")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "fp16"]),
+    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
     default="auto",
     show_default=True,
-    help="auto: fp16 on a GPU, fp32 on a CPU.",
+    help="auto: of a bundle, what generate takes; of a preset, fp16 on a GPU and fp32 on a CPU. "
+    "int8 is for CPUs.",
 )
 @click.option(
     "--guidance/--no-guidance",
@@ -57,7 +59,7 @@ def plan(
     model: str,
     device: str,
     batch: int | None,
-    precision: Literal["auto", "fp32", "fp16"],
+    precision: Literal["auto", "fp32", "fp16", "int8"],
     guidance: bool | None,
     layout: Literal["auto", "per-scale", "shared"],
     as_json: bool,
@@ -76,9 +78,7 @@ def plan(
 
     target = find_device(device)
     chosen: Precision | None = None if precision == "auto" else precision
-    if chosen is None and target.sm is None:
-        chosen = "fp32"
-    manifest, workload = _workload(model, batch, chosen, guidance)
+    manifest, workload = _workload(model, target, batch, chosen, guidance)
     found = make_plan(
         workload,
         target,
@@ -90,7 +90,11 @@ def plan(
 
 
 def _workload(
-    model: str, batch: int | None, precision: Precision | None, guidance: bool | None
+    model: str,
+    device: Device,
+    batch: int | None,
+    precision: Precision | None,
+    guidance: bool | None,
 ) -> tuple[Manifest | None, Workload]:
     """Sizes of a bundle or a preset; what the options say must agree with a bundle."""
     from var_deploy.planning.costs import Workload
@@ -103,7 +107,7 @@ def _workload(
             model=spec,
             batch=batch or 1,
             guidance=spec.transformer.conditional if guidance is None else guidance,
-            precision=precision or "fp16",
+            precision=precision or ("fp32" if device.sm is None else "fp16"),
         )
 
     from var_deploy.manifest import read_manifest
@@ -120,13 +124,22 @@ def _workload(
         asked, held = ("--guidance", "without") if guidance else ("--no-guidance", "with")
         raise UsageError(f"{path} was exported {held} guidance; export it again with {asked}")
     if precision is None:
-        precision = "fp16" if "fp16" in manifest.graphs else "fp32"
+        precision = _best(manifest, device)
     elif precision not in manifest.graphs:
         raise UsageError(
             f"{path} has no {precision} graphs (it has {', '.join(manifest.graphs)}); export it "
             f"again with --precision {precision}"
         )
     return manifest, workload_of(manifest, precision)
+
+
+def _best(manifest: Manifest, device: Device) -> Precision:
+    """What the runtime would take of a bundle by itself."""
+    from var_deploy.planning.precisions import cpu_precision, gpu_precision
+
+    if device.sm is None:
+        return cast("Precision", cpu_precision(manifest.graphs))
+    return cast("Precision", gpu_precision(manifest.graphs, f"TensorRT on {device.title}"))
 
 
 def _preset(name: str) -> ModelSpec:
@@ -177,9 +190,9 @@ def _facts(found: Plan) -> str:
         ),
         (
             "rates",
-            f"{device.bandwidth / 1e9:.0f} GB/s, "
-            + (f"{_tera(device.compute_rate)} dense fp16, " if device.sm is not None else "")
-            + f"{_tera(device.full_rate)} fp32",
+            f"{device.bandwidth / 1e9:.0f} GB/s, {device.compute_rate / 1e12:.3g} "
+            f"{'TOPS int8' if device.sm is None else 'TFLOPS dense fp16'}, "
+            f"{device.full_rate / 1e12:.3g} TFLOPS fp32",
         ),
         (
             "run",
@@ -239,7 +252,3 @@ def _times(found: Plan) -> str:
     images = "one image" if found.workload.batch == 1 else f"{found.workload.batch} images"
     total = f"{images}: at least {found.seconds * 1e3:.1f} ms"
     return table(rows, right=(1, 2, 3, 4, 5)) + f"\n\n{total}"
-
-
-def _tera(rate: float) -> str:
-    return f"{rate / 1e12:.3g} TFLOPS"

@@ -18,7 +18,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--checkpoint", type=FILE, help="Transformer weights the bundle was made from.")
 @click.option("--tokenizer", type=FILE, help="Tokenizer weights the bundle was made from.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16"]), help="Only these graphs (default: all)."
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Only these graphs (default: all).",
 )
 @click.option(
     "--bisect",

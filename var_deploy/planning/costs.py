@@ -1,13 +1,13 @@
 """What a model costs before anything is built: bytes and operations, from its sizes alone.
 
 The formulas follow the graphs (docs/DESIGN.md) operator by operator; tests hold the bytes against
-exported bundles, where they agree to the byte. Notation as in `spec`; c is the size of a number in
-the graph's products, 2 in fp16 and 4 in fp32. A multiplication with an addition counts as two
-operations.
+exported bundles, where they agree to the byte. Notation as in `spec`. A multiplication with an
+addition counts as two operations.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from typing import Literal
 from var_deploy import names
 from var_deploy.spec import ModelSpec, TokenizerSpec
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 
-FULL = 4  # bytes of an fp32 number
+FULL = 4  # bytes of an fp32 or int32 number
 # Top-k and top-p halve an interval 32 times each, with a comparison, a choice and a sum a code and
 # halving; exponentials, masks and the search for the drawn code come to about twenty more.
 SAMPLER_OPERATIONS = 2 * 32 * 3 + 20
@@ -40,7 +40,12 @@ class Workload:
 
     @property
     def itemsize(self) -> int:
-        """c."""
+        """Bytes of a weight that is stored in the graph's precision."""
+        return {"fp32": FULL, "fp16": 2, "int8": 1}[self.precision]
+
+    @property
+    def cache_itemsize(self) -> int:
+        """Bytes of a number in keys, values and other results: int8 graphs give fp32."""
         return 2 if self.precision == "fp16" else FULL
 
     @property
@@ -54,8 +59,8 @@ class Weights:
     """Numbers that a graph takes from weights.bin.
 
     Attributes:
-        compute: those stored in the precision of the graph.
-        full: those that are fp32 in either precision.
+        compute: those stored in the precision of the graph; of int8, matrices and kernels alone.
+        full: those of four bytes in every precision: fp32, and the int32 biases of int8.
         tables: part of `full`, of which a launch reads a few rows.
     """
 
@@ -78,6 +83,11 @@ class Weights:
             tables=self.tables + other.tables,
         )
 
+    def __mul__(self, count: int) -> Weights:
+        return Weights(
+            compute=count * self.compute, full=count * self.full, tables=count * self.tables
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -85,7 +95,7 @@ class Work:
 
     Attributes:
         name: the static graph.
-        compute_operations: in the graph's precision.
+        compute_operations: in the graph's precision; in int8 the products of rounded numbers.
         full_operations: in fp32, whatever the precision.
         traffic: bytes that it reads and writes at least: weights, cache, inputs, outputs.
     """
@@ -101,59 +111,68 @@ class Work:
 
 def graph_weights(workload: Workload, graph: str) -> Weights:
     """Weights of one graph by name; `batch` and `guidance` do not change them."""
-    model = workload.model
+    w, model = workload, workload.model
     if graph == names.CONDITION:
-        return _condition_weights(model)
+        return _condition_weights(w)
     if graph == names.DECODER:
-        return _autoencoder_weights(decoder_layers(model.tokenizer))
+        return _autoencoder_weights(decoder_layers(model.tokenizer), w.precision)
     if graph == names.ENCODER:
         served = {model.tokenizer.phi_index(k) for k in range(model.scales - 1)}
         used = len(served) if model.tokenizer.phi_count else 0
         layers = encoder_layers(model.tokenizer)
-        return _autoencoder_weights(layers) + _codebook(model) + _phi(model, used)
+        return _autoencoder_weights(layers, w.precision) + _codebook(model) + _phi(model, used)
     if graph == names.STEP:
-        return _scale_weights(model, first=True, later=True, phis=model.tokenizer.phi_count)
+        return _scale_weights(w, first=True, later=True, phis=model.tokenizer.phi_count)
     scale = workload.scale_graphs.index(graph)
     feeds = scale + 1 < model.scales
     used = min(model.tokenizer.phi_count, 1)
-    return _scale_weights(model, first=scale == 0, later=scale > 0, phis=used, feeds=feeds)
+    return _scale_weights(w, first=scale == 0, later=scale > 0, phis=used, feeds=feeds)
 
 
 def bundle_weights(workload: Workload) -> int:
     """Bytes of all weights of one precision, each once (weights.bin adds padding to pages)."""
-    model, size = workload.model, workload.itemsize
+    model = workload.model
     graphs = [names.STEP, names.DECODER]
     if model.transformer.conditional:
         graphs.append(names.CONDITION)
-    encoder = _autoencoder_weights(encoder_layers(model.tokenizer))  # the rest of it is in step
-    return sum(graph_weights(workload, g).nbytes(size) for g in graphs) + encoder.nbytes(size)
+    # the rest of the encoder is in step
+    weights = _autoencoder_weights(encoder_layers(model.tokenizer), workload.precision)
+    for graph in graphs:
+        weights += graph_weights(workload, graph)
+    return weights.nbytes(workload.itemsize)
 
 
-def _condition_weights(model: ModelSpec) -> Weights:
-    t = model.transformer
+def _linear(before: int, after: int, precision: Precision) -> Weights:
+    """A matrix and its bias, which int8 keeps in fp32, with a scale a column besides."""
+    if precision == "int8":
+        return Weights(compute=before * after, full=2 * after)
+    return Weights(compute=before * after + after)
+
+
+def _condition_weights(w: Workload) -> Weights:
+    t = w.model.transformer
     table = (t.classes + 1) * t.width
-    adaln = t.width * 6 * t.width + 6 * t.width  # a projection to six vectors, with its bias
-    head = t.width * 2 * t.width + 2 * t.width
     offsets = 6 * t.width * t.depth if t.shared_adaln else 0
-    projections = 1 if t.shared_adaln else t.depth
-    return Weights(compute=projections * adaln + head, full=table + t.width + offsets, tables=table)
+    own = Weights(full=table + t.width + offsets, tables=table)
+    adaln = _linear(t.width, 6 * t.width, w.precision) * (1 if t.shared_adaln else t.depth)
+    return own + adaln + _linear(t.width, 2 * t.width, w.precision)
 
 
-def _block_weights(model: ModelSpec) -> Weights:
-    t = model.transformer
-    attention = t.width * 3 * t.width + 3 * t.width + t.width * t.width + t.width
-    feed_forward = t.width * t.ffn_width + t.ffn_width + t.ffn_width * t.width + t.width
+def _block_weights(w: Workload) -> Weights:
+    t = w.model.transformer
     norms = 4 * t.width if t.family == "gpt2" else 0
-    return Weights(compute=attention + feed_forward, full=norms + (t.heads if t.qk_l2_norm else 0))
+    c, ffn = t.width, t.ffn_width
+    sizes = ((c, 3 * c), (c, c), (c, ffn), (ffn, c))
+    matrices = (_linear(before, after, w.precision) for before, after in sizes)
+    return sum(matrices, Weights(full=norms + (t.heads if t.qk_l2_norm else 0)))
 
 
 def _scale_weights(
-    model: ModelSpec, *, first: bool, later: bool, phis: int, feeds: bool = True
+    w: Workload, *, first: bool, later: bool, phis: int, feeds: bool = True
 ) -> Weights:
     """`first`, `later`: whether the graph serves scale 0, and whether it serves others."""
-    t, vocab = model.transformer, model.tokenizer.vocab_size
+    model, t, vocab = w.model, w.model.transformer, w.model.tokenizer.vocab_size
     gpt2 = t.family == "gpt2"
-    block = _block_weights(model)
     full = t.width * vocab + vocab + (2 * t.width if gpt2 else 0)  # the head
     if later and not gpt2:
         full += (model.tokenizer.code_width + 1) * t.width
@@ -162,9 +181,7 @@ def _scale_weights(
     tables = (model.total_tokens + model.scales) * t.width if later else 0
     if gpt2 and feeds:
         tables += (model.scales - 1) * vocab * t.width
-    own = Weights(
-        compute=t.depth * block.compute, full=t.depth * block.full + full + tables, tables=tables
-    )
+    own = _block_weights(w) * t.depth + Weights(full=full + tables, tables=tables)
     return own + _codebook(model) + _phi(model, phis)
 
 
@@ -185,27 +202,44 @@ def _phi(model: ModelSpec, count: int) -> Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer on square maps. `side` is that of its output; `kernel` 0 is no convolution."""
+    """A layer on square maps.
+
+    Attributes:
+        side: of its output.
+        kernel: 0 where it is no convolution.
+        doubled: it follows nearest up-sampling; but in fp16 it runs before it, as a convolution of
+            2×2 for each of the four phases.
+        rounded: int8 in an int8 graph, and not fp32.
+    """
 
     kind: Literal["conv", "norm", "mix"]
     before: int
     after: int
     side: int
     kernel: int = 0
+    doubled: bool = False
+    rounded: bool = False
 
-    @property
-    def weights(self) -> Weights:
-        if self.kind == "conv":
-            return Weights(compute=self.kernel**2 * self.before * self.after + self.after)
-        return Weights(full=2 * self.after if self.kind == "norm" else 0)
+    def weights(self, precision: Precision) -> Weights:
+        if self.kind != "conv":
+            return Weights(full=2 * self.after if self.kind == "norm" else 0)
+        phases = 4 if self.doubled and precision != "fp16" else 1
+        kernels = phases * self._taps(precision) * self.before * self.after
+        if precision != "int8":
+            return Weights(compute=kernels + self.after)
+        if self.rounded:  # with a scale and a bias for each kernel of each phase
+            return Weights(compute=kernels, full=2 * phases * self.after)
+        return Weights(full=kernels + self.after)
 
-    @property
-    def operations(self) -> int:
+    def operations(self, precision: Precision) -> int:
         """An image; only products count."""
         positions = self.side**2
         if self.kind == "conv":
-            return 2 * self.kernel**2 * self.before * self.after * positions
+            return 2 * self._taps(precision) * self.before * self.after * positions
         return 4 * self.after * positions**2 if self.kind == "mix" else 0
+
+    def _taps(self, precision: Precision) -> int:
+        return 4 if self.doubled and precision != "fp16" else self.kernel**2
 
 
 def _conv(before: int, after: int, side: int, kernel: int = 3) -> Layer:
@@ -246,15 +280,19 @@ def decoder_layers(spec: TokenizerSpec) -> list[Layer]:
     """f_hat → image: what docs/DESIGN.md calls the decoder, layer by layer."""
     widths = [spec.base_width * m for m in spec.width_multipliers]
     side, top = spec.latent_side, len(widths) - 1
-    layers = [_conv(spec.code_width, spec.code_width, side)]
-    layers += [_conv(spec.code_width, widths[-1], side), *_middle(widths[-1], side)]
+    first = [_conv(spec.code_width, spec.code_width, side)]
+    first.append(_conv(spec.code_width, widths[-1], side))
+    layers = list(_middle(widths[-1], side))
     for i in range(top, -1, -1):
         coming, lowest = widths[min(i + 1, top)], side == spec.latent_side
         layers += _level(coming, widths[i], spec.res_blocks + 1, side, lowest)
         if i:
             side *= 2
-            layers.append(_conv(widths[i], widths[i], side))
-    return [*layers, _norm(widths[0], side), _conv(widths[0], spec.image_channels, side)]
+            after = _conv(widths[i], widths[i], side)
+            layers.append(dataclasses.replace(after, doubled=True))
+    rounded = [dataclasses.replace(layer, rounded=layer.kernel == 3) for layer in layers]
+    last = [_norm(widths[0], side), _conv(widths[0], spec.image_channels, side)]
+    return [*first, *rounded, *last]
 
 
 def encoder_layers(spec: TokenizerSpec) -> list[Layer]:
@@ -272,38 +310,45 @@ def encoder_layers(spec: TokenizerSpec) -> list[Layer]:
     return [*layers, _conv(spec.code_width, spec.code_width, side)]
 
 
-def _autoencoder_weights(layers: list[Layer]) -> Weights:
-    return sum((layer.weights for layer in layers), Weights())
+def _autoencoder_weights(layers: list[Layer], precision: Precision) -> Weights:
+    return sum((layer.weights(precision) for layer in layers), Weights())
 
 
 # work
 
 
-def launches(workload: Workload) -> list[Work]:
-    """What one generation of B images launches, in order."""
-    found = [_scale_work(workload, k) for k in range(workload.model.scales)]
+def launches(workload: Workload, itemsize: int | None = None) -> list[Work]:
+    """What one generation of B images launches, in order.
+
+    `itemsize`: bytes of a weight in the graph's precision as the device reads it, where it
+    converts them.
+    """
+    size = itemsize or workload.itemsize
+    found = [_scale_work(workload, k, size) for k in range(workload.model.scales)]
     if workload.model.transformer.conditional:
-        found.insert(0, _condition_work(workload))
-    return [*found, _decoder_work(workload)]
+        found.insert(0, _condition_work(workload, size))
+    return [*found, _decoder_work(workload, size)]
 
 
-def _condition_work(w: Workload) -> Work:
+def _condition_work(w: Workload, itemsize: int) -> Work:
     t = w.model.transformer
-    weights = _condition_weights(w.model)
+    weights = _condition_weights(w)
     outputs = (6 * t.depth + 2 + 1) * w.rows * t.width * FULL
     return Work(
         name=names.CONDITION,
         compute_operations=2 * w.rows * weights.compute,
         full_operations=0,
-        traffic=weights.read(w.itemsize) + outputs,
+        traffic=weights.read(itemsize) + outputs,
     )
 
 
-def _scale_work(w: Workload, scale: int) -> Work:
-    """Products of the blocks and of attention; head, codes and sampling in fp32."""
+def _scale_work(w: Workload, scale: int, itemsize: int) -> Work:
+    """Products of the blocks and of attention; head, codes and sampling in fp32, and so is
+    attention where the rest is int8."""
     model, t, tok = w.model, w.model.transformer, w.model.tokenizer
     length, past = model.scale_lengths[scale], model.prefix_lengths[scale]
     weights = graph_weights(w, names.scale_graph(scale))
+    compute = 2 * w.rows * length * weights.compute
     attended = 4 * length * (past + length) * t.width * t.depth * w.rows
     patch, side, vocab = model.patch_nums[scale], tok.latent_side, tok.vocab_size
     full = 2 * w.rows * length * t.width * vocab
@@ -314,24 +359,33 @@ def _scale_work(w: Workload, scale: int) -> Work:
     if scale and t.family == "var":
         full += 2 * w.batch * length * tok.code_width * t.width
     rows = past if scale + 1 == model.scales else past + length  # cache read and written
-    cache = 2 * t.depth * rows * w.rows * t.width * w.itemsize
+    cache = 2 * t.depth * rows * w.rows * t.width * w.cache_itemsize
     f_hats = 2 * w.batch * tok.code_width * side**2 * FULL
     modulation = (6 * t.depth + 2) * w.rows * t.width * FULL if t.family == "var" else 0
+    rounded = w.precision == "int8"
     return Work(
         name=names.scale_graph(scale),
-        compute_operations=2 * w.rows * length * weights.compute + attended,
-        full_operations=full,
-        traffic=weights.read(w.itemsize) + cache + f_hats + modulation,
+        compute_operations=compute + (0 if rounded else attended),
+        full_operations=full + (attended if rounded else 0),
+        traffic=weights.read(itemsize) + cache + f_hats + modulation,
     )
 
 
-def _decoder_work(w: Workload) -> Work:
+def _decoder_work(w: Workload, itemsize: int) -> Work:
     tok = w.model.tokenizer
     layers = decoder_layers(tok)
     image = tok.image_side**2 * tok.image_channels + tok.code_width * tok.latent_side**2
+    compute = full = 0
+    for layer in layers:
+        operations = w.batch * layer.operations(w.precision)
+        if w.precision == "int8" and not layer.rounded:
+            full += operations
+        else:
+            compute += operations
     return Work(
         name=names.DECODER,
-        compute_operations=w.batch * sum(layer.operations for layer in layers),
-        full_operations=0,
-        traffic=_autoencoder_weights(layers).nbytes(w.itemsize) + w.batch * image * FULL,
+        compute_operations=compute,
+        full_operations=full,
+        traffic=_autoencoder_weights(layers, w.precision).nbytes(itemsize)
+        + w.batch * image * FULL,
     )

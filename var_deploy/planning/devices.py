@@ -47,6 +47,16 @@ JETSON_FAMILIES = (
 CPU_CLOCK = 3e9  # of one core at work; a virtual machine reports the base clock
 CPU_BANDWIDTH = 51.2e9  # two channels of DDR4-3200
 VECTOR_OPERATIONS = (("avx512f", 64), ("avx2", 32), ("asimd", 16))  # fp32, a core and clock
+# int8, likewise: two units of the vectors' width, which sum four products at once. Older ones need
+# three instructions for that.
+INT8_OPERATIONS = (
+    ("avx512_vnni", 256),
+    ("avx_vnni", 128),
+    ("i8mm", 128),
+    ("avx512bw", 85),
+    ("asimddp", 64),
+    ("avx2", 42),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,7 @@ class Device:
         memory: bytes that programs can see.
         reserved: of these, what the system holds.
         bandwidth: bytes a second.
-        compute_rate: dense fp16 operations a second (fp32 on a CPU, which computes fp16 in fp32).
+        compute_rate: dense fp16 operations a second on a GPU, int8 ones on a CPU.
         full_rate: fp32 operations a second, without TF32, which engines here do not use.
         sm: 87 for compute capability 8.7; None without a GPU.
         one_memory: CPU and GPU share it.
@@ -82,6 +92,11 @@ class Device:
     def available(self) -> int:
         """Bytes for var-deploy."""
         return max(self.memory - self.reserved, 0)
+
+    def rate(self, precision: str) -> float:
+        """Operations a second in graphs of this precision; a CPU computes fp16 in fp32."""
+        fast = "int8" if self.sm is None else "fp16"
+        return self.compute_rate if precision == fast else self.full_rate
 
 
 _NANO = "NVIDIA Jetson Orin Nano Series data sheet"
@@ -265,11 +280,11 @@ def cpu_device(machine: Machine) -> Device:
     text = machine.read("/proc/cpuinfo") or ""
     flags = set(re.findall(r"\w+", " ".join(re.findall(r"^(?:flags|Features).*$", text, re.M))))
     vector = next((count for flag, count in VECTOR_OPERATIONS if flag in flags), 8)
+    rounded = next((count for flag, count in INT8_OPERATIONS if flag in flags), vector)
     clocks = [float(mhz) * 1e6 for mhz in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, re.M)]
     clock = max([CPU_CLOCK, *clocks])
     cores = _cores(text, machine.threads())
     title = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    rate = cores * vector * clock
     total, free = memory
     return Device(
         name="cpu",
@@ -277,13 +292,13 @@ def cpu_device(machine: Machine) -> Device:
         memory=total,
         reserved=total - free,
         bandwidth=CPU_BANDWIDTH,
-        compute_rate=rate,
-        full_rate=rate,
+        compute_rate=cores * rounded * clock,
+        full_rate=cores * vector * clock,
         sm=None,
         one_memory=True,
         source="/proc/cpuinfo and /proc/meminfo",
-        derived=f"rate: {cores} cores × {vector} operations × {clock / 1e6:.0f} MHz; bandwidth: "
-        "assumed, two channels of DDR4-3200",
+        derived=f"rates: {cores} cores × {clock / 1e6:.0f} MHz × {vector} operations in fp32, "
+        f"{rounded} in int8; bandwidth: assumed, two channels of DDR4-3200",
     )
 
 

@@ -96,7 +96,8 @@ def footprint(
         loading = max(plans.values()) if one_memory else 0
     else:
         # fp16 is computed in fp32: the converted weights come on top of the mapped file
-        weights = sum(graph_weights(workload, graph).nbytes(FULL) for graph in graphs)
+        size = FULL if workload.precision == "fp16" else workload.itemsize
+        weights = sum(graph_weights(workload, graph).nbytes(size) for graph in graphs)
         loading = 0
         if workload.precision == "fp16":
             mapped = layout_graphs(workload, "shared")
@@ -183,7 +184,7 @@ def cache_bytes(workload: Workload) -> int:
     """The arena: keys and values of all scales but the last, P_{K-1} rows of G·C numbers a block
     and kind, and one row that stands for "no past" at scale 0."""
     t = workload.model.transformer
-    row = workload.rows * t.width * workload.itemsize
+    row = workload.rows * t.width * workload.cache_itemsize
     return _padded(row) + 2 * t.depth * _padded(workload.model.prefix_lengths[-2] * row)
 
 
@@ -223,7 +224,7 @@ def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
         layers = (decoder_layers if graph == names.DECODER else encoder_layers)(
             workload.model.tokenizer
         )
-        copies = 4 if library == "tensorrt" else 5
+        copies = 4 if library == "tensorrt" else 7 if workload.precision == "int8" else 6
         largest = max(max(layer.before, layer.after) * layer.side**2 for layer in layers)
         return copies * workload.batch * largest * FULL
     gpu = library == "tensorrt"
@@ -236,7 +237,7 @@ def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
 def _scale_scratch(workload: Workload, scale: int, gpu: bool, score_copies: int) -> int:
     """The largest of attention, feed-forward and sampling, one after the other."""
     model, t = workload.model, workload.model.transformer
-    size = workload.itemsize if gpu else FULL
+    size = workload.cache_itemsize if gpu else FULL
     length = model.scale_lengths[scale]
     attended = model.prefix_lengths[scale] + length
     tokens, hidden = length * workload.rows, length * workload.rows * t.width

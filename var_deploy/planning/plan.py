@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from var_deploy import names
 from var_deploy.manifest import Manifest
-from var_deploy.planning.costs import Precision, Work, Workload, launches
+from var_deploy.planning.costs import FULL, Precision, Work, Workload, launches
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import (
     LAYOUTS,
@@ -22,6 +22,7 @@ from var_deploy.planning.memory import (
     engine_bytes,
     footprint,
 )
+from var_deploy.planning.precisions import check_gpu_precision
 
 ASSUMPTION = (
     "A floor, not a promise: every launch takes the longer of its bytes over the published "
@@ -44,14 +45,26 @@ class LaunchTime:
 
     Attributes:
         past: tokens in the cache before it.
-        bound: what takes that long, "memory" or "compute".
+        moving: seconds that its bytes take; computing: those of its operations.
     """
 
     work: Work
     tokens: int
     past: int
-    seconds: float
-    bound: str
+    moving: float
+    computing: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.moving, self.computing)
+
+    @property
+    def bound(self) -> str:
+        """What takes that long, "memory" or "compute"."""
+        return "memory" if self.moving >= self.computing else "compute"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "seconds": self.seconds, "bound": self.bound}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +136,7 @@ class Plan:
             "layout": self.layout,
             "reason": self.reason,
             "fits": self.fits,
-            "launches": [dataclasses.asdict(launch) for launch in self.launches],
+            "launches": [launch.to_json() for launch in self.launches],
             "seconds": self.seconds,
             "assumptions": [ASSUMPTION, ESTIMATES[self.library]],
         }
@@ -139,9 +152,12 @@ def make_plan(
 ) -> Plan:
     """Predict `workload` on `device`: TensorRT where it has a GPU, else ONNX Runtime.
 
-    `layout` None chooses; `manifest` is that of a bundle which exists already.
+    `layout` None chooses; `manifest` is that of a bundle which exists already. Raises UsageError
+    for int8 on a GPU.
     """
     library: Library = "onnxruntime-cpu" if device.sm is None else "tensorrt"
+    if device.sm is not None:
+        check_gpu_precision(workload.precision, f"TensorRT on {device.title}")
     plans = {each: _layout_plan(workload, device, each, library) for each in LAYOUTS}
     held = _layouts_of(manifest, workload.precision) if manifest else LAYOUTS
     chosen, reason = _choose(
@@ -212,12 +228,10 @@ def workload_of(manifest: Manifest, precision: Precision) -> Workload:
 
 def launch_times(workload: Workload, device: Device) -> tuple[LaunchTime, ...]:
     """max(bytes / bandwidth, operations / rate) of every launch; see ASSUMPTION."""
-    if device.sm is None:  # a CPU computes fp16 graphs in fp32
-        workload = dataclasses.replace(workload, precision="fp32")
-    rate = device.compute_rate if workload.precision == "fp16" else device.full_rate
+    converted = device.sm is None and workload.precision == "fp16"  # a CPU computes it in fp32
+    rate = device.rate(workload.precision)
     model, times = workload.model, []
-    for work in launches(workload):
-        moving = work.traffic / device.bandwidth
+    for work in launches(workload, FULL if converted else None):
         computing = work.compute_operations / rate + work.full_operations / device.full_rate
         scale = None
         if work.name in workload.scale_graphs:
@@ -227,8 +241,8 @@ def launch_times(workload: Workload, device: Device) -> tuple[LaunchTime, ...]:
                 work=work,
                 tokens=0 if scale is None else model.scale_lengths[scale],
                 past=0 if scale is None else model.prefix_lengths[scale],
-                seconds=max(moving, computing),
-                bound="memory" if moving >= computing else "compute",
+                moving=work.traffic / device.bandwidth,
+                computing=computing,
             )
         )
     return tuple(times)

@@ -1,0 +1,49 @@
+"""How far a tensor is from what it should be. Infinite where it holds what is no number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SMALLEST = 1e-6  # of a magnitude that something is divided by
+
+
+def largest_error(expected: NDArray[Any], found: NDArray[Any]) -> tuple[float, float]:
+    """The largest difference, and the same over the largest magnitude of `expected`."""
+    want, got = expected.astype(np.float32), found.astype(np.float32)
+    if want.shape != got.shape or not np.isfinite(got).all():
+        return math.inf, math.inf
+    if not want.size:
+        return 0.0, 0.0
+    error = float(np.abs(got - want).max())
+    relative = error / max(float(np.abs(want).max()), SMALLEST)
+    return (error, relative) if math.isfinite(relative) else (math.inf, math.inf)
+
+
+def norm_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    """‖found - expected‖ / ‖expected‖, Frobenius norms: what rounding adds to the tensor as a whole,
+    where the largest single difference would be that of an outlier."""
+    want, got = expected.astype(np.float64), found.astype(np.float64)
+    if want.shape != got.shape or not np.isfinite(got).all():
+        return math.inf
+    return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), SMALLEST))
+
+
+def place_of_error(expected: NDArray[Any], found: NDArray[Any]) -> str:
+    """Indices of the largest difference, or of the first value that is no number: "0, 3, 17"."""
+    difference = np.abs(found.astype(np.float32) - expected.astype(np.float32))
+    place = np.unravel_index(int(np.nan_to_num(difference, nan=np.inf).argmax()), expected.shape)
+    return ", ".join(str(int(i)) for i in place)
+
+
+def agreement(expected: NDArray[Any], found: NDArray[Any]) -> str:
+    """How many values are equal, "a/b"."""
+    return f"{int((expected == found).sum())}/{expected.size}"
+
+
+def top_1_agreement(expected: NDArray[Any], found: NDArray[Any]) -> str:
+    """Of logits [B, L, V]: in how many of the B·L places the same code is the likeliest, "a/b"."""
+    return agreement(expected.argmax(axis=-1), found.argmax(axis=-1))

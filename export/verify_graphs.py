@@ -1,0 +1,199 @@
+"""Runs the graphs of one precision on what the PyTorch model had, for a `Tolerance` to judge."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.errors import BackendError
+from var_deploy.export.difference import agreement, largest_error, norm_error, top_1_agreement
+from var_deploy.export.graph_runner import GraphRunner, complete_step
+from var_deploy.export.reference import Reference, ScaleTrace
+from var_deploy.export.report import Check
+from var_deploy.images import psnr
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+
+Tensors = Mapping[str, NDArray[Any]]
+T = TypeVar("T")
+
+
+class Tolerance(Protocol):
+    """What agrees with the model, in one precision.
+
+    Each method but `problems` is given a check with what was measured whatever the precision, and
+    gives it back judged.
+
+    Attributes:
+        rules: what the graphs' own rules are for, such as "not for TensorRT 10.3".
+    """
+
+    @property
+    def rules(self) -> str: ...
+
+    def problems(self, path: Path) -> list[str]:
+        """How the file of a graph breaks the rules, a line each."""
+
+    def condition(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
+
+    def scale(self, check: Check, trace: ScaleTrace, found: Tensors) -> Check:
+        """`found` holds the tokens as they were drawn, and everything else as the model's tokens
+        make it. The check has logits, top_1 and tokens."""
+
+    def encoder(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
+
+    def decoder(self, check: Check) -> Check:
+        """The check has the error and the PSNR of the image."""
+
+    def loop(
+        self, check: Check, traces: Sequence[ScaleTrace], tokens: Sequence[NDArray[Any]]
+    ) -> Check:
+        """A generation left to itself; the check has the image's error and PSNR, and tokens."""
+
+
+class _UnfitError(Exception):
+    """A graph cannot be run on what the manifest says it takes."""
+
+
+def _attempt(work: Callable[[], T], how: str) -> T:
+    try:
+        return work()
+    except Exception as error:  # onnx and ONNX Runtime raise types of their own
+        raise _UnfitError(f"cannot be {how}: {' '.join(str(error).split())}") from error
+
+
+class GraphVerifier:
+    """The checks of one precision.
+
+    Attributes:
+        unfit: the first graph that cannot be run at all, "" while there is none.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        precision: str,
+        reference: Reference,
+        tolerance: Tolerance,
+    ) -> None:
+        self._bundle, self._manifest, self._precision = bundle, manifest, precision
+        self._reference, self._trace, self._tolerance = reference, reference.trace, tolerance
+        self.unfit = ""
+
+    def graph(self, name: str) -> list[Check]:
+        """Look at the file of one graph and run it on the reference's inputs: a check, or one a
+        scale for `step`.
+
+        What is against the rules is told in the first of them.
+        """
+        path = self._bundle / self._manifest.graph(self._precision, name).file
+        problems: list[str] = []
+        try:
+            problems = _attempt(lambda: self._tolerance.problems(path), "loaded")
+            checks = self._graph(name, path)
+        except _UnfitError as error:
+            self.unfit = self.unfit or name
+            checks = [self._blank(name).failed(str(error))]
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            detail = f"{self._tolerance.rules}: {problems[0]}{more}"
+            checks[0] = dataclasses.replace(checks[0], passed=False, detail=detail)
+        return checks
+
+    def _graph(self, name: str, path: Path) -> list[Check]:
+        info = self._manifest.graph(self._precision, name)
+        interior = {names.CONDITION: "", names.DECODER: "", names.ENCODER: names.LATENT}
+        shown = interior.get(name, names.LOGITS)
+        runner = _attempt(lambda: GraphRunner(path, info, shown), "loaded")
+        if runner.mismatch:
+            raise _UnfitError(runner.mismatch)
+        if name == names.STEP:
+            scales = range(self._manifest.model.scales)
+            return [self._scale(runner, f"{name} @ {k}", k) for k in scales]
+        if name not in interior:
+            return [self._scale(runner, name, int(name.rpartition("_")[2]))]
+        found = _run(runner, self._reference.inputs(self._manifest, name))
+        check = self._blank(name)
+        if name == names.CONDITION:
+            return [self._tolerance.condition(check, self._trace.condition, found)]
+        if name == names.ENCODER:
+            return [self._tolerance.encoder(check, self._reference.encoded, found)]
+        return [self._tolerance.decoder(self._image(check, found[names.IMAGE]))]
+
+    def _scale(self, runner: GraphRunner, name: str, scale: int) -> Check:
+        trace, manifest = self._trace.scales[scale], self._manifest
+        graph = name.partition(" ")[0]
+        inputs = self._reference.inputs(manifest, graph, scale)
+        if graph == names.STEP:
+            inputs = complete_step(manifest, self._precision, scale, inputs)
+        found = _run(runner, inputs)
+        logits, tokens = trace.outputs[names.LOGITS], trace.outputs[names.TOKENS]
+        differ = found[names.TOKENS] != tokens
+        if differ.any():  # what follows from a token is compared with the token forced
+            forced = _run(runner, {**inputs, names.KEEP_MASK: np.ones_like(differ)})
+            found |= {k: forced[k] for k in (names.NEW_F_HAT, names.NEXT_INPUT) if k in found}
+        check = dataclasses.replace(
+            self._blank(name),
+            logits=norm_error(logits, found[names.LOGITS]),
+            top_1=top_1_agreement(logits, found[names.LOGITS]),
+            tokens=agreement(tokens, found[names.TOKENS]),
+        )
+        return self._tolerance.scale(check, trace, found)
+
+    def loops(self) -> list[Check]:
+        """The whole generation in every layout that the bundle holds."""
+        graphs = self._manifest.graphs[self._precision]
+        layouts: list[Layout] = ["shared"] if names.STEP in graphs else []
+        if names.scale_graph(0) in graphs:
+            layouts.append("per-scale")
+        return [self._loop(layout) for layout in layouts]
+
+    def _loop(self, layout: Layout) -> Check:
+        check = self._blank(f"loop {layout}")
+        if self.unfit:
+            return check.failed(f"not run, because {self.unfit} is not right")
+        try:
+            tokens, image = self._generate(layout)
+        except BackendError as error:
+            return check.failed(str(error))
+        traces = self._trace.scales
+        pairs = [(t.outputs[names.TOKENS], found) for t, found in zip(traces, tokens, strict=True)]
+        expected, drawn = (np.concatenate(side, axis=1) for side in zip(*pairs, strict=True))
+        check = dataclasses.replace(self._image(check, image), tokens=agreement(expected, drawn))
+        return self._tolerance.loop(check, traces, tokens)
+
+    def _generate(self, layout: Layout) -> tuple[list[NDArray[np.int64]], NDArray[np.float32]]:
+        """Tokens a scale and images, from the reference's labels and uniforms."""
+        draws = np.concatenate([t.inputs[names.UNIFORMS] for t in self._trace.scales], axis=1)
+        loop = ScaleLoop(self._bundle, self._manifest, OrtCpuBackend(), self._precision, layout)
+        try:
+            image = loop.run(self._reference.labels, draws, self._manifest.defaults).copy()
+            return loop.tokens(), image
+        finally:
+            loop.close()
+
+    def _image(self, check: Check, image: NDArray[np.float32]) -> Check:
+        """`check` with the image's error, which is relative to 1, and its PSNR."""
+        error, _ = largest_error(self._trace.image, image)
+        return dataclasses.replace(
+            check,
+            tensor=names.IMAGE,
+            error=error,
+            relative=error,
+            psnr=psnr(image, self._trace.image),
+        )
+
+    def _blank(self, graph: str) -> Check:
+        return Check(precision=self._precision, graph=graph)
+
+
+def _run(runner: GraphRunner, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    return _attempt(lambda: runner.run(inputs), "run")

@@ -1,0 +1,101 @@
+"""What `bench` compares: programs that make one generation whenever they are asked to.
+
+A contender is a process of its own, so that no library shares threads, memory or environment with
+another, and speaks one line of JSON at a time: first, once it is loaded, `{"ready": {...}}` or
+`{"problem": "one line"}`; then, for each line "generate" that it reads, `{"seconds": ...,
+"launches": {...}}` or a problem. It ends when its input does. Warming up is not its business: the
+first generation is asked for like any other, and tells how long a start takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TextIO
+
+from var_deploy.errors import VarDeployError
+
+GENERATE = "generate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One generation as its user sees it: N images, everything included.
+
+    Attributes:
+        launches: seconds of each launch by the names of `launch_names`; empty where they cannot
+            be told apart.
+    """
+
+    seconds: float
+    launches: Mapping[str, float] = field(default_factory=dict)
+
+
+class Contender(Protocol):
+    """One way to make N images, loaded and ready."""
+
+    def describe(self) -> dict[str, str]:
+        """Versions, threads, precision and settings, for a person who reads the report."""
+        ...
+
+    def generate(self) -> Sample: ...
+
+    def close(self) -> None: ...
+
+
+def serve(
+    make: Callable[[], Contender],
+    requests: TextIO | None = None,
+    replies: TextIO | None = None,
+) -> int:
+    """Answer requests until their end; the exit code.
+
+    `make` imports and loads. Where `replies` is left out they go to what stdout was at the start,
+    and whatever else is written to stdout, by Python or by a library, goes to stderr instead.
+    """
+    out = _take_stdout() if replies is None else replies
+    requests = requests or sys.stdin
+    try:
+        contender = make()
+    except (Exception, SystemExit) as error:
+        _reply(out, {"problem": _one_line(error)})
+        return 1
+    try:
+        _reply(out, {"ready": contender.describe()})
+        for line in requests:
+            if line.strip() != GENERATE:
+                _reply(out, {"problem": f"unknown request {line.strip()[:40]!r}"})
+                continue
+            try:
+                sample = contender.generate()
+            except Exception as error:
+                _reply(out, {"problem": _one_line(error)})
+                continue
+            _reply(out, {"seconds": sample.seconds, "launches": dict(sample.launches)})
+    finally:
+        contender.close()
+    return 0
+
+
+def _take_stdout() -> TextIO:
+    """A stream to where stdout leads now; from here on descriptor 1 leads to stderr."""
+    sys.stdout.flush()
+    kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return kept
+
+
+def _reply(out: TextIO, message: Mapping[str, object]) -> None:
+    out.write(json.dumps(message) + "\n")
+    out.flush()
+
+
+def _one_line(error: BaseException) -> str:
+    """Our own messages as they are; others with their kind, which often says more than they."""
+    said = " ".join(str(error).split())
+    if isinstance(error, VarDeployError):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

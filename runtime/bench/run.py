@@ -1,0 +1,248 @@
+"""What is compared with what, and the floors that it is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from var_deploy import names
+from var_deploy.errors import UsageError
+from var_deploy.machine import Machine
+from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.planning.costs import Precision, graph_weights
+from var_deploy.planning.devices import Device, find_device
+from var_deploy.planning.plan import workload_of
+from var_deploy.runtime.backends import CPU
+from var_deploy.runtime.bench.power import find_meters
+from var_deploy.runtime.bench.rates import Rates
+from var_deploy.runtime.bench.report import Report, Result, Run, Surroundings
+from var_deploy.runtime.bench.rounds import Comparison, Entry, Progress, Rated, Rounds
+from var_deploy.runtime.floors import Floor, floors
+
+OURS, RATES = "var_deploy.runtime.bench.ours", "var_deploy.runtime.bench.rates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Somebody else's way to run the same model.
+
+    Attributes:
+        module: a program that speaks as `contender.serve` does, with its `arguments`.
+        needs: the Python module that it cannot do without, and the extra that brings it.
+    """
+
+    module: str
+    arguments: tuple[str, ...]
+    needs: str
+    extra: str
+
+
+def _torch(name: str) -> Peer:
+    return Peer(
+        module="var_deploy.export.torch_bench",
+        arguments=("--contender", name),
+        needs="torch",
+        extra="export",
+    )
+
+
+def _openvino(hint: str) -> Peer:
+    return Peer(
+        module="var_deploy.runtime.bench.openvino_peer",
+        arguments=("--hint", hint),
+        needs="openvino",
+        extra="openvino",
+    )
+
+
+PEERS: Mapping[str, Peer] = {
+    **{name: _torch(name) for name in ("torch", "torch-bf16", "torch-compile")},
+    "openvino": _openvino("f32"),
+    "openvino-bf16": _openvino("bf16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        batches: images of a generation; a run for each.
+        precisions: of our own contenders.
+        against: names of PEERS.
+        threads: for everything; None leaves it to each library.
+        repeat: rounds that count; `warm_up`: rounds before, that do not.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    precisions: tuple[str, ...] = ("auto",)
+    backend: str = "auto"
+    against: tuple[str, ...] = ()
+    threads: int | None = None
+    repeat: int = 10
+    warm_up: int = 2
+
+
+def bench(
+    bundle: Path,
+    settings: Settings,
+    *,
+    machine: Machine | None = None,
+    progress: Progress = lambda message, fraction: None,
+) -> Report:
+    """Compare, and say what was found.
+
+    A contender that fails is in the report, with its reason. Raises BundleError for a bundle that
+    cannot be trusted or that lacks a precision.
+    """
+    machine = machine or Machine()
+    manifest = read_manifest(bundle)
+    for precision in settings.precisions:
+        if precision != "auto":
+            manifest.graph(precision, names.DECODER)
+    progress("reading the bundle", 0.0)
+    check_files(bundle, manifest)  # which also brings it into the page cache, for all alike
+    surroundings, meters, runs = Surroundings.of(machine), find_meters(machine), []
+    for number, images in enumerate(settings.batches):
+        rounds = Rounds(
+            images=images, warm_up=settings.warm_up, repeat=settings.repeat, meters=meters
+        )
+        comparison = Comparison(
+            entries(bundle, settings, images, machine),
+            program(RATES, "--threads", settings.threads or 0),
+            rounds,
+            partial(_part, progress, settings.batches, number),
+        )
+        comparison.run()
+        runs.append(judge(comparison, manifest, images, machine))
+    return Report(
+        name=bundle.absolute().name,
+        manifest=manifest,
+        surroundings=surroundings,
+        settings=dataclasses.asdict(settings),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        runs=runs,
+    )
+
+
+def _part(
+    progress: Progress, batches: Sequence[int], number: int, message: str, fraction: float
+) -> None:
+    """Progress of one run as a part of all."""
+    prefix = f"{batches[number]} a generation, " if len(batches) > 1 else ""
+    progress(prefix + message, (number + fraction) / len(batches))
+
+
+def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> list[Entry]:
+    """Ours first, then the peers, as they were named."""
+    found = []
+    options = (bundle, "--batch", images, "--threads", settings.threads or 0)
+    for precision in settings.precisions:
+        chosen = ("--precision", precision, "--backend", settings.backend)
+        command = program(OURS, *options, *chosen)
+        name = "var-deploy" if precision == "auto" else f"var-deploy {precision}"
+        found.append(Entry(name=name, ours=True, command=command))
+    for name in settings.against:
+        peer = PEERS[name]
+        if machine.has_module(peer.needs):
+            command = program(peer.module, *options, *peer.arguments)
+            found.append(Entry(name=name, ours=False, command=command))
+        else:
+            problem = f'{peer.needs} is not installed; run pip install "var-deploy[{peer.extra}]"'
+            found.append(Entry(name=name, ours=False, problem=problem))
+    return found
+
+
+def program(module: str, *arguments: object) -> list[str]:
+    """The command that runs a module in a Python like this one."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+# what the times are held against
+
+
+def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
+    """A run with its rates, and floors for our own contenders."""
+    rated = comparison.rated
+    found = Rates.of(rated.samples, int(rated.about["threads"])) if rated.samples else None
+    for result in comparison.results:
+        if not result.ran:
+            continue
+        precision = result.about.get("graphs", result.about.get("precision", ""))
+        if precision in manifest.graphs:
+            result.weights = weights_used(manifest, precision)
+        if result.ours:
+            try:
+                device = _device(result, found, rated, machine)
+            except UsageError as error:
+                result.least_problem = str(error)
+                continue
+            result.least = least(manifest, precision, images, device)
+    return Run(
+        images=images, results=comparison.results, rates=found, rates_problem=rated.problem
+    )
+
+
+def weights_used(manifest: Manifest, precision: str) -> int:
+    """Bytes of the weights of one generation, each counted once: the static graphs of the scales
+    hold together what `step` holds."""
+    graphs = manifest.graphs[precision]
+    workload = workload_of(manifest, cast(Precision, precision))
+    wanted = [names.STEP, names.DECODER]
+    if manifest.model.transformer.conditional:
+        wanted.append(names.CONDITION)
+    return sum(
+        graphs[name].weight_bytes
+        if name in graphs
+        else graph_weights(workload, name).nbytes(workload.itemsize)
+        for name in wanted
+    )
+
+
+def least(manifest: Manifest, precision: str, images: int, device: Device) -> list[Floor]:
+    """Floors of the launches of a generation, those of several batches added up."""
+    batches = -(-images // manifest.batch)
+    return [
+        dataclasses.replace(
+            floor,
+            traffic=batches * floor.traffic,
+            operations=batches * floor.operations,
+            moving=batches * floor.moving,
+            computing=batches * floor.computing,
+        )
+        for floor in floors(workload_of(manifest, cast(Precision, precision)), device)
+    ]
+
+
+def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:
+    """What a contender ran on: a CPU as it was measured, a GPU as it is published.
+
+    Raises UsageError where the rates are not known.
+    """
+    if result.about.get("backend") != CPU:
+        return find_device("this", machine)
+    if found is None:
+        raise UsageError(f"the rates of this machine could not be measured: {rated.problem}")
+    return measured_device(found)
+
+
+def measured_device(found: Rates) -> Device:
+    """The measured rates as a device: int8 products have one of their own."""
+    return Device(
+        name="measured",
+        title="this machine, as measured",
+        memory=0,
+        reserved=0,
+        bandwidth=found.bandwidth,
+        compute_rate=found.gemm["int8"],
+        full_rate=found.gemm["fp32"],
+        sm=None,
+        one_memory=True,
+        source="measured in the same run",
+    )

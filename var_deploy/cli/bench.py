@@ -1,0 +1,309 @@
+"""`var-deploy bench`: a bundle's speed beside others', and beside what the machine could do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import textwrap
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.errors import BackendError, UsageError, VarDeployError
+from var_deploy.images import check_writable
+
+if TYPE_CHECKING:
+    from var_deploy.runtime.bench.report import Report, Result, Run
+
+WIDTH = 96
+LEGEND = (
+    "ms: median; ratio: to the first; host: share of the time outside of the graphs; floor: the "
+    "least time at the measured rates, as a share of the time taken; cold: from the start of the "
+    "process to its first image; peak PSS: of the whole process, alone on the machine"
+)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    metavar="LIST",
+    help="Of our own graphs, as in fp32,fp16; each is timed.",
+)
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="What runs our own graphs, as for generate.",
+)
+@click.option(
+    "--against",
+    default="",
+    metavar="LIST",
+    help="Others to time beside: torch, torch-bf16, torch-compile, openvino, openvino-bf16.",
+)
+@click.option(
+    "--batch",
+    default="1",
+    show_default=True,
+    metavar="LIST",
+    help="Images a generation, as in 1,4; ours makes them in the bundle's batches.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads for all (default: each library's own)."
+)
+@click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Rounds.")
+@click.option(
+    "--warm-up", type=click.IntRange(0), default=2, show_default=True, help="Rounds before those."
+)
+@click.option("--json", "json_out", metavar="FILE", help="The report as JSON; - is stdout.")
+@click.option("--plot", metavar="FILE.png", help="The report as a figure.")
+def bench(
+    bundle: Path,
+    precision: str,
+    backend: str,
+    against: str,
+    batch: str,
+    threads: int | None,
+    repeat: int,
+    warm_up: int,
+    json_out: str | None,
+    plot: str | None,
+) -> None:
+    """Time generations of BUNDLE: launch by launch, beside other runtimes, beside the floor.
+
+    Everything runs in a process of its own; all of them take turns, so that a slow minute of the
+    machine hits all alike. The rates of this machine are measured in between; the floor is what
+    the bundle's operations and bytes take at these rates. Whatever is compared but not installed
+    is left out, with the reason.
+
+    \b
+    Example:
+      var-deploy bench build/pocket
+      var-deploy bench build/d16 --against torch,openvino --repeat 20 --plot d16.png
+      var-deploy bench build/d16 --batch 1,4 --threads 2 --json report.json
+    """
+    from var_deploy.pipeline import BACKENDS, PRECISIONS
+    from var_deploy.runtime.bench.run import PEERS, Settings
+    from var_deploy.runtime.bench.run import bench as run
+
+    settings = Settings(
+        batches=_numbers(batch),
+        precisions=_known("--precision", precision, PRECISIONS),
+        backend=_known("--backend", backend, BACKENDS)[0],
+        against=_known("--against", against, PEERS) if against.strip() else (),
+        threads=threads,
+        repeat=repeat,
+        warm_up=warm_up,
+    )
+    figure = _figure(plot) if plot is not None else None
+    target = None if json_out in (None, "-") else _file(Path(str(json_out)))
+    with Progress() as progress:
+        report = run(bundle, settings, progress=progress.update)
+    text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text + "\n", encoding="utf-8")
+    if figure is not None:
+        from var_deploy.runtime.bench.figure import draw
+
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(report, figure)
+    click.echo(text if json_out == "-" else _as_text(report))
+    if report.failed:
+        first = report.failed[0]
+        raise BackendError(f"{first.name} did not run: {first.problem}")
+
+
+def _known(option: str, text: str, known: Collection[str]) -> tuple[str, ...]:
+    """The words of a list, each once."""
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+    for word in words:
+        if word not in known:
+            raise UsageError(f"{option} takes {', '.join(known)}; found {word!r}")
+    return words
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = (0,)
+    if min(numbers) < 1:
+        raise UsageError(f"--batch takes numbers from 1, as in 1,4; found {text!r}")
+    return numbers
+
+
+def _file(path: Path) -> Path:
+    """The same path, once it is sure that a file can be written there."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    check_writable(path)
+    return path
+
+
+def _figure(plot: str) -> Path:
+    """Likewise, and that it can be drawn."""
+    path = _file(Path(plot))
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"figures are written as .png, found {path.name}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise VarDeployError(
+            '--plot needs matplotlib, which is not installed; run: pip install "var-deploy[bench]"'
+        )
+    return path
+
+
+# the report on a terminal
+
+
+def _as_text(report: Report) -> str:
+    parts = [_facts(report)]
+    for run in report.runs:
+        parts += [f"{_count(run.images, 'image')} a generation", _contenders(run)]
+        parts += [_rates(run), _launches(run), _notes(run)]
+    parts.append(_wrapped("", LEGEND))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _facts(report: Report) -> str:
+    here, manifest, settings = report.surroundings, report.manifest, report.settings
+    sampling = manifest.defaults
+    threads = settings["threads"] or "as each library takes them"
+    memory = f", {human_bytes(here.memory)}" if here.memory else ""
+    guidance = "on" if manifest.guidance else "off"
+    rows = {
+        "bundle": f"{report.name}: {manifest.preset or 'no preset'}, "
+        f"{_count(manifest.batch, 'image')} a launch, guidance {guidance}, digest "
+        f"{manifest.digest()[:12]}",
+        "machine": f"{here.cpu}, {_count(here.processors, 'processor')}{memory}; "
+        f"{' '.join(here.isa) or 'no vector units that matter'}",
+        "system": f"{here.system}; Python {here.python}",
+        "sampling": f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
+        f"temperature {sampling.temperature:g}",
+        "run": f"{_count(settings['repeat'], 'round')} in turn after {settings['warm_up']} to warm "
+        f"up, threads: {threads}; {report.date}",
+    }
+    return "\n".join(_wrapped(name.ljust(10), text) for name, text in rows.items())
+
+
+def _contenders(run: Run) -> str:
+    rows: list[tuple[str, ...]] = [
+        (
+            "", "ms", "p10", "p95", "img/s", "ratio", "host", "floor",
+            "cold s", "peak PSS", "/weights", "J/img",
+        )
+    ]  # fmt: skip
+    first = run.first
+    for result in run.results:
+        if result.ran and first is not None:
+            rows.append(_row(result, run.images, first))
+        else:
+            rows.append((result.name, *["–"] * (len(rows[0]) - 1)))
+    return table(rows, right=range(1, len(rows[0])))
+
+
+def _row(result: Result, images: int, first: Result) -> tuple[str, ...]:
+    whole, joules = result.whole, result.energy.joules
+    return (
+        result.name,
+        *(_milliseconds(seconds) for seconds in (whole.median, whole.p10, whole.p95)),
+        _short(images / whole.median),
+        f"{whole.median / first.whole.median:.2f}",
+        _percent(result.host_share),
+        _percent(result.reached),
+        "–" if result.cold is None else f"{result.cold:.2f}",
+        "unknown" if result.peak is None else human_bytes(result.peak),
+        "–" if result.peak_over_weights is None else f"{result.peak_over_weights:.2f}",
+        "unknown" if joules is None else _short(joules),
+    )
+
+
+def _rates(run: Run) -> str:
+    if run.rates is None:
+        return _wrapped("", f"the rates of this machine are unknown: {run.rates_problem}")
+    gemm, conv = (
+        {precision: f"{rate / 1e9:.0f}" for precision, rate in rates.items()}
+        for rates in (run.rates.gemm, run.rates.conv)
+    )
+    copies = f"{run.rates.bandwidth / 1e9:.1f}"
+    return _wrapped(
+        "",
+        f"this machine, measured in the same rounds on {_count(run.rates.threads, 'thread')}: "
+        f"products {gemm['fp32']} GFLOP/s in fp32, {gemm['int8']} GOP/s in int8; 3 × 3 "
+        f"convolutions {conv['fp32']} and {conv['int8']}; copies {copies} GB/s, read and written",
+    )
+
+
+def _launches(run: Run) -> str:
+    """A column of times for everyone who can tell them, one of floors for our own."""
+    told = [result for result in run.results if result.ran and result.launches]
+    if not told:
+        return ""
+    head = ["median ms"]
+    for result in told:
+        head.append(result.name.removeprefix("var-deploy "))
+        head += ["floor", "reached"] if result.least else []
+    columns = [(result, result.launches, {f.name: f for f in result.least}) for result in told]
+    rows = [tuple(head)]
+    for name in told[0].launches:
+        row = [name]
+        for _, launches, least in columns:
+            seconds = launches[name].median if name in launches else None
+            row.append("–" if seconds is None else f"{1e3 * seconds:.2f}")
+            if least:
+                floor = least[name].seconds
+                row += [f"{1e3 * floor:.2f}", _percent(floor / seconds if seconds else None)]
+        rows.append(tuple(row))
+    last = ["all, with the host"]
+    for result, _, least in columns:
+        last.append(f"{1e3 * result.whole.median:.2f}")
+        if least:
+            total = sum(floor.seconds for floor in least.values())
+            last += [f"{1e3 * total:.2f}", _percent(result.reached)]
+    return table([*rows, tuple(last)], right=range(1, len(head)))
+
+
+def _notes(run: Run) -> str:
+    """What ran, and why something is missing."""
+    lines = []
+    for result in run.results:
+        about = {k: v for k, v in result.about.items() if k != "chosen because"}  # it can be long
+        said = result.problem or ", ".join(f"{k} {v}" for k, v in about.items())
+        lines.append(f"{result.name}: {'not run: ' if result.problem else ''}{said}")
+        if result.ran:
+            lines += [f"{result.name}: no floor: {why}" for why in [result.least_problem] if why]
+    ran = [result for result in run.results if result.ran]
+    for what, reasons in (
+        ("memory is unknown", [r.peak_problem for r in ran if r.peak is None]),
+        ("joules", [r.energy.problem for r in ran]),
+    ):
+        lines += [f"{what}: {reason}" for reason in dict.fromkeys(filter(None, reasons))]
+    return "\n".join(_wrapped("", line) for line in lines)
+
+
+def _wrapped(head: str, text: str) -> str:
+    indent = " " * (len(head) or 2)
+    return textwrap.fill(head + text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
