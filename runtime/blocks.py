@@ -48,8 +48,12 @@ class Block(_Packed):
     """Arrays that the graphs alone read and write."""
 
     def __init__(self, memory: Memory, fields: Fields) -> None:
-        base = memory.allocate(pack(fields)[1])
-        super().__init__(base.address, base.owner, fields)
+        self._memory, self._base = memory, memory.allocate(pack(fields)[1])
+        super().__init__(self._base.address, self._base.owner, fields)
+
+    def forget(self) -> None:
+        """See `Memory.forget`."""
+        self._memory.forget(self._base)
 
 
 class SharedBlock(_Packed):

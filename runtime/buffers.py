@@ -40,6 +40,10 @@ class CacheArena:
     def nbytes(self) -> int:
         return self._block.nbytes
 
+    def forget(self) -> None:
+        """The last scale has read the cache; until the next generation nobody does."""
+        self._block.forget()
+
     def past(self, scale: int) -> dict[str, Array]:
         """What scale k attends to besides itself, [P_k, G, H, D] each ([1, G, H, D] at 0)."""
         if scale == 0:

@@ -215,6 +215,9 @@ class CudaMemory:
     def synchronize(self) -> None:
         self._cuda.synchronize()
 
+    def forget(self, array: Array) -> None:
+        """Device memory stays: captured launches know its addresses."""
+
 
 def load_api() -> Any:
     """`cuda.bindings.runtime`. Raises BackendError with what to install."""

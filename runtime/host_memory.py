@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.runtime.protocol import ALIGNMENT, Array
+
+
+WORTH_GIVING_BACK = 1 << 24  # bytes; a page fault costs about as much as computing on 1 kB
 
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:
@@ -52,3 +58,13 @@ class HostMemory:
 
     def synchronize(self) -> None:
         pass
+
+    def forget(self, array: Array) -> None:
+        """Where pages cannot be given back, or too few to be worth the faults, nothing happens."""
+        if sys.platform != "linux" or array.nbytes < WORTH_GIVING_BACK:
+            return
+        first = -(-array.address // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (array.address + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        # private pages without a file: the next touch finds zeros (madvise(2))
+        advise = ctypes.CDLL(None, use_errno=True).madvise
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

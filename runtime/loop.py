@@ -75,6 +75,8 @@ class ScaleLoop:
         before = len(self._launches) - self._spec.scales - 1  # `condition`, where there is one
         for number, launch in enumerate(self._launches):
             launch()
+            if number == before + self._spec.scales - 1:
+                buffers.arena.forget()  # the decoder needs the room, not the cache
             if on_step and number >= before:
                 backend.synchronize()
                 on_step(number - before + 1)

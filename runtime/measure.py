@@ -145,6 +145,9 @@ class ClockedBackend:
     def synchronize(self) -> None:
         self._backend.synchronize()
 
+    def forget(self, array: Array) -> None:
+        self._backend.forget(array)
+
     def open(self, graph: Path) -> Session:
         return self._backend.open(graph)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
+from var_deploy import names
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.runtime.protocol import Arrays, Launch
@@ -14,8 +18,8 @@ from var_deploy.runtime.protocol import Arrays, Launch
 class OrtSession:
     """One graph; weights are mapped from weights.bin and packed once."""
 
-    def __init__(self, session: Any, graph: str) -> None:
-        self._session, self._graph = session, graph
+    def __init__(self, session: Any, graph: str, options: Any = None) -> None:
+        self._session, self._graph, self._options = session, graph, options
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
         binding = self._session.io_binding()
@@ -23,26 +27,33 @@ class OrtSession:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
         for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.address)
-        return OrtLaunch(self._session, binding, (inputs, outputs), self._graph)
+        return OrtLaunch(self._session, binding, (inputs, outputs), self._graph, self._options)
 
     def close(self) -> None:
         self._session = None
 
 
 class OrtLaunch:
-    def __init__(self, session: Any, binding: Any, keep: object, graph: str) -> None:
+    def __init__(
+        self, session: Any, binding: Any, keep: object, graph: str, options: Any
+    ) -> None:
         self._session, self._binding, self._graph = session, binding, graph
+        self._options = options
         self._keep = keep  # the binding holds bare pointers into these arrays
 
     def __call__(self) -> None:
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             raise BackendError(f"ONNX Runtime failed in {self._graph}: {_line(error)}") from error
 
 
 class OrtCpuBackend(HostMemory):
     """Opens graphs on the CPU.
+
+    Loops of one process that open the same file with the same number of threads share one session,
+    and with it the weights, packed once; a session's runs may overlap. All sessions draw their
+    scratch memory from one arena, which stays with the process for the next loop.
 
     Args:
         threads: for one graph; None takes every physical core.
@@ -64,20 +75,41 @@ class OrtCpuBackend(HostMemory):
         self._ort, self._threads = onnxruntime, threads
 
     def open(self, graph: Path) -> OrtSession:
+        with _opening:
+            key = (*_identity(graph), self._threads)
+            session = _sessions.get(key)
+            if session is None:
+                session = _sessions[key] = self._load(graph)
+        options = self._ort.RunOptions()
+        if graph.stem == names.DECODER:
+            # the last launch of a generation gives the arena's memory back: between images a
+            # pipeline holds its weights and little else
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return OrtSession(session, graph.stem, options)
+
+    def _load(self, graph: Path) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # ONNX Runtime's arena grows by doubling and never gives back: after the decoder of a d16 it
-        # held 250 MB more than was in use, and every session has one of its own
-        options.enable_cpu_mem_arena = False
+        if _share_arena(self._ort):
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        else:
+            # an arena a session adds up, and none of them gives back
+            options.enable_cpu_mem_arena = False
+        # A pattern is one block for a whole run, laid out as it came the first time: in the decoder
+        # of a d16 that is 100 MB more than the arena needs when asked tensor by tensor.
+        options.enable_mem_pattern = False
+        if graph.stem == names.STEP:
+            # Planning which freed buffer may serve again compares every two open shapes: 0.45 s of
+            # the 0.55 s that opening pocket's `step` took. The arena finds them at run time.
+            options.enable_mem_reuse = False
         try:
-            session = self._ort.InferenceSession(
+            return self._ort.InferenceSession(
                 str(graph), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             raise BackendError(f"ONNX Runtime refuses {graph.name}: {_line(error)}") from error
-        return OrtSession(session, graph.stem)
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
@@ -88,6 +120,37 @@ class OrtCpuBackend(HostMemory):
     def describe(self) -> dict[str, str]:
         threads = str(self._threads) if self._threads else "all cores"
         return {"backend": self.name, "onnxruntime": self._ort.__version__, "threads": threads}
+
+
+_sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()
+_opening = Lock()
+
+
+def _identity(graph: Path) -> tuple[Hashable, ...]:
+    """Changes with the graph and with the weights beside it, also where both are replaced."""
+    try:
+        files = [path.stat() for path in (graph, graph.with_name(names.WEIGHTS))]
+    except OSError:
+        return (object(),)  # ONNX Runtime will say what is wrong
+    return tuple(
+        value for file in files for value in (file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns)
+    )
+
+
+@cache
+def _share_arena(ort: Any) -> bool:
+    """Register one arena for all sessions of the process; false where the program around us has
+    registered an allocator of its own."""
+    try:
+        where = ort.OrtMemoryInfo(
+            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+        )
+        # small first chunk, and what a reused one leaves over is cut off from 1 MB on
+        small = {"initial_chunk_size_bytes": 1 << 20, "max_dead_bytes_per_chunk": 1 << 20}
+        ort.create_and_register_allocator(where, ort.OrtArenaCfg(small))
+    except Exception:  # of ONNX Runtime's own types
+        return False
+    return True
 
 
 def _line(error: Exception) -> str:

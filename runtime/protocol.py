@@ -83,6 +83,11 @@ class Memory(Protocol):
         """Wait until everything launched and copied so far is done."""
         ...
 
+    def forget(self, array: Array) -> None:
+        """What `array` holds will not be read again before it is written; it may come back as
+        zeros. Memory of the host goes back to the system until then."""
+        ...
+
 
 class Launch(Protocol):
     """A graph with every buffer bound. Calling it starts the work, in order; see `synchronize`."""
