@@ -19,8 +19,9 @@ import var_deploy
 from var_deploy import names
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint import LoadedModel
-from var_deploy.export.graphs.builder import OPSET, GraphBuilder, Precision, ReadKey
 from var_deploy.export.decoder_ranges import decoder_ranges
+from var_deploy.export.graphs.accumulate import build_accumulate
+from var_deploy.export.graphs.builder import OPSET, GraphBuilder, Precision, ReadKey
 from var_deploy.export.graphs.codec import build_decoder, build_encoder
 from var_deploy.export.graphs.condition import build_condition
 from var_deploy.export.graphs.int8 import Ranges
@@ -81,6 +82,7 @@ def build_graphs(
         graphs += [build_scale(spec, k, precision, batch, guidance) for k in range(spec.scales)]
     graphs.append(build_decoder(spec.tokenizer, precision, batch, ranges))
     graphs.append(build_encoder(spec.tokenizer, precision, batch))
+    graphs.append(build_accumulate(spec.tokenizer, precision, batch))
     return graphs
 
 
@@ -152,7 +154,7 @@ def _calibrate(
     shared = dataclasses.replace(options, layout="shared", precisions=("int8",))
     graphs = {graph.name: graph for graph in build_graphs(model.spec, "int8", shared)}
     decoder = graphs.pop(names.DECODER)
-    del graphs[names.ENCODER]
+    del graphs[names.ENCODER], graphs[names.ACCUMULATE]
     plan = _Plan.of(list(graphs.values()))
     _check_space(folder, plan.layout.size)
     with tempfile.TemporaryDirectory(dir=folder) as name:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from var_deploy import imagenet
 from var_deploy.errors import UsageError
 from var_deploy.export.pocket.drawings import CLASS_NAMES
 from var_deploy.export.pocket.recipe import POCKET
@@ -57,6 +58,7 @@ def _released(depth: int, *, shared_adaln: bool, patch_nums: tuple[int, ...]) ->
         transformer_file=f"var_d{depth}.pth",
         tokenizer_file="vae_ch160v4096z32.pth",
         repo=RELEASED_REPO,
+        labels=imagenet.CLASS_NAMES,
         defaults=Sampling(cfg=4.0, top_k=900, top_p=0.95),
     )
 

@@ -21,7 +21,7 @@ from var_deploy.export.models.autoencoder import Upsample
 from var_deploy.export.models.sampler import guide
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Cache, HeadNorm, Transformer
-from var_deploy.sampling import Sampling
+from var_deploy.sampling import Sampling, ScaleSampling
 
 Mark = Callable[[], None]
 
@@ -76,11 +76,12 @@ def generate_as_published(
     ends = spec.prefix_lengths[1:]
     mark()
     for k, draws in enumerate(uniforms_BT.split(list(spec.scale_lengths), dim=1)):
+        chosen = sampling.at(k, spec.scales)
         for layer, block in enumerate(transformer.blocks):
             x = _block(block, x, cond, shared, cache, layer)
         h = _head_norm(transformer.head_nm, x.float(), cond).float()
-        logits = guide(transformer.head(h).float(), sampling.guidance(k, spec.scales), batch)
-        drawn.append(_sample(logits, draws, sampling))
+        logits = guide(transformer.head(h).float(), chosen.guidance, batch)
+        drawn.append(_sample(logits, draws, chosen))
         f_hat.add_(quantize.contribution(k, quantize.lookup(k, drawn[-1])))
         if k + 1 < spec.scales:
             x = transformer.word_embed(quantize.next_input(k, f_hat))
@@ -113,7 +114,7 @@ def _head_norm(norm: HeadNorm, x: Tensor, cond_GC: Tensor) -> Tensor:
     return F.layer_norm(x, (width,), eps=norm.eps).mul(scale.add(1)).add_(shift)
 
 
-def _sample(logits_BLV: Tensor, uniforms_BL: Tensor, sampling: Sampling) -> Tensor:
+def _sample(logits_BLV: Tensor, uniforms_BL: Tensor, sampling: ScaleSampling) -> Tensor:
     """Tokens [B, L]; overwrites the logits. A temperature is our addition."""
     logits = logits_BLV if sampling.temperature == 1 else logits_BLV.div_(sampling.temperature)
     if sampling.top_k > 0:

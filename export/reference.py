@@ -67,11 +67,15 @@ class Reference:
             return {names.F_HAT: self.trace.f_hat}
         if graph == names.ENCODER:
             return {names.IMAGE: self.trace.image}
-        trace, settings = self.trace.scales[scale], manifest.defaults
+        if graph == names.ACCUMULATE:
+            drawn = enumerate(self.trace.scales)
+            return {names.encoder_tokens(k): s.outputs[names.TOKENS] for k, s in drawn}
+        trace = self.trace.scales[scale]
+        settings = manifest.defaults.at(scale, manifest.model.scales)
         tokens = trace.outputs[names.TOKENS]
         return {
             **trace.inputs,
-            names.CFG: np.array(settings.guidance(scale, manifest.model.scales)),
+            names.CFG: np.array(settings.guidance),
             names.TEMPERATURE: np.array(settings.temperature),
             names.TOP_K: np.array(settings.top_k),
             names.TOP_P: np.array(settings.top_p),
@@ -143,9 +147,9 @@ def trace_generation(
         if following is not None:
             inputs[names.INPUT] = following.numpy()
             inputs |= _cache_arrays(cache, names.past_key, names.past_value)
-        strength = sampling.guidance(k, spec.scales)
-        logits = guide(transformer.step(k, following, mod, cache), strength, batch)
-        kept = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+        chosen = sampling.at(k, spec.scales)
+        logits = guide(transformer.step(k, following, mod, cache), chosen.guidance, batch)
+        kept = filter_logits(logits / chosen.temperature, chosen.top_k, chosen.top_p)
         tokens, margins = draw(kept, draws[k])
         f_hat = f_hat + tokenizer.quantize.contribution(k, tokenizer.quantize.lookup(k, tokens))
         start = spec.prefix_lengths[k]

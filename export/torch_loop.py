@@ -94,7 +94,7 @@ def _draw(
 ) -> tuple[list[NDArray[Any]], NDArray[Any]]:
     """All scales: what was drawn in each, and the last f_hat."""
     manifest = graphs.manifest
-    spec, batch, settings = manifest.model, manifest.batch, manifest.defaults
+    spec, batch = manifest.model, manifest.batch
     draws = np.stack([uniforms(seed, first + i, spec.total_tokens) for i in range(batch)])
     state: Arrays = {}
     if names.CONDITION in graphs:
@@ -106,12 +106,13 @@ def _draw(
     drawn = []
     for k, length in enumerate(spec.scale_lengths):
         start, name = spec.prefix_lengths[k], names.scale_graph(k)
+        settings = manifest.defaults.at(k, spec.scales)
         title = name if name in graphs else f"{names.STEP} @ {k}"
         announce(title, k)
         given = {
             **state,
             names.UNIFORMS: draws[:, start : start + length],
-            names.CFG: np.array(settings.guidance(k, spec.scales)),
+            names.CFG: np.array(settings.guidance),
             names.TEMPERATURE: np.array(settings.temperature),
             names.TOP_K: np.array(settings.top_k),
             names.TOP_P: np.array(settings.top_p),

@@ -96,7 +96,8 @@ class Peer:
         dtype: torch.dtype,
         compiler: Compiler | None = None,
     ) -> None:
-        self.spec, self.batch, self.guidance, self.sampling = spec, batch, guidance, sampling
+        self.spec, self.batch, self.guidance = spec, batch, guidance
+        self._sampling = [sampling.at(k, spec.scales) for k in range(spec.scales)]
         self.device, self.dtype = device, dtype
         tokenizer, transformer = random_modules(spec)
         self.tokenizer, self.transformer = (
@@ -148,9 +149,9 @@ class Peer:
         f_hat: Tensor,
         draws_BL: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        spec, sampling, quantize = self.spec, self.sampling, self.tokenizer.quantize
+        spec, sampling, quantize = self.spec, self._sampling[scale], self.tokenizer.quantize
         logits = self.transformer.step(scale, following, mod, cache).float()
-        logits = guide(logits, sampling.guidance(scale, spec.scales), self.batch)
+        logits = guide(logits, sampling.guidance, self.batch)
         kept = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
         cdf = kept.softmax(dim=-1).cumsum(dim=-1)
         tokens = (cdf > draws_BL.unsqueeze(-1) * cdf[..., -1:]).int().argmax(dim=-1)

@@ -142,7 +142,8 @@ def widest_first(manifest: Manifest) -> list[str]:
 
 def run_order(graph: str) -> tuple[int, str]:
     """Graphs as a generation meets them, so that the first failure is the first cause."""
-    fixed = {names.CONDITION: 0, names.STEP: 2, names.DECODER: 3, names.ENCODER: 4}
+    last = (names.STEP, names.DECODER, names.ENCODER, names.ACCUMULATE)
+    fixed = {names.CONDITION: 0, **{name: 2 + n for n, name in enumerate(last)}}
     return fixed.get(graph, 1), graph
 
 

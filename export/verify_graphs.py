@@ -49,6 +49,8 @@ class Tolerance(Protocol):
 
     def encoder(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
 
+    def accumulate(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
+
     def decoder(self, check: Check) -> Check:
         """The check has the error and the PSNR of the image."""
 
@@ -110,7 +112,8 @@ class GraphVerifier:
 
     def _graph(self, name: str, path: Path) -> list[Check]:
         info = self._manifest.graph(self._precision, name)
-        interior = {names.CONDITION: "", names.DECODER: "", names.ENCODER: names.LATENT}
+        interior = dict.fromkeys((names.CONDITION, names.DECODER, names.ACCUMULATE), "")
+        interior[names.ENCODER] = names.LATENT
         shown = interior.get(name, names.LOGITS)
         runner = _attempt(lambda: GraphRunner(path, info, shown), "loaded")
         if runner.mismatch:
@@ -126,6 +129,9 @@ class GraphVerifier:
             return [self._tolerance.condition(check, self._trace.condition, found)]
         if name == names.ENCODER:
             return [self._tolerance.encoder(check, self._reference.encoded, found)]
+        if name == names.ACCUMULATE:
+            sums = np.stack([scale.outputs[names.NEW_F_HAT] for scale in self._trace.scales])
+            return [self._tolerance.accumulate(check, {names.F_HATS: sums}, found)]
         return [self._tolerance.decoder(self._image(check, found[names.IMAGE]))]
 
     def _scale(self, runner: GraphRunner, name: str, scale: int) -> Check:

@@ -9,12 +9,21 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from var_deploy import names
+from var_deploy.editing import Kept
 from var_deploy.manifest import Manifest
 from var_deploy.resize import area_matrix, bicubic_matrix
 from var_deploy.runtime.blocks import Block, Fields, SharedBlock
 from var_deploy.runtime.protocol import Array, Memory
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
+
+# the scalars that tell a scale how to draw
+_SETTINGS: dict[str, DTypeLike] = {
+    names.CFG: np.float32,
+    names.TEMPERATURE: np.float32,
+    names.TOP_K: np.int64,
+    names.TOP_P: np.float32,
+}
 
 
 class CacheArena:
@@ -70,8 +79,9 @@ class CacheArena:
 class LoopBuffers:
     """Inputs and outputs of every launch, by tensor name.
 
-    Three blocks cross between host and backend, each in one copy: `given` before a generation,
-    `made` after it, and the geometry of `step` once. Everything else stays with the backend.
+    Four blocks cross between host and backend, each in one copy: `given` before a generation,
+    `made` after it, `latent` where an f_hat is brought from elsewhere, and the geometry of `step`
+    once. Everything else stays with the backend.
     """
 
     def __init__(self, manifest: Manifest, cache_dtype: DTypeLike, memory: Memory) -> None:
@@ -80,6 +90,7 @@ class LoopBuffers:
         self.arena = CacheArena(manifest, cache_dtype, memory)
         self.given = SharedBlock(memory, _given_fields(manifest))
         self.made = SharedBlock(memory, _made_fields(manifest))
+        self.latent = SharedBlock(memory, _latent_fields(manifest))
         self._inner = Block(memory, _inner_fields(manifest))
         geometry = {
             _at(name, k): value
@@ -95,7 +106,7 @@ class LoopBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks in the backend's memory."""
-        blocks = (self.arena, self.given, self.made, self._inner, self._fixed)
+        blocks = (self.arena, self.given, self.made, self.latent, self._inner, self._fixed)
         return sum(block.nbytes for block in blocks)
 
     def fill(
@@ -104,22 +115,27 @@ class LoopBuffers:
         uniforms_BT: NDArray[np.float32],
         sampling: Sampling,
         forced: Sequence[NDArray[np.int64]] = (),
+        keep: Kept | None = None,
     ) -> None:
-        """Set what one generation is given: B labels, B·T uniforms, the settings, and the tokens
-        [B, L_k] of the first scales where they are not to be drawn."""
+        """Set what one generation is given: B labels, B·T uniforms, the settings, the tokens
+        [B, L_k] of the first scales where they are not to be drawn, and what to keep of others."""
         spec, given = self._spec, self.given.host
         given[names.LABELS][: self._batch] = labels
         given[names.LABELS][self._batch :] = spec.transformer.classes
-        given[names.TEMPERATURE][...] = sampling.temperature
-        given[names.TOP_K][...] = sampling.top_k
-        given[names.TOP_P][...] = sampling.top_p
         prefix = spec.prefix_lengths
         for k in range(spec.scales):
-            given[_at(names.CFG, k)][...] = sampling.guidance(k, spec.scales)
+            chosen = sampling.at(k, spec.scales)
+            given[_at(names.CFG, k)][...] = chosen.guidance
+            given[_at(names.TEMPERATURE, k)][...] = chosen.temperature
+            given[_at(names.TOP_K, k)][...] = chosen.top_k
+            given[_at(names.TOP_P, k)][...] = chosen.top_p
             given[_at(names.UNIFORMS, k)][...] = uniforms_BT[:, prefix[k] : prefix[k + 1]]
             given[_at(names.KEEP_MASK, k)][...] = k < len(forced)
             if k < len(forced):
                 given[_at(names.KEEP_TOKENS, k)][...] = forced[k]
+            elif keep is not None:
+                given[_at(names.KEEP_MASK, k)][...] = keep.masks[k]
+                given[_at(names.KEEP_TOKENS, k)][...] = keep.tokens[k]
         self.given.upload()
 
     def image(self) -> NDArray[np.float32]:
@@ -138,11 +154,10 @@ class LoopBuffers:
 
     def scale_inputs(self, scale: int) -> dict[str, Array]:
         """Everything that the static graph of a scale, or `step`, may ask for."""
-        given = (names.UNIFORMS, names.CFG, names.KEEP_MASK, names.KEEP_TOKENS)
+        given = (*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS)
         fixed = (names.SCALE, names.UP_MATRIX, names.NEXT_MATRIX)
         return {
             **self.condition_outputs(),
-            **{n: self.given[n] for n in (names.TEMPERATURE, names.TOP_K, names.TOP_P)},
             **{n: self.given[_at(n, scale)] for n in given},
             **{n: self._fixed[_at(n, scale)] for n in fixed},
             **self.arena.past(scale),
@@ -161,17 +176,21 @@ class LoopBuffers:
             outputs[names.NEXT_INPUT] = self._inner[_at(names.INPUT, scale + 1)]
         return outputs
 
-    def decoder_inputs(self) -> dict[str, Array]:
-        return {names.F_HAT: self._f_hat(self._spec.scales)}
+    def fill_f_hat(self, f_hat: NDArray[np.float32]) -> None:
+        """Put an f_hat [B, Cv, p_K, p_K] from elsewhere where the last scale leaves its own."""
+        self.latent.host[_f_hat_key(self._spec.scales)][...] = f_hat
+        self.latent.upload()
+
+    def decoder_inputs(self, scales: int | None = None) -> dict[str, Array]:
+        """What the first `scales` scales add up to; all of them where it is left out."""
+        return {names.F_HAT: self._f_hat(self._spec.scales if scales is None else scales)}
 
     def decoder_outputs(self) -> dict[str, Array]:
         return {names.IMAGE: self.made[names.IMAGE]}
 
     def _f_hat(self, scale: int) -> Array:
-        """f_hat before a scale: zeros that nobody writes, then two buffers in turn, since a graph
-        never writes what it reads."""
-        which = 0 if scale == 0 else 1 + scale % 2
-        return self._inner[_at(names.F_HAT, which)]
+        """f_hat before a scale."""
+        return self.latent[_f_hat_key(scale)]
 
 
 def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
@@ -216,18 +235,22 @@ def _at(name: str, scale: int) -> str:
     return f"{name}@{scale}"
 
 
+def _f_hat_key(scale: int) -> str:
+    """Of f_hat before a scale: zeros that nobody writes, then two buffers in turn, since a graph
+    never writes what it reads."""
+    return _at(names.F_HAT, 0 if scale == 0 else 1 + scale % 2)
+
+
 def _given_fields(manifest: Manifest) -> Fields:
-    """The strength of guidance has a place a scale, so that a whole generation can be launched
+    """The settings of sampling have a place a scale, so that a whole generation can be launched
     without the host stepping in."""
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
         names.LABELS: ((manifest.rows,), np.int64),
-        names.TEMPERATURE: ((), np.float32),
-        names.TOP_K: ((), np.int64),
-        names.TOP_P: ((), np.float32),
     }
     for k, length in enumerate(manifest.model.scale_lengths):
         row = (manifest.batch, length)
-        fields[_at(names.CFG, k)] = ((), np.float32)
+        for name, dtype in _SETTINGS.items():
+            fields[_at(name, k)] = ((), dtype)
         fields[_at(names.UNIFORMS, k)] = (row, np.float32)
         fields[_at(names.KEEP_MASK, k)] = (row, np.bool_)
         fields[_at(names.KEEP_TOKENS, k)] = (row, np.int64)
@@ -243,18 +266,19 @@ def _made_fields(manifest: Manifest) -> Fields:
     return fields
 
 
+def _latent_fields(manifest: Manifest) -> Fields:
+    t = manifest.model.tokenizer
+    shape = (manifest.batch, t.code_width, t.latent_side, t.latent_side)
+    return {_at(names.F_HAT, which): (shape, np.float32) for which in range(3)}
+
+
 def _inner_fields(manifest: Manifest) -> Fields:
     spec, batch, rows = manifest.model, manifest.batch, manifest.rows
-    t, side = spec.transformer, spec.tokenizer.latent_side
+    t = spec.transformer
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
         names.FIRST_INPUT: ((rows, 1, t.width), np.float32),
         names.MODULATION: ((6 * t.depth + 2, rows, t.width), np.float32),
     }
-    for which in range(3):
-        fields[_at(names.F_HAT, which)] = (
-            (batch, spec.tokenizer.code_width, side, side),
-            np.float32,
-        )
     for k, length in enumerate(spec.scale_lengths):
         fields[_at(names.INPUT, k)] = ((batch, length, spec.input_width), np.float32)
     return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.errors import BackendError
+from var_deploy.editing import Kept
+from var_deploy.errors import BackendError, CancelledError
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.buffers import LoopBuffers
 from var_deploy.runtime.protocol import Arrays, Backend, Launch, Session
@@ -35,7 +37,9 @@ class ScaleLoop:
     ) -> None:
         self._manifest, self._spec, self._backend = manifest, manifest.model, backend
         self._opened: dict[str, Session] = {}
-        self._launches: Sequence[Launch] = ()
+        self._launches: Sequence[Launch] = ()  # all but the decoder
+        self._decoders: Sequence[Launch] = ()  # the last one reads what the last scale leaves
+        self._done = 0
         try:
             graphs = self._graphs(precision, layout)
             half = precision == "fp16"
@@ -48,7 +52,9 @@ class ScaleLoop:
             # a backend may run everything once: with a generation that is as good as any
             draws = np.zeros((manifest.batch, self._spec.total_tokens), np.float32)
             self._buffers.fill([0] * manifest.batch, draws, Sampling())
-            self._launches = backend.finish(launches)
+            ready = list(backend.finish(launches))
+            decoders = min(self._spec.scales, 2)
+            self._launches, self._decoders = ready[:-decoders], ready[-decoders:]
         except BaseException:
             self.close()
             raise
@@ -58,36 +64,110 @@ class ScaleLoop:
         labels: Sequence[int],
         uniforms_BT: NDArray[np.float32],
         sampling: Sampling,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int], object] | None = None,
         forced: Sequence[NDArray[np.int64]] = (),
+        keep: Kept | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> NDArray[np.float32]:
         """Images [B, side, side, channels] in [0, 1] of B labels and their uniforms [B, T].
 
-        `forced` holds the tokens [B, L_k] of the first scales; the others are drawn.
-        `on_step` is called after each scale and after the decoder with how many of them are done;
-        on a GPU that makes the host wait at each. The returned array is overwritten by the next
-        run. Raises BackendError where the model's logits are not numbers.
+        The returned array is overwritten by the next run, and by `preview` and `decode`.
+
+        Args:
+            on_step: called after each scale with how many are done, and with K + 1 after the
+                decoder; on a GPU that makes the host wait at each. Where it returns True after a
+                scale, that was the last one: what there is gets decoded.
+            forced: the tokens [B, L_k] of the first scales; the others are drawn.
+            keep: tokens of the other scales that are not drawn either.
+            cancelled: asked before each launch, which waits for nothing.
+
+        Raises BackendError where the model's logits are not numbers, and CancelledError where
+        `cancelled` says True; the loop can be used again after both.
         """
-        if not self._launches:
-            raise BackendError("this scale loop is closed")
+        self._check_open()
         buffers, backend = self._buffers, self._backend
-        buffers.fill(labels, uniforms_BT, sampling, forced)
-        before = len(self._launches) - self._spec.scales - 1  # `condition`, where there is one
-        for number, launch in enumerate(self._launches):
-            launch()
-            if number == before + self._spec.scales - 1:
-                buffers.arena.forget()  # the decoder needs the room, not the cache
-            if on_step and number >= before:
+        self._done = 0
+        buffers.fill(labels, uniforms_BT, sampling, forced, keep)
+        try:
+            self._draw(on_step, cancelled)
+            buffers.arena.forget()  # the decoder needs the room, not the cache
+            _refuse_cancelled(cancelled)
+            self._decode()
+            if on_step:
                 backend.synchronize()
-                on_step(number - before + 1)
-        buffers.made.download()
+                on_step(self._spec.scales + 1)
+            buffers.made.download()
+        except BaseException:
+            with contextlib.suppress(BackendError):
+                backend.synchronize()  # nothing may still read what the next run is given
+            raise
         backend.synchronize()
         self._check_tokens()
         return buffers.image()
 
+    @property
+    def scales_done(self) -> int:
+        """Scales of the run that is going on, or of the last one."""
+        return self._done
+
+    def drawn(self, scale: int) -> NDArray[np.int64]:
+        """A copy of the tokens [B, L_k] of a scale that is done, also from within `on_step`."""
+        self._buffers.made.download()
+        self._backend.synchronize()
+        tokens: NDArray[np.int64] = self._buffers.tokens(scale).copy()
+        return tokens
+
+    def preview(self) -> NDArray[np.float32]:
+        """What the scales that are done look like, decoded [B, side, side, channels] in [0, 1].
+
+        For use within `on_step`. The returned array is overwritten by the next one.
+        """
+        self._check_open()
+        self._decode()
+        return self._image()
+
+    def decode(self, f_hat: NDArray[np.float32]) -> NDArray[np.float32]:
+        """f_hat [B, Cv, p_K, p_K] → images [B, side, side, channels] in [0, 1], not during a run.
+
+        The returned array is overwritten by the next one.
+        """
+        self._check_open()
+        self._buffers.fill_f_hat(f_hat)
+        self._decoders[-1]()
+        return self._image()
+
+    def _draw(
+        self, on_step: Callable[[int], object] | None, cancelled: Callable[[], bool] | None
+    ) -> None:
+        """All scales, or those until `on_step` says that it is enough."""
+        before = len(self._launches) - self._spec.scales  # `condition`, where there is one
+        for number, launch in enumerate(self._launches):
+            _refuse_cancelled(cancelled)
+            launch()
+            if number < before:
+                continue
+            self._done = number - before + 1
+            if on_step:
+                self._backend.synchronize()
+                if on_step(self._done) is True:
+                    return
+
+    def _decode(self) -> None:
+        """Start the decoder on f_hat as it is after the last scale that is done."""
+        self._decoders[-1 - (self._spec.scales - self._done) % 2]()
+
+    def _image(self) -> NDArray[np.float32]:
+        self._buffers.made.download()
+        self._backend.synchronize()
+        return self._buffers.image()
+
+    def _check_open(self) -> None:
+        if not self._launches:
+            raise BackendError("this scale loop is closed")
+
     def _check_tokens(self) -> None:
         """The graphs give V, which is no code, for logits that are not numbers."""
-        for scale in range(self._spec.scales):
+        for scale in range(self._done):
             if (self._buffers.tokens(scale) >= self._spec.tokenizer.vocab_size).any():
                 raise BackendError(
                     f"the logits of scale {scale} are not numbers: fp16 overflowed, or the weights "
@@ -95,15 +175,15 @@ class ScaleLoop:
                 )
 
     def tokens(self) -> list[NDArray[np.int64]]:
-        """Copies of the last run's tokens, [B, L_k] a scale."""
-        return [self._buffers.tokens(k).copy() for k in range(self._spec.scales)]
+        """Copies of the last run's tokens, [B, L_k] a scale that it came to."""
+        return [self._buffers.tokens(k).copy() for k in range(self._done)]
 
     def close(self) -> None:
         """Release every session and the backend's memory; safe to call twice."""
         for session in self._opened.values():
             session.close()
         self._opened.clear()
-        self._launches = ()
+        self._launches = self._decoders = ()
         self._backend.close()
 
     def _graphs(self, precision: str, layout: Layout) -> dict[str, GraphInfo]:
@@ -113,7 +193,11 @@ class ScaleLoop:
         return {name: self._manifest.graph(precision, name) for name in wanted}
 
     def _bind_all(self, graphs: Mapping[str, GraphInfo], layout: Layout) -> list[Launch]:
-        """Launches in the order of a generation."""
+        """Launches in the order of a generation.
+
+        The decoder is there twice: scales leave f_hat in two places in turn, and a preview is
+        decoded from the place where the last scale does not leave it.
+        """
         b, scales = self._buffers, _scale_graphs(self._spec.scales, layout)
         launches = []
         if names.CONDITION in graphs:
@@ -125,10 +209,9 @@ class ScaleLoop:
             launches.append(
                 self._bind(graphs[name], name, b.scale_inputs(k), b.scale_outputs(k))
             )
-        decoder = graphs[names.DECODER]
-        launches.append(
-            self._bind(decoder, names.DECODER, b.decoder_inputs(), b.decoder_outputs())
-        )
+        decoder, outputs = graphs[names.DECODER], b.decoder_outputs()
+        for done in range(max(len(scales) - 1, 1), len(scales) + 1):
+            launches.append(self._bind(decoder, names.DECODER, b.decoder_inputs(done), outputs))
         return launches
 
     def _bind(self, graph: GraphInfo, name: str, inputs: Arrays, outputs: Arrays) -> Launch:
@@ -136,6 +219,11 @@ class ScaleLoop:
         wanted = {t.name: inputs[t.name] for t in graph.inputs}
         given = {t.name for t in graph.outputs}
         return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in given})
+
+
+def _refuse_cancelled(cancelled: Callable[[], bool] | None) -> None:
+    if cancelled is not None and cancelled():
+        raise CancelledError("the generation was cancelled")
 
 
 def _scale_graphs(scales: int, layout: Layout) -> list[str]:

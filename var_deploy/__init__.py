@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from var_deploy.errors import (
     BackendError,
     BundleError,
+    CancelledError,
     CheckpointError,
     ExportError,
     LabelError,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BundleError",
+    "CancelledError",
     "CheckpointError",
     "ExportError",
     "LabelError",

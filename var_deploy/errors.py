@@ -7,7 +7,8 @@
     ├── BundleError           a bundle that is damaged, too new, or incomplete
     ├── ExportError           the export could not finish
     ├── VerificationError     the deployed graphs and the model disagree
-    └── BackendError          a runtime is missing or refused its work
+    ├── BackendError          a runtime is missing or refused its work
+    └── CancelledError        somebody asked for the work to stop
 
 Each carries one line that says what is wrong and, where it is known, what to do about it.
 """
@@ -49,3 +50,7 @@ class VerificationError(VarDeployError):
 
 class BackendError(VarDeployError):
     """An inference runtime is not installed, or it failed."""
+
+
+class CancelledError(VarDeployError):
+    """The work was stopped on request; what was asked is as usable as before."""

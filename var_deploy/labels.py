@@ -9,15 +9,18 @@ from collections.abc import Iterable, Sequence
 
 from var_deploy.errors import LabelError
 
+SHOWN = 60  # characters of a name that a message repeats
+
 
 def resolve_labels(
     text_or_items: str | int | Iterable[str | int], names: Sequence[str], classes: int
 ) -> list[int]:
     """Turn "star,3" (or a sequence of names and numbers) into class numbers.
 
-    Names are matched without regard to case. A name that lists synonyms, as ImageNet's do
-    ("tench, Tinca tinca"), is matched whole or by any one of them. Only a string given for the
-    whole list is split at commas.
+    Names are matched without regard to case, and an underscore is as good as a space. A name that
+    lists synonyms ("tench, Tinca tinca") is matched whole or by any one of them, and one that ends
+    in a note ("crane (bird)") without it too. Only a string given for the whole list is split at
+    commas.
 
     Args:
         text_or_items: the labels.
@@ -63,13 +66,22 @@ def _resolve(item: object, names: Sequence[str], classes: int) -> int:
     if found:
         numbered = ", ".join(f"{n} ({names[n]})" for n in found)
         raise LabelError(f"label {item!r} names several classes, give the number: {numbered}")
+    close = _close(wanted, names)
+    hint = f"did you mean {' or '.join(close)}?" if close else _choices(names, classes)
+    raise LabelError(f"no class is called {_short(item.strip())!r}; {hint}")
+
+
+def _close(wanted: str, names: Sequence[str]) -> list[str]:
+    """Up to four names that may be meant: such as have the wanted text as one of their words
+    ("panda" → "giant panda"), else such as are spelled much like it."""
     spellings = {synonym: name for name in names for synonym in (_fold(name), *_synonyms(name))}
-    close = difflib.get_close_matches(wanted, spellings, n=3)
-    if close:
-        hint = "did you mean " + " or ".join(dict.fromkeys(spellings[c] for c in close)) + "?"
-    else:
-        hint = _choices(names, classes)
-    raise LabelError(f"no class is called {item.strip()!r}; {hint}")
+    found = [s for s in spellings if re.search(rf"\b{re.escape(wanted)}\b", s)] if wanted else []
+    found = found or difflib.get_close_matches(wanted[:SHOWN], spellings, n=3)
+    return list(dict.fromkeys(spellings[f] for f in found))[:4]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
 def _in_range(label: int, classes: int) -> int:
@@ -83,13 +95,15 @@ def _choices(names: Sequence[str], classes: int) -> str:
     if not names:
         return numbers_only
     if len(names) > 16:
-        return f"{numbers_only} and the names that `var-deploy inspect` lists"
+        return f"{numbers_only} and the names that `var-deploy inspect --json` lists"
     return f"{numbers_only} and {', '.join(names)}"
 
 
 def _fold(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    return " ".join(text.replace("_", " ").split()).casefold()
 
 
 def _synonyms(name: str) -> list[str]:
-    return [_fold(part) for part in name.split(",") if part.strip()]
+    """What else a name is matched by: each part between commas, with and without its note."""
+    parts = [_fold(part) for part in name.split(",") if part.strip()]
+    return [*parts, *(re.sub(r" \([^()]*\)$", "", part) for part in parts)]

@@ -231,8 +231,10 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
     }
     if not graphs or data["batch"] < 1:
         raise ValueError(f"{len(graphs)} precisions, batch {data['batch']}")
+    model, defaults = ModelSpec.from_json(data["model"]), Sampling(**data["defaults"])
+    defaults.check(model.scales)
     return Manifest(
-        model=ModelSpec.from_json(data["model"]),
+        model=model,
         preset=data["preset"],
         batch=int(data["batch"]),
         guidance=bool(data["guidance"]),
@@ -240,7 +242,7 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
         files={k: FileInfo(size=v["size"], sha256=v["sha256"]) for k, v in data["files"].items()},
         checkpoint=dict(data["checkpoint"]),
         tools=dict(data["tools"]),
-        defaults=Sampling(**data["defaults"]),
+        defaults=defaults,
         labels=tuple(data["labels"]),
         parity=data["parity"],
         schema_version=data["schema_version"],

@@ -11,6 +11,7 @@ CONDITION = "condition"
 STEP = "step"  # one graph with symbolic L and P that serves every scale
 DECODER = "decoder"
 ENCODER = "encoder"
+ACCUMULATE = "accumulate"  # tokens of all scales to what they add up to
 
 
 def scale_graph(scale: int) -> str:
@@ -58,6 +59,9 @@ LATENT = "latent"
 # decoder and encoder
 IMAGE = "image"  # [B, side, side, channels] fp32 in [0, 1]
 
+# accumulate
+F_HATS = "f_hats"  # [K, B, Cv, p_K, p_K] fp32, f_hat after each scale
+
 
 def past_key(layer: int) -> str:
     """Keys of the scales before, [P_k, G, H, D]."""
@@ -80,7 +84,7 @@ def new_value(layer: int) -> str:
 
 
 def encoder_tokens(scale: int) -> str:
-    """Output of the encoder for one scale, [B, L_k] int64."""
+    """Output of the encoder and input of `accumulate` for one scale, [B, L_k] int64."""
     return f"tokens_{scale:02d}"
 
 

@@ -1,10 +1,11 @@
-"""`Pipeline`: from a bundle to images in two calls."""
+"""`Pipeline`: from a bundle to images in two calls, and from images to others."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -12,10 +13,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.editing import Kept, blend, keep_masks
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.sampling import Sampling, check_seed, uniforms
+from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.request import (
+    Batches,
+    Images,
+    Request,
+    ScaleEvent,
+    end_of,
+    streams,
+    to_uint8,
+)
+from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
+from var_deploy.sampling import Sampling
 
 BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
@@ -29,10 +43,19 @@ class Pipeline:
     """
 
     def __init__(
-        self, manifest: Manifest, loop: Any, precision: str, layout: str, how: dict[str, str]
+        self,
+        manifest: Manifest,
+        loop: ScaleLoop,
+        precision: str,
+        layout: str,
+        how: dict[str, str],
+        tokenizer: TokenizerGraphs | None = None,
     ) -> None:
         self.manifest = manifest
-        self._loop, self._lock, self._busy = loop, threading.RLock(), False
+        self._loop: ScaleLoop | None = loop
+        self._graphs = tokenizer
+        self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
+        self._batches = Batches(manifest, loop, self._cancelled.is_set)
         self._how = {"precision": precision, "layout": layout, **how}
 
     @classmethod
@@ -82,16 +105,10 @@ class Pipeline:
         folder = Path(bundle)
         manifest = read_manifest(folder)
         from var_deploy.runtime.backends import choose_backend
-        from var_deploy.runtime.loop import ScaleLoop
 
+        options: dict[str, Any] = {"threads": threads, "cuda_graph": cuda_graph}
         choice = choose_backend(
-            folder,
-            manifest,
-            backend=backend,
-            precision=precision,
-            layout=layout,
-            threads=threads,
-            cuda_graph=cuda_graph,
+            folder, manifest, backend=backend, precision=precision, layout=layout, **options
         )
         precision = choice.precision
         try:
@@ -104,53 +121,187 @@ class Pipeline:
         how = choice.backend.describe()
         if choice.reason:
             how["chosen because"] = choice.reason
-        return cls(manifest, loop, precision, choice.layout, how)
+        options |= {"backend": choice.backend.name, "precision": precision, "layout": choice.layout}
+        tokenizer = TokenizerGraphs(
+            folder, manifest, precision, lambda: choose_backend(folder, manifest, **options).backend
+        )
+        return cls(manifest, loop, precision, choice.layout, how, tokenizer)
 
     def generate(
         self,
         labels: Sequence[int | str] | None = None,
-        seed: int = 0,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
+        seed: int | Sequence[int] = 0,
+        cfg: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
         *,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> NDArray[np.uint8]:
+        on_scale: Callable[[ScaleEvent], object] | None = None,
+        deadline: float | None = None,
+    ) -> Images:
         """One image a label, [N, side, side, channels] uint8; the array is the caller's.
 
         Image n depends on (seed, n, its label and the settings) alone, not on the batch size.
 
         Args:
-            labels: class numbers or names; None is one image without a class. An unconditional
-                model takes the count from the length alone.
-            seed: 0 … 2⁶⁴-1.
+            labels: class numbers or names; None is one image without a class (one a seed). An
+                unconditional model takes the count from the length alone.
+            seed: 0 … 2⁶⁴-1; or one a label, and image n is the one that its label and its seed
+                give alone.
             cfg, top_k, top_p, temperature: see `Sampling`; None takes the bundle's default.
             on_progress: called with (launches done, launches in all).
+            on_scale: called after each scale of each batch, see `ScaleEvent`.
+            deadline: seconds for the whole call. An image is decoded from the scales that were
+                done in time, one at least; `scales_done` of the result says how many. What scales
+                and decoder take is learned from the runs before.
+
+        With `on_progress`, `on_scale` or `deadline` a GPU is waited for after every scale.
 
         Raises UsageError (LabelError) for labels, seeds or settings out of range, BackendError
-        where the pipeline is closed or the runtime fails.
+        where the pipeline is closed or the runtime fails, CancelledError after `cancel`.
         """
-        manifest, spec = self.manifest, self.manifest.model
-        sampling = manifest.defaults.replace(
-            cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature
-        )
-        if cfg and not manifest.guidance and spec.transformer.conditional:
-            raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
-        seed = check_seed(seed)
-        numbers = self._numbers(labels)
-        side, channels = spec.tokenizer.image_side, spec.tokenizer.image_channels
-        images = np.empty((len(numbers), side, side, channels), np.uint8)
-        with self._lock:
-            if self._loop is None:
-                raise BackendError("this pipeline is closed")
-            self._refuse_callback()
-            self._busy = True
-            try:
-                self._fill(images, numbers, seed, sampling, on_progress)
-            finally:
-                self._busy = False
+        end = end_of(deadline)
+        sampling = self._sampling(cfg, top_k, top_p, temperature)
+        if labels is None:
+            numbers, drawn = self._variants(None, seed)
+        else:
+            numbers = self._numbers(labels)
+            drawn = streams(seed, len(numbers))
+        request = Request(labels=numbers, streams=drawn, sampling=sampling)
+        with self._running():
+            return self._batches.draw(request, on_progress, on_scale, end)
+
+    def encode(self, images: Picture | Sequence[Picture]) -> list[NDArray[np.int64]]:
+        """Tokens [N, L_k] of every scale.
+
+        Args:
+            images: arrays, PIL images or paths, see `pictures.read_pictures`: of any size, brought
+                to the model's as in its training.
+
+        Raises UsageError for what is no picture, BundleError or BackendError where the encoder
+        cannot be run.
+        """
+        pixels = self._pixels(images)
+        with self._running():
+            return self._tokenizer.encode(pixels)
+
+    def decode(
+        self, tokens: Sequence[NDArray[np.int64]], scales: int | None = None
+    ) -> NDArray[np.uint8]:
+        """Images uint8 [N, side, side, channels] of the tokens of the first `scales` scales.
+
+        `tokens` has [N, L_k] a scale; without `scales` all that are given are taken. Raises
+        UsageError for tokens that are none of this model's, BundleError for a bundle from before
+        it could do this.
+        """
+        scales = len(tokens) if scales is None else scales
+        checked = check_tokens(self.manifest.model, tokens, scales)
+        tokenizer = self.manifest.model.tokenizer
+        side = tokenizer.image_side
+        images = np.empty((len(checked[0]), side, side, tokenizer.image_channels), np.uint8)
+        with self._running() as loop:
+            for rows, f_hat in self._tokenizer.f_hats(checked, scales):
+                images[rows] = to_uint8(loop.decode(f_hat)[: len(rows)])
         return images
+
+    def edit(
+        self,
+        image: Picture,
+        mask: Mask,
+        label: int | str | None = None,
+        seed: int | Sequence[int] = 0,
+        cfg: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        *,
+        keep_pixels: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_scale: Callable[[ScaleEvent], object] | None = None,
+        deadline: float | None = None,
+    ) -> Images:
+        """Draw a part of an image anew, [N, side, side, channels] uint8, one a seed.
+
+        The image's tokens stay outside the mask at every scale, see `editing.keep_masks`, and far
+        from it the image comes back as the tokenizer reconstructs it.
+
+        Args:
+            image: see `encode`.
+            mask: where the image is to be new: bool [H, W] or an image, see `pictures.read_mask`.
+            label: what to put there; None lets the surroundings decide.
+            keep_pixels: outside the mask put the pixels back as they were; the seam is feathered,
+                within the mask.
+
+        The other arguments and errors are those of `generate`.
+        """
+        end = end_of(deadline)
+        tokenizer = self.manifest.model.tokenizer
+        sampling = self._sampling(cfg, top_k, top_p, temperature)
+        picture = upright(image, tokenizer.image_channels)
+        new = read_mask(mask, picture.width, picture.height, tokenizer.image_side)
+        pixels = self._pixels(picture)
+        masks = keep_masks(new, tokenizer.patch_nums)
+        numbers, drawn = self._variants(label, seed)
+        with self._running():
+            tokens = self._tokenizer.encode(pixels)
+            count = len(numbers)
+            request = Request(
+                labels=numbers,
+                streams=drawn,
+                sampling=sampling,
+                kept=Kept(
+                    masks=tuple(np.tile(m, (count, 1)) for m in masks),
+                    tokens=tuple(np.tile(t, (count, 1)) for t in tokens),
+                ),
+            )
+            images = self._batches.draw(request, on_progress, on_scale, end)
+        if keep_pixels:
+            images[...] = blend(images, pixels[0], new)
+        return images
+
+    def vary(
+        self,
+        image: Picture,
+        from_scale: int,
+        label: int | str | None = None,
+        seed: int | Sequence[int] = 0,
+        cfg: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_scale: Callable[[ScaleEvent], object] | None = None,
+        deadline: float | None = None,
+    ) -> Images:
+        """Keep an image's tokens of the scales before `from_scale` and draw the others anew.
+
+        [N, side, side, channels] uint8, one a seed. `from_scale` 0 keeps nothing, K everything.
+        The other arguments and errors are those of `generate`; for `image` see `encode`.
+        """
+        end, scales = end_of(deadline), self.manifest.model.scales
+        if isinstance(from_scale, bool) or not 0 <= from_scale <= scales:
+            raise UsageError(f"from_scale must lie between 0 and {scales}, found {from_scale}")
+        sampling = self._sampling(cfg, top_k, top_p, temperature)
+        pixels = self._pixels(image)
+        if len(pixels) != 1:
+            raise UsageError(f"vary takes one image, found {len(pixels)}")
+        numbers, drawn = self._variants(label, seed)
+        with self._running():
+            tokens = self._tokenizer.encode(pixels)[:from_scale]
+            forced = tuple(np.tile(t, (len(numbers), 1)) for t in tokens)
+            request = Request(labels=numbers, streams=drawn, sampling=sampling, forced=forced)
+            return self._batches.draw(request, on_progress, on_scale, end)
+
+    def cancel(self) -> None:
+        """Stop what is being drawn, from another thread or from a callback.
+
+        The call that draws raises CancelledError before its next launch; the pipeline can be used
+        again. Nothing happens where nothing is drawn; calls that wait for their turn go on.
+        """
+        if self._busy:
+            self._cancelled.set()
 
     def describe(self) -> dict[str, str]:
         """Backend, versions, precision, layout: what a result should be reported with."""
@@ -160,6 +311,8 @@ class Pipeline:
         """Release the sessions; safe to call twice."""
         with self._lock:
             self._refuse_callback()
+            if self._graphs is not None:
+                self._graphs.close()
             if self._loop is not None:
                 self._loop.close()
                 self._loop = None
@@ -175,39 +328,58 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _fill(
-        self,
-        images: NDArray[np.uint8],
-        labels: list[int],
-        seed: int,
-        sampling: Sampling,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> None:
-        """Generate batch by batch into `images`; the last batch is padded with its last label."""
-        batch, total = self.manifest.batch, self.manifest.model.total_tokens
-        launches = self.manifest.model.scales + 1
-        all_steps = -(-len(labels) // batch) * launches
-        for number, first in enumerate(range(0, len(labels), batch)):
-            part = labels[first : first + batch]
-            padded = part + [part[-1]] * (batch - len(part))
-            draws = np.stack([uniforms(seed, first + i, total) for i in range(batch)])
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[ScaleLoop]:
+        """The pipeline's one turn."""
+        with self._lock:
+            if self._loop is None:
+                raise BackendError("this pipeline is closed")
+            self._refuse_callback()
+            self._cancelled.clear()
+            self._busy = True
+            try:
+                yield self._loop
+            finally:
+                self._busy = False
 
-            def step(done: int, before: int = number * launches) -> None:
-                if on_progress:
-                    on_progress(before + done, all_steps)
-
-            result = self._loop.run(padded, draws, sampling, step)
-            images[first : first + len(part)] = np.rint(result[: len(part)] * 255)
+    @property
+    def _tokenizer(self) -> TokenizerGraphs:
+        if self._graphs is None:
+            raise BackendError("this pipeline has no tokenizer: make it with Pipeline.load")
+        return self._graphs
 
     def _refuse_callback(self) -> None:
         """Only a callback of a running generation can hold the lock and get here."""
         if self._busy:
             raise UsageError("a callback of generate cannot use the pipeline that calls it")
 
-    def _numbers(self, labels: Sequence[int | str] | None) -> list[int]:
+    def _sampling(self, cfg: Any, top_k: Any, top_p: Any, temperature: Any) -> Sampling:
+        """The bundle's settings with those that are given; refuses what the bundle cannot do."""
+        manifest, spec = self.manifest, self.manifest.model
+        sampling = manifest.defaults.replace(
+            cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature
+        )
+        sampling.check(spec.scales)
+        if sampling.guides and not manifest.guidance and spec.transformer.conditional:
+            raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
+        return sampling
+
+    def _numbers(self, labels: Sequence[int | str]) -> list[int]:
         transformer = self.manifest.model.transformer
-        if labels is None:
-            return [transformer.classes]
         if not transformer.conditional:
             return [0] * len(labels)
         return resolve_labels(labels, self.manifest.labels, transformer.classes)
+
+    def _variants(
+        self, label: int | str | None, seed: int | Sequence[int]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Labels and streams of one image a seed; no label is "no class"."""
+        drawn = streams(seed, None)
+        numbers = [self.manifest.model.transformer.classes]
+        if label is not None:
+            numbers = self._numbers([label])
+        return numbers * len(drawn), drawn
+
+    def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
+        tokenizer = self.manifest.model.tokenizer
+        return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,46 +23,163 @@ MAX_TOP_K = 2**31 - 1  # far above any codebook, and an integer to every backend
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScaleSampling:
+    """What one scale draws with.
+
+    `guidance` is t in logits = (1 + t)·conditional - t·unconditional.
+    """
+
+    guidance: float
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings of one `generate` call.
+    """Settings of one `generate` call: each a number, or a sequence of one value a scale.
 
     Attributes:
-        cfg: guidance at the last scale; scale k uses cfg · k/(K-1) (VAR, section 3).
+        cfg: a number is the guidance at the last of K scales, and scale k uses cfg · k/(K-1)
+            (VAR, section 3); a sequence is taken as it stands.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the smallest set of codes with this probability; 0 keeps all.
         temperature: divides the logits before filtering.
 
-    Raises UsageError for a value that is NaN or out of range.
+    Sequences are kept as tuples. Raises UsageError for a value that is NaN or out of range; how
+    many values there must be is not known here, see `check`.
     """
 
-    cfg: float = 4.0
-    top_k: int = 900
-    top_p: float = 0.95
-    temperature: float = 1.0
+    cfg: float | tuple[float, ...] = 4.0
+    top_k: int | tuple[int, ...] = 900
+    top_p: float | tuple[float, ...] = 0.95
+    temperature: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
-        _number("cfg", self.cfg, 0.0, 1000.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        _number("temperature", self.temperature, 1e-3, 1000.0)
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, numbers.Integral):
-            raise UsageError(f"top_k must be a whole number, found {self.top_k!r}")
-        if not 0 <= self.top_k <= MAX_TOP_K:
-            raise UsageError(f"top_k must lie between 0 (off) and 2**31 - 1, found {self.top_k}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                value = value.tolist()
+            if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+                value = tuple(
+                    _setting(field.name, v, f" of scale {k}") for k, v in enumerate(value)
+                )
+            else:
+                value = _setting(field.name, value)
+            object.__setattr__(self, field.name, value)
+
+    def at(self, scale: int, scales: int) -> ScaleSampling:
+        """The settings of `scale` out of `scales`. Raises UsageError as `check` does."""
+        self.check(scales)
+
+        def pick(values: Any) -> Any:
+            return values[scale] if isinstance(values, tuple) else values
+
+        return ScaleSampling(
+            guidance=self.guidance(scale, scales),
+            temperature=pick(self.temperature),
+            top_k=pick(self.top_k),
+            top_p=pick(self.top_p),
+        )
 
     def guidance(self, scale: int, scales: int) -> float:
         """t at `scale`: logits = (1 + t)·conditional - t·unconditional."""
+        if isinstance(self.cfg, tuple):
+            return self.cfg[scale]
         return self.cfg * scale / (scales - 1) if scales > 1 else self.cfg
+
+    @property
+    def guides(self) -> bool:
+        """Whether any scale has guidance; False asks for nothing that a bundle without lacks."""
+        return any(self.cfg) if isinstance(self.cfg, tuple) else self.cfg != 0
+
+    def check(self, scales: int) -> None:
+        """Raises UsageError where a sequence does not have one value for each of the scales."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) != scales:
+                raise UsageError(
+                    f"{field.name} has {_count(len(value), 'value')}, but the model has "
+                    f"{_count(scales, 'scale')}: give one number, or one a scale"
+                )
+
+    def texts(self) -> dict[str, str]:
+        """Each setting as `parse_setting` reads it, to the last digit."""
+        return {f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k.replace('_', '-')} {text}" for k, text in self.texts().items())
 
     def replace(self, **changes: Any) -> Sampling:
         """A copy with the settings that are not None changed; they are validated again."""
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
+LIMITS = {"cfg": (0.0, 1000.0), "top_p": (0.0, 1.0), "temperature": (1e-3, 1000.0)}
+
+
+def _setting(name: str, value: Any, where: str = "") -> Any:
+    """The value as a number of Python's own, or UsageError."""
+    if name == "top_k":
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise UsageError(f"top_k{where} must be a whole number, found {value!r}")
+        if not 0 <= int(value) <= MAX_TOP_K:
+            raise UsageError(f"top_k{where} must lie between 0 (off) and 2**31 - 1, found {value}")
+        return int(value)
+    low, high = LIMITS[name]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise UsageError(f"{name} must be a number, found {value!r}")
+        raise UsageError(f"{name}{where} must be a number, found {value!r}")
     if not math.isfinite(float(value)) or not low <= float(value) <= high:
-        raise UsageError(f"{name} must lie between {low:g} and {high:g}, found {value}")
+        raise UsageError(f"{name}{where} must lie between {low:g} and {high:g}, found {value}")
+    return float(value)
+
+
+def parse_setting(name: str, text: str, scales: int) -> Any:
+    """A setting of `Sampling` as people write it, for a model of K scales.
+
+    "4" is a number; "0,1,2,4" one value a scale; "1:4" a straight line from 1 at the first scale
+    to 4 at the last, v_k = 1 + (4 - 1)·k/(K-1), rounded to whole numbers for top_k.
+
+    Raises UsageError for a text that is none of these, a wrong count, or a value out of range.
+    """
+    parts = text.split(":" if ":" in text else ",")
+    values = tuple(_read(name, part, text) for part in parts)
+    setting: Any = values if len(values) > 1 else values[0]
+    if ":" in text:
+        if len(values) != 2:
+            raise UsageError(f"{name} {text!r}: a ramp has two ends, as in 1:4")
+        if name in ("top_k", "top_p") and 0 in values:
+            raise UsageError(f"{name} {text!r}: 0 keeps every code, so no ramp leads there")
+        first, last = (_setting(name, value) for value in values)
+        ramp = (first + (last - first) * k / max(scales - 1, 1) for k in range(scales))
+        setting = tuple(round(value) for value in ramp) if name == "top_k" else tuple(ramp)
+    sampling = Sampling(**{name: setting})
+    sampling.check(scales)
+    return getattr(sampling, name)
+
+
+def _read(name: str, part: str, text: str) -> float:
+    kind = int if name == "top_k" else float
+    try:
+        return kind(part)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(
+            f"{name} {text!r} is not {what}, a ramp such as 1:4, or one value a scale such as 0,1,2"
+        ) from None
+
+
+def _text(value: float | tuple[float, ...]) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    if isinstance(value, int):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def check_seed(seed: object) -> int:
@@ -71,6 +189,15 @@ def check_seed(seed: object) -> int:
     if not 0 <= int(seed) <= MAX_SEED:
         raise UsageError(f"seed must lie between 0 and 2**64 - 1, found {seed}")
     return int(seed)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds between commas. Raises UsageError for one that `check_seed` refuses."""
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"seed {text!r} is not a whole number, or several such as 1,2,3") from None
+    return [check_seed(seed) for seed in seeds]
 
 
 def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:

@@ -127,9 +127,13 @@ def test_verify_that_cannot_be(
             }.items()
             for value in values
         ],
-        (("--cfg", "strong"), "--cfg"),
-        (("--top-k", "2.5"), "--top-k"),
-        (("--seed", "nan"), "--seed"),
+        (("--cfg", "strong"), "cfg 'strong' is not a number"),
+        (("--cfg", "1,2"), "cfg has 2 values, but the model has"),
+        (("--cfg", "1:2:3"), "a ramp has two ends"),
+        (("--top-k", "2.5"), "top_k '2.5' is not a whole number"),
+        (("--top-p", "0:0.9"), "0 keeps every code"),
+        (("--seed", "nan"), "seed 'nan' is not a whole number"),
+        (("--seed", "1,2,3", "--count", "2"), "3 seeds for 2 images"),
         (("--count", "0"), "--count"),
         (("--count", "-3"), "--count"),
         (("--threads", "0"), "--threads"),

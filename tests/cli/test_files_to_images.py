@@ -81,6 +81,19 @@ def test_a_grid_a_folder_and_single_images_agree(made: Path, tmp_path: Path) -> 
     assert pixels(singles[0]).std() > 10
 
 
+def test_an_image_with_a_seed_of_its_own_is_the_one_made_alone(made: Path, tmp_path: Path) -> None:
+    done("generate", made, "--labels", "3", "--seed", "5,9,5", "--out", tmp_path / "many")
+    paths = sorted((tmp_path / "many").iterdir())
+    assert len(paths) == 3
+    for path in paths:
+        text = read_settings(path)
+        again = ("--labels", text["labels"], "--seed", text["seed"], "--out", tmp_path / "one.png")
+        done("generate", made, *again)
+        np.testing.assert_array_equal(pixels(path), pixels(tmp_path / "one.png"))
+    assert [read_settings(path)["seed"] for path in paths] == ["5", "9", "5"]
+    assert (pixels(paths[0]) != pixels(paths[1])).any()
+
+
 def test_a_picture_can_be_made_again_from_its_text(made: Path, tmp_path: Path) -> None:
     odd = ("--cfg", 1.23456789, "--top-p", 0.8765432101, "--temperature", 1.0000001, "--top-k", 40)
     first, again = tmp_path / "first.png", tmp_path / "again.png"
@@ -96,6 +109,19 @@ def test_a_picture_can_be_made_again_from_its_text(made: Path, tmp_path: Path) -
     np.testing.assert_array_equal(pixels(again), pixels(first))
     assert read_settings(again) == text
     assert float(text["cfg"]) == 1.23456789
+
+    scales = ("--cfg", "0.1:3.3", "--top-k", "0,5,48", "--top-p", "0.7:1", "--temperature", 0.3)
+    done("generate", made, "--labels", "3,0", *scales, "--out", first)
+    text = read_settings(first)
+    options = [
+        argument
+        for key in ("seed", "labels", "cfg", "top_k", "top_p", "temperature", "precision")
+        for argument in ("--" + key.replace("_", "-"), text[key])
+    ]
+    done("generate", made, *options, "--out", again)
+    np.testing.assert_array_equal(pixels(again), pixels(first))
+    assert read_settings(again) == text
+    assert text["cfg"].startswith("0.1,1.7") and text["cfg"].count(",") == 2
 
     done("generate", made, "--labels", "3,0", "--count", 3, "--out", tmp_path / "many")
     text = read_settings(tmp_path / "many" / "002_3.png")

@@ -212,6 +212,10 @@ def test_many_classes_need_labels(
         (["--temperature", "0"], "temperature"),
         (["--temperature", "inf"], "temperature"),
         (["--seed", "-1"], "seed"),
+        (["--seed", "1,x"], "seed '1,x'"),
+        (["--seed", "1,2"], "2 seeds for 3 images"),
+        (["--cfg", "1,2,3"], "cfg has 3 values, but the model has 2 scales"),
+        (["--top-k", "0:9"], "top_k '0:9': 0 keeps every code"),
         (["--out", "x.jpg"], ".png"),
         (["--out", "/proc/self/x.png"], "/proc/self/x.png"),
     ],
@@ -223,6 +227,51 @@ def test_bad_options_stop_before_loading(
     assert_one_line(run("generate", bundle, "--out", out, *options), 2, part)
     assert not pipeline.calls
     assert not out.exists()
+
+
+def test_settings_of_each_scale(bundle: Path, pipeline: type[FakePipeline]) -> None:
+    out = bundle.parent / "x.png"
+    options = ("--cfg", "1:4", "--top-k", "9,0", "--top-p", "0.5,0.25", "--temperature", "2")
+    assert run("generate", bundle, "--labels", "star", *options, "--out", out).exit_code == 0
+    _, asked = pipeline.calls
+    assert asked == {
+        "labels": [0],
+        "seed": 0,
+        "cfg": (1.0, 4.0),
+        "top_k": (9, 0),
+        "top_p": (0.5, 0.25),
+        "temperature": 2.0,
+    }
+    settings = read_settings(out)
+    assert {name: settings[name] for name in ("cfg", "top_k", "top_p", "temperature")} == {
+        "cfg": "1,4",
+        "top_k": "9,0",
+        "top_p": "0.5,0.25",
+        "temperature": "2",
+    }
+
+
+def test_one_seed_an_image(bundle: Path, pipeline: type[FakePipeline]) -> None:
+    out = bundle.parent / "many"
+    result = run("generate", bundle, "--labels", "heart", "--seed", "5,9,5", "--out", out)
+    assert result.exit_code == 0, result.output
+    _, asked = pipeline.calls
+    assert (asked["labels"], asked["seed"]) == ([1, 1, 1], [5, 9, 5])
+    texts = [read_settings(path) for path in sorted(out.iterdir())]
+    assert [(text["seed"], text["image"]) for text in texts] == [
+        ("5", "0 of 1"),
+        ("9", "0 of 1"),
+        ("5", "0 of 1"),
+    ]
+    grid = bundle.parent / "grid.png"
+    run("generate", bundle, "--labels", "0,1", "--seed", "1,2", "--out", grid)
+    assert read_settings(grid)["seed"] == "1,2"
+
+
+def test_the_help_gives_the_formula_of_the_ramp() -> None:
+    text = run("generate", "--help").output
+    assert "the published ramp: 4·k/(K-1) at scale k = 0 … K-1" in text
+    assert "1 + (4 - 1)·k/(K-1)" in text
 
 
 def test_a_failure_leaves_the_old_image(bundle: Path, pipeline: type[FakePipeline]) -> None:

@@ -71,6 +71,16 @@ def test_what_is_saved_is_read_again(bundle: Path) -> None:
     check_files(bundle, again)
 
 
+def test_defaults_may_be_one_value_a_scale(bundle: Path) -> None:
+    defaults = Sampling(cfg=(0.0, 1 / 3), top_k=(0, 7), top_p=0.25, temperature=(2.0, 0.1))
+    manifest = dataclasses.replace(read_manifest(bundle), defaults=defaults)
+    manifest.save(bundle)
+    again = read_manifest(bundle)
+    assert again == manifest
+    assert again.to_json() == manifest.to_json()
+    assert [type(k) for k in again.defaults.top_k] == [int, int]  # type: ignore[union-attr]
+
+
 def test_the_digest_follows_the_files_alone(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     digest = manifest.digest()
@@ -150,6 +160,8 @@ def _set(*keys: str, value: object) -> Callable[[dict[str, Any]], object]:
         _set("model", "transformer", "heads", value=0),
         _set("defaults", "cfg", value=float("nan")),
         _set("defaults", "top_p", value=2),
+        _set("defaults", "top_p", value=[0.5, "many"]),
+        _set("defaults", "cfg", value=[0, 1, 2]),  # of a model with two scales
         _set("batch", value="many"),
         _set("batch", value=0),
         _set("graphs", value=[]),

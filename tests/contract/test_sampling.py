@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from var_deploy.errors import UsageError
-from var_deploy.sampling import MAX_SEED, Sampling, check_seed, uniforms
+from var_deploy.sampling import (
+    MAX_SEED,
+    Sampling,
+    ScaleSampling,
+    check_seed,
+    parse_seeds,
+    parse_setting,
+    uniforms,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +27,7 @@ from var_deploy.sampling import MAX_SEED, Sampling, check_seed, uniforms
         {"cfg": math.inf},
         {"cfg": -0.1},
         {"cfg": "4"},
+        {"top_k": b"12"},
         {"cfg": True},
         {"top_p": 1.01},
         {"top_p": -0.01},
@@ -28,6 +38,12 @@ from var_deploy.sampling import MAX_SEED, Sampling, check_seed, uniforms
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_k": False},
+        {"cfg": (1.0, -1.0)},
+        {"top_p": [0.5, math.nan]},
+        {"top_p": np.array([[0.5], [0.6]])},
+        {"temperature": (1.0, 0.0)},
+        {"top_k": (1, 2.0)},
+        {"top_k": np.array([3.0])},
     ],
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
@@ -36,6 +52,13 @@ def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
         Sampling(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=name):
         Sampling().replace(**wrong)
+
+
+def test_a_value_of_a_scale_is_named_with_its_scale() -> None:
+    with pytest.raises(UsageError, match=r"top_p of scale 2 must lie between 0 and 1, found 1.5"):
+        Sampling(top_p=(0.5, 1.0, 1.5))
+    with pytest.raises(UsageError, match=r"top_k of scale 0 must be a whole number, found '9'"):
+        Sampling(top_k=("9",))  # type: ignore[arg-type]
 
 
 def test_edges_are_allowed() -> None:
@@ -52,6 +75,123 @@ def test_replace_ignores_what_is_not_given() -> None:
 def test_guidance_grows_to_cfg() -> None:
     strengths = [Sampling(cfg=3.0).guidance(k, 10) for k in range(10)]
     np.testing.assert_allclose(strengths, 3.0 * np.arange(10) / 9)
+
+
+def test_a_sequence_has_its_own_value_at_each_scale() -> None:
+    sampling = Sampling(cfg=[3, 0, 1.5], top_k=(5, 0, 7), temperature=np.array([1.0, 0.5, 2.0]))
+    assert sampling.at(0, 3) == ScaleSampling(guidance=3, temperature=1, top_k=5, top_p=0.95)
+    assert sampling.at(1, 3) == ScaleSampling(guidance=0, temperature=0.5, top_k=0, top_p=0.95)
+    assert sampling.at(2, 3) == ScaleSampling(guidance=1.5, temperature=2, top_k=7, top_p=0.95)
+    assert sampling.cfg == (3.0, 0.0, 1.5)
+    assert Sampling(top_k=range(3)) == Sampling(top_k=(0, 1, 2))  # type: ignore[arg-type]
+    assert hash(sampling) == hash(dataclasses.replace(sampling))
+
+
+def test_a_number_is_the_same_at_each_scale_but_for_the_ramp_of_cfg() -> None:
+    sampling = Sampling(cfg=4.0, top_k=9, top_p=0.5, temperature=0.7)
+    for k in range(5):
+        assert sampling.at(k, 5) == ScaleSampling(
+            guidance=float(k), temperature=0.7, top_k=9, top_p=0.5
+        )
+    assert sampling.at(0, 1).guidance == 4.0, "a single scale is the last"
+
+
+@pytest.mark.parametrize("name", ["cfg", "top_k", "top_p", "temperature"])
+def test_a_wrong_count_is_told(name: str) -> None:
+    sampling = Sampling(**{name: [1, 1, 1]})  # type: ignore[arg-type]
+    sampling.check(3)
+    with pytest.raises(UsageError, match=f"{name} has 0 values"):
+        Sampling(**{name: []}).check(3)  # type: ignore[arg-type]
+    for scales in (1, 2, 4):
+        with pytest.raises(UsageError, match=rf"{name} has 3 values, .* has {scales} scales?: "):
+            sampling.check(scales)
+        with pytest.raises(UsageError, match=f"{name} has 3 values"):
+            sampling.at(0, scales)
+
+
+def test_whether_a_setting_guides() -> None:
+    assert Sampling(cfg=0.5).guides
+    assert Sampling(cfg=(0, 0, 1)).guides
+    assert not Sampling(cfg=0).guides
+    assert not Sampling(cfg=(0, 0, 0)).guides
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("cfg", "4", 4.0),
+        ("cfg", " 1e1", 10.0),
+        ("cfg", "1:4", (1.0, 2.0, 3.0, 4.0)),
+        ("cfg", "4:1", (4.0, 3.0, 2.0, 1.0)),
+        ("cfg", "0, 1,2.5,9", (0.0, 1.0, 2.5, 9.0)),
+        ("temperature", "0.5:2", (0.5, 1.0, 1.5, 2.0)),
+        ("top_k", "900", 900),
+        ("top_k", "10:1", (10, 7, 4, 1)),
+        ("top_k", "1:3", (1, 2, 2, 3)),  # from 1, 1.67, 2.33, 3
+        ("top_k", "0,0,5,1", (0, 0, 5, 1)),
+        ("top_p", "1:0.7", (1.0, 0.9, 0.8, 0.7)),
+    ],
+)
+def test_settings_as_people_write_them(name: str, text: str, expected: object) -> None:
+    found = parse_setting(name, text, 4)
+    assert found == pytest.approx(expected, abs=1e-12)
+    kinds = {type(value) for value in (found if isinstance(found, tuple) else (found,))}
+    assert kinds == {int if name == "top_k" else float}
+
+
+def test_a_ramp_from_0_is_the_published_one() -> None:
+    written, published = Sampling(cfg=parse_setting("cfg", "0:4.3", 10)), Sampling(cfg=4.3)
+    for k in range(10):
+        assert written.at(k, 10) == published.at(k, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cfg", "", "cfg '' is not a number, a ramp such as 1:4, or one value a scale"),
+        ("cfg", "strong", "cfg 'strong' is not a number"),
+        ("cfg", "1;4", "is not a number"),
+        ("cfg", "1,", "is not a number"),
+        ("cfg", "1:", "is not a number"),
+        ("cfg", "1:2:3", "a ramp has two ends"),
+        ("cfg", "1:2,3", "is not a number"),
+        ("cfg", "nan:1", "cfg must lie between 0 and 1000"),
+        ("cfg", "1:2000", "cfg must lie between 0 and 1000, found 2000"),
+        ("cfg", "1,2,3", "cfg has 3 values, but the model has 4 scales"),
+        ("cfg", "1,2,3,4,5", "cfg has 5 values"),
+        ("cfg", "1,2,3,-4", "cfg of scale 3 must lie between"),
+        ("top_k", "2.5", "top_k '2.5' is not a whole number"),
+        ("top_k", "0:900", "0 keeps every code"),
+        ("top_p", "0.9:0", "0 keeps every code"),
+        ("temperature", "0:1", "temperature must lie between 0.001 and 1000, found 0.0"),
+    ],
+)
+def test_settings_that_cannot_be_read(name: str, text: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_setting(name, text, 4)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_texts_give_the_same_settings_again() -> None:
+    odd = Sampling(
+        cfg=parse_setting("cfg", "1:4.7", 7),
+        top_k=(1_000_000, 0, 1, 2, 3, 4, 123_456_789),
+        top_p=0.8765432101,
+        temperature=(1.0000001, 1, 1, 1, 1, 1, 1 / 3),
+    )
+    for sampling in (odd, Sampling(), Sampling(top_k=1_000_000)):
+        texts = sampling.texts()
+        assert Sampling(**{k: parse_setting(k, text, 7) for k, text in texts.items()}) == sampling
+    assert str(Sampling(cfg=(0, 1.5))) == "cfg 0,1.5, top-k 900, top-p 0.95, temperature 1"
+
+
+def test_seeds_between_commas() -> None:
+    assert parse_seeds("7") == [7]
+    assert parse_seeds(f"3, 1,{MAX_SEED}") == [3, 1, MAX_SEED]
+    for text in ("", "1,", "1.5", "1:3", "-1", "1,-1", str(MAX_SEED + 1)):
+        with pytest.raises(UsageError, match="seed"):
+            parse_seeds(text)
 
 
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 1.0, "7", True, None])

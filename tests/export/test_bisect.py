@@ -106,6 +106,7 @@ def test_right_backends_agree_on_every_value(
         *(f"{names.STEP} @ {k}" for k in scales),
         names.DECODER,
         names.ENCODER,
+        names.ACCUMULATE,
     )
     assert result.compared > 500
     assert result.text() == result.headline and " agree on " in result.headline

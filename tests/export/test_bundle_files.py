@@ -280,6 +280,7 @@ def test_var_d16_holds_its_weights_once() -> None:
         *(names.scale_graph(k) for k in range(10)),
         names.DECODER,
         names.ENCODER,
+        names.ACCUMULATE,
     }
     half = plan_layout(build_graphs(spec, "fp16", ExportOptions())).size
     assert half < 0.54 * layout.size

@@ -177,6 +177,13 @@ def test_one_wrong_bias_in_one_graph(bundle: Path, model: LoadedModel) -> None:
             {names.ENCODER},
             names.LATENT,
         ),
+        (
+            names.ACCUMULATE,
+            "quantize.quant_resi.qresi_ls.3.weight",
+            "quantize.quant_resi.qresi_ls.0.weight",
+            {names.ACCUMULATE},
+            names.F_HATS,
+        ),
     ],
 )
 def test_a_wrong_weight_of_any_graph(

@@ -40,6 +40,7 @@ def test_golden_bundles_pass_in_both_precisions(
         *(f"{names.STEP} @ {k}" for k in scales),
         names.DECODER,
         names.ENCODER,
+        names.ACCUMULATE,
         "loop shared",
         "loop per-scale",
     ]

@@ -251,8 +251,9 @@ def test_everything_runs_once_before_the_first_recording(bundle: Bundle) -> None
         for name in cudart.calls()
         if name in ("execute_async_v3", "cudaStreamSynchronize", "cudaStreamBeginCapture")
     ]
-    recorded = ["cudaStreamBeginCapture", "execute_async_v3"] * 5
-    assert order == [*["execute_async_v3"] * 5, "cudaStreamSynchronize", *recorded]
+    # condition, three scales, and the decoder on both places of f_hat
+    recorded = ["cudaStreamBeginCapture", "execute_async_v3"] * 6
+    assert order == [*["execute_async_v3"] * 6, "cudaStreamSynchronize", *recorded]
     loop.close()
 
 
@@ -260,9 +261,9 @@ def test_everything_runs_once_before_the_first_recording(bundle: Bundle) -> None
 def test_contexts_share_their_scratch_memory(bundle: Bundle, layout: Layout) -> None:
     folder = bundle(1, True)
     loop = loop_of(folder, backend(folder), layout=layout)
-    # the arena, given, made, inner, geometry; scratch and spare: however many contexts there are
-    assert cudart.live()["device memory"] == 7
-    assert cudart.live()["execution context"] == 5
+    # the arena, given, made, latent, inner, geometry; scratch and spare: however many contexts
+    assert cudart.live()["device memory"] == 8
+    assert cudart.live()["execution context"] == 6
     assert cudart.live()["engine"] == (3 if layout == "shared" else 5)
     loop.close()
 

@@ -178,7 +178,6 @@ def _count(number: int, what: str) -> str:
 
 def _facts(report: Report) -> str:
     here, manifest, settings = report.surroundings, report.manifest, report.settings
-    sampling = manifest.defaults
     threads = settings["threads"] or "as each library takes them"
     memory = f", {human_bytes(here.memory)}" if here.memory else ""
     guidance = "on" if manifest.guidance else "off"
@@ -189,8 +188,7 @@ def _facts(report: Report) -> str:
         "machine": f"{here.cpu}, {_count(here.processors, 'processor')}{memory}; "
         f"{' '.join(here.isa) or 'no vector units that matter'}",
         "system": f"{here.system}; Python {here.python}",
-        "sampling": f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
-        f"temperature {sampling.temperature:g}",
+        "sampling": str(manifest.defaults),
         "run": f"{_count(settings['repeat'], 'round')} in turn after {settings['warm_up']} to warm "
         f"up, threads: {threads}; {report.date}",
     }

@@ -16,7 +16,7 @@ from var_deploy.errors import UsageError
 from var_deploy.images import check_writable, grid, save_folder, save_png
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.sampling import Sampling, check_seed
+from var_deploy.sampling import Sampling, parse_seeds, parse_setting
 
 FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 
@@ -29,17 +29,23 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help='Names or numbers, as in "star,3"; repeated in order to fill --count.',
 )
 @click.option("--count", type=click.IntRange(1), help="Images (default: one a label).")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed",
+    metavar="N[,N,…]",
+    default="0",
+    show_default=True,
+    help="0 to 2⁶⁴-1; several: one an image, each as if it were asked for alone.",
+)
 @click.option(
     "--out",
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
     help="x.png: one image, or a grid of several; a folder: single images.",
 )
-@click.option("--cfg", type=float, help="Guidance strength, 0 = off.")
-@click.option("--top-k", type=int, help="Keep the k most likely codes, 0 = all.")
-@click.option("--top-p", type=float, help="Keep the likeliest codes of this mass, 0 = all.")
-@click.option("--temperature", type=float, help="Divides the logits.")
+@click.option("--cfg", metavar="SETTING", help="Strength of guidance, 0 = off.")
+@click.option("--top-k", metavar="SETTING", help="Keep the k most likely codes, 0 = all.")
+@click.option("--top-p", metavar="SETTING", help="Keep the likeliest codes of this mass, 0 = all.")
+@click.option("--temperature", metavar="SETTING", help="Divides the logits.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),
@@ -74,12 +80,12 @@ def generate(
     bundle: Path,
     labels: str | None,
     count: int | None,
-    seed: int,
+    seed: str,
     out: str,
-    cfg: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    temperature: float | None,
+    cfg: str | None,
+    top_k: str | None,
+    top_p: str | None,
+    temperature: str | None,
     precision: str,
     layout: str,
     backend: str,
@@ -90,21 +96,32 @@ def generate(
 ) -> None:
     """Generate images from BUNDLE. The same seed gives the same images.
 
-    Sampling settings that are not given are the bundle's defaults. The PNGs carry settings, seed,
-    labels and the bundle's digest as text.
+    The PNGs carry settings, seed, labels and the bundle's digest as text.
+
+    \b
+    A SETTING is one number, or a value for each of the K scales, coarse to fine:
+      --temperature 0.9  the same at every scale
+      --cfg 4            the published ramp: 4·k/(K-1) at scale k = 0 … K-1
+      --cfg 1:4          a ramp of your own: 1 + (4 - 1)·k/(K-1)
+      --cfg 0,1,1,2,4    a list, which must have K values
+    Settings that are not given are the bundle's defaults, as inspect shows them.
 
     \b
     Example:
       var-deploy generate build/pocket --labels star,3 --count 16 --seed 7 --out grid.png
       var-deploy generate build/pocket --labels boat --count 4 --out boats/
+      var-deploy generate build/pocket --labels tree --seed 3,8 --cfg 1:4 --out trees.png
     """
     # everything that can be wrong is looked at before the weights are loaded
     target, as_folder = _target(out)
-    seed = check_seed(seed)
+    seeds = parse_seeds(seed)
     manifest = read_manifest(bundle)
-    sampling = manifest.defaults.replace(cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature)
+    given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+    sampling = _sampling(given, manifest)
     chosen = _labels(labels, manifest)
-    count = count or len(chosen)
+    count = count or max(len(chosen), len(seeds))
+    if len(seeds) not in (1, count):
+        raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
     wanted = [chosen[n % len(chosen)] for n in range(count)]
     check_writable(target)
 
@@ -124,7 +141,7 @@ def generate(
             ) as pipe:
                 images = pipe.generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,
-                    seed=seed,
+                    seed=seeds if len(seeds) > 1 else seeds[0],
                     cfg=sampling.cfg,
                     top_k=sampling.top_k,
                     top_p=sampling.top_p,
@@ -136,11 +153,11 @@ def generate(
                 how = pipe.describe()
     seconds = time.monotonic() - started
 
-    text = _settings(manifest, sampling, seed, str(how.get("precision", precision)))
+    text = _settings(manifest, sampling, seeds, str(how.get("precision", precision)))
     written = {**text, "labels": ", ".join(_label(n, manifest) for n in wanted)}
     if as_folder:
         texts = [
-            {**text, "labels": _label(n, manifest), "image": f"{i} of {count}"}
+            {**text, "labels": _label(n, manifest), **_place(i, count, seeds)}
             for i, n in enumerate(wanted)
         ]
         names = [_file_name(i, n, manifest) for i, n in enumerate(wanted)]
@@ -169,6 +186,20 @@ def _target(out: str) -> tuple[Path, bool]:
     if path.suffix.lower() != ".png":
         raise UsageError(f"images are written as .png, found {path.name}")
     return path, False
+
+
+def _sampling(given: dict[str, str | None], manifest: Manifest) -> Sampling:
+    """The bundle's defaults with what was given in their place."""
+    scales = manifest.model.scales
+    parsed = {k: parse_setting(k, v, scales) for k, v in given.items() if v is not None}
+    return manifest.defaults.replace(**parsed)
+
+
+def _place(image: int, count: int, seeds: list[int]) -> dict[str, str]:
+    """Which image of which request an image is: one with a seed of its own is the first of its."""
+    if len(seeds) == 1:
+        return {"image": f"{image} of {count}"}
+    return {"seed": str(seeds[image]), "image": "0 of 1"}
 
 
 def _labels(text: str | None, manifest: Manifest) -> list[int]:
@@ -205,21 +236,14 @@ def _columns(labels: int, count: int) -> int | None:
     return labels if count % labels == 0 and labels * labels >= count else None
 
 
-def _settings(manifest: Manifest, sampling: Sampling, seed: int, precision: str) -> dict[str, str]:
+def _settings(
+    manifest: Manifest, sampling: Sampling, seeds: list[int], precision: str
+) -> dict[str, str]:
     return {
         "Software": f"var-deploy {__version__}",
         "model": manifest.preset or "no preset",
         "bundle": manifest.digest(),
         "precision": precision,
-        "seed": str(seed),
-        "cfg": _exact(sampling.cfg),
-        "top_k": str(sampling.top_k),
-        "top_p": _exact(sampling.top_p),
-        "temperature": _exact(sampling.temperature),
+        "seed": ",".join(map(str, seeds)),
+        **sampling.texts(),
     }
-
-
-def _exact(value: float) -> str:
-    """The shortest text that gives the same number again, so that the image can be made again."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)

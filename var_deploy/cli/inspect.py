@@ -54,7 +54,7 @@ def _as_json(manifest: Manifest, damage: list[str]) -> dict[str, Any]:
 
 
 def _as_text(bundle: Path, manifest: Manifest, damage: list[str]) -> str:
-    spec, sampling = manifest.model, manifest.defaults
+    spec = manifest.model
     transformer, tokenizer = spec.transformer, spec.tokenizer
     sides = " ".join(map(str, spec.patch_nums))
     labels = f"{transformer.classes} classes" if transformer.conditional else "unconditional"
@@ -74,11 +74,7 @@ def _as_text(bundle: Path, manifest: Manifest, damage: list[str]) -> str:
         ("scales", f"{spec.scales}: {sides} ({spec.total_tokens} tokens)"),
         ("labels", labels),
         ("batch", f"{manifest.batch}, guidance {'on' if manifest.guidance else 'off'}"),
-        (
-            "defaults",
-            f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}, "
-            f"temperature {sampling.temperature:g}",
-        ),
+        ("defaults", str(manifest.defaults)),
         ("precisions", ", ".join(manifest.graphs)),
         ("size", human_bytes(sum(file.size for file in manifest.files.values()))),
         ("files", "all intact" if not damage else f"{len(damage)} of {len(manifest.files)} not"),

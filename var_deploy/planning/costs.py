@@ -121,6 +121,9 @@ def graph_weights(workload: Workload, graph: str) -> Weights:
         used = len(served) if model.tokenizer.phi_count else 0
         layers = encoder_layers(model.tokenizer)
         return _autoencoder_weights(layers, w.precision) + _codebook(model) + _phi(model, used)
+    if graph == names.ACCUMULATE:
+        served = {model.tokenizer.phi_index(k) for k in range(model.scales)}
+        return _codebook(model) + _phi(model, len(served) if model.tokenizer.phi_count else 0)
     if graph == names.STEP:
         return _scale_weights(w, first=True, later=True, phis=model.tokenizer.phi_count)
     scale = workload.scale_graphs.index(graph)

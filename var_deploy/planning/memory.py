@@ -192,7 +192,7 @@ def buffer_bytes(workload: Workload) -> int:
     """Inputs and outputs of all launches besides the cache, each padded to 256 bytes."""
     model, batch, rows = workload.model, workload.batch, workload.rows
     t, tok, side = model.transformer, model.tokenizer, model.tokenizer.latent_side
-    sizes = [8 * rows, FULL, 8, FULL]  # labels, temperature, top_k, top_p
+    sizes = [8 * rows]  # labels
     sizes += [rows * t.width * FULL, (6 * t.depth + 2) * rows * t.width * FULL]
     sizes += 3 * [batch * tok.code_width * side**2 * FULL]  # f_hat
     sizes.append(batch * tok.image_side**2 * tok.image_channels * FULL)
@@ -200,8 +200,9 @@ def buffer_bytes(workload: Workload) -> int:
         here = model.patch_nums[scale]
         following = model.patch_nums[scale + 1] if scale + 1 < model.scales else 1
         source = here if t.family == "gpt2" else side
-        # cfg; uniforms, keep_mask, keep_tokens, tokens; the input; scale and its two matrices
-        sizes += [FULL, *(batch * length * size for size in (FULL, 1, 8, 8))]
+        # cfg, temperature, top_k, top_p; uniforms, keep_mask, keep_tokens, tokens; the input; scale
+        # and its two matrices
+        sizes += [FULL, FULL, 8, FULL, *(batch * length * size for size in (FULL, 1, 8, 8))]
         sizes.append(batch * length * model.input_width * FULL)
         sizes += [8, side * here * FULL, following * source * FULL]
     return sum(_padded(size) for size in sizes)

@@ -1,0 +1,279 @@
+"""What a call asks for, cut into batches and driven through the scale loop."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy.editing import Kept
+from var_deploy.errors import UsageError
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.sampling import Sampling, check_seed, uniforms
+
+REMEMBERED = 3  # runs that the next one is expected to be no slower than
+
+
+class Images(NDArray[np.uint8]):
+    """uint8 [N, side, side, channels], and how far each image came.
+
+    Attributes:
+        scales_done: [N] int64, scales that each image is made of; empty for views of it and for
+            what is computed from it.
+    """
+
+    scales_done: NDArray[np.int64]
+
+    @classmethod
+    def blank(cls, shape: tuple[int, ...], scales_done: int) -> Images:
+        images = np.empty(shape, np.uint8).view(cls)
+        images.scales_done = np.full(shape[0], scales_done, np.int64)
+        return images
+
+    def __array_finalize__(self, source: object) -> None:
+        self.scales_done = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """N images to draw.
+
+    Attributes:
+        labels: one an image.
+        streams: (seed, number) of each image's uniforms.
+        forced: tokens [N, L_k] of the first scales, which are not drawn.
+        kept: tokens of all scales that are not drawn.
+    """
+
+    labels: Sequence[int]
+    streams: Sequence[tuple[int, int]]
+    sampling: Sampling
+    forced: tuple[NDArray[np.int64], ...] = ()
+    kept: Kept | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleEvent:
+    """A scale is done, of a batch of images. For use within the callback that it is given to.
+
+    Attributes:
+        scale: which one, from 0.
+        scales: K.
+        first: number of the batch's first image in the request.
+        tokens: what was drawn, [n, L_k] int64 of the n images of the batch; the caller's own.
+        preview: decodes what the images look like so far, uint8 [n, side, side, channels]. It
+            takes as long as a decoder does; what is not asked for costs nothing.
+    """
+
+    scale: int
+    scales: int
+    first: int
+    tokens: NDArray[np.int64]
+    preview: Callable[[], NDArray[np.uint8]]
+
+
+class Pace:
+    """How long scales and decoder took in the last runs: what a deadline is kept with."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = lengths
+        self._scales: list[list[float]] = [[] for _ in lengths]
+        self._decoder: list[float] = []
+
+    @property
+    def decoder(self) -> float | None:
+        """Seconds to set aside for decoding; None before the first time."""
+        return max(self._decoder, default=None)
+
+    def scale(self, scale: int) -> float:
+        """Seconds that a scale will take: where it was never seen, as much a token as the one
+        before it."""
+        if self._scales[scale] or not scale:
+            return max(self._scales[scale], default=0.0)
+        return self.scale(scale - 1) * self._lengths[scale] / self._lengths[scale - 1]
+
+    def saw_scale(self, scale: int, seconds: float) -> None:
+        self._scales[scale] = [*self._scales[scale], seconds][-REMEMBERED:]
+
+    def saw_decoder(self, seconds: float) -> None:
+        self._decoder = [*self._decoder, seconds][-REMEMBERED:]
+
+
+class Batches:
+    """Draws the images of requests, batch by batch; the last batch is padded with its last image.
+
+    Args:
+        cancelled: asked before each launch.
+    """
+
+    def __init__(
+        self, manifest: Manifest, loop: ScaleLoop, cancelled: Callable[[], bool]
+    ) -> None:
+        self._manifest, self._loop, self._cancelled = manifest, loop, cancelled
+        self._pace = Pace(manifest.model.scale_lengths)
+
+    def draw(
+        self,
+        request: Request,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_scale: Callable[[ScaleEvent], object] | None = None,
+        end: float | None = None,
+    ) -> Images:
+        """The images of a request.
+
+        Args:
+            on_progress: called with (launches done, launches in all).
+            on_scale: called after each scale of each batch.
+            end: by when to be done, on the clock of `time.perf_counter`. What is left is shared
+                equally by the batches to come.
+
+        Raises CancelledError, and BackendError where the runtime fails.
+        """
+        spec, batch, count = self._manifest.model, self._manifest.batch, len(request.labels)
+        side = spec.tokenizer.image_side
+        images = Images.blank((count, side, side, spec.tokenizer.image_channels), spec.scales)
+        starts = range(0, count, batch)
+        launches = spec.scales + 1
+        for number, first in enumerate(starts):
+            rows = list(range(first, min(first + batch, count)))
+            watch: _Watch | None = None
+            if on_progress or on_scale or end is not None:
+                left = len(starts) - number
+                now = time.perf_counter()
+                watch = _Watch(
+                    loop=self._loop,
+                    pace=self._pace,
+                    first=first,
+                    count=len(rows),
+                    scales=spec.scales,
+                    on_scale=on_scale,
+                    end=None if end is None else now + (end - now) / left,
+                    told=_told(on_progress, number * launches, len(starts) * launches),
+                )
+            drawn = self._batch(request, rows, watch)
+            images[first : first + len(rows)] = to_uint8(drawn[: len(rows)])
+            images.scales_done[first : first + len(rows)] = self._loop.scales_done
+        return images
+
+    def _batch(
+        self, request: Request, rows: list[int], watch: Callable[[int], bool] | None
+    ) -> NDArray[np.float32]:
+        padded = rows + rows[-1:] * (self._manifest.batch - len(rows))
+        total = self._manifest.model.total_tokens
+        return self._loop.run(
+            [request.labels[n] for n in padded],
+            np.stack([uniforms(*request.streams[n], total) for n in padded]),
+            request.sampling,
+            watch,
+            forced=[tokens[padded] for tokens in request.forced],
+            keep=request.kept.rows(padded) if request.kept else None,
+            cancelled=self._cancelled,
+        )
+
+
+def _told(
+    on_progress: Callable[[int, int], None] | None, before: int, launches: int
+) -> Callable[[int], None]:
+    def tell(done: int) -> None:
+        if on_progress:
+            on_progress(before + done, launches)
+
+    return tell
+
+
+class _Watch:
+    """What happens after each launch of a batch: True where the time is up."""
+
+    def __init__(
+        self,
+        *,
+        loop: ScaleLoop,
+        pace: Pace,
+        first: int,
+        count: int,
+        scales: int,
+        on_scale: Callable[[ScaleEvent], object] | None,
+        end: float | None,
+        told: Callable[[int], None],
+    ) -> None:
+        self._loop, self._pace, self._first, self._count = loop, pace, first, count
+        self._scales, self._on_scale, self._end, self._told = scales, on_scale, end, told
+        self._since = time.perf_counter()
+
+    def __call__(self, done: int) -> bool:
+        """`done` scales are done, or with K + 1 the decoder as well."""
+        took = time.perf_counter() - self._since
+        stop = False
+        if done > self._scales:
+            self._pace.saw_decoder(took)
+        else:
+            self._pace.saw_scale(done - 1, took)
+            if self._on_scale:
+                self._on_scale(self._event(done - 1))
+            stop = done < self._scales and self._late(done)
+        self._told(done)
+        self._since = time.perf_counter()
+        return stop
+
+    def _late(self, following: int) -> bool:
+        """Whether the next scale and the decoder would end too late."""
+        if self._end is None:
+            return False
+        if self._pace.decoder is None:  # the first deadline of all: see how long it takes
+            self._preview()
+        decoder = self._pace.decoder or 0.0
+        return time.perf_counter() + self._pace.scale(following) + decoder > self._end
+
+    def _event(self, scale: int) -> ScaleEvent:
+        return ScaleEvent(
+            scale=scale,
+            scales=self._scales,
+            first=self._first,
+            tokens=self._loop.drawn(scale)[: self._count],
+            preview=self._preview,
+        )
+
+    def _preview(self) -> NDArray[np.uint8]:
+        started = time.perf_counter()
+        image = to_uint8(self._loop.preview()[: self._count])
+        self._pace.saw_decoder(time.perf_counter() - started)
+        return image
+
+
+def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """[0, 1] to 0 … 255, rounded."""
+    return np.rint(images * 255).astype(np.uint8)
+
+
+def streams(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
+    """(seed, number) of the uniforms of each image: numbered, or number 0 of a seed each.
+
+    `count` is how many there must be; None takes one a seed. Raises UsageError for a seed that is
+    none, and for a wrong number of them.
+    """
+    if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
+        seed = check_seed(seed)
+        return [(seed, number) for number in range(1 if count is None else count)]
+    wanted = len(seed) if count is None else count
+    if len(seed) != wanted or not wanted:
+        raise UsageError(f"seed must be one number, or one an image, found {len(seed)} numbers")
+    return [(check_seed(one), 0) for one in seed]
+
+
+def end_of(deadline: float | None) -> float | None:
+    """When to be done, on the clock of `time.perf_counter`; `deadline` is in seconds from now.
+
+    Raises UsageError for a deadline that is no number above 0.
+    """
+    if deadline is None:
+        return None
+    number = isinstance(deadline, numbers.Real) and not isinstance(deadline, bool)
+    if not number or not math.isfinite(deadline) or deadline <= 0:
+        raise UsageError(f"deadline must be a number of seconds above 0, found {deadline!r}")
+    return time.perf_counter() + deadline

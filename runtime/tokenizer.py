@@ -1,0 +1,145 @@
+"""Images to tokens and tokens to f_hat: the graphs that a generation does not need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.errors import UsageError
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.blocks import Fields, SharedBlock
+from var_deploy.runtime.protocol import Backend
+from var_deploy.spec import ModelSpec
+
+
+class SingleGraph:
+    """One static graph on a backend of its own, which is closed with it, also when this fails."""
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, precision: str, graph: str, backend: Backend
+    ) -> None:
+        self._backend = backend
+        try:
+            info = manifest.graph(precision, graph)
+            self._given, self._made = (
+                SharedBlock(backend, _fields(tensors)) for tensors in (info.inputs, info.outputs)
+            )
+            self._session = backend.open(bundle / info.file)
+            (self._launch,) = backend.finish([self._session.bind(self._given, self._made)])
+        except BaseException:
+            backend.close()
+            raise
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs by name; the next call overwrites them."""
+        for name, value in inputs.items():
+            self._given.host[name][...] = value
+        self._given.upload()
+        self._launch()
+        self._made.download()
+        self._backend.synchronize()
+        return self._made.host
+
+    def close(self) -> None:
+        self._session.close()
+        self._backend.close()
+
+
+class TokenizerGraphs:
+    """The encoder and `accumulate`, loaded when they are first used.
+
+    Args:
+        new_backend: makes a backend like that of the scale loop.
+    """
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, precision: str, new_backend: Callable[[], Backend]
+    ) -> None:
+        self._bundle, self._manifest, self._precision = bundle, manifest, precision
+        self._new_backend = new_backend
+        self._opened: dict[str, SingleGraph] = {}
+
+    def encode(self, images: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
+        """uint8 [N, side, side, channels] → tokens [N, L_k] of every scale.
+
+        Raises BundleError where the bundle has no encoder, BackendError where the runtime fails.
+        """
+        scales = range(self._manifest.model.scales)
+        lengths = self._manifest.model.scale_lengths
+        tokens = [np.empty((len(images), length), np.int64) for length in lengths]
+        for rows, padded in self._batches(len(images)):
+            pixels = images[padded].astype(np.float32) / 255
+            found = self._graph(names.ENCODER)({names.IMAGE: pixels})
+            for k in scales:
+                tokens[k][rows] = found[names.encoder_tokens(k)][: len(rows)]
+        return tokens
+
+    def f_hats(
+        self, tokens: Sequence[NDArray[np.int64]], scales: int
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """f_hat of the first `scales` scales, batch by batch: (rows, [B, Cv, p_K, p_K]).
+
+        `tokens` has [N, L_k] for these scales at least. Raises BundleError where the bundle has
+        no graph for it.
+        """
+        lengths = self._manifest.model.scale_lengths
+        for rows, padded in self._batches(len(tokens[0])):
+            given: dict[str, NDArray[Any]] = {}
+            for k, length in enumerate(lengths):
+                # what later scales hold does not matter to the sum of the earlier ones
+                known = tokens[k][padded] if k < scales else np.zeros((len(padded), length))
+                given[names.encoder_tokens(k)] = known
+            yield rows, self._graph(names.ACCUMULATE)(given)[names.F_HATS][scales - 1]
+
+    def close(self) -> None:
+        """Release both graphs; safe to call twice."""
+        while self._opened:
+            self._opened.popitem()[1].close()
+
+    def _graph(self, name: str) -> SingleGraph:
+        if name not in self._opened:
+            self._manifest.graph(self._precision, name)  # refuses before a backend is made
+            self._opened[name] = SingleGraph(
+                self._bundle, self._manifest, self._precision, name, self._new_backend()
+            )
+        return self._opened[name]
+
+    def _batches(self, count: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Rows of each batch, and the same padded to B with the last one."""
+        batch = self._manifest.batch
+        for first in range(0, count, batch):
+            rows = list(range(first, min(first + batch, count)))
+            yield rows, rows + rows[-1:] * (batch - len(rows))
+
+
+def _fields(tensors: Sequence[Any]) -> Fields:
+    return {t.name: (tuple(int(n) for n in t.shape), np.dtype(t.dtype)) for t in tensors}
+
+
+def check_tokens(
+    spec: ModelSpec, tokens: Sequence[NDArray[np.int64]], scales: int
+) -> list[NDArray[np.int64]]:
+    """The tokens [N, L_k] of the first `scales` scales as int64.
+
+    Raises UsageError where there are fewer, or where they are none of this model's.
+    """
+    most = min(len(tokens), spec.scales)
+    if isinstance(scales, bool) or not 1 <= scales <= most:
+        raise UsageError(f"scales must lie between 1 and {most}, found {scales}")
+    vocab = spec.tokenizer.vocab_size
+    arrays = [np.asarray(tokens[k]) for k in range(scales)]
+    for k, array in enumerate(arrays):
+        wanted = (len(arrays[0]) if arrays[0].ndim else 0, spec.scale_lengths[k])
+        if array.shape != wanted or not np.issubdtype(array.dtype, np.integer):
+            raise UsageError(
+                f"tokens of scale {k} must be whole numbers {list(wanted)}, found {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        if array.size and not 0 <= array.min() <= array.max() < vocab:
+            raise UsageError(f"tokens of scale {k} must lie between 0 and {vocab - 1}")
+    return [array.astype(np.int64) for array in arrays]

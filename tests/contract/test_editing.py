@@ -1,0 +1,86 @@
+"""Masks: by scale, by box, and the seam of pixels that are put back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from var_deploy.editing import Kept, blend, box_mask, feather, keep_masks
+from var_deploy.errors import UsageError
+
+PATCHES = (1, 2, 4)
+
+
+def test_a_token_stays_while_at_most_half_of_its_cell_is_new() -> None:
+    new = np.zeros((8, 8), np.bool_)
+    new[:, :4] = True  # all of the left half
+    new[:2, 4:6] = True  # all of one cell of scale 2, a quarter of one of scale 1
+    new[4:6, 4] = True  # half of a cell of scale 2
+    masks = keep_masks(new, PATCHES)
+    found = [mask.reshape(p, p).tolist() for p, mask in zip(PATCHES, masks, strict=True)]
+    assert found[0] == [[True]]
+    assert found[1] == [[False, True], [False, True]]
+    assert found[2] == [
+        [False, False, False, True],
+        [False, False, True, True],
+        [False, False, True, True],
+        [False, False, True, True],
+    ]
+
+
+def test_the_tone_stays_unless_all_is_new() -> None:
+    new = np.ones((8, 8), np.bool_)
+    assert not any(mask.any() for mask in keep_masks(new, PATCHES))
+    new[7, 7] = False
+    assert [int(mask.sum()) for mask in keep_masks(new, PATCHES)] == [1, 0, 0]
+    assert all(mask.all() for mask in keep_masks(np.zeros((8, 8), np.bool_), PATCHES))
+
+
+def test_sizes_that_do_not_divide() -> None:
+    """Neighbouring cells of 3 share rows of 64: the middle one looks at rows 21 to 42."""
+    new = np.zeros((64, 64), np.bool_)
+    new[21:43] = True
+    _, middle = keep_masks(new, (1, 3), 0.99)
+    assert middle.reshape(3, 3).tolist() == [[True] * 3, [False] * 3, [True] * 3]
+
+
+def test_rows_of_what_is_kept() -> None:
+    tokens = (np.arange(3).reshape(3, 1), np.arange(12).reshape(3, 4))
+    part = Kept(masks=tuple(t > 1 for t in tokens), tokens=tokens).rows([2, 0, 0])
+    assert part.tokens[0].tolist() == [[2], [0], [0]]
+    assert part.masks[1].tolist() == [[True] * 4, *[[False, False, True, True]] * 2]
+
+
+def test_a_box() -> None:
+    inside = box_mask((1, 2, 4, 3), height=5, width=6)
+    assert inside.shape == (5, 6) and inside.sum() == 3 and inside[2, 1:4].all()
+    np.testing.assert_array_equal(box_mask((1, 2, 4, 3), 5, 6, outside=True), ~inside)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 7, 5), (-1, 0, 2, 2), (3, 0, 3, 2), (0, 4, 2, 2)])
+def test_a_box_that_is_none(box: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=r"must lie in the image of 6 × 5.*found"):
+        box_mask(box, height=5, width=6)
+    with pytest.raises(UsageError, match="four whole numbers"):
+        box_mask((0, 0, 1.5, 2), height=5, width=6)
+
+
+def test_the_seam_lies_within_the_mask() -> None:
+    mask = np.zeros((64, 64), np.bool_)
+    mask[:, 20:] = True  # to the border, which is no seam
+    weights = feather(mask, 2)
+    assert weights.dtype == np.float32
+    row = weights[0]
+    assert not row[:20].any()
+    np.testing.assert_allclose(row[20:24], [1 / 3, 2 / 3, 1, 1], atol=1e-6)
+    assert (weights[:, 22:] == 1).all()
+
+
+def test_pixels_outside_the_mask_are_put_back() -> None:
+    old, new = np.full((64, 64, 3), 200, np.uint8), np.full((2, 64, 64, 3), 10, np.uint8)
+    mask = box_mask((16, 16, 48, 48), 64, 64)
+    mixed = blend(new, old, mask)
+    assert mixed.shape == new.shape and mixed.dtype == np.uint8
+    assert (mixed[:, ~mask] == 200).all()
+    assert (mixed[:, 18:46, 18:46] == 10).all()
+    assert 10 < mixed[0, 16, 30, 0] < 200

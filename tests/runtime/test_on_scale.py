@@ -1,0 +1,261 @@
+"""A generation seen and stopped between its scales: events, previews, deadlines, cancelling."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from var_deploy.errors import BackendError, CancelledError, UsageError
+from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.request import Pace, ScaleEvent
+
+ExportTo = Callable[..., Path]
+
+LABELS = (3, 0, 4, 1, 2)
+SCALES, SIDE = 3, 8
+LENGTHS = (1, 4, 16)
+
+
+@pytest.fixture
+def fresh(export_to: ExportTo) -> Iterator[Pipeline]:
+    """A pipeline that has not learned how long anything takes."""
+    with Pipeline.load(export_to(batch=2), threads=1) as pipeline:
+        yield pipeline
+
+
+def slow_down(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every scale and the decoder take this long at least."""
+    loop = pipe._loop
+    assert loop is not None
+
+    def slow(launch: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            time.sleep(seconds)
+            launch()
+
+        return run
+
+    condition, *scales = loop._launches
+    monkeypatch.setattr(loop, "_launches", [condition, *map(slow, scales)])
+    monkeypatch.setattr(loop, "_decoders", [slow(launch) for launch in loop._decoders])
+
+
+# events
+
+
+def test_every_scale_of_every_batch_is_told(pipe: Pipeline, expected: NDArray[np.uint8]) -> None:
+    seen: list[ScaleEvent] = []
+    images = pipe.generate(LABELS, seed=7, on_scale=seen.append)
+    np.testing.assert_array_equal(images, expected)
+    assert [(e.first, e.scale) for e in seen] == [(n, k) for n in (0, 2, 4) for k in range(SCALES)]
+    assert {e.scales for e in seen} == {SCALES}
+    for event in seen:
+        count = 1 if event.first == 4 else 2
+        assert event.tokens.shape == (count, LENGTHS[event.scale])
+        assert event.tokens.dtype == np.int64
+    # the tokens are those of the images, and the caller's own
+    tokens = [np.concatenate([e.tokens for e in seen if e.scale == k]) for k in range(SCALES)]
+    np.testing.assert_array_equal(pipe.decode(tokens), expected)
+
+
+def test_previews_are_the_images_so_far(pipe: Pipeline, expected: NDArray[np.uint8]) -> None:
+    tokens: list[Any] = [[], [], []]
+    previews: list[Any] = [[], [], []]
+
+    def look(event: ScaleEvent) -> None:
+        tokens[event.scale].append(event.tokens)
+        previews[event.scale].append(event.preview())
+
+    images = pipe.generate(LABELS, seed=7, on_scale=look)
+    np.testing.assert_array_equal(images, expected)  # looking changes nothing
+    drawn = [np.concatenate(parts) for parts in tokens]
+    for k in range(SCALES):
+        preview = np.concatenate(previews[k])
+        assert preview.shape == (5, SIDE, SIDE, 3) and preview.dtype == np.uint8
+        # decoded once more from the tokens, by another graph
+        wanted = pipe.decode(drawn, scales=k + 1)
+        assert np.abs(preview.astype(int) - wanted).max() <= 1
+    np.testing.assert_array_equal(np.concatenate(previews[-1]), expected)
+    assert np.abs(np.concatenate(previews[0]).astype(int) - expected).max() > 30
+
+
+def test_nothing_is_decoded_that_is_not_asked_for(
+    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = fresh._loop
+    assert loop is not None
+    decoded: list[int] = []
+
+    def counted(launch: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (decoded.append(1), launch())[1]
+
+    monkeypatch.setattr(loop, "_decoders", [counted(launch) for launch in loop._decoders])
+    fresh.generate(LABELS, on_scale=lambda event: None)
+    assert len(decoded) == 3  # one a batch
+    fresh.generate(LABELS[:2], on_scale=lambda event: event.preview())
+    assert len(decoded) == 3 + 1 + SCALES
+
+
+def test_without_a_callback_nothing_waits(
+    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[int] = []
+    loop = fresh._loop
+    assert loop is not None
+    monkeypatch.setattr(loop._backend, "synchronize", lambda: waits.append(1))
+    fresh.generate(LABELS[:2])
+    assert len(waits) == 1
+    fresh.generate(LABELS[:2], on_progress=lambda done, steps: None)
+    assert len(waits) == 1 + 1 + SCALES + 1
+
+
+# seeds
+
+
+def test_a_seed_an_image(pipe: Pipeline) -> None:
+    seeds = [7, 0, 2**64 - 1, 7, 12]
+    images = pipe.generate(LABELS, seed=seeds)
+    for n, (label, seed) in enumerate(zip(LABELS, seeds, strict=True)):
+        alone = pipe.generate([label], seed=seed)[0]
+        assert np.abs(images[n].astype(int) - alone).max() <= 1
+    np.testing.assert_array_equal(pipe.generate(LABELS, seed=np.array(seeds, np.uint64)), images)
+    assert pipe.generate(seed=[1, 2, 3]).shape == (3, SIDE, SIDE, 3)
+    for wrong in ([1, 2], []):
+        with pytest.raises(UsageError, match="one an image"):
+            pipe.generate(LABELS, seed=wrong)
+    with pytest.raises(UsageError, match="seed must be a whole number"):
+        pipe.generate([0], seed=[1.5])  # type: ignore[list-item]
+
+
+def test_a_setting_a_scale(pipe: Pipeline, expected: NDArray[np.uint8]) -> None:
+    spelled = pipe.generate(LABELS, seed=7, cfg=[0.0, 1.0, 2.0], temperature=(1, 1, 1))
+    np.testing.assert_array_equal(spelled, expected)
+    greedy = pipe.generate(LABELS, seed=7, top_k=[1, 1, 1])
+    np.testing.assert_array_equal(greedy, pipe.generate(LABELS, seed=8, top_k=1))
+    with pytest.raises(UsageError, match="3 scales"):
+        pipe.generate(LABELS, cfg=[1.0, 2.0])
+
+
+# deadlines
+
+
+def test_time_enough_changes_nothing(pipe: Pipeline, expected: NDArray[np.uint8]) -> None:
+    images = pipe.generate(LABELS, seed=7, deadline=100)
+    np.testing.assert_array_equal(images, expected)
+    assert images.scales_done.tolist() == [SCALES] * 5
+    assert pipe.generate(LABELS).scales_done.tolist() == [SCALES] * 5
+    assert not images[:2].scales_done.size and images.copy().dtype == np.uint8
+
+
+def test_one_scale_at_least(pipe: Pipeline) -> None:
+    first: list[NDArray[np.uint8]] = []
+    pipe.generate(
+        LABELS, seed=7, on_scale=lambda e: first.append(e.preview()) if e.scale == 0 else None
+    )
+    images = pipe.generate(LABELS, seed=7, deadline=1e-6)
+    assert images.scales_done.tolist() == [1] * 5
+    np.testing.assert_array_equal(images, np.concatenate(first))
+
+
+def test_a_deadline_sets_time_aside_for_the_decoder(
+    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(fresh, monkeypatch, 0.04)
+    whole = fresh.generate([0, 1], seed=7, deadline=100)
+    assert whole.scales_done.tolist() == [SCALES] * 2
+    started = time.perf_counter()
+    images = fresh.generate([0, 1], seed=7, deadline=0.15)  # two scales and the decoder: 0.12
+    took = time.perf_counter() - started
+    assert images.scales_done.tolist() in ([2, 2], [1, 1])
+    assert took < 0.3
+    assert np.abs(images.astype(int) - whole).max() > 0
+    # of two batches each gets its half
+    assert fresh.generate([0, 1, 2], seed=7, deadline=0.2).scales_done.tolist() == [1] * 3
+
+
+def test_the_first_deadline_of_all_looks_how_long_the_decoder_takes(
+    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(fresh, monkeypatch, 0.04)
+    images = fresh.generate([0], deadline=0.06)
+    assert images.scales_done.tolist() == [1]
+
+
+def test_what_was_never_seen_is_guessed_from_the_scale_before() -> None:
+    pace = Pace((1, 4, 16))
+    assert pace.decoder is None and pace.scale(2) == 0
+    pace.saw_scale(0, 0.5)
+    assert pace.scale(1) == 2.0 and pace.scale(2) == 8.0
+    for seconds in (9.0, 3.0, 1.0, 2.0):  # the first is forgotten
+        pace.saw_scale(1, seconds)
+        pace.saw_decoder(seconds)
+    assert pace.scale(1) == 3.0 and pace.decoder == 3.0
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "1", True])
+def test_deadlines_that_are_none(pipe: Pipeline, deadline: Any) -> None:
+    with pytest.raises(UsageError, match="deadline must be a number of seconds above 0"):
+        pipe.generate([0], deadline=deadline)
+
+
+# cancelling
+
+
+@pytest.mark.parametrize("scale", range(SCALES))
+def test_a_callback_cancels(pipe: Pipeline, expected: NDArray[np.uint8], scale: int) -> None:
+    seen: list[int] = []
+
+    def look(event: ScaleEvent) -> None:
+        seen.append(event.scale)
+        if event.scale == scale and event.first == 2:
+            pipe.cancel()
+
+    with pytest.raises(CancelledError, match="cancelled"):
+        pipe.generate(LABELS, seed=1, on_scale=look)
+    assert seen == [*range(SCALES), *range(scale + 1)]
+    np.testing.assert_array_equal(pipe.generate(LABELS, seed=7), expected)
+
+
+def test_another_thread_cancels(
+    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch, expected: NDArray[np.uint8]
+) -> None:
+    fresh.cancel()  # nothing is drawn: nothing happens
+    with monkeypatch.context() as patch:
+        slow_down(fresh, patch, 0.05)
+        timer = threading.Timer(0.07, fresh.cancel)
+        timer.start()
+        started = time.perf_counter()
+        with pytest.raises(CancelledError):
+            fresh.generate([0] * 20)  # two seconds and more
+        assert time.perf_counter() - started < 1
+        timer.join()
+    np.testing.assert_array_equal(fresh.generate(LABELS, seed=7), expected)
+
+
+def test_a_callback_cannot_use_its_own_pipeline(pipe: Pipeline) -> None:
+    tokens = pipe.encode(np.zeros((SIDE, SIDE, 3), np.uint8))
+    for use in (lambda: pipe.decode(tokens), lambda: pipe.encode(np.zeros((8, 8, 3), np.uint8))):
+        with pytest.raises(UsageError, match="callback"):
+            pipe.generate([0], on_scale=lambda event, use=use: use())  # type: ignore[misc]
+
+
+def test_a_closed_loop_decodes_nothing(export_to: ExportTo) -> None:
+    with Pipeline.load(export_to(batch=2), threads=1) as closed:
+        loop = closed._loop
+    assert loop is not None
+    with pytest.raises(BackendError, match="closed"):
+        loop.preview()
+    for call in (
+        lambda: closed.encode(np.zeros((8, 8, 3), np.uint8)),
+        lambda: closed.decode([np.zeros((1, 1), int)]),
+        lambda: closed.vary(np.zeros((8, 8, 3), np.uint8), 1),
+    ):
+        with pytest.raises(BackendError, match="this pipeline is closed"):
+            call()
