@@ -50,7 +50,7 @@ class ExportOptions:
     batch: int = 1
     guidance: bool = True
     layout: Layout = "both"
-    calibration: int = 4
+    calibration: int = 8
 
     def __post_init__(self) -> None:
         known = get_args(Precision)
