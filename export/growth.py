@@ -21,13 +21,14 @@ import click
 
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import random_model
+from var_deploy.export.graphs.builder import Precision
 from var_deploy.export.presets import PATCH_NUMS_512, PRESETS
 from var_deploy.runtime.bench.figure import COLOURS, INK, STYLE
 from var_deploy.runtime.bench.run import Settings, bench
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 # what the speed goals are stated for (docs/BENCHMARKS.md)
 SAMPLING = Sampling(cfg=4.0, top_k=900, top_p=0.96)
 

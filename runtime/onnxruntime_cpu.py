@@ -132,9 +132,7 @@ def _identity(graph: Path) -> tuple[Hashable, ...]:
         files = [path.stat() for path in (graph, graph.with_name(names.WEIGHTS))]
     except OSError:
         return (object(),)  # ONNX Runtime will say what is wrong
-    return tuple(
-        value for file in files for value in (file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns)
-    )
+    return tuple((f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns) for f in files)
 
 
 @cache
