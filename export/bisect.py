@@ -1,7 +1,9 @@
 """`verify --bisect A,B`: the first layer at which two backends part.
 
 Both are given what the PyTorch model was given at this point. Values are compared in the order in
-which the graph makes them, fp32 against fp16 as well: the two graphs differ in casts alone.
+which the graph makes them, fp32 against fp16 as well: the two graphs differ in casts and in how the
+decoder doubles its maps, which then counts as one node. int8 has nothing to compare: it is off
+everywhere, and `verify` says by how much.
 
 What follows from a decision is left out, because rounding turns decisions: the inside of the
 sampler, whose tokens are judged by how firm they were and then forced, and what the encoder makes
@@ -11,6 +13,7 @@ of its latent.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,26 +23,22 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from var_deploy import names
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.bisect_backends import RUNNERS, Runner
+from var_deploy.export.difference import largest_error
 from var_deploy.export.graph_runner import complete_step
 from var_deploy.export.lint import values_of
-from var_deploy.export.verify import (
-    BOUNDS,
-    COIN_TOSS,
-    Reference,
-    load_bundle_model,
-    run_order,
-    trace_reference,
-)
+from var_deploy.export.reference import Reference, trace_reference
+from var_deploy.export.verify import BOUNDS, COIN_TOSS, load_bundle_model, run_order, widest_first
 from var_deploy.manifest import Manifest, check_files, read_manifest
 
 AT_ONCE = 256 << 20  # bytes of values held of each backend
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 DECISIONS = ("sampler/", "quantize.scale_")  # of node names
+UPSAMPLING = ".upsample.conv"  # end of the scope
 
 Progress = Callable[[str, float], None]
 
@@ -61,7 +60,7 @@ class Divergence:
 
     Attributes:
         graph: such as "step @ 3".
-        node, operator, value: in the second graph.
+        node, operator, value: in the second graph; "Upsample" stands for the nodes of one.
         error: largest difference over the largest magnitude; of tokens, how firm they were.
         inputs: what the node was given and its error, None for weights and constants.
     """
@@ -124,7 +123,12 @@ def parse_sides(text: str, manifest: Manifest) -> tuple[Side, Side]:
         backend, _, precision = part.strip().partition(":")
         if backend not in RUNNERS:
             raise UsageError(f"--bisect knows {', '.join(RUNNERS)}, found {backend!r}")
-        precision = precision or max(manifest.graphs)
+        precision = precision or widest_first(manifest)[0]
+        if precision == "int8":
+            raise UsageError(
+                "--bisect compares fp32 and fp16: int8 rounds every layer; "
+                "var-deploy verify says what it does to each scale"
+            )
         manifest.graph(precision, names.DECODER)
         sides.append(Side(backend=backend, precision=precision))
     if len(sides) != 2 or sides[0] == sides[1]:
@@ -202,7 +206,7 @@ def _choose(
             every.append((name, int(name[-2:]) if name[-2:].isdigit() else 0))
     if wanted is None:
         checks = (manifest.parity or {}).get("checks", [])
-        failed = [check["graph"] for check in checks if not check["passed"]]
+        failed = [c["graph"] for c in checks if not c["passed"] and c["precision"] != "int8"]
         wanted = failed[0] if failed and not failed[0].startswith("loop") else None
     if wanted is None:
         return every
@@ -262,7 +266,10 @@ class _Comparison:
     def _parts(self) -> Iterator[list[tuple[str, str]]]:
         """Pairs of values that mean the same, in order, `AT_ONCE` bytes at a time."""
         one, other = self._graphs
-        if [_kind(n) for n in one.nodes] != [_kind(n) for n in other.nodes]:
+        if one.kinds() != other.kinds():
+            one.join_upsampling()
+            other.join_upsampling()
+        if one.kinds() != other.kinds():
             raise ExportError("the graphs of the two precisions are not the same network")
         choice = other.choice
         part: list[tuple[str, str]] = []
@@ -289,7 +296,7 @@ class _Comparison:
             error = float(self._trace.margins[first != second].max(initial=0.0))
             bound = self._coin_toss
         else:
-            error = relative_error(first, second)
+            _, error = largest_error(first, second)
         self._errors[name] = error
         if error <= bound:
             return None
@@ -342,6 +349,26 @@ class _Graph:
             if names.TOKENS in node.output:
                 self.choice = node.input[2]
 
+    def kinds(self) -> list[tuple[str, str]]:
+        return [_kind(node) for node in self.nodes]
+
+    def join_upsampling(self) -> None:
+        """Put one node, of the last value, for each up-sampling: a copy and one convolution in
+        fp16, four small convolutions in fp32."""
+        joined: list[onnx.NodeProto] = []
+        for part, nodes in itertools.groupby(self.nodes, _upsamples):
+            group = list(nodes)
+            if part:
+                made = {name for node in group for name in node.output}
+                given = [self.source.get(i, i) for node in group for i in node.input if i]
+                outside = list(dict.fromkeys(name for name in given if name not in made))
+                last = group[-1]
+                scope = last.name.partition("/")[0]
+                node = helper.make_node("Upsample", outside, last.output, f"{scope}/Upsample_0")
+                group = [node]
+            joined += group
+        self.nodes = joined
+
     def is_float(self, name: str) -> bool:
         return name in self._values and self._values[name].elem_type in FLOATS
 
@@ -350,18 +377,11 @@ class _Graph:
         return int(np.prod(sizes, dtype=np.int64)) * 4
 
 
+def _upsamples(node: onnx.NodeProto) -> bool:
+    """Resize is used for nothing else."""
+    return node.op_type == "Resize" or node.name.partition("/")[0].endswith(UPSAMPLING)
+
+
 def _kind(node: onnx.NodeProto) -> tuple[str, str]:
     """Operator and layer; the number at the end of a node's name counts the casts as well."""
     return node.op_type, node.name.rpartition("_")[0]
-
-
-def relative_error(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Largest difference over the largest magnitude of `first`; infinite where one is no number."""
-    expected, found = first.astype(np.float32), second.astype(np.float32)
-    if expected.shape != found.shape or not np.isfinite(found).all():
-        return float("inf")
-    if not expected.size:
-        return 0.0
-    largest = float(np.abs(expected).max())
-    error = float(np.abs(found - expected).max()) / max(largest, 1e-6)
-    return error if np.isfinite(error) else float("inf")

@@ -33,6 +33,8 @@ from var_deploy.spec import ModelSpec
 Layout = Literal["both", "per-scale", "shared"]
 Progress = Callable[[str, float], None]
 
+CALIBRATION = 0.5  # of an int8 export's time; images take longer than writing
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
@@ -51,7 +53,7 @@ class ExportOptions:
     batch: int = 1
     guidance: bool = True
     layout: Layout = "both"
-    calibration: int = 4
+    calibration: int = 8
 
     def __post_init__(self) -> None:
         known = get_args(Precision)
@@ -130,6 +132,7 @@ def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Pro
         plans[precision] = _Plan.of(build_graphs(model.spec, precision, options, ranges))
     total = sum(plan.layout.size for plan in plans.values())
     _check_space(folder, total)
+    start = CALIBRATION if "int8" in plans else 0.0
     done = 0
     manifest = _manifest(model, options)
     for precision, plan in plans.items():
@@ -137,7 +140,8 @@ def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Pro
         def advance(count: int, precision: str = precision) -> None:
             nonlocal done
             done += count
-            report(f"writing {precision} weights", 0.95 * done / max(total, 1))
+            part = start + (0.95 - start) * done / max(total, 1)
+            report(f"writing {precision} weights", part)
 
         manifest = plan.write(folder, precision, manifest, read, advance)
     manifest.save(folder)
@@ -152,22 +156,23 @@ def _calibrate(
     Those graphs are written to a folder of their own first, and deleted with it.
     """
     shared = dataclasses.replace(options, layout="shared", precisions=("int8",))
-    graphs = {graph.name: graph for graph in build_graphs(model.spec, "int8", shared)}
-    decoder = graphs.pop(names.DECODER)
-    del graphs[names.ENCODER], graphs[names.ACCUMULATE]
-    plan = _Plan.of(list(graphs.values()))
+    built = {graph.name: graph for graph in build_graphs(model.spec, "int8", shared)}
+    decoder = built.pop(names.DECODER)
+    del built[names.ENCODER], built[names.ACCUMULATE]
+    plan = _Plan.of(list(built.values()))
     _check_space(folder, plan.layout.size)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
         report("rounding to int8", 0.0)
         found = plan.write(scratch, "int8", _manifest(model, shared), read, lambda count: None)
-        found.graphs["int8"][decoder.name] = _info(decoder, "int8")  # named, and never opened
+        # the decoder is named, and never opened
+        graphs = {**found.graphs["int8"], decoder.name: _info(decoder, "int8")}
         return decoder_ranges(
             model,
             scratch,
-            found,
+            dataclasses.replace(found, graphs={"int8": graphs}),
             options.calibration,
-            lambda done, all: report("calibrating int8", 0.2 * done / all),
+            lambda done, batches: report("calibrating int8", CALIBRATION * done / batches),
         )
 
 

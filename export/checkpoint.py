@@ -173,10 +173,7 @@ def load_model(
             raise UsageError("--random-weights needs a preset, which tells the sizes")
         if checkpoint is not None or tokenizer is not None:
             raise UsageError("--random-weights and checkpoint files exclude each other")
-        drawn = (
-            RandomWeights(_weight_shapes(m), random_weights) for m in empty_modules(known.spec)
-        )
-        return assemble(known.spec, *drawn, **_named(preset, known))
+        return random_model(known.spec, random_weights, **_named(preset, known))
     if known is None and (checkpoint is None or tokenizer is None):
         lacking = "--checkpoint" if checkpoint is None else "--tokenizer"
         raise UsageError(
@@ -197,6 +194,12 @@ def load_model(
             f"expected {known.spec.patch_nums}"
         )
     return model
+
+
+def random_model(spec: ModelSpec, seed: int, **named: Any) -> LoadedModel:
+    """A model of any sizes with drawn weights; `named` as in `assemble`."""
+    drawn = (RandomWeights(_weight_shapes(module), seed) for module in empty_modules(spec))
+    return assemble(spec, *drawn, **named)
 
 
 def assemble(

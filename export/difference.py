@@ -24,8 +24,8 @@ def largest_error(expected: NDArray[Any], found: NDArray[Any]) -> tuple[float, f
 
 
 def norm_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """‖found - expected‖ / ‖expected‖, Frobenius norms: what rounding adds to the tensor as a whole,
-    where the largest single difference would be that of an outlier."""
+    """‖found - expected‖ / ‖expected‖, of Frobenius norms: what rounding adds to the tensor as a
+    whole, where the largest single difference would be that of an outlier."""
     want, got = expected.astype(np.float64), found.astype(np.float64)
     if want.shape != got.shape or not np.isfinite(got).all():
         return math.inf

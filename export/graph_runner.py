@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
+from var_deploy import names
 from var_deploy.manifest import GraphInfo, Manifest, TensorInfo
 from var_deploy.runtime.buffers import step_geometry, step_shapes
 
@@ -40,6 +41,8 @@ class GraphRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
+        # with open sizes, planning which buffer may serve again takes longer than all the rest
+        options.enable_mem_reuse = path.stem != names.STEP
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

@@ -63,9 +63,10 @@ def _nodes(graph: onnx.GraphProto, folder: Path, checked: set[Rounded]) -> Itera
                 problem = "its zero point is not 0" if zero.any() else ""
             if problem:
                 yield f"{node.name}: weight {name}: {problem}"
-        elif node.op_type == "MatMul" and scope.startswith(ROUNDED_SCOPES):
-            if not constants.keys().isdisjoint(node.input):
-                yield f"{node.name}: MatMul with a weight runs in fp32, it should run in int8"
+            continue
+        weighted = node.op_type == "MatMul" and not constants.keys().isdisjoint(node.input)
+        if weighted and scope.startswith(ROUNDED_SCOPES):
+            yield f"{node.name}: MatMul with a weight runs in fp32, it should run in int8"
 
 
 def _weight(
@@ -92,8 +93,8 @@ def _weight(
     return ""
 
 
-def largest_pair(rows: NDArray[np.int8]) -> int:
-    """Of [out, in]: the largest sum of two neighbours, positions 2i and 2i + 1, of one sign."""
+def largest_pair(rows: NDArray[Any]) -> int:
+    """Of int8 [out, in]: the largest sum of neighbours 2i and 2i + 1 that have one sign."""
     wide = rows.astype(np.int16)
     if wide.shape[1] % 2:
         wide = np.pad(wide, ((0, 0), (0, 1)))

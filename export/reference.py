@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,14 @@ class Reference:
     Attributes:
         labels: one an image.
         encoded: the encoder's latent and tokens by tensor name.
+        decode: tokens [B, L_k] of all scales → images [B, side, side, channels] in [0, 1].
     """
 
     labels: list[int]
+    seed: int
     trace: Trace
     encoded: Arrays
+    decode: Callable[[Sequence[NDArray[Any]]], NDArray[Any]]
 
     def inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
         """What a graph was given; of `step`, what the static graph of `scale` is given."""
@@ -86,10 +89,7 @@ class Reference:
 
 def trace_reference(model: LoadedModel, manifest: Manifest, seed: int) -> Reference:
     """Generate B images with the PyTorch model, and encode them."""
-    spec, batch = manifest.model, manifest.batch
-    classes = max(spec.transformer.classes, 1)
-    labels = [(7 * i + seed) % classes for i in range(batch)]
-    draws = np.stack([uniforms(seed, i, spec.total_tokens) for i in range(batch)])
+    labels, draws = request(manifest, seed, 0)
     tokenizer, transformer = build_modules(model)
     trace = trace_generation(
         tokenizer, transformer, labels, draws, manifest.defaults, manifest.guidance
@@ -100,7 +100,21 @@ def trace_reference(model: LoadedModel, manifest: Manifest, seed: int) -> Refere
         encoded = {names.LATENT: latent.numpy()}
         for k, _, tokens, _ in tokenizer.quantize.encode(latent):
             encoded[names.encoder_tokens(k)] = tokens.numpy()
-    return Reference(labels=labels, trace=trace, encoded=encoded)
+
+    @torch.no_grad()
+    def decode(tokens: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        f_hat = tokenizer.accumulate([torch.from_numpy(scale) for scale in tokens])
+        return _image(tokenizer, f_hat)
+
+    return Reference(labels=labels, seed=seed, trace=trace, encoded=encoded, decode=decode)
+
+
+def request(manifest: Manifest, seed: int, first: int) -> tuple[list[int], NDArray[np.float32]]:
+    """Labels and uniforms [B, T] of the images `first` … of a request."""
+    spec, images = manifest.model, range(first, first + manifest.batch)
+    classes = max(spec.transformer.classes, 1)
+    draws = np.stack([uniforms(seed, i, spec.total_tokens) for i in images])
+    return [(7 * i + seed) % classes for i in images], draws
 
 
 def modulation_table(mod: Modulation) -> Tensor:
@@ -166,13 +180,18 @@ def trace_generation(
                 following = tokenizer.quantize.next_input(k, f_hat)
             outputs[names.NEXT_INPUT] = following.numpy()
         scales.append(ScaleTrace(inputs=inputs, outputs=outputs, margins=margins.numpy()))
-    image = (tokenizer.decode(f_hat) + 1) / 2
     return Trace(
         condition=condition,
         scales=scales,
         f_hat=f_hat.numpy(),
-        image=image.permute(0, 2, 3, 1).numpy(),
+        image=_image(tokenizer, f_hat),
     )
+
+
+def _image(tokenizer: Tokenizer, f_hat: Tensor) -> NDArray[Any]:
+    """[B, side, side, channels] in [0, 1]."""
+    image: NDArray[Any] = ((tokenizer.decode(f_hat) + 1) / 2).permute(0, 2, 3, 1).numpy()
+    return image
 
 
 def _cache_arrays(cache: Cache, key: Any, value: Any, start: int = 0) -> Arrays:

@@ -108,8 +108,8 @@ class SampleStudy:
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-            for row in rows
+            "  ".join([name.ljust(widths[0]), *(map(str.rjust, cells, widths[1:]))])
+            for name, *cells in rows
         ]
         lines.insert(1, "-" * len(lines[0]))
         how = f"{self.count} images a set, named by the judge of {self.judge}; "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,13 +15,18 @@ from var_deploy import names
 from var_deploy.errors import BackendError
 from var_deploy.export.difference import agreement, largest_error, norm_error, top_1_agreement
 from var_deploy.export.graph_runner import GraphRunner, complete_step
-from var_deploy.export.reference import Reference, ScaleTrace
+from var_deploy.export.reference import Reference, ScaleTrace, request
 from var_deploy.export.report import Check
 from var_deploy.images import psnr
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import Layout, ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
+# number of the first image that is drawn to try the decoder on: far from those that a decoder was
+# calibrated with
+FIRST_DRAWN = 1 << 16
+
+Image = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
 
@@ -33,10 +39,14 @@ class Tolerance(Protocol):
 
     Attributes:
         rules: what the graphs' own rules are for, such as "not for TensorRT 10.3".
+        drawn: images that the loop draws by itself to try the decoder on, 0 for none.
     """
 
     @property
     def rules(self) -> str: ...
+
+    @property
+    def drawn(self) -> int: ...
 
     def problems(self, path: Path) -> list[str]:
         """How the file of a graph breaks the rules, a line each."""
@@ -52,7 +62,7 @@ class Tolerance(Protocol):
     def accumulate(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
 
     def decoder(self, check: Check) -> Check:
-        """The check has the error and the PSNR of the image."""
+        """The check has the error and the PSNR of the worst image."""
 
     def loop(
         self, check: Check, traces: Sequence[ScaleTrace], tokens: Sequence[NDArray[Any]]
@@ -132,7 +142,7 @@ class GraphVerifier:
         if name == names.ACCUMULATE:
             sums = np.stack([scale.outputs[names.NEW_F_HAT] for scale in self._trace.scales])
             return [self._tolerance.accumulate(check, {names.F_HATS: sums}, found)]
-        return [self._tolerance.decoder(self._image(check, found[names.IMAGE]))]
+        return [self._tolerance.decoder(self._image(check, self._trace.image, found[names.IMAGE]))]
 
     def _scale(self, runner: GraphRunner, name: str, scale: int) -> Check:
         trace, manifest = self._trace.scales[scale], self._manifest
@@ -155,46 +165,67 @@ class GraphVerifier:
         return self._tolerance.scale(check, trace, found)
 
     def loops(self) -> list[Check]:
-        """The whole generation in every layout that the bundle holds."""
+        """The whole generation in every layout that the bundle holds, and what it draws besides."""
         graphs = self._manifest.graphs[self._precision]
         layouts: list[Layout] = ["shared"] if names.STEP in graphs else []
         if names.scale_graph(0) in graphs:
             layouts.append("per-scale")
-        return [self._loop(layout) for layout in layouts]
+        checks, drawn = list[Check](), self._tolerance.drawn
+        for layout in layouts:
+            blank = self._blank(f"loop {layout}")
+            if self.unfit:
+                checks.append(blank.failed(f"not run, because {self.unfit} is not right"))
+                continue
+            try:
+                with self._open(layout) as loop:
+                    checks.append(self._loop(loop, blank))
+                    if drawn:
+                        blank, drawn = self._blank(f"{names.DECODER} drawn"), 0
+                        checks.append(self._drawn(loop, blank))
+            except BackendError as error:
+                checks.append(blank.failed(str(error)))
+        return checks
 
-    def _loop(self, layout: Layout) -> Check:
-        check = self._blank(f"loop {layout}")
-        if self.unfit:
-            return check.failed(f"not run, because {self.unfit} is not right")
-        try:
-            tokens, image = self._generate(layout)
-        except BackendError as error:
-            return check.failed(str(error))
-        traces = self._trace.scales
-        pairs = [(t.outputs[names.TOKENS], found) for t, found in zip(traces, tokens, strict=True)]
-        expected, drawn = (np.concatenate(side, axis=1) for side in zip(*pairs, strict=True))
-        check = dataclasses.replace(self._image(check, image), tokens=agreement(expected, drawn))
-        return self._tolerance.loop(check, traces, tokens)
-
-    def _generate(self, layout: Layout) -> tuple[list[NDArray[np.int64]], NDArray[np.float32]]:
-        """Tokens a scale and images, from the reference's labels and uniforms."""
-        draws = np.concatenate([t.inputs[names.UNIFORMS] for t in self._trace.scales], axis=1)
+    @contextlib.contextmanager
+    def _open(self, layout: Layout) -> Iterator[ScaleLoop]:
         loop = ScaleLoop(self._bundle, self._manifest, OrtCpuBackend(), self._precision, layout)
         try:
-            image = loop.run(self._reference.labels, draws, self._manifest.defaults).copy()
-            return loop.tokens(), image
+            yield loop
         finally:
             loop.close()
 
-    def _image(self, check: Check, image: NDArray[np.float32]) -> Check:
-        """`check` with the image's error, which is relative to 1, and its PSNR."""
-        error, _ = largest_error(self._trace.image, image)
+    def _loop(self, loop: ScaleLoop, check: Check) -> Check:
+        """From the reference's labels and uniforms."""
+        traces = self._trace.scales
+        draws = np.concatenate([trace.inputs[names.UNIFORMS] for trace in traces], axis=1)
+        image = loop.run(self._reference.labels, draws, self._manifest.defaults)
+        tokens = loop.tokens()
+        expected = np.concatenate([trace.outputs[names.TOKENS] for trace in traces], axis=1)
+        agree = agreement(expected, np.concatenate(tokens, axis=1))
+        check = dataclasses.replace(self._image(check, self._trace.image, image), tokens=agree)
+        return self._tolerance.loop(check, traces, tokens)
+
+    def _drawn(self, loop: ScaleLoop, check: Check) -> Check:
+        """The decoder on images that the loop draws, against the model's decoder on the same
+        tokens: the worst of them."""
+        manifest, seed, found = self._manifest, self._reference.seed, list[Check]()
+        for first in range(0, self._tolerance.drawn, manifest.batch):
+            labels, draws = request(manifest, seed, FIRST_DRAWN + first)
+            image = loop.run(labels, draws, manifest.defaults)
+            found.append(self._image(check, self._reference.decode(loop.tokens()), image))
+        worst = min(found, key=lambda check: check.psnr or 0.0)
+        count = len(found) * manifest.batch
+        return self._tolerance.decoder(worst).remarked(f"the worst of {count} that it drew")
+
+    def _image(self, check: Check, expected: Image, found: Image) -> Check:
+        """`check` with the largest error of a batch, relative to 1, and the lowest PSNR."""
+        error, _ = largest_error(expected, found)
         return dataclasses.replace(
             check,
             tensor=names.IMAGE,
             error=error,
             relative=error,
-            psnr=psnr(image, self._trace.image),
+            psnr=min(psnr(*pair) for pair in zip(found, expected, strict=True)),
         )
 
     def _blank(self, graph: str) -> Check:

@@ -31,6 +31,9 @@ LOGITS_BOUND = 0.06
 CACHE_BOUND = 0.06  # new keys and values
 CONDITION_BOUND = 0.02  # one product: 0.012 for activations without outliers
 DECODER_PSNR = 35.0  # dB against the model's image
+# A decoder's ranges come from a few images, and one with values beyond them loses 10 dB and more:
+# so many are drawn to meet one, if one in five is such.
+DRAWN = 16
 EXACT = (names.FIRST_INPUT, names.NEW_F_HAT, names.NEXT_INPUT)  # look-ups and sums, in fp32
 
 
@@ -44,6 +47,7 @@ class Int8Tolerance:
     exact: FloatTolerance
     _checked: set[Rounded] = field(default_factory=set)
 
+    drawn: ClassVar[int] = DRAWN
     rules: ClassVar[str] = "not as int8 graphs are promised to be"
 
     def problems(self, path: Path) -> list[str]:
@@ -91,7 +95,7 @@ class Int8Tolerance:
         assert check.psnr is not None  # it has an image
         if check.psnr >= DECODER_PSNR:
             return check
-        return check.failed(f"{names.IMAGE} has {check.psnr:.1f} dB, bound {DECODER_PSNR:.0f} dB")
+        return check.failed(f"{names.IMAGE} has {check.psnr:.2f} dB, bound {DECODER_PSNR:.0f} dB")
 
     def loop(
         self, check: Check, traces: Sequence[ScaleTrace], tokens: Sequence[NDArray[Any]]

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from var_deploy.runtime.protocol import ALIGNMENT, Array
 
-
 WORTH_GIVING_BACK = 1 << 24  # bytes; a page fault costs about as much as computing on 1 kB
 
 

@@ -19,7 +19,7 @@ from var_deploy.images import read_settings
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "var_deploy", "export", "runtime")
 PROBES = ("gemm_fp32", "gemm_int8", "conv_fp32", "conv_int8")
-WEIGHTS = ("tokenizer.safetensors", "transformer.safetensors")
+WEIGHTS = ("judge.safetensors", "tokenizer.safetensors", "transformer.safetensors")
 
 
 def call(*command: object, folder: Path) -> str:

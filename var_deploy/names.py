@@ -14,9 +14,12 @@ ENCODER = "encoder"
 ACCUMULATE = "accumulate"  # tokens of all scales to what they add up to
 
 
+SCALE_PREFIX = "scale_"
+
+
 def scale_graph(scale: int) -> str:
     """Name of the static graph of one scale."""
-    return f"scale_{scale:02d}"
+    return f"{SCALE_PREFIX}{scale:02d}"
 
 
 # condition: labels → first input and modulation

@@ -83,9 +83,11 @@ class Pipeline:
                 it only where its export was asked for it, else fp32, else fp16, which a CPU
                 computes in fp32 anyway.
             layout: "shared" (one graph for all scales, one copy of the weights), "per-scale" (a
-                static graph a scale), or "auto": with ONNX Runtime shared, since each session
-                holds its own copy of the weights; with TensorRT what was built, and by free
-                memory where both were.
+                static graph a scale), or "auto": with ONNX Runtime shared, since sessions cannot
+                share packed weights, and static graphs that read them unpacked are slower; with
+                TensorRT what was built, and by free memory where both were. Pipelines of one
+                bundle in one process share weights on a CPU, where threads and layout agree;
+                elsewhere each has its own.
             threads: CPU threads; None takes every physical core. With "auto" a number asks for
                 the CPU.
             cuda_graph: TensorRT only: record each launch once and replay it.

@@ -200,7 +200,8 @@ def phase_weight(key: str, down: int, right: int) -> Callable[[ReadKey], NDArray
 
     def make(read: ReadKey) -> NDArray[Any]:
         added = np.einsum("ui,vj,ncij->ncuv", taps[down], taps[right], read(key))
-        return added.astype(np.float32)
+        weight: NDArray[Any] = added.astype(np.float32)
+        return weight
 
     return make
 

@@ -30,13 +30,15 @@ class Range:
     high: float
 
     @property
-    def scale(self) -> np.float32:
+    def scale(self) -> float:
+        """One step, as an fp32 number."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
-        return np.float32(max(high - low, 1e-6) / 255)
+        return float(np.float32(max(high - low, 1e-6) / 255))
 
     @property
-    def zero_point(self) -> np.uint8:
-        return np.uint8(np.clip(np.rint(-min(self.low, 0.0) / self.scale), 0, 255))
+    def zero_point(self) -> int:
+        """What 0 is rounded to."""
+        return min(max(round(-min(self.low, 0.0) / self.scale), 0), 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +87,16 @@ def round_rows(rows: NDArray[np.float32]) -> NDArray[np.int8]:
 
 def kernel_rows(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
     """[out, in, h, w] → [out, h·w·in], the order in which ONNX Runtime multiplies."""
-    return kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1)
+    rows: NDArray[np.float32] = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1)
+    return rows
 
 
 def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: int) -> str:
     """x [..., in] → [..., out] with the checkpoint's `key` [out, in]; x is rounded as it comes."""
 
     def matrix(read: ReadKey) -> NDArray[Any]:
-        return round_rows(read(key)).T
+        rounded: NDArray[Any] = round_rows(read(key)).T
+        return rounded
 
     def scales(read: ReadKey) -> NDArray[Any]:
         return weight_scale(read(key))
@@ -105,11 +109,15 @@ def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: 
 
 
 def quantize(b: GraphBuilder, x: str, to: Range) -> str:
-    return b.op("QuantizeLinear", x, b.constant(to.scale), b.constant(to.zero_point))
+    return b.op("QuantizeLinear", x, *_constants(b, to))
 
 
 def dequantize(b: GraphBuilder, x: str, of: Range) -> str:
-    return b.op("DequantizeLinear", x, b.constant(of.scale), b.constant(of.zero_point))
+    return b.op("DequantizeLinear", x, *_constants(b, of))
+
+
+def _constants(b: GraphBuilder, range: Range) -> tuple[str, str]:
+    return b.constant(range.scale, np.float32), b.constant(range.zero_point, np.uint8)
 
 
 def static_conv(
@@ -130,22 +138,22 @@ def static_conv(
     def values(read: ReadKey) -> NDArray[Any]:
         rows = round_rows(kernel_rows(kernel.make(read)))
         out, width, *sides = kernel.shape
-        return rows.reshape(out, *sides, width).transpose(0, 3, 1, 2)
+        rounded: NDArray[Any] = rows.reshape(out, *sides, width).transpose(0, 3, 1, 2)
+        return rounded
 
     def bias(read: ReadKey) -> NDArray[Any]:
         # products are sums of q · (x's rounded value), so the bias is counted in the same unit
-        return np.rint(read(f"{key}.bias") / (ranges.input.scale * scales(read)))
+        counted: NDArray[Any] = np.rint(read(f"{key}.bias") / (ranges.input.scale * scales(read)))
+        return counted
 
     return b.op(
         "QLinearConv",
         x,
-        b.constant(ranges.input.scale),
-        b.constant(ranges.input.zero_point),
+        *_constants(b, ranges.input),
         b.weight(kernel.name, kernel.shape, values, np.int8),
         b.weight(f"{kernel.name}.scale", (channels,), scales),
         zeros,
-        b.constant(ranges.output.scale),
-        b.constant(ranges.output.zero_point),
+        *_constants(b, ranges.output),
         b.weight(f"{kernel.name}.bias", (channels,), bias, np.int32),
         kernel_shape=list(kernel.shape[2:]),
         pads=list(pads),

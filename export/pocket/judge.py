@@ -155,8 +155,8 @@ def load_judge(path: Path = JUDGE_FILE) -> Judge:
     try:
         judge.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is not pocket's judge ({why}); make train makes it") from None
+        why = f"{path} is not pocket's judge ({' '.join(str(error).split())})"
+        raise CheckpointError(f"{why}; make train makes it") from None
     return judge.eval().requires_grad_(False)
 
 

@@ -105,6 +105,7 @@ def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, 
     # one slow round in ten must not squeeze all bars: a whisker may leave the figure
     widest = MOST * max(1e3 * result.whole.median for result in ran) if ran else 1.0
     axes.set_xlim(0, widest)
+    axes.locator_params(axis="x", nbins=5)
     for at, result in enumerate(ran):
         whole = result.whole
         middle, low, high = (1e3 * s for s in (whole.median, whole.p10, whole.p95))
@@ -114,7 +115,7 @@ def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, 
             floor = 1e3 * sum(floor.seconds for floor in result.least)
             axes.vlines(floor, at - 0.36, at + 0.36, colors=INK, linewidth=1.6)
         axes.annotate(
-            f"{middle:.4g}",
+            f"{middle:.0f}" if middle >= 1000 else f"{middle:.4g}",
             (middle, at),
             xytext=(3, 7),
             textcoords="offset points",

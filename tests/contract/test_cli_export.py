@@ -83,7 +83,7 @@ def test_images_to_calibrate_with(tmp_path: Path, exporter: list[dict[str, Any]]
     out, both = tmp_path / "b", ("--precision", "int8", "--precision", "fp16")
     assert run("export", "pocket", "--out", out, *both).exit_code == 0
     _, write, calibrated = exporter
-    assert (write["calibration"], calibrated["images"]) == (4, 1)
+    assert (write["calibration"], calibrated["images"]) == (8, 1)
     exporter.clear()
     none = ("--calibration", 0)
     assert run("export", "pocket", "--out", out, "--precision", "fp16", *none).exit_code == 0

@@ -30,7 +30,8 @@ from var_deploy.export.bisect_backends import (
 )
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import LoadedModel, build_modules
-from var_deploy.export.verify import Reference, trace_reference, verify_model
+from var_deploy.export.reference import Reference, trace_reference
+from var_deploy.export.verify import verify_model
 from var_deploy.manifest import FileInfo, Manifest, file_sha256, read_manifest
 
 SCALE_1 = names.scale_graph(1)
@@ -250,6 +251,24 @@ def test_values_are_held_in_portions(
     assert max(sizes) < sizes[0] * 8
 
 
+def test_a_wrong_up_sampling_in_the_half_graph_is_named(
+    bundle: Path, manifest: Manifest, reference: Reference
+) -> None:
+    """One convolution there, four in fp32: they are compared as one node."""
+    weight = "decoder.up.1.upsample.conv.weight"
+    plant(bundle, names.DECODER, "fp16", weight, "decoder.up.1.block.1.conv2.weight")
+    result = bisect(bundle, manifest, reference, (ORT, HALF), graph=names.DECODER)
+    found = result.divergence
+    assert found is not None
+    assert (found.node, found.operator) == ("decoder.up.1.upsample.conv/Upsample_0", "Upsample")
+    proto = onnx.load(str(bundle / f"fp16/{names.DECODER}.onnx"), load_external_data=False)
+    assert found.value == next(n for n in proto.graph.node if weight in n.input).output[0]
+    errors = dict(found.inputs)
+    assert errors.pop(weight) is None
+    (before,) = (error for error in errors.values() if error is not None)
+    assert 0 < before < found.bound < found.error
+
+
 def test_the_graph_that_failed_verify_is_taken(
     bundle: Path, model: LoadedModel, reference: Reference
 ) -> None:
@@ -259,6 +278,11 @@ def test_the_graph_that_failed_verify_is_taken(
     assert result.graphs == (f"{names.STEP} @ 0",)
     assert result.divergence is not None
     assert result.divergence.node.startswith("blocks.1.ffn/Add")
+    # what is wrong with int8 alone is no matter of the other two
+    parity = {"checks": [{"precision": "int8", "graph": f"{names.STEP} @ 1", "passed": False}]}
+    left = dataclasses.replace(read_manifest(bundle), parity=parity)
+    result = bisect(bundle, left, reference, (ORT, HALF))
+    assert result.graphs[-1] == f"{names.STEP} @ 0" and len(result.graphs) == 5
 
 
 # --- TensorRT, through what stands for Polygraphy
@@ -452,6 +476,17 @@ def test_two_different_backends_are_wanted(manifest: Manifest) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             parse_sides(text, manifest)
+
+
+def test_int8_is_not_compared_and_never_taken_by_default(manifest: Manifest) -> None:
+    graphs = {**manifest.graphs, "int8": manifest.graphs["fp32"]}
+    rounded = dataclasses.replace(manifest, graphs=graphs)
+    assert parse_sides("onnxruntime,pytorch", rounded) == (ORT, TORCH)
+    with pytest.raises(UsageError, match="int8 rounds every layer"):
+        parse_sides("onnxruntime,pytorch:int8", rounded)
+    only = dataclasses.replace(manifest, graphs={"int8": graphs["int8"]})
+    with pytest.raises(UsageError, match="int8 rounds every layer"):
+        parse_sides("onnxruntime,pytorch", only)
 
 
 def test_the_command(bundle: Path, model: LoadedModel, tmp_path: Path) -> None:

@@ -146,7 +146,8 @@ def test_another_weight_gives_another_digest(
         ({"batch": 0}, "batch must be at least 1, found 0"),
         ({"batch": -3}, "batch"),
         ({"precisions": ()}, "precision"),
-        ({"precisions": ("int8",)}, "fp32 or fp16, found ('int8',)"),
+        ({"precisions": ("int4",)}, "fp32, fp16, int8, found ('int4',)"),
+        ({"precisions": ("int8",), "calibration": 0}, "at least 1 image, found 0"),
         ({"layout": "scales"}, "layout must be both, per-scale or shared, found 'scales'"),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from var_deploy.errors import CheckpointError
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket import judge as judging
 from var_deploy.export.pocket.drawings import CLASS_NAMES, draw_set
@@ -26,6 +27,7 @@ from var_deploy.manifest import read_manifest
 WEIGHTS = [
     POCKET_FOLDER / PRESETS["pocket"].tokenizer_file,
     POCKET_FOLDER / PRESETS["pocket"].transformer_file,
+    judging.JUDGE_FILE,
 ]
 MAX_BYTES = 8_000_000
 SAMPLES = 500
@@ -42,7 +44,7 @@ Set = tuple[Images, Labels]
 
 @pytest.fixture(scope="module")
 def judge() -> Judge:
-    return judging.train_judge()
+    return judging.load_judge()
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,14 @@ def test_the_judge_knows_held_out_drawings(judge: Judge, held_out: Set) -> None:
     images, labels = held_out
     assert judging.accuracy(judge, images, labels) >= 0.99
     assert judging.accuracy(judge, images, (labels + 1) % 10) <= 0.01
+
+
+def test_a_file_that_is_no_judge_is_told(tmp_path: Path) -> None:
+    (tmp_path / "damaged").write_bytes(b"no weights at all")
+    for path in (tmp_path / "missing", tmp_path / "damaged", WEIGHTS[0]):
+        with pytest.raises(CheckpointError, match="is not pocket's judge") as caught:
+            judging.load_judge(path)
+        assert "make train" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_judge_looks_at_shapes(judge: Judge, held_out: Set) -> None:
@@ -260,7 +270,7 @@ def test_the_command_prints_the_report(
 
     measured = judging.measure
     monkeypatch.setattr(judging, "generate_samples", generate_samples)
-    monkeypatch.setattr(judging, "train_judge", lambda log: judge)
+    monkeypatch.setattr(judging, "load_judge", lambda: judge)
     monkeypatch.setattr(judging, "shipped_tokenizer", lambda: blind_tokenizer)
     monkeypatch.setattr(judging, "measure", measure)
     result = CliRunner().invoke(judging.main, ["bundle", "--samples", "30", "--seed", "6"])

@@ -48,6 +48,8 @@ RECIPE = Recipe(
     transformer_images=24,
     transformer_batch=8,
     transformer_steps=80,
+    judge_images=64,
+    judge_steps=2,
     threads=1,
 )
 
@@ -209,13 +211,16 @@ def test_the_command_trains_every_stage_on_pictures_that_nothing_is_judged_with(
     for module in (fit_tokenizer, fit_transformer):
         monkeypatch.setattr(module, "draw_set", recorded)
     folder = tmp_path / "out"
+    told = ""
     for stage in train.STAGES:
         arguments = ["--out", str(folder), "--stage", stage]
         result = CliRunner().invoke(train.main, arguments)
         assert result.exit_code == 0, result.output
-    assert "transformer     0/1" in result.output
+        told += result.output
+    assert "transformer     0/1" in told and "judge    0/2" in told
     files = {train.JOINT_FILE, train.CODES_FILE, train.TOKENIZER_FILE, train.TRANSFORMER_FILE}
-    assert {p.name for p in folder.iterdir()} == files
+    assert {p.name for p in folder.iterdir()} == {*files, judge.JUDGE_FILE.name}
+    judge.load_judge(folder / judge.JUDGE_FILE.name)
     model = load_model(
         None,
         tokenizer=folder / train.TOKENIZER_FILE,
@@ -249,6 +254,6 @@ def test_training_pictures_are_those_that_were_encoded(
 def test_help_says_what_the_command_does() -> None:
     command = [sys.executable, "-m", "var_deploy.export.pocket.train", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Train pocket and write its two weight files" in result.stdout
+    assert "Train pocket and its judge and write their three weight files" in result.stdout
     for option in ("--out", "--stage", "--seed"):
         assert option in result.stdout

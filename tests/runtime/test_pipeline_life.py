@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,27 +12,13 @@ import pytest
 from numpy.typing import NDArray
 
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.spec import ModelSpec
 
 Images = NDArray[np.uint8]
 ExportTo = Callable[..., Path]
 
 LABELS = (3, 0, 4, 1, 2)
 SCALES, SIDE = 3, 8
-SMAPS = Path("/proc/self/smaps_rollup")
-needs_smaps = pytest.mark.skipif(
-    not SMAPS.exists(), reason="memory is read from /proc/self/smaps_rollup, which is not here"
-)
-
-
-def anonymous() -> int:
-    """Bytes that this process alone holds: what others do with shared libraries does not count."""
-    lines = SMAPS.read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
-
-
 def test_progress_counts_every_launch(pipe: Pipeline) -> None:
     seen: list[tuple[int, int]] = []
     pipe.generate(LABELS, on_progress=lambda done, steps: seen.append((done, steps)))
@@ -144,59 +126,3 @@ def test_closing_while_another_thread_waits(export_to: ExportTo) -> None:
         worker.join(60)
     assert ended[0] == (1, SIDE, SIDE, 3), "what runs is finished first"
     assert ended[1] in ("this pipeline is closed", (1, SIDE, SIDE, 3)), "either order, no crash"
-
-
-# memory
-
-
-@needs_smaps
-def test_generating_does_not_grow(pipe: Pipeline) -> None:
-    def many(count: int) -> int:
-        for seed in range(count):
-            pipe.generate(LABELS[:2], seed=seed)
-        gc.collect()
-        return anonymous()
-
-    many(30)  # whatever is allocated on first use
-    before = many(30)
-    caches = 2 * 2 * (1 + 4) * 4 * 64 * 4  # bytes of the K/V rows of one batch
-    assert many(400) - before < 400 * caches / 4, "less than a quarter of a cache a batch"
-
-
-MEASURE = """
-import gc, sys
-import numpy, onnxruntime
-from var_deploy.pipeline import Pipeline
-def pss():
-    lines = open("/proc/self/smaps_rollup").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-before = pss()
-pipe = Pipeline.load(sys.argv[1], layout=sys.argv[2], threads=1)
-pipe.generate([0])
-gc.collect()
-print(pss() - before)
-"""
-
-
-@needs_smaps
-def test_the_shared_layout_holds_the_weights_once(
-    tmp_path: Path,
-    family_member: Callable[..., ModelSpec],
-    random_model: Callable[[ModelSpec], Any],
-) -> None:
-    pytest.importorskip("torch")
-    from var_deploy.export.bundle import ExportOptions, export_bundle
-
-    spec = family_member(width=640, heads=10, ffn_width=2560)
-    model = dataclasses.replace(random_model(spec), labels=())
-    export_bundle(model, tmp_path / "b", ExportOptions())
-    graphs = read_manifest(tmp_path / "b").graphs["fp32"]
-    once = sum(graphs[name].weight_bytes for name in ("condition", "step", "decoder"))
-    assert 30e6 < graphs["step"].weight_bytes < once < 100e6
-    shared, per_scale = (
-        int(subprocess.check_output([sys.executable, "-c", MEASURE, tmp_path / "b", layout]))
-        for layout in ("shared", "per-scale")
-    )
-    assert shared < 1.35 * once + 20e6  # the library's own memory on top
-    # and the other layout does hold a copy a scale, or the line above would prove little
-    assert per_scale - shared > 1.2 * graphs["step"].weight_bytes

@@ -13,7 +13,7 @@ from var_deploy.errors import UsageError
 from var_deploy.images import check_writable
 
 FILE = click.Path(path_type=Path, dir_okay=False)
-INT8_IMAGES, FP16_IMAGES = 4, 1  # of --calibration, where it is not given
+INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 
 
 @click.command(no_args_is_help=True)

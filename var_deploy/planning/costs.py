@@ -212,7 +212,8 @@ class Layer:
         kernel: 0 where it is no convolution.
         doubled: it follows nearest up-sampling; but in fp16 it runs before it, as a convolution of
             2×2 for each of the four phases.
-        rounded: int8 in an int8 graph, and not fp32.
+        rounded: int8 in an int8 graph, and not fp32; up-samplings are counted so, of which
+            calibration may leave some in fp32.
     """
 
     kind: Literal["conv", "norm", "mix"]

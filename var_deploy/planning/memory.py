@@ -95,13 +95,13 @@ def footprint(
         weights, runtime = sum(plans.values()), TENSORRT_RUNTIME
         loading = max(plans.values()) if one_memory else 0
     else:
-        # fp16 is computed in fp32: the converted weights come on top of the mapped file
-        size = FULL if workload.precision == "fp16" else workload.itemsize
-        weights = sum(graph_weights(workload, graph).nbytes(size) for graph in graphs)
+        # packed once in `step`, or read where they are mapped by all static graphs
+        once = layout_graphs(workload, "shared")
+        weights = sum(graph_weights(workload, graph).nbytes(workload.itemsize) for graph in once)
         loading = 0
         if workload.precision == "fp16":
-            mapped = layout_graphs(workload, "shared")
-            weights += sum(graph_weights(workload, graph).nbytes(2) for graph in mapped)
+            # computed in fp32: what every session converts comes on top of the mapped file
+            weights += sum(graph_weights(workload, graph).nbytes(FULL) for graph in graphs)
             # the decoder's are converted, then reordered
             loading = graph_weights(workload, names.DECODER).nbytes(FULL)
         runtime = CPU_RUNTIME + CPU_SESSION * len(graphs)

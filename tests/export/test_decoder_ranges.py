@@ -1,0 +1,146 @@
+"""The ranges that an int8 decoder rounds to: seen on images of the model's own, and repeatable."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from var_deploy import names
+from var_deploy.errors import UsageError
+from var_deploy.export import decoder_ranges as watching
+from var_deploy.export.bundle import ExportOptions, build_graphs, export_bundle
+from var_deploy.export.checkpoint import LoadedModel, build_modules
+from var_deploy.export.decoder_ranges import decoder_ranges, rounded_convs
+from var_deploy.export.graphs.int8 import ConvRanges, Range
+from var_deploy.export.presets import PRESETS
+from var_deploy.manifest import Manifest, read_manifest
+
+STEP = 2 ** (1 / watching.STEPS_AN_OCTAVE)
+
+
+@pytest.fixture(scope="module")
+def model(small_model: Callable[..., LoadedModel]) -> LoadedModel:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def exported(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Batches of two."""
+    out = tmp_path_factory.mktemp("ranges") / "bundle"
+    export_bundle(model, out, ExportOptions(precisions=("int8",), batch=2, layout="shared"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def manifest(exported: Path) -> Manifest:
+    return read_manifest(exported)
+
+
+def test_ranges_cover_what_the_decoder_sees(
+    exported: Path, manifest: Manifest, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[Any]] = []
+
+    def drawn(*arguments: Any) -> Any:
+        batches.append(draw(*arguments))
+        return batches[-1]
+
+    draw = watching._draw
+    monkeypatch.setattr(watching, "_draw", drawn)
+    told: list[tuple[int, int]] = []
+    ranges = decoder_ranges(
+        model, exported, manifest, images=3, progress=lambda done, total: told.append((done, total))
+    )
+    assert told == [(1, 2), (2, 2)], "whole batches"
+    assert set(ranges) == set(rounded_convs(model.spec.tokenizer))
+    first, second = (np.concatenate([scale.ravel() for scale in tokens]) for tokens in batches)
+    assert (first != second).any() and batches[0][0].shape == (2, 1)
+
+    tokenizer, _ = build_modules(model)
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def watch(key: str) -> Any:
+        def hook(module: Any, given: Any, made: torch.Tensor) -> None:
+            seen.setdefault(key, []).extend((given[0].detach(), made.detach()))
+
+        return hook
+
+    for key, module in tokenizer.named_modules():
+        if key in ranges:
+            module.register_forward_hook(watch(key))
+    with torch.no_grad():
+        for tokens in batches:
+            f_hat = tokenizer.accumulate([torch.from_numpy(scale) for scale in tokens])
+            tokenizer.decode(f_hat)
+    for key, found in ranges.items():
+        for side, values in zip((found.input, found.output), (0, 1), strict=True):
+            tensors = seen[key][values::2]
+            low = min(float(t.min()) for t in tensors)
+            high = max(float(t.max()) for t in tensors)
+            assert side.low <= low + 1e-6 and side.high >= high - 1e-6, key
+            # and are no wider than a step of a sixteenth of an octave
+            assert side.low >= low * STEP - 1e-5 and side.high <= high * STEP + 1e-5, key
+
+
+def test_ranges_are_the_same_twice_and_other_for_other_weights(
+    exported: Path,
+    manifest: Manifest,
+    model: LoadedModel,
+    small_model: Callable[..., LoadedModel],
+) -> None:
+    first, second = (decoder_ranges(model, exported, manifest, images=2) for _ in range(2))
+    assert first == second
+    other = dataclasses.replace(model, tokenizer=small_model(2).tokenizer)
+    assert decoder_ranges(other, exported, manifest, images=2) != first
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 3.7e-5, -812.4, 2.0**0.5, 1e-30])
+def test_an_end_is_widened_away_from_zero_to_a_step(value: float) -> None:
+    found = watching._widen(value)
+    assert math.copysign(1, found) == math.copysign(1, value)
+    assert abs(value) <= abs(found) * (1 + 1e-12) and abs(found) < abs(value) * STEP * (1 + 1e-12)
+    # the last digits of what was seen make no difference
+    steps = math.log2(abs(found)) * watching.STEPS_AN_OCTAVE
+    assert steps == pytest.approx(round(steps), abs=1e-6)
+
+
+def test_zero_stays_zero() -> None:
+    assert watching._widen(0.0) == 0.0
+
+
+@pytest.mark.parametrize("preset", ["pocket", "var-d16"])
+def test_the_named_convolutions_are_those_of_the_graph(preset: str) -> None:
+    spec = PRESETS[preset].spec
+    anything = ConvRanges(input=Range(low=-1, high=1), output=Range(low=-1, high=1))
+    ranges = dict.fromkeys(rounded_convs(spec.tokenizer), anything)
+    options = ExportOptions(precisions=("int8",), layout="shared")
+    graphs = build_graphs(spec, "int8", options, ranges)
+    graph = next(g for g in graphs if g.name == names.DECODER)
+    nodes = graph.model(lambda name: (names.WEIGHTS, 0, 1)).graph.node
+    made = {n.name.partition("/")[0] for n in nodes if n.op_type == "QLinearConv"}
+    assert made == set(ranges)
+    plain = {n.name.partition("/")[0] for n in nodes if n.op_type == "Conv"}
+    assert {"post_quant_conv", "decoder.conv_in", "decoder.conv_out"} <= plain
+
+
+def test_calibration_wants_an_image() -> None:
+    with pytest.raises(UsageError, match="at least 1 image, found 0"):
+        ExportOptions(precisions=("int8",), calibration=0)
+
+
+def test_nothing_of_the_calibration_is_left(exported: Path) -> None:
+    assert {p.name for p in exported.iterdir()} == {"int8", names.MANIFEST}
+    listed = {path.name for path in (exported / "int8").iterdir()}
+    assert listed == {names.WEIGHTS, *(f"{n}.onnx" for n in ("condition", "step", "decoder"))} | {
+        "encoder.onnx"
+    }
+    for path in exported.rglob("*.onnx"):
+        onnx.checker.check_model(str(path), full_check=True)
