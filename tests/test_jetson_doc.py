@@ -138,7 +138,7 @@ def test_every_command_and_option_exists() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "var-deploy bench d16",
+        "var-deploy paint d16",
         "var-deploy build d16 --fast",
         "var-deploy build d16 --layout quick",
         "var-deploy plan var-d16 --device orin",
