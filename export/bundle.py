@@ -44,6 +44,7 @@ class ExportOptions:
         precisions: folders to write, of "fp32", "fp16" and "int8".
         batch: images a launch, B.
         guidance: 2B rows for classifier-free guidance, or B at half the work.
+        more_smooth: mix codes where the published `more_smooth` does, see `sampling.smoothing`.
         layout: per-scale static graphs, the one `step` graph ("shared"), or both over the same
             weights.
         calibration: images that an int8 decoder's ranges are taken from.
@@ -52,6 +53,7 @@ class ExportOptions:
     precisions: tuple[Precision, ...] = ("fp32",)
     batch: int = 1
     guidance: bool = True
+    more_smooth: bool = False
     layout: Layout = "both"
     calibration: int = 8
 
@@ -75,13 +77,14 @@ def build_graphs(
     `ranges` is what an int8 decoder rounds to; without it, its convolutions stay in fp32.
     """
     batch, guidance = options.batch, options.guidance
+    how = (precision, batch, guidance, options.more_smooth)
     graphs = []
     if spec.transformer.conditional:
         graphs.append(build_condition(spec, precision, 2 * batch if guidance else batch))
     if options.layout != "per-scale":
-        graphs.append(build_step(spec, precision, batch, guidance))
+        graphs.append(build_step(spec, *how))
     if options.layout != "shared":
-        graphs += [build_scale(spec, k, precision, batch, guidance) for k in range(spec.scales)]
+        graphs += [build_scale(spec, k, *how) for k in range(spec.scales)]
     graphs.append(build_decoder(spec.tokenizer, precision, batch, ranges))
     graphs.append(build_encoder(spec.tokenizer, precision, batch))
     graphs.append(build_accumulate(spec.tokenizer, precision, batch))
@@ -101,6 +104,11 @@ def export_bundle(
     """
     if options.guidance and not model.spec.transformer.conditional:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
+    if options.more_smooth and model.spec.transformer.family == "gpt2":
+        raise UsageError(
+            "the GPT-2 form feeds tokens to the next scale, not f_hat: it has no more-smooth "
+            "sampling; export it without"
+        )
     report = progress or (lambda message, fraction: None)
     out = out.resolve()  # a link is followed, not replaced
     try:
@@ -155,7 +163,9 @@ def _calibrate(
 
     Those graphs are written to a folder of their own first, and deleted with it.
     """
-    shared = dataclasses.replace(options, layout="shared", precisions=("int8",))
+    # drawn with one code a token, whose maps reach further than mixes; edits decode such as well
+    changes: dict[str, Any] = {"precisions": ("int8",), "more_smooth": False}
+    shared = dataclasses.replace(options, layout="shared", **changes)
     built = {graph.name: graph for graph in build_graphs(model.spec, "int8", shared)}
     decoder = built.pop(names.DECODER)
     del built[names.ENCODER], built[names.ACCUMULATE]
@@ -191,6 +201,7 @@ def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
         preset=model.preset,
         batch=options.batch,
         guidance=options.guidance,
+        more_smooth=options.more_smooth,
         graphs={},
         files={},
         checkpoint={

@@ -1,8 +1,8 @@
-"""Runs one graph on arrays, with an interior value brought out for comparison."""
+"""Runs one graph on arrays, with interior values brought out for comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,19 @@ class GraphRunner:
     """A graph in ONNX Runtime on the CPU.
 
     Args:
-        interior: a value inside the graph to add to the outputs ("" for none).
+        interior: values inside the graph to add to the outputs, all fp32.
 
     Attributes:
         mismatch: how the file's inputs and outputs differ from the manifest's, "" if they agree.
     """
 
-    def __init__(self, path: Path, info: GraphInfo, interior: str) -> None:
+    def __init__(self, path: Path, info: GraphInfo, interior: Sequence[str] = ()) -> None:
         model = onnx.load(str(path), load_external_data=False)
         self.mismatch = _mismatch(model, info)
         self._inputs = {t.name: t for t in info.inputs}
-        if interior:
+        for name in interior:
             model.graph.output.append(
-                helper.make_tensor_value_info(interior, onnx.TensorProto.FLOAT, None)
+                helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

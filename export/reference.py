@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from var_deploy import names
 from var_deploy.export.checkpoint import LoadedModel, build_modules
-from var_deploy.export.models.sampler import draw, filter_logits, guide
+from var_deploy.export.models.sampler import draw, filter_logits, guide, mix_weights
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Cache, Modulation
 from var_deploy.manifest import Manifest
-from var_deploy.sampling import Sampling, uniforms
+from var_deploy.sampling import Sampling, gumbel, uniforms
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -44,21 +44,40 @@ class Trace:
     image: NDArray[Any]
 
 
+class Given(NamedTuple):
+    """What B images are drawn from: labels, uniforms [B, T] and, where the bundle has
+    `more_smooth`, the noise [T, V] of each image."""
+
+    labels: list[int]
+    uniforms: NDArray[np.float32]
+    noise: list[NDArray[np.float32]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """A generation of the PyTorch model, and what its encoder makes of the image.
 
     Attributes:
-        labels: one an image.
+        given: what the generation was given.
         encoded: the encoder's latent and tokens by tensor name.
-        decode: tokens [B, L_k] of all scales → images [B, side, side, channels] in [0, 1].
+        sums: what the drawn tokens of the first scales add up to, [K, B, Cv, p_K, p_K].
+        decode: f_hat [B, Cv, p_K, p_K] → images [B, side, side, channels] in [0, 1].
+        follow: (scale, logits, mass after the filters), both [B, L_k, V] → what a mix of codes
+            makes of them from the f_hat and the noise that the scale had, by tensor name.
     """
 
-    labels: list[int]
+    given: Given
     seed: int
     trace: Trace
     encoded: Arrays
-    decode: Callable[[Sequence[NDArray[Any]]], NDArray[Any]]
+    sums: NDArray[Any]
+    decode: Callable[[NDArray[Any]], NDArray[Any]]
+    follow: Callable[[int, NDArray[Any], NDArray[Any]], Arrays]
+
+    @property
+    def labels(self) -> list[int]:
+        """One an image."""
+        return self.given.labels
 
     def inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
         """What a graph was given; of `step`, what the static graph of `scale` is given."""
@@ -89,32 +108,63 @@ class Reference:
 
 def trace_reference(model: LoadedModel, manifest: Manifest, seed: int) -> Reference:
     """Generate B images with the PyTorch model, and encode them."""
-    labels, draws = request(manifest, seed, 0)
+    given, sampling = request(manifest, seed, 0), manifest.defaults
     tokenizer, transformer = build_modules(model)
+    noise = given.noise if manifest.more_smooth else None
     trace = trace_generation(
-        tokenizer, transformer, labels, draws, manifest.defaults, manifest.guidance
+        *(tokenizer, transformer, given.labels, given.uniforms, sampling, manifest.guidance),
+        noise=noise,
     )
+    quantize = tokenizer.quantize
     with torch.no_grad():
         image = torch.from_numpy(trace.image).permute(0, 3, 1, 2) * 2 - 1
         latent = tokenizer.features(image)
         encoded = {names.LATENT: latent.numpy()}
         for k, _, tokens, _ in tokenizer.quantize.encode(latent):
             encoded[names.encoder_tokens(k)] = tokens.numpy()
+        drawn = [torch.from_numpy(scale.outputs[names.TOKENS]) for scale in trace.scales]
+        maps = [quantize.contribution(k, quantize.lookup(k, t)) for k, t in enumerate(drawn)]
 
     @torch.no_grad()
-    def decode(tokens: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        f_hat = tokenizer.accumulate([torch.from_numpy(scale) for scale in tokens])
-        return _image(tokenizer, f_hat)
+    def decode(f_hat: NDArray[Any]) -> NDArray[Any]:
+        return _image(tokenizer, torch.from_numpy(f_hat))
 
-    return Reference(labels=labels, seed=seed, trace=trace, encoded=encoded, decode=decode)
+    @torch.no_grad()
+    def follow(scale: int, logits: NDArray[Any], mass: NDArray[Any]) -> Arrays:
+        scales, inputs = model.spec.scales, trace.scales[scale].inputs
+        x = torch.from_numpy(logits) / sampling.at(scale, scales).temperature
+        x = x.masked_fill(torch.from_numpy(mass) <= 0, -torch.inf)
+        weights = mix_weights(x, torch.from_numpy(inputs[names.NOISE]), scale, scales)
+        f_hat = torch.from_numpy(inputs[names.F_HAT])
+        f_hat = f_hat + quantize.contribution(scale, quantize.blend(scale, weights))
+        outputs: Arrays = {names.NEW_F_HAT: f_hat.numpy()}
+        if scale + 1 < scales:
+            outputs[names.NEXT_INPUT] = quantize.next_input(scale, f_hat).numpy()
+        return outputs
+
+    return Reference(
+        given=given,
+        seed=seed,
+        trace=trace,
+        encoded=encoded,
+        sums=torch.stack(maps).cumsum(0).numpy(),
+        decode=decode,
+        follow=follow,
+    )
 
 
-def request(manifest: Manifest, seed: int, first: int) -> tuple[list[int], NDArray[np.float32]]:
-    """Labels and uniforms [B, T] of the images `first` … of a request."""
+def request(manifest: Manifest, seed: int, first: int) -> Given:
+    """What the images `first` … of a request are drawn from."""
     spec, images = manifest.model, range(first, first + manifest.batch)
-    classes = max(spec.transformer.classes, 1)
-    draws = np.stack([uniforms(seed, i, spec.total_tokens) for i in images])
-    return [(7 * i + seed) % classes for i in images], draws
+    classes, total = max(spec.transformer.classes, 1), spec.total_tokens
+    noise = []
+    if manifest.more_smooth:
+        noise = [gumbel(seed, i, total, spec.tokenizer.vocab_size) for i in images]
+    return Given(
+        labels=[(7 * i + seed) % classes for i in images],
+        uniforms=np.stack([uniforms(seed, i, total) for i in images]),
+        noise=noise,
+    )
 
 
 def modulation_table(mod: Modulation) -> Tensor:
@@ -132,10 +182,13 @@ def trace_generation(
     uniforms: NDArray[Any],
     sampling: Sampling,
     guidance: bool,
+    *,
+    noise: Sequence[NDArray[Any]] | None = None,
 ) -> Trace:
     """Generate B images from labels and uniforms [B, T] with the published algorithm.
 
-    `transformer` is a Transformer or a Gpt2Transformer.
+    `transformer` is a Transformer or a Gpt2Transformer. With `noise`, [T, V] of each image, its
+    `more_smooth` variant.
     """
     spec = transformer.spec
     t, batch = spec.transformer, len(labels)
@@ -165,8 +218,13 @@ def trace_generation(
         logits = guide(transformer.step(k, following, mod, cache), chosen.guidance, batch)
         kept = filter_logits(logits / chosen.temperature, chosen.top_k, chosen.top_p)
         tokens, margins = draw(kept, draws[k])
-        f_hat = f_hat + tokenizer.quantize.contribution(k, tokenizer.quantize.lookup(k, tokens))
-        start = spec.prefix_lengths[k]
+        start, stop = spec.prefix_lengths[k : k + 2]
+        codes = tokenizer.quantize.lookup(k, tokens)
+        if noise is not None:
+            inputs[names.NOISE] = np.stack([numbers[start:stop] for numbers in noise])
+            gumbels = torch.from_numpy(inputs[names.NOISE])
+            codes = tokenizer.quantize.blend(k, mix_weights(kept, gumbels, k, spec.scales))
+        f_hat = f_hat + tokenizer.quantize.contribution(k, codes)
         outputs = _cache_arrays(cache, names.new_key, names.new_value, start)
         outputs |= {
             names.LOGITS: logits.numpy(),

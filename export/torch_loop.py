@@ -14,7 +14,7 @@ from var_deploy import names
 from var_deploy.export.graph_runner import complete_step
 from var_deploy.export.torch_graph import OnValue, TorchGraph
 from var_deploy.manifest import Manifest
-from var_deploy.sampling import uniforms
+from var_deploy.sampling import gumbel, uniforms
 
 Arrays = dict[str, NDArray[Any]]
 Watch = Callable[[str], OnValue]  # graph name → what sees its values
@@ -96,6 +96,10 @@ def _draw(
     manifest = graphs.manifest
     spec, batch = manifest.model, manifest.batch
     draws = np.stack([uniforms(seed, first + i, spec.total_tokens) for i in range(batch)])
+    noise: list[NDArray[Any]] = []
+    if manifest.more_smooth:
+        codes = spec.tokenizer.vocab_size
+        noise = [gumbel(seed, first + i, spec.total_tokens, codes) for i in range(batch)]
     state: Arrays = {}
     if names.CONDITION in graphs:
         rows = np.full(manifest.rows, spec.transformer.classes)
@@ -119,6 +123,8 @@ def _draw(
             names.KEEP_MASK: np.full((batch, length), forced is not None),
             names.KEEP_TOKENS: forced[k] if forced else np.zeros((batch, length), np.int64),
         }
+        if manifest.more_smooth:
+            given[names.NOISE] = np.stack([numbers[start : start + length] for numbers in noise])
         if name not in graphs:
             name = names.STEP
             given = complete_step(manifest, graphs.precision, k, given)

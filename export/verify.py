@@ -35,6 +35,9 @@ IMAGE_BOUNDS = {"fp32": 1e-3, "fp16": 3e-2}  # absolute, of a picture in [0, 1]
 # A token whose uniform lies this close to the end of its interval is a toss of the coin: rounding
 # decides it, in PyTorch from one thread count to the next as well.
 COIN_TOSS = {"fp32": 2e-5, "fp16": 5e-2}
+# dB of a generation left to itself where codes are mixed: what rounds in one scale comes back up to
+# 1/tau as large in the next (seen: 76 and 30 at worst; another picture has about 12)
+MIXED_PSNR = {"fp32": 50.0, "fp16": 20.0}
 # where fp32 fails, what the others do says little
 WIDEST_FIRST = ("fp32", "fp16", "int8")
 
@@ -98,7 +101,8 @@ def verify_model(
     before = (1 - SAMPLES_SHARE if sampled else 1.0) / len(precisions)
     for i, name in enumerate(precisions):
         graphs = sorted(manifest.graphs[name], key=run_order)
-        verifier = GraphVerifier(bundle, manifest, name, reference, tolerance(name))
+        judged = tolerance(name, more_smooth=manifest.more_smooth)
+        verifier = GraphVerifier(bundle, manifest, name, reference, judged)
         for j, graph in enumerate(graphs):
             report(f"{name}/{graph}", before * (i + (j + 1) / (len(graphs) + 1)))
             checks += verifier.graph(graph)
@@ -122,7 +126,7 @@ def verify_model(
     return result
 
 
-def tolerance(precision: str) -> Tolerance:
+def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
     """What agrees with the model in `precision`."""
     rounded = precision == "int8"
     plain = "fp32" if rounded else precision
@@ -131,6 +135,7 @@ def tolerance(precision: str) -> Tolerance:
         bound=BOUNDS[plain],
         image_bound=IMAGE_BOUNDS[plain],
         coin_toss=COIN_TOSS[plain],
+        mixed_psnr=MIXED_PSNR[plain] if more_smooth else None,
     )
     return Int8Tolerance(exact=floats) if rounded else floats
 

@@ -86,7 +86,7 @@ class LoopBuffers:
 
     def __init__(self, manifest: Manifest, cache_dtype: DTypeLike, memory: Memory) -> None:
         self._spec = spec = manifest.model
-        self._batch = manifest.batch
+        self._batch, self._more_smooth = manifest.batch, manifest.more_smooth
         self.arena = CacheArena(manifest, cache_dtype, memory)
         self.given = SharedBlock(memory, _given_fields(manifest))
         self.made = SharedBlock(memory, _made_fields(manifest))
@@ -116,9 +116,11 @@ class LoopBuffers:
         sampling: Sampling,
         forced: Sequence[NDArray[np.int64]] = (),
         keep: Kept | None = None,
+        noise: Sequence[NDArray[np.float32]] = (),
     ) -> None:
         """Set what one generation is given: B labels, B·T uniforms, the settings, the tokens
-        [B, L_k] of the first scales where they are not to be drawn, and what to keep of others."""
+        [B, L_k] of the first scales where they are not to be drawn, what to keep of others, and
+        the Gumbel noise of each image [T, V] where codes are mixed (zeros where it is left out)."""
         spec, given = self._spec, self.given.host
         given[names.LABELS][: self._batch] = labels
         given[names.LABELS][self._batch :] = spec.transformer.classes
@@ -136,6 +138,11 @@ class LoopBuffers:
             elif keep is not None:
                 given[_at(names.KEEP_MASK, k)][...] = keep.masks[k]
                 given[_at(names.KEEP_TOKENS, k)][...] = keep.tokens[k]
+            if self._more_smooth:
+                place = given[_at(names.NOISE, k)]
+                place[...] = 0
+                for row, numbers in enumerate(noise):
+                    place[row] = numbers[prefix[k] : prefix[k + 1]]
         self.given.upload()
 
     def image(self) -> NDArray[np.float32]:
@@ -146,6 +153,11 @@ class LoopBuffers:
         """[B, L_k], valid after `made.download()`."""
         return self.made.host[_at(names.TOKENS, scale)]
 
+    def f_hat(self, scales: int) -> NDArray[np.float32]:
+        """What the first `scales` scales add up to, [B, Cv, p_K, p_K]; valid after
+        `latent.download()`, and only of the last two that were computed."""
+        return self.latent.host[_f_hat_key(scales)]
+
     def condition_inputs(self) -> dict[str, Array]:
         return {names.LABELS: self.given[names.LABELS]}
 
@@ -154,7 +166,9 @@ class LoopBuffers:
 
     def scale_inputs(self, scale: int) -> dict[str, Array]:
         """Everything that the static graph of a scale, or `step`, may ask for."""
-        given = (*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS)
+        given = [*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
+        if self._more_smooth:
+            given.append(names.NOISE)
         fixed = (names.SCALE, names.UP_MATRIX, names.NEXT_MATRIX)
         return {
             **self.condition_outputs(),
@@ -254,6 +268,9 @@ def _given_fields(manifest: Manifest) -> Fields:
         fields[_at(names.UNIFORMS, k)] = (row, np.float32)
         fields[_at(names.KEEP_MASK, k)] = (row, np.bool_)
         fields[_at(names.KEEP_TOKENS, k)] = (row, np.int64)
+        if manifest.more_smooth:
+            codes = manifest.model.tokenizer.vocab_size
+            fields[_at(names.NOISE, k)] = ((*row, codes), np.float32)
     return fields
 
 

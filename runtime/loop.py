@@ -68,6 +68,7 @@ class ScaleLoop:
         forced: Sequence[NDArray[np.int64]] = (),
         keep: Kept | None = None,
         cancelled: Callable[[], bool] | None = None,
+        noise: Sequence[NDArray[np.float32]] = (),
     ) -> NDArray[np.float32]:
         """Images [B, side, side, channels] in [0, 1] of B labels and their uniforms [B, T].
 
@@ -80,6 +81,8 @@ class ScaleLoop:
             forced: the tokens [B, L_k] of the first scales; the others are drawn.
             keep: tokens of the other scales that are not drawn either.
             cancelled: asked before each launch, which waits for nothing.
+            noise: of a bundle with `more_smooth`, `sampling.gumbel` of each image [T, V]. Without
+                it codes are mixed by their likelihood alone, for what only wants the work done.
 
         Raises BackendError where the model's logits are not numbers, and CancelledError where
         `cancelled` says True; the loop can be used again after both.
@@ -87,7 +90,7 @@ class ScaleLoop:
         self._check_open()
         buffers, backend = self._buffers, self._backend
         self._done = 0
-        buffers.fill(labels, uniforms_BT, sampling, forced, keep)
+        buffers.fill(labels, uniforms_BT, sampling, forced, keep, noise)
         try:
             self._draw(on_step, cancelled)
             buffers.arena.forget()  # the decoder needs the room, not the cache
@@ -116,6 +119,13 @@ class ScaleLoop:
         self._backend.synchronize()
         tokens: NDArray[np.int64] = self._buffers.tokens(scale).copy()
         return tokens
+
+    def f_hat(self) -> NDArray[np.float32]:
+        """A copy of what the scales that are done add up to, [B, Cv, p_K, p_K]."""
+        self._buffers.latent.download()
+        self._backend.synchronize()
+        latent: NDArray[np.float32] = self._buffers.f_hat(self._done).copy()
+        return latent
 
     def preview(self) -> NDArray[np.float32]:
         """What the scales that are done look like, decoded [B, side, side, channels] in [0, 1].

@@ -15,7 +15,7 @@ from var_deploy.editing import Kept
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.sampling import Sampling, check_seed, uniforms
+from var_deploy.sampling import Sampling, check_seed, gumbel, uniforms
 
 REMEMBERED = 3  # runs that the next one is expected to be no slower than
 
@@ -66,9 +66,11 @@ class ScaleEvent:
         scale: which one, from 0.
         scales: K.
         first: number of the batch's first image in the request.
-        tokens: what was drawn, [n, L_k] int64 of the n images of the batch; the caller's own.
-        preview: decodes what the images look like so far, uint8 [n, side, side, channels]. It
-            takes as long as a decoder does; what is not asked for costs nothing.
+        tokens: what was drawn, [n, L_k] int64 of the n images of the batch; the caller's own. Of a
+            bundle with `more_smooth` the image is not made of them, see `sampling.smoothing`.
+        preview: decodes what the images look like so far, mixes of codes included, uint8
+            [n, side, side, channels]. It takes as long as a decoder does; what is not asked for
+            costs nothing.
     """
 
     scale: int
@@ -166,6 +168,11 @@ class Batches:
     ) -> NDArray[np.float32]:
         padded = rows + rows[-1:] * (self._manifest.batch - len(rows))
         total = self._manifest.model.total_tokens
+        noise: list[NDArray[np.float32]] = []
+        if self._manifest.more_smooth:
+            codes = self._manifest.model.tokenizer.vocab_size
+            noise = [gumbel(*request.streams[n], total, codes) for n in rows]
+            noise += noise[-1:] * (len(padded) - len(rows))
         return self._loop.run(
             [request.labels[n] for n in padded],
             np.stack([uniforms(*request.streams[n], total) for n in padded]),
@@ -174,6 +181,7 @@ class Batches:
             forced=[tokens[padded] for tokens in request.forced],
             keep=request.kept.rows(padded) if request.kept else None,
             cancelled=self._cancelled,
+            noise=noise,
         )
 
 

@@ -1,4 +1,4 @@
-"""Image files: grids, and PNGs that carry the settings they were made with."""
+"""Image files: grids, GIFs, and PNGs that carry the settings they were made with."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from var_deploy import __version__
 from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.manifest import Manifest
+from var_deploy.sampling import Sampling
 
 BACKGROUND = 255  # of a grid: white
 
@@ -62,11 +66,13 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
-    """Write an image [H, W, 3] (or [H, W, 1]) with `text` as PNG text chunks, by rename.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes take the place of the file `path` when the block ends, by rename.
 
-    Parents are made. Raises UsageError where `path` is a folder or no ordinary file, and
-    VarDeployError where the disk refuses; then the old file, if any, is still there.
+    Where the block raises, the old file, if any, is still there. Parents are made. Raises
+    UsageError where `path` is a folder or no ordinary file, and VarDeployError where the disk
+    refuses.
     """
     path = Path(os.path.realpath(path))  # a link is followed, not replaced
     if path.exists() and not path.is_file():
@@ -75,10 +81,35 @@ def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            _write_png(temporary, image, text)
+            # a fresh file takes the usual permissions, which one from `tempfile` would not
+            with temporary.open("xb") as stream:
+                yield stream
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+    """Write an image [H, W, 3] (or [H, W, 1]) with `text` as PNG text chunks; see `whole_file`."""
+    with whole_file(path) as stream:
+        _write_png(stream, image, text)
+
+
+def save_gif(path: Path, frames: NDArray[np.uint8], milliseconds: Sequence[int]) -> None:
+    """Write frames [K, H, W, 3] (or [K, H, W, 1]) as a GIF that repeats; see `whole_file`.
+
+    Each is shown for its milliseconds, and loses what 256 colours of its own cannot show.
+    """
+    first, *others = (_as_picture(frame) for frame in frames)
+    with whole_file(path) as stream:
+        first.save(
+            stream,
+            format="gif",
+            save_all=True,
+            append_images=others,
+            duration=list(milliseconds),
+            loop=0,
+        )
 
 
 def save_folder(
@@ -99,7 +130,8 @@ def save_folder(
         try:
             stage.mkdir()
             for name, image, text in zip(file_names, images, texts, strict=True):
-                _write_png(stage / name, image, text)
+                with (stage / name).open("xb") as stream:
+                    _write_png(stream, image, text)
             if folder.exists():
                 for name in file_names:
                     (stage / name).replace(folder / name)
@@ -107,6 +139,27 @@ def save_folder(
                 stage.rename(folder)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def origin_text(manifest: Manifest, precision: str) -> dict[str, str]:
+    """What made an image, for the text of its PNG."""
+    return {
+        "Software": f"var-deploy {__version__}",
+        "model": manifest.preset or "no preset",
+        "bundle": manifest.digest(),
+        "precision": precision,
+    }
+
+
+def settings_text(
+    manifest: Manifest, precision: str, sampling: Sampling, seeds: Sequence[int]
+) -> dict[str, str]:
+    """The same, and what it was drawn with: enough, with labels, to make it again."""
+    return {
+        **origin_text(manifest, precision),
+        "seed": ",".join(map(str, seeds)),
+        **sampling.texts(),
+    }
 
 
 def read_settings(path: Path) -> dict[str, str]:
@@ -124,14 +177,16 @@ def read_settings(path: Path) -> dict[str, str]:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _write_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+def _write_png(stream: BinaryIO, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
     chunks = PngInfo()
     for key, value in text.items():
-        chunks.add_text(key, value)
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    # a fresh file takes the usual permissions, which one from `tempfile` would not
-    with path.open("xb") as stream:
-        Image.fromarray(pixels).save(stream, format="png", pnginfo=chunks)
+        # a file's name may hold bytes that are no text
+        chunks.add_text(key, value.encode("utf-8", "replace").decode())
+    _as_picture(image).save(stream, format="png", pnginfo=chunks)
+
+
+def _as_picture(image: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,10 @@ from var_deploy.errors import BundleError, UsageError
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
-SCHEMA_VERSION = 1
+# Version 2 may hold `more_smooth`, whose graphs take an input that a reader of version 1 does not
+# know. Bundles without it are still written as version 1, byte for byte as before.
+SCHEMA_VERSION = 2
+PLAIN_VERSION = 1
 HASH_CHUNK = 1 << 22
 
 
@@ -60,6 +63,7 @@ class Manifest:
         preset: its name, "" where it is no preset.
         batch: B, images a launch.
         guidance: whether the graphs run 2B rows.
+        more_smooth: whether the scale graphs mix codes, see `sampling.smoothing`.
         graphs: precision → graph name → graph.
         files: path in the bundle → size and hash, for every file but the manifest.
         checkpoint: where the weights came from (names and hashes, no machine paths).
@@ -80,7 +84,12 @@ class Manifest:
     defaults: Sampling
     labels: tuple[str, ...] = ()
     parity: Mapping[str, Any] | None = None
-    schema_version: int = field(default=SCHEMA_VERSION)
+    more_smooth: bool = False
+    schema_version: int = field(default=PLAIN_VERSION)
+
+    def __post_init__(self) -> None:
+        if self.more_smooth:
+            object.__setattr__(self, "schema_version", SCHEMA_VERSION)
 
     @property
     def rows(self) -> int:
@@ -100,6 +109,8 @@ class Manifest:
 
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
+        if not self.more_smooth:
+            del data["more_smooth"]
         return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
@@ -245,5 +256,6 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
         defaults=defaults,
         labels=tuple(data["labels"]),
         parity=data["parity"],
+        more_smooth=bool(data.get("more_smooth", False)),
         schema_version=data["schema_version"],
     )

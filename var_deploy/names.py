@@ -35,6 +35,7 @@ CFG = "cfg"  # [] fp32, guidance strength t of this scale; guided bundles only
 TEMPERATURE = "temperature"  # [] fp32, divides the logits
 TOP_K = "top_k"  # [] int64, 0 = off
 TOP_P = "top_p"  # [] fp32, 0 = off
+NOISE = "noise"  # [B, L_k, V] fp32, Gumbel numbers; bundles with `more_smooth` only
 KEEP_MASK = "keep_mask"  # [B, L_k] bool, True where `keep_tokens` is forced
 KEEP_TOKENS = "keep_tokens"  # [B, L_k] int64
 TOKENS = "tokens"  # [B, L_k] int64

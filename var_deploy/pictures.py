@@ -60,7 +60,9 @@ def upright(picture: Picture, channels: int = 3) -> Image.Image:
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def read_mask(mask: Mask, width: int, height: int, side: int) -> NDArray[np.bool_]:
+def read_mask(
+    mask: Mask, width: int, height: int, side: int, outside: bool = False
+) -> NDArray[np.bool_]:
     """A mask as the model takes it: bool [side, side], True where the image is to be new.
 
     Args:
@@ -68,6 +70,7 @@ def read_mask(mask: Mask, width: int, height: int, side: int) -> NDArray[np.bool
             of it are transparent, where it is transparent.
         width, height: of the picture that it belongs to, upright. The mask has this size, or
             already the side × side pixels of the model.
+        outside: turn it around, so that the image is to be new where the mask says it is not.
 
     Raises UsageError for another size, and for a mask that asks for nothing.
     """
@@ -88,6 +91,7 @@ def read_mask(mask: Mask, width: int, height: int, side: int) -> NDArray[np.bool
             f"the mask has {columns} × {rows} pixels, expected those of the picture, "
             f"{width} × {height}"
         )
+    new = ~new if outside else new
     fitted = fit(Image.fromarray(255 * new.astype(np.uint8)), side, Image.Resampling.BOX)
     found: NDArray[np.bool_] = np.asarray(fitted) >= 128
     if not found.any():

@@ -31,6 +31,8 @@ from var_deploy.runtime.request import (
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.sampling import Sampling
 
+__all__ = ["Images", "Pipeline", "Request", "ScaleEvent", "label_numbers", "settings", "streams"]
+
 BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
 LAYOUTS = ("auto", "per-scale", "shared")
@@ -164,15 +166,25 @@ class Pipeline:
         where the pipeline is closed or the runtime fails, CancelledError after `cancel`.
         """
         end = end_of(deadline)
-        sampling = self._sampling(cfg, top_k, top_p, temperature)
+        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
         if labels is None:
             numbers, drawn = self._variants(None, seed)
         else:
-            numbers = self._numbers(labels)
+            numbers = label_numbers(self.manifest, labels)
             drawn = streams(seed, len(numbers))
         request = Request(labels=numbers, streams=drawn, sampling=sampling)
         with self._running():
             return self._batches.draw(request, on_progress, on_scale, end)
+
+    def draw(
+        self,
+        request: Request,
+        on_scale: Callable[[ScaleEvent], object] | None = None,
+        deadline: float | None = None,
+    ) -> Images:
+        """The images of a request, for whose values the caller answers; see `generate`."""
+        with self._running():
+            return self._batches.draw(request, None, on_scale, end_of(deadline))
 
     def encode(self, images: Picture | Sequence[Picture]) -> list[NDArray[np.int64]]:
         """Tokens [N, L_k] of every scale.
@@ -239,7 +251,7 @@ class Pipeline:
         """
         end = end_of(deadline)
         tokenizer = self.manifest.model.tokenizer
-        sampling = self._sampling(cfg, top_k, top_p, temperature)
+        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
         picture = upright(image, tokenizer.image_channels)
         new = read_mask(mask, picture.width, picture.height, tokenizer.image_side)
         pixels = self._pixels(picture)
@@ -285,7 +297,7 @@ class Pipeline:
         end, scales = end_of(deadline), self.manifest.model.scales
         if isinstance(from_scale, bool) or not 0 <= from_scale <= scales:
             raise UsageError(f"from_scale must lie between 0 and {scales}, found {from_scale}")
-        sampling = self._sampling(cfg, top_k, top_p, temperature)
+        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
         pixels = self._pixels(image)
         if len(pixels) != 1:
             raise UsageError(f"vary takes one image, found {len(pixels)}")
@@ -355,23 +367,6 @@ class Pipeline:
         if self._busy:
             raise UsageError("a callback of generate cannot use the pipeline that calls it")
 
-    def _sampling(self, cfg: Any, top_k: Any, top_p: Any, temperature: Any) -> Sampling:
-        """The bundle's settings with those that are given; refuses what the bundle cannot do."""
-        manifest, spec = self.manifest, self.manifest.model
-        sampling = manifest.defaults.replace(
-            cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature
-        )
-        sampling.check(spec.scales)
-        if sampling.guides and not manifest.guidance and spec.transformer.conditional:
-            raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
-        return sampling
-
-    def _numbers(self, labels: Sequence[int | str]) -> list[int]:
-        transformer = self.manifest.model.transformer
-        if not transformer.conditional:
-            return [0] * len(labels)
-        return resolve_labels(labels, self.manifest.labels, transformer.classes)
-
     def _variants(
         self, label: int | str | None, seed: int | Sequence[int]
     ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -379,9 +374,27 @@ class Pipeline:
         drawn = streams(seed, None)
         numbers = [self.manifest.model.transformer.classes]
         if label is not None:
-            numbers = self._numbers([label])
+            numbers = label_numbers(self.manifest, [label])
         return numbers * len(drawn), drawn
 
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)
+
+
+def settings(manifest: Manifest, cfg: Any, top_k: Any, top_p: Any, temperature: Any) -> Sampling:
+    """The bundle's settings with those that are given; refuses what the bundle cannot do."""
+    given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+    sampling = manifest.defaults.replace(**given)
+    sampling.check(manifest.model.scales)
+    if sampling.guides and not manifest.guidance and manifest.model.transformer.conditional:
+        raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
+    return sampling
+
+
+def label_numbers(manifest: Manifest, labels: Sequence[int | str]) -> list[int]:
+    """Class numbers of names and numbers; 0 for each where the model has no classes."""
+    transformer = manifest.model.transformer
+    if not transformer.conditional:
+        return [0] * len(labels)
+    return resolve_labels(labels, manifest.labels, transformer.classes)

@@ -2,6 +2,9 @@
 
 The same seed gives the same image on every backend, whatever the batch size and wherever in the
 batch the image sits: image n takes its T uniforms from a Philox stream of its own.
+
+"More smooth" sampling, which a bundle has from its export or has not, draws tokens in the same way
+but adds a mix of codes to the image in place of a token's own: see `smoothing`.
 """
 
 from __future__ import annotations
@@ -210,3 +213,39 @@ def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:
     drawn: NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32)
     drawn *= np.float32(2.0**-24)
     return drawn
+
+
+def smoothing(scale: int, scales: int) -> tuple[float, float]:
+    """(factor, tau) of "more smooth" sampling at `scale` out of `scales`.
+
+    In place of the code of the token that was drawn, softmax((logits · factor + gumbel) / tau) ·
+    codebook is what the scale adds to f_hat. The logits are those that the token is drawn from:
+    guided, over the temperature, and only what top-k and top-p left. As published with VAR
+    (arXiv 2404.02905, `more_smooth` of its code), with r = k/(K-1): factor = 1 + r and
+    tau = max(0.27 · (1 - 0.95 · r), 0.005). A single scale counts as the last, as in `guidance`.
+
+    A token that is given instead of drawn adds its own code; tokens tell nothing of a mix, so the
+    tokens of such an image decode to another one, with the same things in it.
+    """
+    way = scale / (scales - 1) if scales > 1 else 1.0
+    return 1 + way, max(0.27 * (1 - 0.95 * way), 0.005)
+
+
+def gumbel(seed: int, image: int, tokens: int, codes: int) -> NDArray[np.float32]:
+    """[tokens, codes] numbers of the Gumbel distribution, -ln(-ln u), for image number `image`.
+
+    From the Philox stream of `uniforms`, at the count 2¹⁹², so that the tokens drawn are the same
+    with it and without. u is the middle of one of 2²³ equal parts of (0, 1), exact in fp32.
+    """
+    count = tokens * codes
+    stream = np.random.Philox(key=np.array([seed, image], np.uint64), counter=[0, 0, 0, 1])
+    bits = stream.random_raw((count + 1) // 2)
+    halves = bits.astype("<u8", copy=False).view("<u4")[:count]
+    u = (halves >> np.uint32(9)).astype(np.float32)
+    u += np.float32(0.5)
+    u *= np.float32(2.0**-23)
+    for _ in range(2):
+        np.log(u, out=u)
+        np.negative(u, out=u)
+    noise: NDArray[np.float32] = u.reshape(tokens, codes)
+    return noise

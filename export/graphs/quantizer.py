@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,22 @@ def to_maps(b: GraphBuilder, codes_BLC: str, batch: int, width: int, side: int) 
     return b.reshape(b.transpose(codes_BLC, 0, 2, 1), batch, width, side, side)
 
 
+class Mix(NamedTuple):
+    """More smooth sampling: weights [B, L, V] of the codes, except where `keep` [B, L] is True."""
+
+    weights: str
+    keep: str
+
+
+def _look_up(b: GraphBuilder, table: str, tokens: str, mix: Mix | None) -> str:
+    """[B, L, Cv]: the code of each token, or the mix that stands for it."""
+    codes = b.op("Gather", table, tokens, axis=0)
+    if mix is None:
+        return codes
+    mixed = b.op("MatMul", mix.weights, table)
+    return b.op("Where", b.op("Unsqueeze", mix.keep, b.ints(-1)), codes, mixed)
+
+
 class StaticCodes:
     """Lookup, φ and resizing of one known scale."""
 
@@ -81,10 +98,14 @@ class StaticCodes:
         self.b, self.spec, self.scale, self.batch = b, spec, scale, batch
         self.side = spec.patch_nums[scale]
 
-    def add(self, tokens: str, f_hat: str) -> None:
+    def of_scale(self, values: Sequence[float]) -> str:
+        """The fp32 number of this scale, of one a scale."""
+        return self.b.constant(values[self.scale], np.float32)
+
+    def add(self, tokens: str, f_hat: str, mix: Mix | None = None) -> None:
         b, t = self.b, self.spec.tokenizer
         with b.scope("quantize"):
-            codes = b.op("Gather", codebook(b, t, self.scale), tokens, axis=0)  # [B, L, Cv]
+            codes = _look_up(b, codebook(b, t, self.scale), tokens, mix)
             h = to_maps(b, codes, self.batch, t.code_width, self.side)
             if self.side != t.latent_side:
                 h = resize(b, b.constant(bicubic_matrix(self.side, t.latent_side)), h)
@@ -123,14 +144,17 @@ class DynamicCodes:
         shape = b.op("Concat", b.ints(self.batch, width), side, side, axis=0)
         return b.op("Reshape", b.transpose(codes_BLC, 0, 2, 1), shape)
 
-    def add(self, tokens: str, f_hat: str) -> None:
+    def of_scale(self, values: Sequence[float]) -> str:
+        return self.b.op("Gather", self.b.constant(values, np.float32), self.scale, axis=0)
+
+    def add(self, tokens: str, f_hat: str, mix: Mix | None = None) -> None:
         b, t = self.b, self.spec.tokenizer
         with b.scope("quantize"):
             if t.codebook_per_scale:
                 table = b.op("Gather", codebooks(b, t), self.scale, axis=0)
             else:
                 table = codebook(b, t, 0)
-            codes = b.op("Gather", table, tokens, axis=0)
+            codes = _look_up(b, table, tokens, mix)
             h = resize(b, names.UP_MATRIX, self._maps(codes, t.code_width))
             if t.phi_count:
                 h = self._phi(h)

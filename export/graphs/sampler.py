@@ -1,4 +1,4 @@
-"""Drawing tokens inside the graph: top-k, top-p, inverse CDF.
+"""Drawing tokens inside the graph: top-k, top-p, inverse CDF; and mixing codes instead.
 
 No sort and no TopK (TensorRT's takes at most 3840): both filters keep what lies above a threshold,
 and a threshold is found by halving an interval, counting (top-k) or weighing (top-p) what lies
@@ -24,6 +24,8 @@ HALVINGS = 32
 # token, 64 never ended. It does not look through a convolution, so one stands after every fourth
 # reduction; then all of them compile in 6 s.
 FENCE_EVERY = 4
+# what a softmax makes zero: further below any other value than fp32 can tell
+NO_WEIGHT = -1e30
 
 
 def sample(
@@ -48,6 +50,24 @@ def sample(
         kept = b.op("Or", b.op("Greater", x, low), b.op("GreaterOrEqual", x, top))
         mass = b.op("Where", kept, mass, zero, out=names.KEPT_MASS)
         return _inverse_cdf(b, mass, uniforms, codes)
+
+
+def mix(
+    b: GraphBuilder, logits: str, mass: str, noise: str, temperature: str, factor: str, tau: str
+) -> str:
+    """Weights [B, L, V] of the codes in "more smooth" sampling, see `sampling.smoothing`.
+
+    `mass` [B, L, V] is what `sample` kept: a code without it has no weight. What is dropped for
+    being below the smallest fp32 number would have none either.
+    """
+    with b.scope("sampler"):
+        # tau divides, so digits count: the logits that matter are made small first
+        top = b.op("ReduceMax", logits, b.ints(-1), keepdims=1)
+        x = b.op("Div", b.op("Sub", logits, top), temperature)
+        x = b.op("Add", b.op("Mul", x, factor), noise)
+        kept = b.op("Greater", mass, b.constant(0.0, np.float32))
+        x = b.op("Where", kept, b.op("Div", x, tau), b.constant(NO_WEIGHT, np.float32))
+        return b.op("Softmax", x, axis=-1)
 
 
 def _middle(b: GraphBuilder, low: str, high: str) -> str:

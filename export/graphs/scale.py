@@ -7,6 +7,7 @@ below over a `Geometry`, so they cannot drift apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,21 +15,28 @@ import numpy as np
 from var_deploy import names
 from var_deploy.export.graphs.blocks import BlockContext, affine_norm, block, modulated_norm
 from var_deploy.export.graphs.builder import GraphBuilder, Precision, Shape
-from var_deploy.export.graphs.quantizer import DynamicCodes, StaticCodes
-from var_deploy.export.graphs.sampler import sample
+from var_deploy.export.graphs.quantizer import DynamicCodes, Mix, StaticCodes
+from var_deploy.export.graphs.sampler import mix, sample
 from var_deploy.names import LENGTH, NEXT_LENGTH, NEXT_SIDE, PAST, SIDE
+from var_deploy.sampling import smoothing
 from var_deploy.spec import ModelSpec
 
 
 class Codes(Protocol):
     """What differs between a static scale and `step` around the tokens."""
 
-    def add(self, tokens: str, f_hat: str) -> None: ...
+    def of_scale(self, values: Sequence[float]) -> str: ...
+    def add(self, tokens: str, f_hat: str, mix: Mix | None = None) -> None: ...
     def next_input(self, tokens: str) -> None: ...
 
 
 def build_scale(
-    spec: ModelSpec, scale: int, precision: Precision, batch: int, guidance: bool
+    spec: ModelSpec,
+    scale: int,
+    precision: Precision,
+    batch: int,
+    guidance: bool,
+    more_smooth: bool = False,
 ) -> GraphBuilder:
     """The static graph of one scale; scale 0 has no past and no input but its first."""
     b = GraphBuilder(names.scale_graph(scale), precision)
@@ -44,14 +52,16 @@ def build_scale(
         level = b.op("Slice", _levels(b, spec), b.ints(scale), b.ints(scale + 1), b.ints(0))
         x = _place(b, embedded, b.op("Add", position, level), batch, guidance)
     codes = StaticCodes(b, spec, scale, batch)
-    _body(b, spec, x, codes, batch, guidance, length, past, last)
+    _body(b, spec, x, codes, batch, guidance, more_smooth, length, past, last)
     if not last:
         following = spec.scale_lengths[scale + 1]
         b.output(names.NEXT_INPUT, np.float32, (batch, following, spec.input_width))
     return b
 
 
-def build_step(spec: ModelSpec, precision: Precision, batch: int, guidance: bool) -> GraphBuilder:
+def build_step(
+    spec: ModelSpec, precision: Precision, batch: int, guidance: bool, more_smooth: bool = False
+) -> GraphBuilder:
     """One graph for every scale, over the same weights, with L and P left open."""
     b = GraphBuilder(names.STEP, precision)
     side = spec.tokenizer.latent_side
@@ -71,7 +81,7 @@ def build_step(spec: ModelSpec, precision: Precision, batch: int, guidance: bool
     alone = b.op("Equal", scale, b.constant(0, np.int64))
     x = b.op("Where", alone, first, placed)
     codes = DynamicCodes(b, spec, scale, batch)
-    _body(b, spec, x, codes, batch, guidance, LENGTH, PAST, last=False, alone=alone)
+    _body(b, spec, x, codes, batch, guidance, more_smooth, LENGTH, PAST, last=False, alone=alone)
     b.output(names.NEXT_INPUT, np.float32, (batch, NEXT_LENGTH, spec.input_width))
     return b
 
@@ -83,6 +93,7 @@ def _body(
     codes: Codes,
     batch: int,
     guidance: bool,
+    more_smooth: bool,
     length: int | str,
     past: int | str,
     last: bool,
@@ -110,17 +121,24 @@ def _body(
     top_p = b.input(names.TOP_P, np.float32, ())
     keep_mask = b.input(names.KEEP_MASK, np.bool_, tokens_shape)
     keep_tokens = b.input(names.KEEP_TOKENS, np.int64, tokens_shape)
+    vocab = spec.tokenizer.vocab_size
+    noise = b.input(names.NOISE, np.float32, (*tokens_shape, vocab)) if more_smooth else None
 
     for layer in range(t.depth):
         x = block(b, ctx, x, layer)
     _logits(b, ctx, x, batch, cfg)
-    vocab = spec.tokenizer.vocab_size
     sampled = sample(b, names.LOGITS, uniforms, temperature, top_k, top_p, vocab)
     tokens = b.op("Where", keep_mask, keep_tokens, sampled, out=names.TOKENS)
     # where the logits are not numbers the sampler gives V: the host sees that, and a look-up past
     # the table would be an invalid address on a GPU
     known = b.op("Min", tokens, b.constant(vocab - 1, np.int64))
-    codes.add(known, f_hat)
+    mixed = None
+    if noise is not None:
+        factors, taus = zip(*(smoothing(k, spec.scales) for k in range(spec.scales)), strict=True)
+        factor, tau = codes.of_scale(factors), codes.of_scale(taus)
+        weights = mix(b, names.LOGITS, names.KEPT_MASS, noise, temperature, factor, tau)
+        mixed = Mix(weights=weights, keep=keep_mask)
+    codes.add(known, f_hat, mixed)
     if not last:
         codes.next_input(known)
 

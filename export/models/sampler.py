@@ -1,9 +1,12 @@
-"""The published sampling filter and the inverse CDF in PyTorch: what the graphs must repeat."""
+"""The published sampling filter, the inverse CDF and the mix of codes in PyTorch: what the graphs
+must repeat."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from var_deploy.sampling import smoothing
 
 
 def guide(logits_GLV: Tensor, strength: float, batch: int) -> Tensor:
@@ -47,3 +50,13 @@ def draw(filtered_BLV: Tensor, uniforms_BL: Tensor) -> tuple[Tensor, Tensor]:
     lower = upper - probabilities.gather(-1, tokens.unsqueeze(-1))
     margins = torch.minimum(upper - u, u - lower).squeeze(-1)
     return tokens, margins
+
+
+def mix_weights(filtered_BLV: Tensor, noise_BLV: Tensor, scale: int, scales: int) -> Tensor:
+    """Weights [B, L, V] of the codes in "more smooth" sampling, see `sampling.smoothing`.
+
+    In fp64, so that what differs from it is the graph's rounding alone.
+    """
+    factor, tau = smoothing(scale, scales)
+    x = (filtered_BLV.double() * factor + noise_BLV.double()) / tau
+    return x.softmax(dim=-1).to(filtered_BLV.dtype)

@@ -85,9 +85,15 @@ class MultiScaleQuantizer(nn.Module):
 
     def lookup(self, scale: int, tokens_BL: Tensor) -> Tensor:
         """Tokens [B, L_k] → codes [B, Cv, p_k, p_k]."""
+        return self._maps(scale, self.codebook(scale)(tokens_BL))
+
+    def blend(self, scale: int, weights_BLV: Tensor) -> Tensor:
+        """Weights of the codes [B, L_k, V] → mixed codes [B, Cv, p_k, p_k]."""
+        return self._maps(scale, weights_BLV @ self.codebook(scale).weight)
+
+    def _maps(self, scale: int, codes_BLC: Tensor) -> Tensor:
         side = self.spec.patch_nums[scale]
-        codes_BLC: Tensor = self.codebook(scale)(tokens_BL)
-        return codes_BLC.transpose(1, 2).reshape(len(tokens_BL), -1, side, side)
+        return codes_BLC.transpose(1, 2).reshape(len(codes_BLC), -1, side, side)
 
     def nearest(self, scale: int, z_BCpp: Tensor) -> Tensor:
         """[B, Cv, p, p] → tokens [B, p²]: argmin of |z|² + |e|² - 2 z·e."""

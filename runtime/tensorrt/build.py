@@ -83,7 +83,8 @@ def choose_layout(
 def engines_of(manifest: Manifest, precision: str, layout: Layout, encoder: bool) -> list[str]:
     """Names of the engines of a layout, in the order in which a generation needs them.
 
-    Raises BundleError where the bundle lacks one of the graphs.
+    `encoder` adds what reads images and adds up their tokens; a bundle from before `accumulate`
+    has no such graph, and edits need none. Raises BundleError where another graph is missing.
     """
     graphs = [names.CONDITION] if manifest.model.transformer.conditional else []
     if layout != "per-scale":
@@ -93,6 +94,8 @@ def engines_of(manifest: Manifest, precision: str, layout: Layout, encoder: bool
     graphs.append(names.DECODER)
     if encoder:
         graphs.append(names.ENCODER)
+        if names.ACCUMULATE in manifest.graphs.get(precision, {}):
+            graphs.append(names.ACCUMULATE)
     manifest.graph(precision, names.DECODER)  # every bundle has it, if it has the precision
     for graph in graphs:
         if graph not in manifest.graphs[precision]:
@@ -124,7 +127,8 @@ def build_bundle(
         layout: "shared" (one engine for all scales), "per-scale" (one each), "both", or "auto".
         low_memory: build each engine in a process of its own.
         library: "tensorrt", "tensorrt_rtx", or one that is loaded; None takes what is installed.
-        encoder: build the encoder too, which only images as input need.
+        encoder: build the encoder and `accumulate` too, which only images or tokens as input
+            need.
         force: build again what is finished.
         find_device: name and compute capability of the GPU, ("Orin, 8 SMs", 87).
         find_memory: bytes that the GPU has free, which settle "auto".

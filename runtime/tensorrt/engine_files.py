@@ -131,8 +131,8 @@ def engine_key(
 def build_command(bundle: Path, target: Target, graph: str | None = None) -> str:
     """The command that builds the engines of a target, or one that includes `graph`."""
     words = ["var-deploy", "build", str(bundle), "--precision", target.precision]
-    always_built = (None, names.CONDITION, names.STEP, names.DECODER, names.ENCODER)
-    if graph not in always_built:
+    # of the other graphs every build makes those that it was not told to leave out
+    if graph is not None and graph.startswith(names.SCALE_PREFIX):
         words += ["--layout", "per-scale"]
     if target.library != "tensorrt":
         words += ["--library", target.library]

@@ -46,20 +46,21 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_built_is_a_table(bundle: Path) -> None:
     lines = done("build", bundle).stdout.splitlines()
     assert lines[0].split() == ["engine", "profiles", "size", "build", "time"]
-    rows = {line.split()[0]: line.split()[1:3] for line in lines[2:6]}
+    rows = {line.split()[0]: line.split()[1:3] for line in lines[2:7]}
     assert rows == {
         "condition": ["built", "1"],
         "step": ["built", "3"],
         "decoder": ["built", "1"],
         "encoder": ["built", "1"],
+        "accumulate": ["built", "1"],
     }
-    assert re.fullmatch(rf"{bundle}/engines/{NAME}: 4 built, 0 kept, [\d.]+ kB", lines[7])
-    assert lines[8].startswith(
+    assert re.fullmatch(rf"{bundle}/engines/{NAME}: 5 built, 0 kept, [\d.]+ kB", lines[8])
+    assert lines[9].startswith(
         "for tensorrt 10.3.0 on Orin (sm87), fp16; layout shared (neither fits: "
     )
-    assert lines[9].startswith("note: tensorrt 10.3.0: an accuracy bug")
-    assert ": 0 built, 4 kept, " in done("build", bundle).stdout
-    assert ": 4 built, 0 kept, " in done("build", bundle, "--force").stdout
+    assert lines[10].startswith("note: tensorrt 10.3.0: an accuracy bug")
+    assert ": 0 built, 5 kept, " in done("build", bundle).stdout
+    assert ": 5 built, 0 kept, " in done("build", bundle, "--force").stdout
 
 
 def test_the_report_as_json(bundle: Path) -> None:
@@ -108,7 +109,7 @@ def test_ctrl_c_ends_with_130_and_the_next_call_goes_on(
     result = run("build", bundle)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     monkeypatch.delenv(fake.PLANT)
-    assert ": 2 built, 2 kept, " in done("build", bundle).stdout
+    assert ": 3 built, 2 kept, " in done("build", bundle).stdout
 
 
 def test_failures_are_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, A
         "precisions": ("fp16", "fp32", "int8"),
         "batch": 2,
         "guidance": False,
+        "more_smooth": False,
         "layout": "shared",
         "calibration": 2,
     }

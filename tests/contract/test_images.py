@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from var_deploy import images
 from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.manifest import read_manifest
 
 
 @pytest.fixture
@@ -86,6 +87,57 @@ def test_a_full_disk_keeps_the_old_image(
         images.save_folder(tmp_path / "many", ["0.png"], pictures[:1], [{}])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_file_comes_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.bin"
+    with images.whole_file(path) as stream:
+        stream.write(b"first")
+        assert not path.exists()
+    assert path.read_bytes() == b"first"
+    for failure in (KeyboardInterrupt, UsageError):
+        with pytest.raises(failure), images.whole_file(path) as stream:
+            stream.write(b"half")
+            raise failure
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in path.parent.iterdir()] == ["x.bin"]
+
+
+@pytest.mark.parametrize(("count", "channels"), [(5, 3), (5, 1), (1, 3)])
+def test_a_gif_repeats_its_frames(
+    tmp_path: Path, pictures: NDArray[np.uint8], count: int, channels: int
+) -> None:
+    frames, milliseconds = pictures[:count, ..., :channels], [100, 200, 300, 400, 1500][:count]
+    images.save_gif(tmp_path / "new" / "x.gif", frames, milliseconds)
+    with Image.open(tmp_path / "new" / "x.gif") as image:
+        found = [
+            (frame.info["duration"], np.asarray(frame.convert("RGB")))
+            for frame in ImageSequence.Iterator(image)
+        ]
+        assert image.info["loop"] == 0
+    assert [duration for duration, _ in found] == milliseconds
+    for (_, shown), frame in zip(found, frames, strict=True):
+        np.testing.assert_array_equal(shown, np.broadcast_to(frame, shown.shape))
+
+
+def test_text_that_is_no_text(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
+    name = os.fsdecode(b"p\xff.png")
+    images.save_png(tmp_path / "x.png", pictures[0], {"picture": name})
+    assert images.read_settings(tmp_path / "x.png") == {"picture": "p?.png"}
+
+
+def test_the_text_of_an_image_names_what_made_it(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    text = images.settings_text(manifest, "fp32", manifest.defaults, [3, 5])
+    assert text == {
+        **images.origin_text(manifest, "fp32"),
+        "seed": "3,5",
+        "cfg": "2",
+        "top_k": "3",
+        "top_p": "0.95",
+        "temperature": "1",
+    }
+    assert text["bundle"] == manifest.digest() and text["Software"].startswith("var-deploy ")
 
 
 def test_a_folder_comes_whole(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:

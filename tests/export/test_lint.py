@@ -28,6 +28,7 @@ from var_deploy.spec import ModelSpec
 SYMBOLS = ("L", "P", "N", "p", "q")
 SCALE_1 = names.scale_graph(1)
 PRECISIONS: tuple[Any, ...] = ("fp32", "fp16")
+OPTIONS = ("batch", "guidance", "more_smooth")
 
 
 def graphs_of(spec: ModelSpec, precision: Any, **options: Any) -> dict[str, onnx.ModelProto]:
@@ -57,6 +58,8 @@ def test_every_graph_of_every_preset_passes(preset: str, precision: str) -> None
     [
         {"batch": 3},
         {"guidance": False},
+        {"more_smooth": True, "batch": 2},
+        {"more_smooth": True, "codebook_per_scale": True},
         {"shared_adaln": True, "qk_l2_norm": False},
         {"vocab_size": 50, "shared_phi": 0},
         {"shared_phi": 1, "codebook_per_scale": True},
@@ -68,7 +71,7 @@ def test_every_graph_of_every_preset_passes(preset: str, precision: str) -> None
 def test_every_form_of_a_graph_passes(
     changes: dict[str, Any], precision: str, family_member: Callable[..., ModelSpec]
 ) -> None:
-    options = {k: changes.pop(k) for k in ("batch", "guidance") if k in changes}
+    options = {k: changes.pop(k) for k in OPTIONS if k in changes}
     for name, model in graphs_of(family_member(**changes), precision, **options).items():
         assert not problems(model, precision), name
 

@@ -78,6 +78,32 @@ def test_engines_of_this_device_are_taken(gpu: None, bundle: Path, layout: str) 
         np.testing.assert_array_equal(images, pipe.generate(LABELS, seed=7))
 
 
+@pytest.mark.parametrize("layout", ["shared", "per-scale"])
+def test_engines_encode_decode_and_edit(gpu: None, bundle: Path, layout: str) -> None:
+    build(bundle, layout=layout)
+    mask = np.zeros((8, 8), np.bool_)
+    mask[:, 4:] = True
+    found = []
+    for options in ({}, {"backend": "onnxruntime-cpu", "precision": "fp16"}):
+        with Pipeline.load(bundle, **options) as pipe:
+            images = pipe.generate(LABELS, seed=7)
+            tokens = pipe.encode(list(images))
+            edited = pipe.edit(images[0], mask, label=2, seed=[1, 2, 3])
+            found.append([*tokens, pipe.decode(tokens), pipe.decode(tokens, scales=1), edited])
+            assert pipe.describe()["backend"] == options.get("backend", "tensorrt")
+    for on_engines, on_cpu in zip(*found, strict=True):
+        np.testing.assert_array_equal(on_engines, on_cpu)
+
+
+def test_without_engines_for_images_only_those_are_missing(gpu: None, bundle: Path) -> None:
+    build(bundle, encoder=False)
+    with Pipeline.load(bundle) as pipe:
+        images = pipe.generate(LABELS[:1], seed=7)
+        with pytest.raises(BackendError, match=r"encoder.*var-deploy build"):
+            pipe.encode(images[0])
+        assert len(pipe.generate(LABELS[:1], seed=8)) == 1, "it draws as before"
+
+
 def test_of_two_layouts_the_memory_chooses(
     gpu: None, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,8 +29,9 @@ from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.target import BuildOptions, Target
 
 TARGET = Target(library="tensorrt", version="10.3.0", device="Orin", sm=87, precision="fp16")
-SHARED = ["condition", "step", "decoder", "encoder"]
-PER_SCALE = ["condition", "scale_00", "scale_01", "scale_02", "decoder", "encoder"]
+OTHERS = ["decoder", "encoder", "accumulate"]
+SHARED = ["condition", "step", *OTHERS]
+PER_SCALE = ["condition", "scale_00", "scale_01", "scale_02", *OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +161,9 @@ def test_progress_names_the_engine_and_ends_at_one(bundle: Path) -> None:
     run(bundle, progress=lambda message, done: seen.append((message, done)))
     messages = [message for message, _ in seen]
     assert messages[0] == "checking the bundle"
-    assert "step (2 of 4): Timing graph nodes" in messages
+    assert "step (2 of 5): Timing graph nodes" in messages
     assert seen[-1] == ("done", 1.0)
-    fractions = [done for message, done in seen if " of 4): " in message]
+    fractions = [done for message, done in seen if " of 5): " in message]
     assert fractions == sorted(fractions)
 
 
@@ -404,7 +405,7 @@ class TestLowMemory:
         report = run(bundle, low_memory=True, progress=lambda message, _: seen.append(message))
         assert states(report) == dict.fromkeys(SHARED, "built")
         assert engines(bundle) == SHARED
-        assert any("step (2 of 4): " in m and "starting" not in m for m in seen)
+        assert any("step (2 of 5): " in m and "starting" not in m for m in seen)
         low = {name: (report.folder / name).read_bytes() for name in files(bundle)}
         run(bundle, force=True)
         for name in (*(f"{g}.plan" for g in SHARED), "timing.cache"):

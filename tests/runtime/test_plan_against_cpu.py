@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,7 +16,14 @@ import pytest
 
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.costs import Precision, Workload, graph_weights
-from var_deploy.planning.memory import CPU_IMPORTS, Layout, buffer_bytes, cache_bytes, footprint
+from var_deploy.planning.memory import (
+    CPU_IMPORTS,
+    Layout,
+    buffer_bytes,
+    cache_bytes,
+    footprint,
+    upload_bytes,
+)
 from var_deploy.runtime.buffers import CacheArena, LoopBuffers
 from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.sampling import Sampling
@@ -78,20 +86,25 @@ def manifest_of(model: ModelSpec, batch: int, guidance: bool) -> Manifest:
         {"patch_nums": (1, 2, 3, 5), "depth": 3, "width": 36, "heads": 3, "code_width": 5},
         {"patch_nums": (1,)},
         {"family": "gpt2", "classes": 0, "qk_l2_norm": False, "codebook_per_scale": True},
+        {"more_smooth": True},
     ],
     ids=str,
 )
 def test_cache_and_buffers_are_exact(
     family_member: Callable[..., ModelSpec], changes: dict[str, Any], precision: Precision
 ) -> None:
-    model = family_member(**changes)
+    mixes = changes.get("more_smooth", False)
+    model = family_member(**{k: v for k, v in changes.items() if k != "more_smooth"})
     guidance = model.transformer.conditional
-    workload = Workload(model=model, batch=3, guidance=guidance, precision=precision)
-    manifest = manifest_of(model, 3, guidance)
+    workload = Workload(
+        model=model, batch=3, guidance=guidance, precision=precision, more_smooth=mixes
+    )
+    manifest = dataclasses.replace(manifest_of(model, 3, guidance), more_smooth=mixes)
     dtype = np.float16 if precision == "fp16" else np.float32
     assert CacheArena(manifest, dtype, HostMemory()).nbytes == cache_bytes(workload)
     buffers = LoopBuffers(manifest, dtype, HostMemory())
     assert buffers.nbytes == cache_bytes(workload) + buffer_bytes(workload)
+    assert buffers.given.nbytes == upload_bytes(workload)
 
 
 @pytest.fixture(scope="session")

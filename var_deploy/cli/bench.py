@@ -45,6 +45,7 @@ LEGEND = (
 @click.option(
     "--against",
     default="",
+    show_default="none",
     metavar="LIST",
     help="Others to time beside: torch, torch-bf16, torch-compile, openvino, openvino-bf16.",
 )
@@ -56,7 +57,7 @@ LEGEND = (
     help="Images a generation, as in 1,4; ours makes them in the bundle's batches.",
 )
 @click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads for all (default: each library's own)."
+    "--threads", type=click.IntRange(1), show_default="each library's own", help="CPU threads."
 )
 @click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Rounds.")
 @click.option(
@@ -64,6 +65,7 @@ LEGEND = (
 )
 @click.option("--json", "json_out", metavar="FILE", help="The report as JSON; - is stdout.")
 @click.option("--plot", metavar="FILE.png", help="The report as a figure.")
+@click.option("--quiet", is_flag=True, help="No progress and no tables.")
 def bench(
     bundle: Path,
     precision: str,
@@ -75,8 +77,9 @@ def bench(
     warm_up: int,
     json_out: str | None,
     plot: str | None,
+    quiet: bool,
 ) -> None:
-    """Time generations of BUNDLE: launch by launch, beside other runtimes, beside the floor.
+    """Time BUNDLE launch by launch, beside other runtimes and the floor.
 
     Everything runs in a process of its own; all of them take turns, so that a slow minute of the
     machine hits all alike. The rates of this machine are measured in between; the floor is what
@@ -104,7 +107,7 @@ def bench(
     )
     figure = _figure(plot) if plot is not None else None
     target = None if json_out in (None, "-") else _file(Path(str(json_out)))
-    with Progress() as progress:
+    with Progress(quiet=quiet) as progress:
         report = run(bundle, settings, progress=progress.update)
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
     if target is not None:
@@ -115,7 +118,8 @@ def bench(
 
         figure.parent.mkdir(parents=True, exist_ok=True)
         draw(report, figure)
-    click.echo(text if json_out == "-" else _as_text(report))
+    if json_out == "-" or not quiet:
+        click.echo(text if json_out == "-" else _as_text(report))
     if report.failed:
         first = report.failed[0]
         raise BackendError(f"{first.name} did not run: {first.problem}")

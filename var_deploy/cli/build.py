@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from var_deploy.cli.console import Progress, human_bytes, needs_extra, table
+from var_deploy.cli.options import report_options
 
 if TYPE_CHECKING:
     from var_deploy.runtime.tensorrt.build import BuildReport
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 @click.option(
     "--precision",
     type=click.Choice(["fp16", "fp32", "int8"]),
-    help="Of the graphs to build (default: fp16 where the bundle has it); int8 is refused, it is "
-    "for CPUs.",
+    show_default="fp16 where the bundle has it",
+    help="Of the graphs to build; int8 is refused, it is for CPUs.",
 )
 @click.option(
     "--layout",
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     "--workspace",
     type=click.IntRange(1),
     metavar="MB",
-    help="Most memory a layer may use for itself (default: all of the device).",
+    show_default="all of the device",
+    help="Most memory a layer may use for itself.",
 )
 @click.option(
     "--optimization-level",
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
 @click.option(
     "--library",
     type=click.Choice(["tensorrt", "tensorrt_rtx"]),
-    help="Which TensorRT (default: the one that is installed).",
+    show_default="the one that is installed",
+    help="Which TensorRT.",
 )
 @click.option(
     "--compute-capability",
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-encoder", is_flag=True, help="Leave out the encoder, which reads images.")
 @click.option("--force", is_flag=True, help="Build again what is finished.")
-@click.option("--json", "as_json", is_flag=True, help="What was done, as JSON on stdout.")
+@report_options
 def build(
     bundle: Path,
     precision: str | None,
@@ -68,9 +71,10 @@ def build(
     compute_capability: int | None,
     no_encoder: bool,
     force: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
-    """Build the TensorRT engines of BUNDLE, on the device that will run them.
+    """Build the TensorRT engines of BUNDLE, on the device that runs them.
 
     They go into BUNDLE/engines, a folder for each device, version and precision. Finished engines
     are kept: after Ctrl-C or a failure the same command goes on where it was, and after a new
@@ -91,7 +95,7 @@ def build(
             optimization_level=optimization_level,
             compute_capability=compute_capability,
         )
-        with Progress() as progress:
+        with Progress(quiet=quiet) as progress:
             report = build_bundle(
                 bundle,
                 precision=precision,
@@ -103,7 +107,8 @@ def build(
                 force=force,
                 progress=progress.update,
             )
-    click.echo(json.dumps(report.to_json(), indent=1) if as_json else _as_text(report))
+    if as_json or not quiet:
+        click.echo(json.dumps(report.to_json(), indent=1) if as_json else _as_text(report))
 
 
 def _as_text(report: BuildReport) -> str:

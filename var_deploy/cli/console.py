@@ -15,13 +15,23 @@ import click
 from var_deploy.errors import VarDeployError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+WHOLE = 1000  # characters of a purpose, which click would else cut off at the end of a line
 
 
 class Program(click.Group):
     """A group whose every failure ends in one line on stderr and an exit code, not a traceback.
 
-    VAR_DEPLOY_TRACEBACK=1 lets exceptions through.
+    VAR_DEPLOY_TRACEBACK=1 lets exceptions through. Commands are listed in the order in which they
+    were added, their purpose in full.
     """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, self.commands[name].get_short_help_str(WHOLE)) for name in self.commands]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def main(
         self,
@@ -38,6 +48,9 @@ class Program(click.Group):
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
+        except click.UsageError as error:
+            where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+            _fail(error.format_message().rstrip(".") + where, error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
         except click.Abort:
@@ -69,8 +82,16 @@ def _traceback_wanted() -> bool:
 
 
 def _fail(message: str, code: int, prefix: str = "error: ") -> None:
-    click.echo(prefix + " ".join(message.split()), err=True)
+    click.echo(paint(prefix, "red") + " ".join(message.split()), err=True)
     sys.exit(code)
+
+
+def paint(text: str, colour: str) -> str:
+    """The text in a colour, which `click.echo` takes off again where it writes to no terminal.
+
+    NO_COLOR, not empty, takes it off everywhere (https://no-color.org).
+    """
+    return text if os.environ.get("NO_COLOR") or not text else click.style(text, fg=colour)
 
 
 @contextlib.contextmanager
@@ -125,16 +146,27 @@ class Progress:
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """Columns aligned by two spaces; those in `right` are flush right. The first row is a head."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    widths = [max(len(click.unstyle(cell)) for cell in column) for column in columns]
     lines = [
         "  ".join(
-            cell.rjust(width) if n in right else cell.ljust(width)
+            _padding(cell, width) + cell if n in right else cell + _padding(cell, width)
             for n, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def _padding(cell: str, width: int) -> str:
+    return " " * (width - len(click.unstyle(cell)))
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> str:
+    """A line each: a name, and what there is to say, all of it from one column on."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
 def human_bytes(size: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from var_deploy.cli.console import Progress, table
+from var_deploy.cli.console import Progress, paint, table
 
 if TYPE_CHECKING:
     from var_deploy.doctor import Report
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 def doctor(as_json: bool) -> None:
-    """Show what this machine can do with var-deploy, what it lacks, and how to get that.
+    """Show what this machine can do, what it lacks, and how to get that.
 
     Ends with 1 only where nothing here can generate images.
 
@@ -48,7 +48,7 @@ def _as_json(report: Report) -> dict[str, object]:
 
 
 def _as_text(report: Report) -> str:
-    marks = {"ok": "", "missing": "missing", "problem": "!"}
+    marks = {"ok": "", "missing": paint("missing", "yellow"), "problem": paint("!", "red")}
     rows = [("", "found", "for")]
     steps = []
     for finding in report.findings:
@@ -58,7 +58,7 @@ def _as_text(report: Report) -> str:
             steps.append((finding.name, finding.remedy))
     lines = [table(rows), ""]
     for ability in report.abilities:
-        answer = "yes" if ability.here else f"no: {', '.join(ability.lacks)}"
+        answer = paint("yes", "green") if ability.here else f"no: {', '.join(ability.lacks)}"
         lines.append(f"{ability.name.ljust(24)}{answer}")
     if steps:
         width = max(len(name) for name, _ in steps)

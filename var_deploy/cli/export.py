@@ -59,6 +59,11 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     help="Classifier-free guidance; doubles the rows.",
 )
 @click.option(
+    "--more-smooth",
+    is_flag=True,
+    help="Mix codes as the published more_smooth does: softer images, for the eye alone.",
+)
+@click.option(
     "--layout",
     type=click.Choice(["both", "per-scale", "shared"]),
     default="both",
@@ -69,8 +74,8 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     "--calibration",
     type=click.IntRange(0),
     metavar="N",
-    help="Images drawn to take int8's ranges from (default: 4), and to warn of fp16 values near "
-    "overflow (default: 1; 0 skips it).",
+    help=f"Images drawn to take int8's ranges from (default: {INT8_IMAGES}), and to warn of fp16 "
+    f"values near overflow (default: {FP16_IMAGES}; 0 skips it).",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that OUT holds.")
 def export(
@@ -83,6 +88,7 @@ def export(
     precision: tuple[Literal["fp32", "fp16", "int8"], ...],
     batch: int,
     guidance: bool,
+    more_smooth: bool,
     layout: Literal["both", "per-scale", "shared"],
     calibration: int | None,
     force: bool,
@@ -114,6 +120,7 @@ def export(
             precisions=tuple(dict.fromkeys(precision)),
             batch=batch,
             guidance=guidance,
+            more_smooth=more_smooth,
             layout=layout,
             calibration=calibration or INT8_IMAGES,
         )

@@ -3,44 +3,89 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from var_deploy.cli.console import human_bytes, table
-from var_deploy.errors import BundleError
+from var_deploy.cli import tensors
+from var_deploy.cli.console import facts, human_bytes, paint, table
+from var_deploy.cli.engines import Engines, read_all
+from var_deploy.errors import BundleError, UsageError
 from var_deploy.manifest import Manifest, check_files, read_manifest
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--graph", metavar="NAME", help="Instead, the tensors of this graph.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    show_default="the first that has it",
+    help="With --graph: of which graph.",
+)
+@click.option("--quiet", is_flag=True, help="Check alone: the exit code tells.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Show the model, graphs and labels of BUNDLE, and check every file against its hash.
+def inspect(
+    bundle: Path, graph: str | None, precision: str | None, quiet: bool, as_json: bool
+) -> None:
+    """Show what BUNDLE holds, and whether every file is intact.
 
-    Ends with 1 where a file is missing or damaged. Nothing is loaded or run.
+    Model, labels, graphs, engines and the last report of verify; or, with --graph, the tensors
+    that one graph takes and gives, and what each is for. Ends with 1 where a file is missing or
+    damaged. Nothing is loaded or run.
 
     \b
     Example:
       var-deploy inspect build/pocket
+      var-deploy inspect build/pocket --graph scale_03
+      var-deploy inspect build/pocket --quiet && echo intact
     """
+    if precision is not None and graph is None:
+        raise UsageError("--precision goes with --graph")
     manifest = read_manifest(bundle)
-    damage = _damage(bundle, manifest)
-    if as_json:
-        click.echo(json.dumps(_as_json(manifest, damage), indent=1, ensure_ascii=False))
+    if graph is not None:
+        data, text, damage = _of_graph(bundle, manifest, graph, precision)
     else:
-        click.echo(_as_text(bundle, manifest, damage))
+        data, text, damage = _of_bundle(bundle, manifest)
+    if as_json:
+        data |= {"intact": not damage, "damage": damage}
+        click.echo(json.dumps(data, indent=1, ensure_ascii=False))
+    elif not quiet:
+        click.echo("\n".join([text, *(["", *damage] if damage else [])]))
     if damage:
         rest = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         raise BundleError(damage[0] + rest)
 
 
-def _damage(bundle: Path, manifest: Manifest) -> list[str]:
+def _of_graph(
+    bundle: Path, manifest: Manifest, name: str, precision: str | None
+) -> tuple[dict[str, Any], str, list[str]]:
+    """JSON, text and damage of one graph; its weights are not looked at."""
+    precision = tensors.find_graph(manifest, name, precision)
+    damage = _damage(bundle, manifest, [manifest.graphs[precision][name].file])
+    data = tensors.as_json(manifest, precision, name)
+    return data, tensors.as_text(manifest, precision, name), damage
+
+
+def _of_bundle(bundle: Path, manifest: Manifest) -> tuple[dict[str, Any], str, list[str]]:
+    """JSON, text and damage of everything."""
+    files = _damage(bundle, manifest, list(manifest.files))
+    engines = read_all(bundle, manifest)
+    damage = [*files, *(problem for folder in engines for problem in folder.damage)]
+    data: dict[str, Any] = json.loads(manifest.to_json())
+    data |= {"digest": manifest.digest(), "engines": [folder.to_json() for folder in engines]}
+    parts = [_facts(bundle, manifest, files, engines), _graphs(manifest)]
+    parts += [folder.text() for folder in engines]
+    parts.append(_parity_table(manifest.parity or {}))
+    return data, "\n\n".join(part for part in parts if part), damage
+
+
+def _damage(bundle: Path, manifest: Manifest, files: Sequence[str]) -> list[str]:
     """One message for every file that is not what the manifest says."""
     messages: dict[str, None] = {}  # in order, without repeats: a prefix may match two names
-    for name in manifest.files:
+    for name in files:
         try:
             check_files(bundle, manifest, prefix=name)
         except BundleError as error:
@@ -48,12 +93,9 @@ def _damage(bundle: Path, manifest: Manifest) -> list[str]:
     return list(messages)
 
 
-def _as_json(manifest: Manifest, damage: list[str]) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(manifest.to_json())
-    return {**data, "digest": manifest.digest(), "intact": not damage, "damage": damage}
-
-
-def _as_text(bundle: Path, manifest: Manifest, damage: list[str]) -> str:
+def _facts(
+    bundle: Path, manifest: Manifest, damage: Sequence[str], engines: Sequence[Engines]
+) -> str:
     spec = manifest.model
     transformer, tokenizer = spec.transformer, spec.tokenizer
     sides = " ".join(map(str, spec.patch_nums))
@@ -61,39 +103,70 @@ def _as_text(bundle: Path, manifest: Manifest, damage: list[str]) -> str:
     if manifest.labels:
         shown = ", ".join(manifest.labels[:16])
         labels += f": {shown}" + (", …" if len(manifest.labels) > 16 else "")
-    facts = [
-        ("bundle", f"{bundle} (digest {manifest.digest()[:16]})"),
-        ("model", manifest.preset or "no preset"),
-        ("image", f"{tokenizer.image_side} × {tokenizer.image_side} pixels"),
-        (
-            "transformer",
-            f"{transformer.family}, {transformer.depth} blocks, width {transformer.width}, "
-            f"{transformer.heads} heads",
-        ),
-        ("tokenizer", f"{tokenizer.vocab_size} codes of width {tokenizer.code_width}"),
-        ("scales", f"{spec.scales}: {sides} ({spec.total_tokens} tokens)"),
-        ("labels", labels),
-        ("batch", f"{manifest.batch}, guidance {'on' if manifest.guidance else 'off'}"),
-        ("defaults", str(manifest.defaults)),
-        ("precisions", ", ".join(manifest.graphs)),
-        ("size", human_bytes(sum(file.size for file in manifest.files.values()))),
-        ("files", "all intact" if not damage else f"{len(damage)} of {len(manifest.files)} not"),
-        ("parity", _parity(manifest.parity)),
-    ]
-    width = max(len(name) for name, _ in facts)
-    lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
+    intact = paint("all intact", "green")
+    if damage:
+        intact = paint(f"{len(damage)} of {len(manifest.files)} not intact", "red")
+    return facts(
+        [
+            ("bundle", f"{bundle} (digest {manifest.digest()[:16]})"),
+            ("model", manifest.preset or "no preset"),
+            ("image", f"{tokenizer.image_side} × {tokenizer.image_side} pixels"),
+            (
+                "transformer",
+                f"{transformer.family}, {transformer.depth} blocks, width {transformer.width}, "
+                f"{transformer.heads} heads",
+            ),
+            ("tokenizer", f"{tokenizer.vocab_size} codes of width {tokenizer.code_width}"),
+            ("scales", f"{spec.scales}: {sides} ({spec.total_tokens} tokens)"),
+            ("labels", labels),
+            ("batch", f"{manifest.batch}, guidance {'on' if manifest.guidance else 'off'}"),
+            ("defaults", str(manifest.defaults)),
+            *([("codes", "mixed, more smooth")] if manifest.more_smooth else []),
+            ("precisions", ", ".join(manifest.graphs)),
+            ("engines", ", ".join(folder.name for folder in engines) or "none built"),
+            ("size", human_bytes(sum(file.size for file in manifest.files.values()))),
+            ("files", intact),
+            ("parity", _parity(manifest.parity)),
+        ]
+    )
+
+
+def _graphs(manifest: Manifest) -> str:
     rows = [("graph", "file", "size", "weights used")]
     for by_name in manifest.graphs.values():
         for name, graph in by_name.items():
-            file = manifest.files.get(graph.file)
-            size = human_bytes(file.size) if file else "not listed"
+            size = human_bytes(manifest.files[graph.file].size)
             rows.append((name, graph.file, size, human_bytes(graph.weight_bytes)))
-    return "\n".join([*lines, "", table(rows, right=(2, 3)), *(["", *damage] if damage else [])])
+    return table(rows, right=(2, 3))
 
 
 def _parity(report: Mapping[str, Any] | None) -> str:
     if report is None:
         return "not verified yet; run var-deploy verify"
     if report.get("passed"):
-        return "verified: agrees with the PyTorch model"
-    return f"verify failed: {report.get('failure') or 'a tolerance did not hold'}"
+        return paint("verified: agrees with the PyTorch model", "green")
+    return paint(f"verify failed: {report.get('failure') or 'a tolerance did not hold'}", "red")
+
+
+def _parity_table(report: Mapping[str, Any]) -> str:
+    """A line a graph of the last report, whose remarks are for verify to tell."""
+    checks = report.get("checks") or []
+    if not checks:
+        return ""
+    rows = [("verified", "worst tensor", "rel error", "bound", "tokens", "")]
+    for check in checks:
+        rows.append(
+            (
+                f"{check['precision']}/{check['graph']}",
+                check["tensor"],
+                _number(check["relative"]) if check["tensor"] else "",
+                "" if check["bound"] is None else f"{check['bound']:.0e}",
+                check["tokens"],
+                paint("ok", "green") if check["passed"] else paint("FAIL", "red"),
+            )
+        )
+    return table(rows, right=(2, 3, 4))
+
+
+def _number(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.1e}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
-from var_deploy.cli.console import human_bytes, needs_extra, table
+from var_deploy.cli.console import facts, human_bytes, needs_extra, table
 from var_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 WIDTH = 96
 
 
+def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """What the shell may complete --device to."""
+    from var_deploy.planning.devices import DEVICES
+
+    return [name for name in (*DEVICES, "this", "cpu") if name.startswith(incomplete)]
+
+
 @click.command()
 @click.argument("model")
 @click.option(
@@ -30,10 +37,11 @@ WIDTH = 96
     default="this",
     show_default=True,
     metavar="NAME",
+    shell_complete=_devices,
     help="orin-nano-8gb, orin-nx-16gb, agx-orin-64gb, thor, h200, rtx-4090, … or this, or cpu "
     "(its processor); a wrong name lists all.",
 )
-@click.option("--batch", type=click.IntRange(1), help="Images a launch (default: 1).")
+@click.option("--batch", type=click.IntRange(1), show_default="1", help="Images a launch.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),
@@ -45,7 +53,8 @@ WIDTH = 96
 @click.option(
     "--guidance/--no-guidance",
     default=None,
-    help="Two rows an image for classifier-free guidance, or one (default: two).",
+    show_default="two",
+    help="Two rows an image for classifier-free guidance, or one.",
 )
 @click.option(
     "--layout",
@@ -64,9 +73,10 @@ def plan(
     layout: Literal["auto", "per-scale", "shared"],
     as_json: bool,
 ) -> None:
-    """Predict disk, memory and the least time of MODEL on a device; nothing is built or run.
+    """Predict disk, memory and the least time of MODEL on a device.
 
-    MODEL is a preset such as var-d16, or the folder of a bundle, which settles batch and guidance.
+    Nothing is built or run. MODEL is a preset such as var-d16, or the folder of a bundle, which
+    settles batch and guidance.
 
     \b
     Example:
@@ -201,8 +211,7 @@ def _facts(found: Plan) -> str:
         ),
         ("bundle", f"{'' if found.measured else 'about '}{human_bytes(found.bundle)} on disk"),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return facts(rows)
 
 
 def _memory(found: Plan) -> str:

@@ -20,7 +20,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
-    help="Only these graphs (default: all).",
+    show_default="all",
+    help="Only these graphs.",
 )
 @click.option(
     "--bisect",
@@ -43,6 +44,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="With int8 and a model that has a judge (pocket): images a set that its classes are "
     "judged by; 0 draws none.",
 )
+@click.option("--quiet", is_flag=True, help="No progress and no table: the exit code tells.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def verify(
     bundle: Path,
@@ -52,9 +54,10 @@ def verify(
     backends: str | None,
     graph: str | None,
     samples: int,
+    quiet: bool,
     as_json: bool,
 ) -> None:
-    """Compare BUNDLE with the PyTorch model, graph by graph and then the whole loop.
+    """Compare BUNDLE with the PyTorch model, graph by graph, then whole.
 
     Every graph, but for int8 ones, is also checked against what TensorRT 10.3 takes. The report
     is stored in the bundle's manifest. Ends with 1 where a tolerance does not hold.
@@ -68,14 +71,14 @@ def verify(
     if backends is not None:
         if precision is not None:
             raise UsageError("--bisect takes the precision behind each backend, not --precision")
-        _bisect(bundle, backends, checkpoint, tokenizer, graph, as_json)
+        _bisect(bundle, backends, checkpoint, tokenizer, graph, quiet, as_json)
         return
     if graph is not None:
         raise UsageError("--graph goes with --bisect")
     with needs_extra("export", "verify"):
         from var_deploy.export.verify import verify_bundle
 
-        with Progress() as progress:
+        with Progress(quiet=quiet) as progress:
             report = verify_bundle(
                 bundle,
                 checkpoint=checkpoint,
@@ -84,7 +87,8 @@ def verify(
                 samples=samples,
                 progress=progress.update,
             )
-    click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
+    if as_json or not quiet:
+        click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
     if not report.passed:
         raise VerificationError(report.failure or f"{bundle} does not compute what the model does")
 
@@ -95,12 +99,13 @@ def _bisect(
     checkpoint: Path | None,
     tokenizer: Path | None,
     graph: str | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     with needs_extra("export", "verify"):
         from var_deploy.export.bisect import bisect_bundle
 
-        with Progress() as progress:
+        with Progress(quiet=quiet) as progress:
             result = bisect_bundle(
                 bundle,
                 backends,
@@ -109,6 +114,7 @@ def _bisect(
                 graph=graph,
                 progress=progress.update,
             )
-    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+    if as_json or not quiet:
+        click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
     if result.divergence:
         raise VerificationError(result.headline)

@@ -22,6 +22,7 @@ FULL = 4  # bytes of an fp32 or int32 number
 # Top-k and top-p halve an interval 32 times each, with a comparison, a choice and a sum a code and
 # halving; exponentials, masks and the search for the drawn code come to about twenty more.
 SAMPLER_OPERATIONS = 2 * 32 * 3 + 20
+MIX_OPERATIONS = 10  # noise, factors and a softmax, where codes are mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Workload:
     batch: int = 1
     guidance: bool = True
     precision: Precision = "fp16"
+    more_smooth: bool = False
 
     @property
     def rows(self) -> int:
@@ -347,8 +349,7 @@ def _condition_work(w: Workload, itemsize: int) -> Work:
 
 
 def _scale_work(w: Workload, scale: int, itemsize: int) -> Work:
-    """Products of the blocks and of attention; head, codes and sampling in fp32, and so is
-    attention where the rest is int8."""
+    """Head, codes and sampling are fp32, and so is attention where the rest is int8."""
     model, t, tok = w.model, w.model.transformer, w.model.tokenizer
     length, past = model.scale_lengths[scale], model.prefix_lengths[scale]
     weights = graph_weights(w, names.scale_graph(scale))
@@ -357,6 +358,9 @@ def _scale_work(w: Workload, scale: int, itemsize: int) -> Work:
     patch, side, vocab = model.patch_nums[scale], tok.latent_side, tok.vocab_size
     full = 2 * w.rows * length * t.width * vocab
     full += w.batch * length * vocab * (SAMPLER_OPERATIONS + 2 * math.isqrt(vocab))
+    noise = w.batch * length * vocab if w.more_smooth else 0
+    full += noise * (MIX_OPERATIONS + 2 * tok.code_width)
+    mixing = noise and (noise + vocab * tok.code_width) * FULL  # the whole codebook, and not rows
     full += 2 * w.batch * tok.code_width * (side * patch * patch + side * side * patch)
     if tok.phi_count:
         full += 2 * w.batch * 9 * tok.code_width**2 * side**2
@@ -366,12 +370,13 @@ def _scale_work(w: Workload, scale: int, itemsize: int) -> Work:
     cache = 2 * t.depth * rows * w.rows * t.width * w.cache_itemsize
     f_hats = 2 * w.batch * tok.code_width * side**2 * FULL
     modulation = (6 * t.depth + 2) * w.rows * t.width * FULL if t.family == "var" else 0
-    rounded = w.precision == "int8"
+    if w.precision == "int8":
+        full, attended = full + attended, 0
     return Work(
         name=names.scale_graph(scale),
-        compute_operations=compute + (0 if rounded else attended),
-        full_operations=full + (attended if rounded else 0),
-        traffic=weights.read(itemsize) + cache + f_hats + modulation,
+        compute_operations=compute + attended,
+        full_operations=full,
+        traffic=weights.read(itemsize) + cache + f_hats + modulation + mixing,
     )
 
 

@@ -43,6 +43,7 @@ TENSORRT_RUNTIME = 600_000_000
 CPU_IMPORTS = 40_000_000
 CPU_RUNTIME = CPU_IMPORTS + 8_000_000
 CPU_SESSION = 4_000_000
+MIX_COPIES = 2  # of the logits, for the weights of codes (not fitted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +143,8 @@ def plan_bytes(workload: Workload, graph: str) -> int:
 
 
 def engine_bytes(workload: Workload, layout: Layout) -> int:
-    """Disk that the engines of a layout take, the encoder's included."""
-    graphs = (*layout_graphs(workload, layout), names.ENCODER)
+    """Disk that the engines of a layout take, with those for images and tokens as input."""
+    graphs = (*layout_graphs(workload, layout), names.ENCODER, names.ACCUMULATE)
     return sum(plan_bytes(workload, graph) for graph in graphs)
 
 
@@ -188,24 +189,34 @@ def cache_bytes(workload: Workload) -> int:
     return _padded(row) + 2 * t.depth * _padded(workload.model.prefix_lengths[-2] * row)
 
 
+def upload_bytes(workload: Workload) -> int:
+    """What the host hands over before a generation, each padded to 256 bytes: nearly all of it is
+    noise where codes are mixed."""
+    model, batch = workload.model, workload.batch
+    sizes = [8 * workload.rows]  # labels
+    for length in model.scale_lengths:
+        # cfg, temperature, top_k, top_p; uniforms, keep_mask, keep_tokens
+        sizes += [FULL, FULL, 8, FULL, *(batch * length * size for size in (FULL, 1, 8))]
+        if workload.more_smooth:
+            sizes.append(batch * length * model.tokenizer.vocab_size * FULL)
+    return sum(_padded(size) for size in sizes)
+
+
 def buffer_bytes(workload: Workload) -> int:
     """Inputs and outputs of all launches besides the cache, each padded to 256 bytes."""
     model, batch, rows = workload.model, workload.batch, workload.rows
     t, tok, side = model.transformer, model.tokenizer, model.tokenizer.latent_side
-    sizes = [8 * rows]  # labels
-    sizes += [rows * t.width * FULL, (6 * t.depth + 2) * rows * t.width * FULL]
+    sizes = [rows * t.width * FULL, (6 * t.depth + 2) * rows * t.width * FULL]
     sizes += 3 * [batch * tok.code_width * side**2 * FULL]  # f_hat
     sizes.append(batch * tok.image_side**2 * tok.image_channels * FULL)
     for scale, length in enumerate(model.scale_lengths):
         here = model.patch_nums[scale]
         following = model.patch_nums[scale + 1] if scale + 1 < model.scales else 1
         source = here if t.family == "gpt2" else side
-        # cfg, temperature, top_k, top_p; uniforms, keep_mask, keep_tokens, tokens; the input; scale
-        # and its two matrices
-        sizes += [FULL, FULL, 8, FULL, *(batch * length * size for size in (FULL, 1, 8, 8))]
-        sizes.append(batch * length * model.input_width * FULL)
+        # tokens; the input; scale and its two matrices
+        sizes += [8 * batch * length, batch * length * model.input_width * FULL]
         sizes += [8, side * here * FULL, following * source * FULL]
-    return sum(_padded(size) for size in sizes)
+    return upload_bytes(workload) + sum(_padded(size) for size in sizes)
 
 
 def _padded(size: int) -> int:
@@ -248,5 +259,6 @@ def _scale_scratch(workload: Workload, scale: int, gpu: bool, score_copies: int)
     feed_forward = (FULL + size) * hidden + (2 if gpu else 4) * size * tokens * t.ffn_width
     vocab = model.tokenizer.vocab_size
     logits = 2 * FULL * tokens * vocab
-    sampling = (6 if gpu else 8) * FULL * workload.batch * length * vocab
+    copies = (6 if gpu else 8) + (MIX_COPIES if workload.more_smooth else 0)
+    sampling = copies * FULL * workload.batch * length * vocab
     return max(attention, feed_forward, logits, sampling)

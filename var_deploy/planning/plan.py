@@ -21,6 +21,7 @@ from var_deploy.planning.memory import (
     bundle_bytes,
     engine_bytes,
     footprint,
+    upload_bytes,
 )
 from var_deploy.planning.precisions import check_gpu_precision
 
@@ -128,6 +129,7 @@ class Plan:
             "batch": w.batch,
             "guidance": w.guidance,
             "precision": w.precision,
+            "more_smooth": w.more_smooth,
             "library": self.library,
             "device": {**dataclasses.asdict(self.device), "available": self.device.available},
             "bundle_bytes": self.bundle,
@@ -136,6 +138,7 @@ class Plan:
             "layout": self.layout,
             "reason": self.reason,
             "fits": self.fits,
+            "upload_bytes": upload_bytes(w),
             "launches": [launch.to_json() for launch in self.launches],
             "seconds": self.seconds,
             "assumptions": [ASSUMPTION, ESTIMATES[self.library]],
@@ -223,6 +226,7 @@ def workload_of(manifest: Manifest, precision: Precision) -> Workload:
         batch=manifest.batch,
         guidance=manifest.guidance,
         precision=precision,
+        more_smooth=manifest.more_smooth,
     )
 
 

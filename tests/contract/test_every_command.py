@@ -1,0 +1,190 @@
+"""What holds of every command: a purpose, an example that parses, each option told of."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from inspect import cleandoc
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cli_steps import done, refused, run
+from var_deploy.cli import main
+from var_deploy.cli.console import paint, table
+
+ORDER = ("export", "verify", "inspect", "generate")  # the way of a newcomer
+REPORTING = ("bench", "build", "doctor", "edit", "encode", "generate", "inspect", "plan")
+REPORTING += ("reconstruct", "verify")
+
+
+def examples(text: str) -> Iterator[list[str]]:
+    """The var-deploy commands below "Example:" of a help text, in words."""
+    block = cleandoc(text).partition("Example:\n")[2].partition("\n\n")[0]
+    for line in block.replace("\\\n", " ").splitlines():
+        for part in line.split("&&"):
+            words = shlex.split(part)
+            if words[0] == "var-deploy":
+                yield words[1:]
+
+
+@pytest.fixture(params=list(main.commands))
+def command(request: pytest.FixtureRequest) -> click.Command:
+    return main.commands[request.param]
+
+
+@pytest.fixture
+def parent() -> click.Context:
+    return click.Context(main, info_name="var-deploy", **main.context_settings)
+
+
+def test_a_purpose_in_one_line(command: click.Command) -> None:
+    first = cleandoc(command.help or "").split("\n\n")[0]
+    assert re.fullmatch(r"[A-Z].*", first), "one line, that starts like a sentence"
+    assert first.endswith(".")
+    # a blank line that click may have put into the list of commands joins what it wrapped
+    listed = " ".join(done("--help").stdout.split())
+    assert f" {command.name} {first.partition('. ')[0].rstrip('.')}" in listed, "in full"
+
+
+def test_examples_parse(command: click.Command, parent: click.Context) -> None:
+    found = list(examples(command.help or ""))
+    assert any(words[0] == command.name for words in found)
+    for name, *words in found:
+        example = main.commands[name]
+        context = example.make_context(name, words, parent=parent)
+        assert not context.args
+
+
+def test_an_example_that_does_not_parse_is_seen(parent: click.Context) -> None:
+    (words,) = examples("Purpose.\n\nExample:\n  var-deploy plan var-d16 \\\n      --fast")
+    with pytest.raises(click.NoSuchOption):
+        main.commands[words[0]].make_context(words[0], words[1:], parent=parent)
+
+
+def test_each_option_says_what_it_does(command: click.Command, parent: click.Context) -> None:
+    context = click.Context(command, info_name=command.name, parent=parent)
+    for option in command.params:
+        if not isinstance(option, click.Option):
+            continue
+        assert option.help and option.help.endswith((".", "…")), option.name
+        record = option.get_help_record(context)
+        assert record is not None, f"{option.name} is hidden"
+        default = option.get_default(context)
+        plain_flag = option.is_flag and not option.secondary_opts
+        has_one = isinstance(default, str | int | float | tuple) and default not in ("", ())
+        if has_one and not (option.required or plain_flag):
+            assert "[default: " in record[1], option.name
+
+
+def test_common_options_mean_the_same(command: click.Command) -> None:
+    options = {name: p for p in command.params for name in p.opts if name.startswith("--")}
+    assert ("--json" in options) >= (command.name in REPORTING)
+    for name in ("--quiet", "--force"):
+        assert name not in options or options[name].is_flag
+    if "--threads" in options:
+        assert isinstance(options["--threads"].type, click.IntRange)
+        assert options["--threads"].type.min == 1
+
+
+def test_commands_come_in_the_order_of_use() -> None:
+    assert list(main.commands)[: len(ORDER)] == list(ORDER)
+    listed = done("--help").stdout.partition("Commands:\n")[2]
+    assert re.findall(r"^  (\w+)", listed, re.M) == list(main.commands)
+
+
+def test_bad_usage_names_the_help() -> None:
+    line = refused(2, "generate", "--sed", "1", parts=("--sed",))
+    assert line.endswith("(see main generate --help)\n")
+    assert "did you mean" in line.lower()
+
+
+# the environment
+
+
+def test_options_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAR_DEPLOY_PLAN_DEVICE", "orin-nano-8gb")
+    assert "Jetson Orin Nano 8GB" in done("plan", "pocket").stdout
+    assert "Jetson Thor" in done("plan", "pocket", "--device", "thor").stdout
+    monkeypatch.setenv("VAR_DEPLOY_PLAN_DEVICE", "abacus")
+    refused(2, "plan", "pocket", parts=("unknown device 'abacus'",))
+
+
+def test_a_version_in_the_environment_is_nobodys_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAR_DEPLOY_VERSION", "0.1.0")
+    assert "latest" not in done("plan", "pocket", "--device", "thor").stdout
+
+
+def test_no_option_takes_the_name_of_the_traceback() -> None:
+    assert "traceback" not in {p.name for p in main.params}
+    assert "traceback" not in main.commands
+
+
+# completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    environment = {"_VAR_DEPLOY_COMPLETE": f"{shell}_source"}
+    result = CliRunner().invoke(main, env=environment, prog_name="var-deploy")
+    assert result.exit_code == 0, result.output
+    assert "_VAR_DEPLOY_COMPLETE" in result.stdout and f"{shell}_complete" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("var-deploy ins", "plain,inspect"),
+        ("var-deploy plan var-d16 --dev", "plain,--device"),
+        ("var-deploy plan var-d16 --device thor", "plain,thor"),
+        ("var-deploy plan var-d16 --layout sh", "plain,shared"),
+        ("var-deploy inspect build/p", "dir,build/p"),
+    ],
+)
+def test_what_a_shell_completes(line: str, found: str) -> None:
+    environment = {
+        "_VAR_DEPLOY_COMPLETE": "bash_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+    }
+    result = CliRunner().invoke(main, env=environment, prog_name="var-deploy")
+    assert found in result.stdout.splitlines()
+
+
+# colours
+
+
+def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    arguments = ["plan", "pocket", "--device", "abacus"]
+    piped = CliRunner().invoke(main, arguments)
+    terminal = CliRunner().invoke(main, arguments, color=True)
+    assert piped.stderr.startswith("error: unknown")
+    assert terminal.stderr.startswith("\x1b[31merror: \x1b[0munknown")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert CliRunner().invoke(main, arguments, color=True).stderr == piped.stderr
+
+
+def test_colours_do_not_move_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("a", "b"), ("red", "1"), ("x", "22")]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    painted = [tuple(paint(cell, "red") for cell in row) for row in rows]
+    assert "\x1b[31m" in table(painted)
+    assert click.unstyle(table(painted, right=(1,))) == table(rows, right=(1,))
+
+
+def test_nothing_is_painted_into_a_pipe(tmp_path: Path) -> None:
+    """As a program, whose output goes to no terminal."""
+    command = [sys.executable, "-m", "var_deploy.cli", "inspect", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    assert result.returncode == 1
+    assert b"\x1b" not in result.stderr + result.stdout
+
+
+def test_help_without_a_command_is_bad_usage() -> None:
+    assert run().exit_code == 2

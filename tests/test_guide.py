@@ -1,0 +1,307 @@
+"""README and GUIDE: every block of commands and of Python is run, in order, with pocket.
+
+A block that needs what a test cannot have is marked with its reason, and only looked up: its
+commands and options must exist, as must the rules of make and the extras of pip that it names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from PIL import Image
+
+from var_deploy.cli import main
+from var_deploy.images import read_settings
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/GUIDE.md")
+REASONS = ("needs a GPU", "needs a released checkpoint", "needs an installation")
+MARKED = {
+    "README.md": {"needs an installation": 2, "needs a released checkpoint": 2, "needs a GPU": 1},
+    "docs/GUIDE.md": {reason: 1 for reason in REASONS},
+}
+# what makes it quick, by the same way as everybody sets options in the environment
+QUICK = {
+    "OMP_NUM_THREADS": "1",
+    "VAR_DEPLOY_VERIFY_SAMPLES": "0",
+    "VAR_DEPLOY_BENCH_REPEAT": "1",
+    "VAR_DEPLOY_BENCH_THREADS": "1",
+    "VAR_DEPLOY_GENERATE_THREADS": "1",
+    "VAR_DEPLOY_SERVE_PORT": "0",
+}
+
+
+ADDRESS = "http://127.0.0.1:8000"  # of a service, in a document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A fenced block of a document; `reason` says why it is not run, "" where it is."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}"
+
+    def commands(self) -> Iterator[str]:
+        """What stands behind each $, comments and continued lines included."""
+        for line in self.text.replace("\\\n", " ").splitlines():
+            if line.startswith("$ "):
+                yield line.removeprefix("$ ")
+
+    @property
+    def starts_service(self) -> bool:
+        return self.text.startswith("$ var-deploy serve")
+
+    def output(self) -> list[str]:
+        """The lines that are shown as printed."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [line for line in lines if line.strip() and not line.startswith("$ ")]
+
+
+def blocks(document: str) -> list[Block]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    pattern = r"(?:^<!-- not run: (?P<why>[^\n]*) -->\n)?^```(?P<lang>\w*)\n(?P<text>.*?)^```$"
+    return [
+        Block(
+            document=document,
+            line=text.count("\n", 0, match.start("text")),
+            language=match["lang"],
+            text=match["text"],
+            reason=match["why"] or "",
+        )
+        for match in re.finditer(pattern, text, re.M | re.S)
+    ]
+
+
+ALL = [block for document in DOCUMENTS for block in blocks(document)]
+RUN = [b for b in ALL if b.language in ("console", "python") and not b.reason]
+
+
+@dataclass
+class Walk:
+    """A document that is followed from its start; every block is run once.
+
+    A block that fails is told by its own test, and those behind it go on.
+    """
+
+    folder: Path
+    service: subprocess.Popen[str] | None = None
+    address: str = ADDRESS
+    names: dict[str, Any] = field(default_factory=dict)
+    found: dict[int, BaseException | None] = field(default_factory=dict)
+
+    def up_to(self, block: Block) -> None:
+        """Raises what the block itself raised."""
+        for earlier in RUN:
+            if earlier.document != block.document or earlier.line > block.line:
+                continue
+            if earlier.line not in self.found:
+                self.found[earlier.line] = self._outcome(earlier)
+        if (error := self.found[block.line]) is not None:
+            raise error
+
+    def _outcome(self, block: Block) -> BaseException | None:
+        try:
+            self._python(block) if block.language == "python" else self._shell(block)
+        except (Exception, AssertionError) as error:
+            return error
+        return None
+
+    def _python(self, block: Block) -> None:
+        here = Path.cwd()
+        os.chdir(self.folder)
+        try:
+            exec(compile(block.text, str(block), "exec"), self.names)
+        finally:
+            os.chdir(here)
+
+    def _shell(self, block: Block) -> None:
+        script = "\n".join(block.commands())
+        if block.starts_service:
+            self.service = self._bash(f"exec {script}")
+            assert self.service.stdout is not None
+            printed = self.service.stdout.readline()
+            self.address = re.findall(r"http://[\d.:]+", printed)[0]
+        else:
+            ran = self._bash(script.replace(ADDRESS, self.address))
+            printed, complaints = ran.communicate(timeout=300)
+            assert (ran.returncode, complaints) == (0, ""), f"{block}:\n{complaints}"
+        for line in block.output():
+            assert plain(line) in plain(printed), f"{block}: {line!r} is not printed"
+
+    def _bash(self, script: str) -> subprocess.Popen[str]:
+        path = f"{self.folder / '.bin'}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.folder,
+            env={**os.environ, **QUICK, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def stop(self) -> None:
+        if self.service is not None:
+            self.service.terminate()
+            self.service.communicate(timeout=60)
+
+
+def plain(text: str) -> str:
+    """Without what differs from one machine to the next: numbers, and the width of columns."""
+    return re.sub(r"[\s\d.-]+", " ", text).strip()
+
+
+@pytest.fixture(scope="module")
+def walks(
+    pocket_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Walk]]:
+    """A folder a document, in which build/pocket is what `make demo` leaves there."""
+    found = {}
+    for document in DOCUMENTS:
+        folder = tmp_path_factory.mktemp(Path(document).stem)
+        script = folder / ".bin" / "var-deploy"
+        script.parent.mkdir()
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m var_deploy.cli "$@"\n')
+        script.chmod(0o755)
+        if document == "README.md":
+            shutil.copytree(pocket_bundle, folder / "build" / "pocket")
+        found[document] = Walk(folder=folder)
+    yield found
+    for walk in found.values():
+        walk.stop()
+
+
+@pytest.mark.parametrize("block", RUN, ids=str)
+def test_a_block_runs(block: Block, walks: dict[str, Walk]) -> None:
+    if block.starts_service or ADDRESS in block.text:
+        pytest.importorskip("fastapi", reason="the extra serve is not installed")
+        pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    walks[block.document].up_to(block)
+
+
+def test_nothing_else_is_left_out() -> None:
+    for document in DOCUMENTS:
+        of_it = [block for block in ALL if block.document == document]
+        assert Counter(b.reason for b in of_it if b.reason) == Counter(MARKED[document])
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert len(of_it) == text.count("\n```") / 2, "a fence that is not understood"
+        drawings = [b for b in of_it if not b.language]
+        assert not any("$ " in b.text or "import " in b.text for b in drawings)
+        assert all(list(b.commands()) for b in of_it if b.language == "console")
+
+
+# what is not run is looked up
+
+
+def unknown(line: str) -> str:
+    """What of a command does not exist; "" where all of it does."""
+    words = shlex.split(line, comments=True)
+    if words[:1] == ["make"]:
+        rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        return " ".join(set(words[1:]) - set(rules))
+    if words[:2] == ["pip", "install"]:
+        extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+        asked = re.findall(r"var-deploy\[([\w,]+)\]", " ".join(words))
+        return " ".join(set(",".join(asked).split(",")) - set(extras))
+    if words[:1] == ["eval"]:
+        return "" if "_VAR_DEPLOY_COMPLETE=bash_source var-deploy" in line else line
+    if words[:1] != ["var-deploy"] or words[1] not in main.commands:
+        return line
+    parent = click.Context(main, info_name="var-deploy", **main.context_settings)
+    try:
+        main.commands[words[1]].make_context(words[1], words[2:], parent=parent)
+    except click.UsageError as error:
+        return error.format_message()
+    return ""
+
+
+@pytest.mark.parametrize("block", [b for b in ALL if b.reason], ids=str)
+def test_what_is_not_run_exists(block: Block) -> None:
+    assert block.reason in REASONS
+    assert {line: wrong for line in block.commands() if (wrong := unknown(line))} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "var-deploy paint d16",
+        "var-deploy build d16 --fast",
+        "var-deploy build d16 --layout quick",
+        "make board",
+        'pip install "var-deploy[magic]"',
+        "rm -rf /",
+    ],
+)
+def test_what_does_not_exist_is_seen(line: str) -> None:
+    assert unknown(line)
+
+
+def test_options_in_the_text_belong_to_some_command() -> None:
+    parameters = [p for command in main.commands.values() for p in command.params]
+    known = {option for p in parameters for option in (*p.opts, *p.secondary_opts)} | {"--help"}
+    for document in DOCUMENTS:
+        prose = re.sub(r"```.*?```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.S)
+        named = set(re.findall(r"`[^`]*?(--[a-z][a-z0-9-]*)", prose))
+        assert named and named <= known, document
+
+
+def test_every_command_is_shown() -> None:
+    guide = "\n".join(line for b in blocks("docs/GUIDE.md") for line in b.commands())
+    assert set(re.findall(r"^var-deploy (\w+)", guide, re.M)) == set(main.commands)
+
+
+# pictures
+
+
+def links(document: str) -> list[tuple[str, str]]:
+    """(file, anchor) of every link and picture that leads to a place in the repository."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    found = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text)
+    return [(file, anchor) for file, anchor in found if "://" not in file]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for file, anchor in links(document):
+        target = (ROOT / document).parent / file if file else ROOT / document
+        assert target.is_file(), file
+        heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", head).replace(" ", "-").lower() for head in heads]
+        assert not anchor or anchor in slugs, anchor
+
+
+PICTURES = sorted((ROOT / "docs" / "guide").glob("*"))
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.name)
+def test_pictures_are_what_the_commands_make(picture: Path, walks: dict[str, Walk]) -> None:
+    """Of the same size and settings; pixels may differ in their last digit by machine."""
+    assert f"guide/{picture.name}" in [file for file, _ in links("docs/GUIDE.md")], "it is shown"
+    assert picture.stat().st_size < 150_000
+    last = [b for b in RUN if b.document == "docs/GUIDE.md" and picture.name in b.text][-1]
+    walks["docs/GUIDE.md"].up_to(last)
+    made = walks["docs/GUIDE.md"].folder / picture.name
+    with Image.open(picture) as shown, Image.open(made) as again:
+        assert shown.size == again.size
+    settings = [read_settings(path) for path in (picture, made)]
+    for text in settings:
+        text.pop("Software", None), text.pop("bundle", None)
+    assert settings[0] == settings[1]

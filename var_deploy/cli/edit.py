@@ -1,0 +1,180 @@
+"""`var-deploy edit`: a part of an image drawn anew."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from var_deploy import names
+from var_deploy.cli.console import Progress
+from var_deploy.cli.options import (
+    RuntimeOptions,
+    SamplingOptions,
+    report_options,
+    runtime_options,
+    sampling_options,
+)
+from var_deploy.cli.outputs import Drawn, image_target, known_labels
+from var_deploy.editing import box_mask
+from var_deploy.errors import UsageError
+from var_deploy.images import settings_text
+from var_deploy.manifest import read_manifest
+from var_deploy.pictures import read_mask, read_pictures, upright
+from var_deploy.sampling import check_seed, parse_seeds
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "--mask",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="An image as large as IMAGE: new where it is white, or where it is transparent.",
+)
+@click.option("--box", metavar="X0,Y0,X1,Y1", help="New from (X0, Y0) up to (X1, Y1), in pixels.")
+@click.option("--outside", is_flag=True, help="Draw what lies outside of the mask or box.")
+@click.option(
+    "--label",
+    metavar="NAME",
+    show_default="none: what is around decides",
+    help="What to draw there, a name or number.",
+)
+@click.option(
+    "--seed", metavar="N[,N,…]", default="0", show_default=True, help="0 to 2⁶⁴-1; one an image."
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    show_default="one a seed",
+    help="Images; those after the first take the seeds that follow.",
+)
+@click.option(
+    "--keep-pixels",
+    is_flag=True,
+    help="Outside keep the pixels of IMAGE, not what the model sees in them.",
+)
+@click.option(
+    "--out",
+    type=str,  # a trailing slash, which a Path would drop, asks for a folder
+    required=True,
+    help="x.png: one image, or a grid of several; a folder: single images.",
+)
+@sampling_options
+@runtime_options
+@report_options
+def edit(
+    bundle: Path,
+    image: Path,
+    mask: Path | None,
+    box: str | None,
+    outside: bool,
+    label: str | None,
+    seed: str,
+    count: int | None,
+    keep_pixels: bool,
+    out: str,
+    sampling: SamplingOptions,
+    runtime: RuntimeOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Draw a part of IMAGE anew: fill a hole, change a thing, or go on outside of a box.
+
+    Tokens stay where the mask leaves at least half of their area, so the rest is kept as the
+    tokenizer reconstructs it, and near the edge it changes a little; --keep-pixels puts it back as
+    it was, with a soft seam. IMAGE may have any size, see encode; mask and box are resized and
+    cropped with it. For a SETTING see generate.
+
+    \b
+    Example:
+      var-deploy edit build/pocket photo.png --box 16,16,48,48 --seed 3 --out filled.png
+      var-deploy edit build/pocket photo.png --mask mask.png --label star --count 8 --out stars/
+      var-deploy edit build/pocket photo.png --box 8,8,56,56 --outside --keep-pixels --out more.png
+    """
+    # everything that can be wrong is looked at before the weights are loaded
+    target = image_target(out)
+    seeds = _seeds(seed, count)
+    manifest = read_manifest(bundle)
+    settings = sampling.over(manifest)
+    chosen = None if label is None else known_labels([label], manifest, "--label")[0]
+    tokenizer = manifest.model.tokenizer
+    picture = upright(image, tokenizer.image_channels)
+    new = _new(picture, mask, box, outside, tokenizer.image_side)
+    pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)[0]
+    runtime.check_graphs(manifest, names.ENCODER)
+
+    started = time.monotonic()
+    with Progress(quiet=quiet) as progress:
+        progress.update("loading", 0.0)
+        with runtime.load(bundle) as pipe:
+            images = pipe.edit(
+                pixels,
+                new,
+                label=chosen,
+                seed=seeds,
+                cfg=settings.cfg,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                temperature=settings.temperature,
+                keep_pixels=keep_pixels,
+                on_progress=lambda done, steps: progress.update(
+                    f"step {done} of {steps}", done / max(steps, 1)
+                ),
+            )
+            how = pipe.describe()
+    seconds = time.monotonic() - started
+
+    text = settings_text(manifest, how["precision"], settings, seeds)
+    text["picture"] = image.name
+    text |= {"box": box.strip()} if box is not None else {"mask": mask.name if mask else ""}
+    text |= {"outside": "yes"} if outside else {}
+    text |= {"keep_pixels": "yes"} if keep_pixels else {}
+    drawn = Drawn(
+        manifest=manifest, images=images, labels=[chosen] * len(seeds), seeds=seeds, text=text
+    )
+    written = drawn.save(target)
+
+    if as_json:
+        done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
+        click.echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1))
+    elif not quiet:
+        click.echo(f"wrote {target.path} ({drawn}, {seconds:.1f} s)")
+
+
+def _seeds(text: str, count: int | None) -> list[int]:
+    """One an image, so that each can be asked for alone."""
+    seeds = parse_seeds(text)
+    if count is None or len(seeds) == count:
+        return seeds
+    if len(seeds) > 1:
+        raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
+    check_seed(seeds[0] + count - 1)
+    return list(range(seeds[0], seeds[0] + count))
+
+
+def _new(
+    picture: Image.Image, mask: Path | None, box: str | None, outside: bool, side: int
+) -> NDArray[np.bool_]:
+    """[side, side], True where the image is to be new."""
+    if (mask is None) == (box is None):
+        raise UsageError("say with --mask or with --box, one of them, what is to be drawn anew")
+    width, height = picture.size
+    where = mask if mask is not None else box_mask(_corners(box or ""), height, width)
+    return read_mask(where, width, height, side, outside)
+
+
+def _corners(text: str) -> list[int]:
+    try:
+        corners = [int(part) for part in text.split(",")]
+    except ValueError:
+        corners = []
+    if len(corners) != 4:
+        raise UsageError(f"--box takes four whole numbers x0,y0,x1,y1, found {text!r}")
+    return corners

@@ -1,0 +1,73 @@
+"""`var-deploy encode`: the tokens of an image."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from var_deploy import names
+from var_deploy.cli.console import Progress
+from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.outputs import output_file
+from var_deploy.cli.token_files import SUFFIX, save_tokens
+from var_deploy.manifest import read_manifest
+from var_deploy.pictures import read_pictures
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE.npz",
+    help="An array [1, L_k] a scale: tokens_00, tokens_01, …",
+)
+@runtime_options
+@report_options
+def encode(
+    bundle: Path,
+    image: Path,
+    out: Path,
+    runtime: RuntimeOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write the tokens of IMAGE: what the model says it in, scale by scale.
+
+    The image may have any size and mode: it is turned as its EXIF tag says, put on white where it
+    is transparent, resized and cropped to the middle as in the model's training.
+
+    \b
+    Example:
+      var-deploy encode build/pocket photo.jpg --out tokens.npz
+      var-deploy reconstruct build/pocket tokens.npz --out strip.png
+    """
+    # everything that can be wrong is looked at before the weights are loaded
+    output_file(out, SUFFIX)
+    manifest = read_manifest(bundle)
+    tokenizer = manifest.model.tokenizer
+    pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
+    runtime.check_graphs(manifest, names.ENCODER)
+
+    started = time.monotonic()
+    with Progress(quiet=quiet) as progress:
+        progress.update("loading", 0.0)
+        with runtime.load(bundle) as pipe:
+            progress.update("encoding", 0.5)
+            tokens = pipe.encode(pixels)
+            how = pipe.describe()
+    seconds = time.monotonic() - started
+    save_tokens(out, tokens)
+
+    lengths = [found.shape[1] for found in tokens]
+    if as_json:
+        done = {"out": str(out), "tokens": lengths, "seconds": round(seconds, 3), "runtime": how}
+        click.echo(json.dumps(done, indent=1))
+    elif not quiet:
+        what = f"{sum(lengths)} tokens of {len(lengths)} scales"
+        click.echo(f"wrote {out} ({what}, {seconds:.1f} s)")

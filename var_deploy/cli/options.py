@@ -1,0 +1,151 @@
+"""Options that several commands share, and what is made of them.
+
+Each decorator adds its options to a command. `sampling_options` hands them over as one argument
+`sampling`, `runtime_options` as one argument `runtime`, `report_options` as `quiet` and `as_json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from var_deploy.cli.console import needs_extra
+from var_deploy.manifest import Manifest
+from var_deploy.sampling import Sampling, parse_setting
+
+if TYPE_CHECKING:
+    from var_deploy.pipeline import Pipeline
+
+Command = Callable[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Settings as they were typed; None where the bundle's default holds."""
+
+    cfg: str | None
+    top_k: str | None
+    top_p: str | None
+    temperature: str | None
+
+    def over(self, manifest: Manifest) -> Sampling:
+        """The bundle's defaults with these in their place. Raises UsageError."""
+        scales = manifest.model.scales
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        parsed = {name: parse_setting(name, text, scales) for name, text in given.items()}
+        return manifest.defaults.replace(**parsed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """What `Pipeline.load` takes besides a bundle."""
+
+    precision: str
+    layout: str
+    backend: str
+    threads: int | None
+    cuda_graph: bool
+
+    def load(self, bundle: Path) -> Pipeline:
+        """The bundle's pipeline. Where ONNX Runtime is missing, one line says what to install."""
+        with needs_extra("cpu", click.get_current_context().info_name or "this"):
+            from var_deploy.pipeline import Pipeline
+
+            return Pipeline.load(bundle, **dataclasses.asdict(self))
+
+    def check_graphs(self, manifest: Manifest, *graphs: str) -> None:
+        """Raise BundleError where the bundle lacks a graph: in the precision that was asked for,
+        or with "auto" in every one."""
+        chosen = [self.precision] if self.precision != "auto" else list(manifest.graphs)
+        for graph in graphs:
+            if not any(graph in manifest.graphs.get(precision, {}) for precision in chosen):
+                manifest.graph(chosen[0], graph)
+
+
+def sampling_options(command: Command) -> Command:
+    """--cfg --top-k --top-p --temperature, as a `SamplingOptions`."""
+    settings = {
+        "--cfg": "Strength of guidance, 0 = off.",
+        "--top-k": "Keep the k most likely codes, 0 = all.",
+        "--top-p": "Keep the likeliest codes of this mass, 0 = all.",
+        "--temperature": "Divides the logits.",
+    }
+    options = [
+        click.option(name, metavar="SETTING", show_default="the bundle's", help=text)
+        for name, text in settings.items()
+    ]
+    return _added(options, _gathered(command, "sampling", SamplingOptions))
+
+
+def runtime_options(command: Command) -> Command:
+    """--precision --layout --backend --threads --cuda-graph, as a `RuntimeOptions`."""
+    backends = ["auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu"]
+    options = [
+        click.option(
+            "--precision",
+            type=click.Choice(["auto", "fp32", "fp16", "int8"]),
+            default="auto",
+            show_default=True,
+            help="auto: fp16 on a GPU; on a CPU int8 where the bundle has it, else fp32.",
+        ),
+        click.option(
+            "--layout",
+            type=click.Choice(["auto", "per-scale", "shared"]),
+            default="auto",
+            show_default=True,
+            help="One graph a scale, or one for all of them.",
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(backends),
+            default="auto",
+            show_default=True,
+            help="What runs the graphs; auto takes the fastest that can.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(1),
+            show_default="all cores",
+            help="CPU threads.",
+        ),
+        click.option(
+            "--cuda-graph/--no-cuda-graph",
+            default=True,
+            show_default=True,
+            help="TensorRT: record every launch and replay it.",
+        ),
+    ]
+    return _added(options, _gathered(command, "runtime", RuntimeOptions))
+
+
+def report_options(command: Command) -> Command:
+    """--quiet and --json."""
+    options = [
+        click.option("--quiet", is_flag=True, help="No progress and no closing line."),
+        click.option("--json", "as_json", is_flag=True, help="What was done, as JSON on stdout."),
+    ]
+    return _added(options, command)
+
+
+def _gathered(command: Command, argument: str, kind: Any) -> Command:
+    """The command with the fields of a dataclass gathered into one argument."""
+
+    @functools.wraps(command)  # with the options that it has already
+    def gather(**given: Any) -> None:
+        fields = {field.name: given.pop(field.name) for field in dataclasses.fields(kind)}
+        command(**given, **{argument: kind(**fields)})
+
+    return gather
+
+
+def _added(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """The command with options that its help lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command

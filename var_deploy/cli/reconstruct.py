@@ -1,0 +1,130 @@
+"""`var-deploy reconstruct`: an image rebuilt from the first of its scales."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from var_deploy import names
+from var_deploy.cli.console import Progress
+from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.outputs import output_file
+from var_deploy.cli.token_files import SUFFIX, read_tokens
+from var_deploy.errors import UsageError
+from var_deploy.images import grid, origin_text, save_png
+from var_deploy.manifest import read_manifest
+from var_deploy.pictures import read_pictures
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "--scales",
+    metavar="LIST",
+    default="1..K",
+    show_default=True,
+    help="From how many scales: as in 3, 1,4,K or 2..5; K is all of them.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE.png",
+    help="The images in a row; a row for each where a file of tokens holds several.",
+)
+@runtime_options
+@report_options
+def reconstruct(
+    bundle: Path,
+    image: Path,
+    scales: str,
+    out: Path,
+    runtime: RuntimeOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Rebuild IMAGE from the first k of its scales, for every k that --scales names.
+
+    The last of K is how the model's tokenizer sees the image. IMAGE is a picture of any size, see
+    encode, or an .npz file that encode wrote.
+
+    \b
+    Example:
+      var-deploy reconstruct build/pocket photo.jpg --out strip.png
+      var-deploy reconstruct build/pocket tokens.npz --scales 1,3,K --out three.png
+    """
+    # everything that can be wrong is looked at before the weights are loaded
+    output_file(out, ".png")
+    manifest = read_manifest(bundle)
+    tokenizer, most = manifest.model.tokenizer, manifest.model.scales
+    counts = _counts(scales, most)
+    pixels = tokens = None
+    if image.suffix.lower() == SUFFIX:
+        from var_deploy.runtime.tokenizer import check_tokens
+
+        tokens = check_tokens(manifest.model, read_tokens(image, most), max(counts))
+    else:
+        pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
+        runtime.check_graphs(manifest, names.ENCODER)
+    runtime.check_graphs(manifest, names.ACCUMULATE)
+
+    started = time.monotonic()
+    with Progress(quiet=quiet) as progress:
+        progress.update("loading", 0.0)
+        with runtime.load(bundle) as pipe:
+            if pixels is not None:
+                progress.update("encoding", 0.0)
+                tokens = pipe.encode(pixels)
+            rebuilt = []
+            for n, count in enumerate(counts):
+                progress.update(f"{count} of {most} scales", n / len(counts))
+                rebuilt.append(pipe.decode(tokens or [], scales=count))
+            how = pipe.describe()
+    seconds = time.monotonic() - started
+
+    rows = np.stack(rebuilt, axis=1)  # [N, scales, H, W, C]
+    images = rows.reshape(-1, *rows.shape[2:])
+    sheet = images[0] if len(images) == 1 else grid(images, columns=len(counts))
+    settings = {
+        **origin_text(manifest, how["precision"]),
+        "picture": image.name,
+        "scales": f"{','.join(map(str, counts))} of {most}",
+    }
+    save_png(out, sheet, settings)
+
+    if as_json:
+        done = {"out": str(out), "scales": counts, "seconds": round(seconds, 3)}
+        click.echo(json.dumps({**done, "settings": settings, "runtime": how}, indent=1))
+    elif not quiet:
+        click.echo(f"wrote {out} (from {settings['scales']} scales, {seconds:.1f} s)")
+
+
+def _counts(text: str, scales: int) -> list[int]:
+    """Numbers of scales, from "1..K", "3" or "1,4,K"."""
+    counts: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        low = _count(first, text, scales)
+        high = _count(last, text, scales) if dots else low
+        if low > high:
+            raise UsageError(f"--scales {text!r}: {part.strip()} runs backwards")
+        counts += range(low, high + 1)
+    return counts
+
+
+def _count(part: str, text: str, scales: int) -> int:
+    word = part.strip()
+    if word.upper() == "K":
+        return scales
+    if not (word.isascii() and word.isdigit() and len(word) < 10):
+        raise UsageError(
+            f"--scales {text!r} is no number of scales, nor a list such as 1,4,K or 1..K"
+        )
+    if not 1 <= int(word) <= scales:
+        raise UsageError(f"--scales {text!r}: the model has 1 to {scales}, found {word}")
+    return int(word)

@@ -1,0 +1,9 @@
+"""A small HTTP service around a pipeline: `create_app` in `app`, its schemas in `schemas`.
+
+    routes    app, answers, events, docs: HTTP, and nothing else
+    ask       what a body asks for, checked: a `Work`
+    backend   the interface between them and what draws: submit a `Work`, get events
+    queue     the backend of one process: a bounded queue in front of one `Pipeline`
+
+Another deployment replaces `queue` alone. Needs the extra `serve`.
+"""

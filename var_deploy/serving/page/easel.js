@@ -1,0 +1,213 @@
+/** A mask of side × side pixels that is painted over a picture. */
+
+const REMEMBERED = 40; // steps that can be undone
+
+export class Easel {
+  /** `onChange` is called with the marked share, 0 … 1, whenever the mask has changed. */
+  constructor(canvas, cursor, onChange) {
+    this.canvas = canvas;
+    this.cursor = cursor;
+    this.onChange = onChange;
+    this.tool = "brush";
+    this.size = 10;
+    this.resize(1);
+    canvas.addEventListener("pointerdown", (event) => this.#down(event));
+    canvas.addEventListener("pointermove", (event) => this.#move(event));
+    canvas.addEventListener("pointerup", () => this.#up());
+    canvas.addEventListener("pointercancel", () => this.#up());
+    canvas.addEventListener("pointerleave", () => this.#hideCursor());
+    canvas.addEventListener("keydown", (event) => this.#key(event));
+    canvas.addEventListener("blur", () => this.#hideCursor());
+  }
+
+  /** A new, empty mask. */
+  resize(side) {
+    this.side = this.canvas.width = this.canvas.height = side;
+    this.marks = new Uint8Array(side * side);
+    this.past = [];
+    this.at = { x: side / 2, y: side / 2 };
+    this.corner = this.from = null;
+    this.#paint();
+  }
+
+  get share() {
+    return this.marks.reduce((sum, mark) => sum + mark, 0) / this.marks.length;
+  }
+
+  invert() {
+    this.#remember();
+    this.marks = this.marks.map((mark) => 1 - mark);
+    this.#paint();
+  }
+
+  clear() {
+    this.#remember();
+    this.marks.fill(0);
+    this.#paint();
+  }
+
+  undo() {
+    if (this.past.length) this.marks = this.past.pop();
+    this.corner = this.from = null;
+    this.#paint();
+  }
+
+  /** Mark one of the regions that the page offers by name. */
+  region(name) {
+    const { side } = this;
+    const [quarter, half] = [Math.round(side / 4), Math.round(side / 2)];
+    const boxes = {
+      left: [0, 0, half, side],
+      right: [half, 0, side, side],
+      top: [0, 0, side, half],
+      bottom: [0, half, side, side],
+      all: [0, 0, side, side],
+    };
+    this.#remember();
+    const border = name === "border";
+    this.marks.fill(border ? 1 : 0);
+    const middle = [quarter, quarter, side - quarter, side - quarter];
+    this.#box(boxes[name] ?? middle, border ? 0 : 1);
+    this.#paint();
+  }
+
+  /** A PNG as a data: URL, white where the picture is to be new. */
+  toDataURL() {
+    const canvas = document.createElement("canvas");
+    canvas.width = canvas.height = this.side;
+    const context = canvas.getContext("2d");
+    const pixels = context.createImageData(this.side, this.side);
+    this.marks.forEach((mark, n) => pixels.data.set([255 * mark, 255 * mark, 255 * mark, 255], 4 * n));
+    context.putImageData(pixels, 0, 0);
+    return canvas.toDataURL("image/png");
+  }
+
+  #down(event) {
+    if (event.button !== 0) return;
+    event.preventDefault();
+    this.canvas.focus({ preventScroll: true });
+    this.canvas.setPointerCapture(event.pointerId);
+    this.at = this.#place(event);
+    this.#begin();
+  }
+
+  #move(event) {
+    const at = this.#place(event);
+    if (this.from) this.#drag(at);
+    this.at = at;
+    this.#showCursor();
+  }
+
+  #up() {
+    this.from = null;
+    this.corner = null;
+  }
+
+  #key(event) {
+    const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    const { side } = this;
+    if (steps[event.key]) {
+      const length = Math.max(1, event.shiftKey ? side / 8 : side / 64);
+      const [x, y] = steps[event.key].map((step) => step * length);
+      const clamp = (value) => Math.min(side - 0.5, Math.max(0.5, value));
+      const at = { x: clamp(this.at.x + x), y: clamp(this.at.y + y) };
+      if (this.corner) this.#drag(at);
+      this.at = at;
+    } else if (event.key === " " || event.key === "Enter") {
+      if (event.repeat) return event.preventDefault();
+      if (this.corner) this.#up();
+      else {
+        this.#begin();
+        this.from = null;
+        if (this.tool !== "box") this.#up();
+      }
+    } else return;
+    event.preventDefault();
+    this.#showCursor();
+  }
+
+  /** The first dot of a stroke, or the first corner of a box. */
+  #begin() {
+    this.#remember();
+    this.from = this.at;
+    this.corner = this.tool === "box" ? this.at : null;
+    this.base = this.marks.slice();
+    this.#drag(this.at);
+  }
+
+  #drag(to) {
+    if (this.corner) {
+      this.marks.set(this.base);
+      const [x0, x1] = [this.corner.x, to.x].sort((a, b) => a - b);
+      const [y0, y1] = [this.corner.y, to.y].sort((a, b) => a - b);
+      this.#box([Math.floor(x0), Math.floor(y0), Math.floor(x1) + 1, Math.floor(y1) + 1], 1);
+    } else this.#stroke(this.at, to, this.tool === "erase" ? 0 : 1);
+    this.#paint();
+  }
+
+  #box([x0, y0, x1, y1], mark) {
+    const { side } = this;
+    for (let y = Math.max(0, y0); y < Math.min(side, y1); y++) {
+      this.marks.fill(mark, y * side + Math.max(0, x0), y * side + Math.min(side, x1));
+    }
+  }
+
+  /** Round dots along a line; a pixel belongs to a dot where its middle does. */
+  #stroke(from, to, mark) {
+    const { side } = this;
+    const radius = this.size / 2;
+    const steps = Math.max(1, Math.ceil(Math.hypot(to.x - from.x, to.y - from.y)));
+    for (let step = 0; step <= steps; step++) {
+      const x = from.x + ((to.x - from.x) * step) / steps;
+      const y = from.y + ((to.y - from.y) * step) / steps;
+      // a brush of one pixel marks the one that it is on
+      this.#box([Math.floor(x), Math.floor(y), Math.floor(x) + 1, Math.floor(y) + 1], mark);
+      for (let row = Math.max(0, Math.floor(y - radius)); row <= Math.min(side - 1, y + radius); row++) {
+        const reach = Math.sqrt(Math.max(0, radius ** 2 - (row + 0.5 - y) ** 2));
+        this.#box([Math.round(x - reach), row, Math.round(x + reach), row + 1], mark);
+      }
+    }
+  }
+
+  #remember() {
+    this.past.push(this.marks.slice());
+    if (this.past.length > REMEMBERED) this.past.shift();
+  }
+
+  #paint() {
+    const context = this.canvas.getContext("2d");
+    const pixels = context.createImageData(this.side, this.side);
+    const words = new Uint32Array(pixels.data.buffer);
+    this.marks.forEach((mark, n) => (words[n] = mark ? 0xffffffff : 0));
+    context.putImageData(pixels, 0, 0);
+    context.globalCompositeOperation = "source-in";
+    context.fillStyle = getComputedStyle(this.canvas).getPropertyValue("--mask") || "#f05b72";
+    context.fillRect(0, 0, this.side, this.side);
+    context.globalCompositeOperation = "source-over";
+    this.onChange(this.share);
+  }
+
+  #place(event) {
+    const frame = this.canvas.getBoundingClientRect();
+    return {
+      x: ((event.clientX - frame.left) / frame.width) * this.side,
+      y: ((event.clientY - frame.top) / frame.height) * this.side,
+    };
+  }
+
+  #showCursor() {
+    const diameter = this.tool === "box" ? 1 : this.size;
+    const share = 100 / this.side;
+    Object.assign(this.cursor.style, {
+      left: `${this.at.x * share}%`,
+      top: `${this.at.y * share}%`,
+      width: `${diameter * share}%`,
+    });
+    this.cursor.hidden = false;
+  }
+
+  #hideCursor() {
+    this.cursor.hidden = true;
+    if (!this.from) this.corner = null; // a box begun with the keyboard
+  }
+}

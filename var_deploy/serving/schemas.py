@@ -1,0 +1,128 @@
+"""Bodies and answers of the service, as JSON. OpenAPI is made from these."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Label = int | str
+Setting = float | list[float] | None
+Base64 = Annotated[str, Field(description="PNG, JPEG or WebP as base64; a data: URL will do")]
+
+
+class Body(BaseModel):
+    """What both kinds of request have. A field that is not known is refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    seed: int | list[int] = Field(
+        0, description="0 … 2⁶⁴-1; several: one an image, each as if it were asked for alone"
+    )
+    cfg: Setting = Field(None, description="strength of guidance, 0 = off; a list: one a scale")
+    top_k: int | list[int] | None = Field(None, description="keep the k likeliest codes, 0 = all")
+    top_p: Setting = Field(None, description="keep the likeliest codes of this mass, 0 = all")
+    temperature: Setting = Field(None, description="divides the logits")
+    deadline: float | None = Field(
+        None,
+        description="seconds from now: the best that can be done by then, see scales_done",
+    )
+    format: Literal["png", "json"] | None = Field(
+        None, description="of the answer; without it `Accept: image/png` decides, else json"
+    )
+
+
+class ImagesBody(Body):
+    """Images to draw."""
+
+    labels: list[Label] | None = Field(
+        None, description="names or numbers, repeated to fill count; null draws without a class"
+    )
+    count: int | None = Field(None, description="images; without it one a label or one a seed")
+
+
+class EditBody(Body):
+    """A part of a picture to draw anew: where the mask is white (or transparent), or in the box."""
+
+    image: Base64
+    mask: Base64 | None = Field(None, description="of the picture's size; this or box")
+    box: list[int] | None = Field(None, description="x0, y0, x1, y1 in pixels of the picture")
+    outside: bool = Field(False, description="draw what lies outside of mask or box instead")
+    label: Label | None = Field(None, description="what to put there; null lets the rest decide")
+    count: int | None = Field(None, description="images; without it one a seed")
+    keep_pixels: bool = Field(
+        False, description="outside, put the picture's own pixels back, with a feathered seam"
+    )
+
+
+class DrawnImage(BaseModel):
+    png: str = Field(description="base64")
+    label: Label | None = Field(description="name, or number where the bundle has no names")
+    seed: int
+    number: int = Field(description="of the image among those of its seed, from 0")
+    scales_done: int = Field(description="less than all of them where the deadline came first")
+
+
+class Answer(BaseModel):
+    images: list[DrawnImage]
+    settings: dict[str, Any] = Field(description="cfg, top_k, top_p, temperature as they were used")
+    digest: str = Field(description="of the bundle")
+    seconds: float = Field(description="since the request came")
+
+
+class Preview(BaseModel):
+    number: int = Field(description="position of the image in the answer, from 0")
+    png: str = Field(description="base64")
+
+
+class QueuedEvent(BaseModel):
+    """event: queued, whenever the queue has moved."""
+
+    position: int = Field(description="requests before this one")
+
+
+class ScaleDoneEvent(BaseModel):
+    """event: scale. Images of one batch: a request may need several, one after the other."""
+
+    scale: int = Field(description="which one is done, from 0")
+    scales: int
+    images: list[Preview] = Field(description="what they look like so far")
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer of 4xx and 5xx, and event: error."""
+
+    error: str = Field(description="one line")
+
+
+class Defaults(BaseModel):
+    cfg: float | list[float]
+    top_k: int | list[int]
+    top_p: float | list[float]
+    temperature: float | list[float]
+
+
+class LimitsAnswer(BaseModel):
+    count: int
+    pixels: int
+    queue: int
+    body: int
+
+
+class ModelAnswer(BaseModel):
+    name: str
+    digest: str
+    side: int
+    channels: int
+    patch_nums: list[int]
+    scales: int
+    labels: list[str] | None
+    classes: int
+    conditional: bool
+    guidance: bool
+    defaults: Defaults
+    precision: str
+    backend: str
+    batch: int
+    limits: LimitsAnswer
+    editing: bool

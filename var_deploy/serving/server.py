@@ -1,0 +1,80 @@
+"""The service on a socket, until somebody stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from var_deploy.errors import UsageError
+
+FLUSH = 10  # seconds in which the last answers must have left
+
+
+class Server(uvicorn.Server):
+    """Stops in order: a first signal refuses new work and finishes what was taken, a second drops
+    it, a third waits for nothing."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=FLUSH,
+            )
+        )
+        self._backend = app.state.backend
+        self._signals = 0
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def stop(self) -> None:
+        """What a signal does; from any thread."""
+        self._signals += 1
+        if self._signals == 1:
+            self._loop.call_soon_threadsafe(self._begin_stop)
+        elif self._signals == 2:
+            # not from here: a signal may find the main thread inside of the backend's lock
+            self._loop.call_soon_threadsafe(self._backend.abort)
+        else:
+            self.force_exit = self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.stop()
+
+    def _begin_stop(self) -> None:
+        self._stopping = asyncio.ensure_future(self._finish())
+
+    async def _finish(self) -> None:
+        await self._backend.stop()
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any that is free. Raises UsageError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
+        ) from None
+
+
+def address_of(listening: socket.socket) -> str:
+    """http://host:port, as a browser takes it."""
+    host, port = listening.getsockname()[:2]
+    if ipaddress.ip_address(host).version == 6:
+        host = f"[{host}]"
+    return f"http://{host}:{port}"
