@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from var_deploy.runtime.request import (
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.sampling import Sampling
+
+if TYPE_CHECKING:
+    from var_deploy.runtime.backends import Choice
 
 BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
@@ -112,22 +115,41 @@ class Pipeline:
         choice = choose_backend(
             folder, manifest, backend=backend, precision=precision, layout=layout, **options
         )
-        precision = choice.precision
+        return cls.assemble(folder, manifest, choice, options, hashes=check == "hashes")
+
+    @classmethod
+    def assemble(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        choice: Choice,
+        options: Mapping[str, Any],
+        *,
+        hashes: bool = True,
+    ) -> Pipeline:
+        """What `load` does once a backend is chosen, with the `options` that it was chosen by.
+
+        The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
+        `load`.
+        """
+        from var_deploy.runtime.backends import choose_backend
+
+        backend, precision, layout = choice.backend, choice.precision, choice.layout
         try:
             if choice.reads_graphs:
-                check_files(folder, manifest, prefix=f"{precision}/", hashes=check == "hashes")
+                check_files(bundle, manifest, prefix=f"{precision}/", hashes=hashes)
         except BaseException:
-            choice.backend.close()
+            backend.close()
             raise
-        loop = ScaleLoop(folder, manifest, choice.backend, precision, choice.layout)
-        how = choice.backend.describe()
+        loop = ScaleLoop(bundle, manifest, backend, precision, layout)
+        how = backend.describe()
         if choice.reason:
             how["chosen because"] = choice.reason
-        options |= {"backend": choice.backend.name, "precision": precision, "layout": choice.layout}
+        again = {**options, "backend": backend.name, "precision": precision, "layout": layout}
         tokenizer = TokenizerGraphs(
-            folder, manifest, precision, lambda: choose_backend(folder, manifest, **options).backend
+            bundle, manifest, precision, lambda: choose_backend(bundle, manifest, **again).backend
         )
-        return cls(manifest, loop, precision, choice.layout, how, tokenizer)
+        return cls(manifest, loop, precision, layout, how, tokenizer)
 
     def generate(
         self,
