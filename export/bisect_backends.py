@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
-from var_deploy.errors import BackendError, UsageError
+from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.graph_runner import EXTERNAL_FOLDER
 from var_deploy.export.lint import values_of
 from var_deploy.export.torch_graph import TorchGraph
@@ -46,7 +46,7 @@ def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values
         )
         found = session.run(list(wanted), dict(inputs))
     except Exception as error:  # ONNX Runtime raises types of its own, all Exception
-        raise BackendError(f"ONNX Runtime failed in {path.stem}: {_line(error)}") from error
+        raise BackendError(f"ONNX Runtime failed in {path.stem}: {one_line(error)}") from error
     return dict(zip(wanted, found, strict=True))
 
 
@@ -89,7 +89,7 @@ def run_tensorrt(
             found = runner.infer(taken)
             return {name: np.array(found[name]) for name in marked}
     except Exception as error:  # Polygraphy raises types of its own, all Exception
-        words = complaints.text() or _line(error)
+        words = complaints.text() or one_line(error)
         raise BackendError(f"{library} failed in {path.stem}: {words}") from error
 
 
@@ -131,10 +131,6 @@ def _polygraphy(library: str, complaints: logging.Handler) -> Any:
     log = logging.getLogger("Polygraphy")
     log.handlers, log.propagate = [complaints], False
     return backend
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 RUNNERS: dict[str, Runner] = {

@@ -80,7 +80,7 @@ def build_graphs(
     how = (precision, batch, guidance, options.more_smooth)
     graphs = []
     if spec.transformer.conditional:
-        graphs.append(build_condition(spec, precision, 2 * batch if guidance else batch))
+        graphs.append(build_condition(spec, precision, batch, guidance))
     if options.layout != "per-scale":
         graphs.append(build_step(spec, *how))
     if options.layout != "shared":
@@ -163,8 +163,9 @@ def _calibrate(
 
     Those graphs are written to a folder of their own first, and deleted with it.
     """
-    # drawn with one code a token, whose maps reach further than mixes; edits decode such as well
-    changes: dict[str, Any] = {"precisions": ("int8",), "more_smooth": False}
+    # drawn with one code a token, whose maps reach further than mixes; edits decode such as well.
+    # One image at a time: the same ones, and so the same ranges, for every batch
+    changes: dict[str, Any] = {"precisions": ("int8",), "more_smooth": False, "batch": 1}
     shared = dataclasses.replace(options, layout="shared", **changes)
     built = {graph.name: graph for graph in build_graphs(model.spec, "int8", shared)}
     decoder = built.pop(names.DECODER)

@@ -12,6 +12,7 @@ from torch import Tensor
 from var_deploy import names
 from var_deploy.export.torch_graph import OnValue, TorchGraph
 from var_deploy.export.torch_loop import Generation, Progress, generate
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest, read_manifest
 
 HALF_MAX = 65504.0  # the largest number of fp16
@@ -75,12 +76,6 @@ def layer_of(node: str) -> str:
     return node.rpartition("/")[0] or node
 
 
-def sample_labels(manifest: Manifest, first: int) -> list[int]:
-    """Classes of a batch, spread over all."""
-    classes = max(manifest.model.transformer.classes, 1)
-    return [7 * (first + i) % classes for i in range(manifest.batch)]
-
-
 def encode_watched(
     bundle: Path, manifest: Manifest, generation: Generation, magnitudes: Magnitudes
 ) -> None:
@@ -108,7 +103,7 @@ def calibrate(bundle: Path, samples: int, progress: Progress | None = None) -> s
                 bundle,
                 manifest,
                 "fp16",
-                sample_labels(manifest, first),
+                spread_labels(manifest.model.transformer.classes, manifest.batch, first),
                 first=first,
                 watch=magnitudes.watch,
                 progress=report,

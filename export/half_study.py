@@ -27,10 +27,10 @@ from var_deploy.export.calibrate import (
     Magnitudes,
     encode_watched,
     layer_of,
-    sample_labels,
 )
 from var_deploy.export.torch_loop import Progress, generate
 from var_deploy.images import psnr
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
 
 SHOWN_LAYERS = 12
@@ -142,7 +142,7 @@ def study(
                 if progress:
                     progress(message, (step + fraction) / steps)
 
-            labels = sample_labels(manifest, first)
+            labels = spread_labels(manifest.model.transformer.classes, manifest.batch, first)
             return generate(
                 *(bundle, manifest, precision, labels),
                 first=first,

@@ -52,6 +52,7 @@ def _format(model: onnx.ModelProto) -> Iterator[str]:
 
 def _nodes(graph: onnx.GraphProto, folder: Path, checked: set[Rounded]) -> Iterator[str]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    told: set[str] = set()  # a batch multiplies with each weight once an image
     for node in graph.node:
         scope = node.name.partition("/")[0]
         if node.op_type in ROUNDED_WEIGHT:
@@ -61,7 +62,8 @@ def _nodes(graph: onnx.GraphProto, folder: Path, checked: set[Rounded]) -> Itera
             if not problem and node.op_type == "QLinearConv":
                 zero = onnx.numpy_helper.to_array(constants[node.input[KERNEL_ZERO_POINT]])
                 problem = "its zero point is not 0" if zero.any() else ""
-            if problem:
+            if problem and name not in told:
+                told.add(name)
                 yield f"{node.name}: weight {name}: {problem}"
             continue
         weighted = node.op_type == "MatMul" and not constants.keys().isdisjoint(node.input)

@@ -10,7 +10,6 @@ of the two to compile. All have the bundle's sizes and settings and random weigh
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
 import sys
@@ -23,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_deploy.errors import BackendError, UsageError
+from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.published_path import Mark, generate_as_published
 from var_deploy.export.torch_peers import Compiler, Peer, random_modules
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.runtime.bench.contender import Sample, serve
+from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
 from var_deploy.runtime.measure import WallClock, launch_names
 from var_deploy.sampling import uniforms
 
@@ -108,7 +108,7 @@ class TorchContender:
         self._clock.laps()  # what was marked before belongs to nobody
         started = time.perf_counter()
         draws = np.stack([uniforms(SEED, n, spec.total_tokens) for n in range(count)])
-        labels = torch.tensor([7 * n % max(spec.transformer.classes, 1) for n in range(count)])
+        labels = torch.tensor(spread_labels(spec.transformer.classes, count))
         try:
             with self._autocast():
                 image = self._path(labels, torch.from_numpy(draws), self._clock.mark)
@@ -182,16 +182,13 @@ def _check_compiler() -> None:
 
 def _line(error: Exception) -> str:
     """PyTorch's message on one line."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = one_line(error)
     return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m var_deploy.export.torch_bench")
-    parser.add_argument("bundle", type=Path)
+    parser = contender_parser("var_deploy.export.torch_bench", threads="PyTorch's choice")
     parser.add_argument("--contender", choices=CONTENDERS, default="torch")
-    parser.add_argument("--batch", type=int, default=1, help="images of one generation")
-    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
     given: Any = parser.parse_args(arguments)
 
     def load() -> TorchContender:

@@ -24,7 +24,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional as F
 
-from var_deploy.errors import ExportError
+from var_deploy.errors import ExportError, one_line
 
 OnValue = Callable[[str, str, Tensor], None]  # node name, value name, value
 Attributes = Mapping[str, Any]
@@ -106,7 +106,7 @@ class TorchGraph:
                 try:
                     made = _compute(node.op_type, attributes, given)
                 except (RuntimeError, IndexError) as error:
-                    why = " ".join(str(error).split())
+                    why = one_line(error)
                     raise ExportError(f"{self.name}: {_title(node)} failed: {why}") from error
                 values.update(zip(node.output, made, strict=True))
                 del given, made

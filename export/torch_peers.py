@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from var_deploy.errors import VarDeployError
+from var_deploy.errors import VarDeployError, one_line
 from var_deploy.export.checkpoint import load_into
 from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.sampler import filter_logits, guide
@@ -202,7 +202,7 @@ def time_peers(
                 )
                 row |= _time_peer(peer, budget)
             except Exception as error:  # no memory, no compiler: the other cases may do
-                row["problem"] = " ".join(str(error).split())[:300] or type(error).__name__
+                row["problem"] = one_line(error)[:300]
             finally:
                 del peer  # its memory is for the next one
                 _dynamo.reset()

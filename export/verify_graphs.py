@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.errors import BackendError
+from var_deploy.errors import BackendError, one_line
 from var_deploy.export.difference import agreement, largest_error, norm_error, top_1_agreement
 from var_deploy.export.graph_runner import GraphRunner, complete_step
 from var_deploy.export.reference import Given, Reference, ScaleTrace, request
@@ -78,7 +78,7 @@ def _attempt(work: Callable[[], T], how: str) -> T:
     try:
         return work()
     except Exception as error:  # onnx and ONNX Runtime raise types of their own
-        raise _UnfitError(f"cannot be {how}: {' '.join(str(error).split())}") from error
+        raise _UnfitError(f"cannot be {how}: {one_line(error)}") from error
 
 
 class GraphVerifier:

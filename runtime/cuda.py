@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.errors import BackendError
+from var_deploy.errors import BackendError, one_line
 from var_deploy.runtime.protocol import Array
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # the second before cuda-python 12.6.1
@@ -227,9 +227,8 @@ def load_api() -> Any:
         except Exception as error:  # a shared library that is missing, of any exception type
             if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
                 continue
-            words = " ".join(str(error).split())
             raise BackendError(
-                f"{name} is installed but does not load ({words}); {INSTALL}"
+                f"{name} is installed but does not load ({one_line(error)}); {INSTALL}"
             ) from None
     raise BackendError(f"cuda-python is not installed; {INSTALL}")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from var_deploy.errors import BackendError
+from var_deploy.errors import BackendError, one_line
 from var_deploy.runtime.cuda import DEVICE, Cuda, CudaMemory
 from var_deploy.runtime.protocol import Arrays, Launch
 
@@ -39,7 +39,7 @@ class OrtCudaSession:
         try:
             self.session.run_with_iobinding(binding, self._options)
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
-            problem = _line(error)
+            problem = one_line(error)
         if problem:  # raised here: in the traceback above ONNX Runtime's session would live on
             raise BackendError(f"ONNX Runtime failed in {self._graph}: {problem}")
 
@@ -110,7 +110,7 @@ class OrtCudaBackend(CudaMemory):
                 str(graph), options, providers=[(PROVIDER, self._settings())], enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
-            problem = _line(error)
+            problem = one_line(error)
         if problem:
             raise BackendError(f"ONNX Runtime refuses {graph.name}: {problem}")
         # where cuDNN or another library is missing, ONNX Runtime goes on without the provider
@@ -164,8 +164,3 @@ def _import() -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
     return ort
-
-
-def _line(error: Exception) -> str:
-    """ONNX Runtime's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,12 +7,14 @@ import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.editing import Kept
 from var_deploy.errors import UsageError
+from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.sampling import Sampling, check_seed, gumbel, uniforms
@@ -285,3 +287,21 @@ def end_of(deadline: float | None) -> float | None:
     if not number or not math.isfinite(deadline) or deadline <= 0:
         raise UsageError(f"deadline must be a number of seconds above 0, found {deadline!r}")
     return time.perf_counter() + deadline
+
+
+def settings(manifest: Manifest, cfg: Any, top_k: Any, top_p: Any, temperature: Any) -> Sampling:
+    """The bundle's settings with those that are given; refuses what the bundle cannot do."""
+    given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature}
+    sampling = manifest.defaults.replace(**given)
+    sampling.check(manifest.model.scales)
+    if sampling.guides and not manifest.guidance and manifest.model.transformer.conditional:
+        raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
+    return sampling
+
+
+def label_numbers(manifest: Manifest, labels: Sequence[int | str]) -> list[int]:
+    """Class numbers of names and numbers; 0 for each where the model has no classes."""
+    transformer = manifest.model.transformer
+    if not transformer.conditional:
+        return [0] * len(labels)
+    return resolve_labels(labels, manifest.labels, transformer.classes)

@@ -19,6 +19,8 @@ from var_deploy.images import read_settings
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "var_deploy", "export", "runtime")
 PROBES = ("gemm_fp32", "gemm_int8", "conv_fp32", "conv_int8")
+PAGE = ROOT / "var_deploy" / "serving" / "page"
+PAGE_FILES = (".html", ".css", ".js", ".svg")
 WEIGHTS = ("judge.safetensors", "tokenizer.safetensors", "transformer.safetensors")
 
 
@@ -80,7 +82,9 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     }
     weights = {f"var_deploy/export/pocket/{name}" for name in WEIGHTS}
     probes = {f"var_deploy/runtime/bench/{name}.onnx" for name in PROBES}
-    assert names == modules | weights | probes | {"var_deploy/py.typed"}
+    page = {str(path.relative_to(ROOT)) for path in PAGE.iterdir() if path.suffix in PAGE_FILES}
+    assert len(page) > 5
+    assert names == modules | weights | probes | page | {"var_deploy/py.typed"}
     assert f"\nVersion: {__version__}\n" in about
     assert "Apache License" in licence
 

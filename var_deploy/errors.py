@@ -16,6 +16,11 @@ Each carries one line that says what is wrong and, where it is known, what to do
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """The words of any library's error on one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class VarDeployError(Exception):
     """Base of the tree. `exit_code` is what the command line ends with."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from var_deploy.editing import Kept, blend, keep_masks
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
+from var_deploy.runtime.backends import Choice, choose_backend
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.request import (
     Batches,
@@ -25,13 +25,12 @@ from var_deploy.runtime.request import (
     Request,
     ScaleEvent,
     end_of,
+    label_numbers,
+    settings,
     streams,
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
-from var_deploy.sampling import Sampling
-
-__all__ = ["Images", "Pipeline", "Request", "ScaleEvent", "label_numbers", "settings", "streams"]
 
 BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
@@ -108,28 +107,43 @@ class Pipeline:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, found {value!r}")
         folder = Path(bundle)
         manifest = read_manifest(folder)
-        from var_deploy.runtime.backends import choose_backend
-
         options: dict[str, Any] = {"threads": threads, "cuda_graph": cuda_graph}
         choice = choose_backend(
             folder, manifest, backend=backend, precision=precision, layout=layout, **options
         )
-        precision = choice.precision
+        return cls.assemble(folder, manifest, choice, options, hashes=check == "hashes")
+
+    @classmethod
+    def assemble(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        choice: Choice,
+        options: Mapping[str, Any],
+        *,
+        hashes: bool = True,
+    ) -> Pipeline:
+        """What `load` does once a backend is chosen, with the `options` that it was chosen by.
+
+        The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
+        `load`.
+        """
+        backend, precision, layout = choice.backend, choice.precision, choice.layout
         try:
             if choice.reads_graphs:
-                check_files(folder, manifest, prefix=f"{precision}/", hashes=check == "hashes")
+                check_files(bundle, manifest, prefix=f"{precision}/", hashes=hashes)
         except BaseException:
-            choice.backend.close()
+            backend.close()
             raise
-        loop = ScaleLoop(folder, manifest, choice.backend, precision, choice.layout)
-        how = choice.backend.describe()
+        loop = ScaleLoop(bundle, manifest, backend, precision, layout)
+        how = backend.describe()
         if choice.reason:
             how["chosen because"] = choice.reason
-        options |= {"backend": choice.backend.name, "precision": precision, "layout": choice.layout}
+        again = {**options, "backend": backend.name, "precision": precision, "layout": layout}
         tokenizer = TokenizerGraphs(
-            folder, manifest, precision, lambda: choose_backend(folder, manifest, **options).backend
+            bundle, manifest, precision, lambda: choose_backend(bundle, manifest, **again).backend
         )
-        return cls(manifest, loop, precision, choice.layout, how, tokenizer)
+        return cls(manifest, loop, precision, layout, how, tokenizer)
 
     def generate(
         self,
@@ -380,21 +394,3 @@ class Pipeline:
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)
-
-
-def settings(manifest: Manifest, cfg: Any, top_k: Any, top_p: Any, temperature: Any) -> Sampling:
-    """The bundle's settings with those that are given; refuses what the bundle cannot do."""
-    given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature}
-    sampling = manifest.defaults.replace(**given)
-    sampling.check(manifest.model.scales)
-    if sampling.guides and not manifest.guidance and manifest.model.transformer.conditional:
-        raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
-    return sampling
-
-
-def label_numbers(manifest: Manifest, labels: Sequence[int | str]) -> list[int]:
-    """Class numbers of names and numbers; 0 for each where the model has no classes."""
-    transformer = manifest.model.transformer
-    if not transformer.conditional:
-        return [0] * len(labels)
-    return resolve_labels(labels, manifest.labels, transformer.classes)

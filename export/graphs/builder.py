@@ -46,15 +46,23 @@ def onnx_type(dtype: DTypeLike) -> int:
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
+def rows_of(batch: int, guidance: bool) -> int:
+    """G: a row an image, and with guidance another without a class."""
+    return 2 * batch if guidance else batch
+
+
 class GraphBuilder:
     """Collects nodes; values are referred to by name.
 
     In fp16 graphs the products run on fp16 weights between casts; in int8 graphs `linear` rounds
     what it is given and gives fp32, so the rest of the graph reads the same in every precision.
+
+    Args:
+        batch, rows: B and G where `linear` gets [..., G, in]: int8 rounds each image by itself.
     """
 
-    def __init__(self, name: str, precision: Precision) -> None:
-        self.name = name
+    def __init__(self, name: str, precision: Precision, batch: int = 1, rows: int = 1) -> None:
+        self.name, self.batch, self.rows = name, batch, rows
         self.half = precision == "fp16"
         self.rounded = precision == "int8"
         self.compute = np.dtype(np.float16 if self.half else np.float32)

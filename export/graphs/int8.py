@@ -92,7 +92,8 @@ def kernel_rows(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: int) -> str:
-    """x [..., in] → [..., out] with the checkpoint's `key` [out, in]; x is rounded as it comes."""
+    """x [..., G, in] → [..., G, out] with the checkpoint's `key` [out, in]; x is rounded as it
+    comes, each image by itself: what is drawn beside it must not change it."""
 
     def matrix(read: ReadKey) -> NDArray[Any]:
         rounded: NDArray[Any] = round_rows(read(key)).T
@@ -103,9 +104,17 @@ def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: 
 
     weight = b.weight(key, (width_in, width_out), matrix, np.int8)
     scale = b.weight(f"{key}.scale", (width_out,), scales)
-    q, x_scale, zero = b.ops("DynamicQuantizeLinear", (x,), 3)
-    product = b.op("Cast", b.op("MatMulInteger", q, weight, zero), to=1)
-    return b.op("Mul", product, b.op("Mul", x_scale, scale))
+
+    def product(x: str) -> str:
+        q, x_scale, zero = b.ops("DynamicQuantizeLinear", (x,), 3)
+        sums = b.op("Cast", b.op("MatMulInteger", q, weight, zero), to=1)
+        return b.op("Mul", sums, b.op("Mul", x_scale, scale))
+
+    if b.batch == 1:
+        return product(x)
+    images = b.split(b.reshape(x, -1, b.batch, width_in), 1, [1] * b.batch)
+    together = b.op("Concat", *(product(image) for image in images), axis=1)
+    return b.reshape(together, -1, b.rows, width_out)
 
 
 def quantize(b: GraphBuilder, x: str, to: Range) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from var_deploy import names
 from var_deploy.export.graphs.blocks import BlockContext, affine_norm, block, modulated_norm
-from var_deploy.export.graphs.builder import GraphBuilder, Precision, Shape
+from var_deploy.export.graphs.builder import GraphBuilder, Precision, Shape, rows_of
 from var_deploy.export.graphs.quantizer import DynamicCodes, Mix, StaticCodes
 from var_deploy.export.graphs.sampler import mix, sample
 from var_deploy.names import LENGTH, NEXT_LENGTH, NEXT_SIDE, PAST, SIDE
@@ -39,7 +39,7 @@ def build_scale(
     more_smooth: bool = False,
 ) -> GraphBuilder:
     """The static graph of one scale; scale 0 has no past and no input but its first."""
-    b = GraphBuilder(names.scale_graph(scale), precision)
+    b = GraphBuilder(names.scale_graph(scale), precision, batch, rows_of(batch, guidance))
     length, past = spec.scale_lengths[scale], spec.prefix_lengths[scale]
     last = scale == spec.scales - 1
     if scale == 0:
@@ -63,7 +63,7 @@ def build_step(
     spec: ModelSpec, precision: Precision, batch: int, guidance: bool, more_smooth: bool = False
 ) -> GraphBuilder:
     """One graph for every scale, over the same weights, with L and P left open."""
-    b = GraphBuilder(names.STEP, precision)
+    b = GraphBuilder(names.STEP, precision, batch, rows_of(batch, guidance))
     side = spec.tokenizer.latent_side
     scale = b.input(names.SCALE, np.int64, ())
     b.input(names.UP_MATRIX, np.float32, (side, SIDE))
@@ -101,7 +101,7 @@ def _body(
 ) -> None:
     """Blocks, head, guidance, sampling, f_hat and the next input. x is [L, G, C]."""
     t = spec.transformer
-    rows = 2 * batch if guidance else batch
+    rows = rows_of(batch, guidance)
     modulation = None
     if t.family == "var":
         modulation = b.input(names.MODULATION, np.float32, (6 * t.depth + 2, rows, t.width))
@@ -181,7 +181,7 @@ def _first_hidden(b: GraphBuilder, spec: ModelSpec, batch: int, guidance: bool) 
             lambda read: read("start") + read("positions")[:, :1] + read("levels.weight")[0],
         )
         return b.op("Expand", start, b.ints(1, batch, t.width))
-    rows = 2 * batch if guidance else batch
+    rows = rows_of(batch, guidance)
     first = b.input(names.FIRST_INPUT, np.float32, (rows, 1, t.width))
     return b.transpose(first, 1, 0, 2)
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from var_deploy.errors import CheckpointError, UsageError, VarDeployError
+from var_deploy.errors import CheckpointError, UsageError, VarDeployError, one_line
 from var_deploy.export.checkpoint import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.drawings import CLASS_NAMES, draw_set
@@ -155,7 +155,7 @@ def load_judge(path: Path = JUDGE_FILE) -> Judge:
     try:
         judge.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        why = f"{path} is not pocket's judge ({' '.join(str(error).split())})"
+        why = f"{path} is not pocket's judge ({one_line(error)})"
         raise CheckpointError(f"{why}; make train makes it") from None
     return judge.eval().requires_grad_(False)
 

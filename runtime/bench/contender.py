@@ -9,14 +9,16 @@ first generation is asked for like any other, and tells how long a start takes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TextIO
 
-from var_deploy.errors import VarDeployError
+from var_deploy.errors import VarDeployError, one_line
 
 GENERATE = "generate"
 
@@ -61,7 +63,7 @@ def serve(
     try:
         contender = make()
     except (Exception, SystemExit) as error:
-        _reply(out, {"problem": _one_line(error)})
+        _reply(out, {"problem": _problem(error)})
         return 1
     try:
         _reply(out, {"ready": contender.describe()})
@@ -72,12 +74,21 @@ def serve(
             try:
                 sample = contender.generate()
             except Exception as error:
-                _reply(out, {"problem": _one_line(error)})
+                _reply(out, {"problem": _problem(error)})
                 continue
             _reply(out, {"seconds": sample.seconds, "launches": dict(sample.launches)})
     finally:
         contender.close()
     return 0
+
+
+def contender_parser(module: str, *, threads: str) -> argparse.ArgumentParser:
+    """What every contender's command line takes. `threads`: what 0 of them means."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--batch", type=int, default=1, help="images of one generation")
+    parser.add_argument("--threads", type=int, default=0, help=f"0: {threads}")
+    return parser
 
 
 def _take_stdout() -> TextIO:
@@ -93,9 +104,7 @@ def _reply(out: TextIO, message: Mapping[str, object]) -> None:
     out.flush()
 
 
-def _one_line(error: BaseException) -> str:
+def _problem(error: BaseException) -> str:
     """Our own messages as they are; others with their kind, which often says more than they."""
-    said = " ".join(str(error).split())
-    if isinstance(error, VarDeployError):
-        return said
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    said, kind = one_line(error), type(error).__name__
+    return said if isinstance(error, VarDeployError) or said == kind else f"{kind}: {said}"

@@ -11,7 +11,6 @@ shared` is for machines on which that does not fit.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -19,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.errors import BackendError, UsageError
+from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
-from var_deploy.runtime.bench.contender import Sample, serve
+from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
 from var_deploy.runtime.host_memory import HostMemory, host_view
 from var_deploy.runtime.loop import Layout, ScaleLoop
-from var_deploy.runtime.measure import ClockedBackend, WallClock, launch_names
+from var_deploy.runtime.measure import ClockedBackend, WallClock, add_launches, launch_names
 from var_deploy.runtime.protocol import Arrays, Launch
-from var_deploy.sampling import uniforms
+from var_deploy.runtime.request import Batches, Images, Request
 
 HINTS = ("f32", "bf16")
 SEED = 0
@@ -60,7 +61,7 @@ class OpenVinoLaunch:
         try:
             self._request.infer(share_outputs=True)  # else every output is copied once more
         except Exception as error:  # RuntimeError, and whatever a plugin throws
-            raise BackendError(f"OpenVINO failed in {self._graph}: {_line(error)}") from error
+            raise BackendError(f"OpenVINO failed in {self._graph}: {one_line(error)}") from error
 
 
 class OpenVinoBackend(HostMemory):
@@ -107,7 +108,7 @@ class OpenVinoBackend(HostMemory):
             self.computes = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
             self._threads = str(compiled.get_property("INFERENCE_NUM_THREADS"))
         except Exception as error:  # RuntimeError, and whatever a plugin throws
-            raise BackendError(f"OpenVINO refuses {graph.name}: {_line(error)}") from error
+            raise BackendError(f"OpenVINO refuses {graph.name}: {one_line(error)}") from error
         return OpenVinoSession(self._openvino, compiled, graph.stem)
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
@@ -164,9 +165,10 @@ class OpenVinoContender:
         self._clock.each = True
         self._layout, self._graphs = layout, precision
         t = manifest.model.tokenizer
-        self.images = np.empty((images, t.image_side, t.image_side, t.image_channels), np.uint8)
-        clocked = ClockedBackend(self._backend, self._clock)
+        self.images = Images.blank((images, t.image_side, t.image_side, t.image_channels), 0)
+        clocked = ClockedBackend(self._backend, self._clock, gaps=True)
         self._loop = ScaleLoop(bundle, manifest, clocked, precision, layout)
+        self._batches = Batches(manifest, self._loop, cancelled=lambda: False)
 
     def describe(self) -> dict[str, str]:
         found = self._backend.describe()
@@ -177,46 +179,41 @@ class OpenVinoContender:
         return found
 
     def generate(self) -> Sample:
-        manifest, spec = self._manifest, self._manifest.model
-        batch, classes = manifest.batch, max(spec.transformer.classes, 1)
-        seconds = dict.fromkeys(launch_names(manifest), 0.0)
+        count = len(self.images)
+        request = Request(
+            labels=spread_labels(self._manifest.model.transformer.classes, count),
+            streams=[(SEED, n) for n in range(count)],
+            sampling=self._manifest.defaults,
+            forced=self._forced(),
+        )
+        self._clock.laps()  # what was marked before belongs to nobody
         started = time.perf_counter()
-        for first in range(0, len(self.images), batch):
-            numbers = range(first, first + batch)  # those beyond the last image only fill up
-            draws = np.stack([uniforms(SEED, n, spec.total_tokens) for n in numbers])
-            labels = [7 * n % classes for n in numbers]
-            made = self._loop.run(labels, draws, manifest.defaults, forced=self._forced())
-            part = self.images[first : first + batch]
-            part[...] = np.rint(made[: len(part)] * 255)
-            for name, lap in zip(seconds, self._clock.laps(), strict=True):
-                seconds[name] += lap
-        return Sample(seconds=time.perf_counter() - started, launches=seconds)
+        self.images = self._batches.draw(request)
+        seconds = time.perf_counter() - started
+        return Sample(
+            seconds=seconds,
+            launches=add_launches(self._clock.laps(), launch_names(self._manifest)),
+        )
 
     def close(self) -> None:
         self._loop.close()
 
-    def _forced(self) -> list[Any]:
+    def _forced(self) -> tuple[NDArray[np.int64], ...]:
         """Tokens in place of the drawn ones where these are not to be had.
 
         In bf16 several codes share one number, and the sampler may arrive at none, which the loop
         refuses. It computes all the same, so the time is that of a generation.
         """
         if self._backend.computes == "f32":
-            return []
+            return ()
         lengths = self._manifest.model.scale_lengths
-        return [np.zeros((self._manifest.batch, length), np.int64) for length in lengths]
-
-
-def _line(error: Exception) -> str:
-    """OpenVINO's message on one line."""
-    return " ".join(str(error).split())
+        return tuple(np.zeros((len(self.images), length), np.int64) for length in lengths)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m var_deploy.runtime.bench.openvino_peer")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--batch", type=int, default=1, help="images of one generation")
-    parser.add_argument("--threads", type=int, default=0, help="0: every physical core")
+    parser = contender_parser(
+        "var_deploy.runtime.bench.openvino_peer", threads="every physical core"
+    )
     parser.add_argument("--precision", default="fp32", help="of the bundle's graphs")
     parser.add_argument("--hint", choices=HINTS, default="f32", help="what they are computed in")
     parser.add_argument("--layout", choices=["per-scale", "shared"], help="default: per-scale")

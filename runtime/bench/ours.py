@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import __version__
-from var_deploy.manifest import check_files, read_manifest
+from var_deploy.labels import spread_labels
+from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.backends import choose_backend
-from var_deploy.runtime.bench.contender import Sample, serve
+from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
 from var_deploy.runtime.cuda import CudaMemory
-from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.measure import ClockedBackend, CudaClock, WallClock, launch_names
+from var_deploy.runtime.measure import (
+    ClockedBackend,
+    CudaClock,
+    WallClock,
+    add_launches,
+    launch_names,
+)
 from var_deploy.runtime.protocol import Backend
 
 
@@ -35,25 +41,18 @@ class Ours:
         self, bundle: Path, images: int, *, precision: str, backend: str, threads: int
     ) -> None:
         manifest = read_manifest(bundle)
-        choice = choose_backend(
-            bundle, manifest, backend=backend, precision=precision, threads=threads or None
-        )
-        precision, layout, how = choice.precision, choice.layout, choice.backend.describe()
-        if choice.reason:
-            how["chosen because"] = choice.reason
+        options: dict[str, Any] = {"threads": threads or None}
+        choice = choose_backend(bundle, manifest, backend=backend, precision=precision, **options)
         try:
-            if choice.reads_graphs:
-                check_files(bundle, manifest, prefix=f"{precision}/")
             self._clock = _clock_of(choice.backend)
         except BaseException:
             choice.backend.close()
             raise
         clocked = ClockedBackend(choice.backend, self._clock, gaps=True)
-        loop = ScaleLoop(bundle, manifest, clocked, precision, layout)
+        choice = dataclasses.replace(choice, backend=clocked)
+        self._pipeline = Pipeline.assemble(bundle, manifest, choice, options)
         self._clock.each = True
-        self._pipeline = Pipeline(manifest, loop, precision, layout, how)
-        classes = max(manifest.model.transformer.classes, 1)
-        self._labels = [7 * n % classes for n in range(images)]
+        self._labels = spread_labels(manifest.model.transformer.classes, images)
         self._launches, self._batch = launch_names(manifest), manifest.batch
 
     def describe(self) -> dict[str, str]:
@@ -70,14 +69,8 @@ class Ours:
         started = time.perf_counter()
         self._pipeline.generate(self._labels)
         seconds = time.perf_counter() - started
-        laps = self._clock.laps()[::2]  # the others lie between two launches
-        count = len(self._launches)
-        batches = -(-len(self._labels) // self._batch)
-        if len(laps) != batches * count:
-            return Sample(seconds=seconds)
         return Sample(
-            seconds=seconds,
-            launches={name: sum(laps[n::count]) for n, name in enumerate(self._launches)},
+            seconds=seconds, launches=add_launches(self._clock.laps(), self._launches)
         )
 
     def close(self) -> None:
@@ -93,10 +86,9 @@ def _clock_of(backend: Backend) -> WallClock | CudaClock:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m var_deploy.runtime.bench.ours")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--batch", type=int, default=1, help="images of one generation")
-    parser.add_argument("--threads", type=int, default=0, help="0: what the pipeline takes")
+    parser = contender_parser(
+        "var_deploy.runtime.bench.ours", threads="what the pipeline takes"
+    )
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--backend", default="auto")
     given: Any = parser.parse_args(arguments)

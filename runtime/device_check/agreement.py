@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from var_deploy import images
 from var_deploy.errors import BackendError
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.sampling import Sampling, uniforms
@@ -45,10 +46,10 @@ class Case:
 def make_cases(manifest: Manifest, images: int) -> list[Case]:
     """Batches that hold at least `images` images, with the bundle's default settings."""
     batch, tokens = manifest.batch, manifest.model.total_tokens
-    classes = max(manifest.model.transformer.classes, 1)
+    classes = manifest.model.transformer.classes
     return [
         Case(
-            labels=[7 * n % classes for n in range(first, first + batch)],
+            labels=spread_labels(classes, batch, first),
             uniforms=np.stack([uniforms(0, n, tokens) for n in range(first, first + batch)]),
             sampling=manifest.defaults,
         )

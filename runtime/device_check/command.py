@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy.doctor import examine
-from var_deploy.errors import BackendError, UsageError, VarDeployError
+from var_deploy.errors import BackendError, UsageError, VarDeployError, one_line
 from var_deploy.machine import Machine
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.runtime.cuda import Cuda
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
         )
     except VarDeployError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"interrupted; what was found is in {given.out}", file=sys.stderr)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from var_deploy import __version__
-from var_deploy.errors import BackendError, VarDeployError
+from var_deploy.errors import BackendError, VarDeployError, one_line
 
 SCHEMA_VERSION = 1
 State = Literal["running", "done", "failed", "not run"]
@@ -114,8 +114,7 @@ class Report:
         except VarDeployError as error:
             step.state, step.reason = "failed", str(error)
         except Exception as error:  # the steps after this one are worth having all the same
-            words = " ".join(str(error).split())
-            step.state, step.reason = "failed", f"{type(error).__name__}: {words}"
+            step.state, step.reason = "failed", f"{type(error).__name__}: {one_line(error)}"
         except BaseException as error:
             step.state, step.reason = "failed", f"ended by {type(error).__name__}"
             raise

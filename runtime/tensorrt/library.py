@@ -11,7 +11,7 @@ from collections import deque
 from functools import cache
 from typing import Any
 
-from var_deploy.errors import BackendError, UsageError
+from var_deploy.errors import BackendError, UsageError, one_line
 
 TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 OLDEST = (10, 3)  # JetPack 6.1
@@ -96,7 +96,7 @@ def _checked(module: Any, name: str) -> Library:
 
 
 def _broken(name: str, error: Exception) -> str:
-    words = " ".join(str(error).split())
+    words = one_line(error)
     return f"{name} is installed but does not load ({words}); install it again: {INSTALL[name]}"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from var_deploy.errors import BackendError
+from var_deploy.errors import BackendError, one_line
 from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.monitor import Progress, build_monitor, held_interrupt
 from var_deploy.runtime.tensorrt.target import BuildOptions
@@ -70,7 +70,7 @@ def build_engine(
         builder = trt.Builder(library.logger)
     except Exception as error:  # what pybind11 raises for a null pointer
         raise BackendError(
-            f"{library.name} cannot build on this machine: {library.words()} ({_line(error)})"
+            f"{library.name} cannot build on this machine: {library.words()} ({one_line(error)})"
         ) from None
     network, parser = _parse(library, builder, onnx_path)
     _check_shapes(graph, network, profiles)
@@ -290,7 +290,3 @@ def _failure(library: Library, graph: str) -> str:
 
 def _name(library: Library) -> str:
     return f"{library.name} {library.version}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

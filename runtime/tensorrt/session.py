@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from var_deploy.errors import BackendError
+from var_deploy.errors import BackendError, one_line
 from var_deploy.runtime.blocks import pack
 from var_deploy.runtime.cuda import Cuda, CudaMemory, Graph
 from var_deploy.runtime.protocol import ALIGNMENT, Array, Arrays, Launch
@@ -125,7 +125,7 @@ class TensorRtBackend(CudaMemory):
         try:
             self._runtime = library.module.Runtime(library.logger)
         except Exception as error:  # what pybind11 raises for a null pointer
-            words = f"{library.words()} ({' '.join(str(error).split())})"
+            words = f"{library.words()} ({one_line(error)})"
             raise BackendError(f"{library.name} cannot run on this machine: {words}") from None
 
 

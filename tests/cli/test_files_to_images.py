@@ -94,18 +94,19 @@ def test_an_image_with_a_seed_of_its_own_is_the_one_made_alone(made: Path, tmp_p
     assert (pixels(paths[0]) != pixels(paths[1])).any()
 
 
+def options_of(text: dict[str, str]) -> list[str]:
+    """The options that a picture's text tells."""
+    keys = ("seed", "labels", "cfg", "top_k", "top_p", "temperature", "precision")
+    return [part for key in keys for part in ("--" + key.replace("_", "-"), text[key])]
+
+
 def test_a_picture_can_be_made_again_from_its_text(made: Path, tmp_path: Path) -> None:
     odd = ("--cfg", 1.23456789, "--top-p", 0.8765432101, "--temperature", 1.0000001, "--top-k", 40)
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     done("generate", made, "--labels", "3,0", "--seed", 2**64 - 1, *odd, "--out", first)
     text = read_settings(first)
     assert text["bundle"] == read_manifest(made).digest()
-    options = [
-        argument
-        for key in ("seed", "labels", "cfg", "top_k", "top_p", "temperature", "precision")
-        for argument in ("--" + key.replace("_", "-"), text[key])
-    ]
-    done("generate", made, *options, "--out", again)
+    done("generate", made, *options_of(text), "--out", again)
     np.testing.assert_array_equal(pixels(again), pixels(first))
     assert read_settings(again) == text
     assert float(text["cfg"]) == 1.23456789
@@ -113,12 +114,7 @@ def test_a_picture_can_be_made_again_from_its_text(made: Path, tmp_path: Path) -
     scales = ("--cfg", "0.1:3.3", "--top-k", "0,5,48", "--top-p", "0.7:1", "--temperature", 0.3)
     done("generate", made, "--labels", "3,0", *scales, "--out", first)
     text = read_settings(first)
-    options = [
-        argument
-        for key in ("seed", "labels", "cfg", "top_k", "top_p", "temperature", "precision")
-        for argument in ("--" + key.replace("_", "-"), text[key])
-    ]
-    done("generate", made, *options, "--out", again)
+    done("generate", made, *options_of(text), "--out", again)
     np.testing.assert_array_equal(pixels(again), pixels(first))
     assert read_settings(again) == text
     assert text["cfg"].startswith("0.1,1.7") and text["cfg"].count(",") == 2

@@ -1,34 +1,23 @@
 """The series of docs/BENCHMARKS.md, on models small enough for a test."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from var_deploy.export import growth
-from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
-
-
-def spec(depth: int) -> ModelSpec:
-    return ModelSpec(
-        tokenizer=TokenizerSpec(
-            patch_nums=(1, 2, 4),
-            vocab_size=64,
-            code_width=8,
-            base_width=32,
-            width_multipliers=(1, 1),
-            res_blocks=1,
-        ),
-        transformer=TransformerSpec(depth=depth, width=64, heads=2, classes=5, ffn_width=128),
-    )
+from var_deploy.spec import ModelSpec
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+def rows(
+    family_member: Callable[..., ModelSpec], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, object]]:
     cases = [
-        growth.Case(series="depth", value=1, spec=spec(1)),
-        growth.Case(series="depth", value=2, spec=spec(2)),
+        growth.Case(series="depth", value=depth, spec=family_member(depth=depth))
+        for depth in (1, 2)
     ]
     folder = tmp_path_factory.mktemp("growth")
     found = list(growth.measure(cases, folder, repeat=1, warm_up=0))

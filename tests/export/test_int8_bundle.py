@@ -24,17 +24,18 @@ from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 
 Model = Callable[..., LoadedModel]
+GPT2: dict[str, Any] = {
+    "guidance": False,
+    "family": "gpt2",
+    "classes": 0,
+    "qk_l2_norm": False,
+    "codebook_per_scale": True,
+}
 FORMS: list[dict[str, Any]] = [
     {"guidance": False, "batch": 1, "shared_adaln": True, "qk_l2_norm": False},
     {"vocab_size": 50, "shared_phi": 0, "batch": 3},
     {"shared_phi": 1, "codebook_per_scale": True},
-    {
-        "guidance": False,
-        "family": "gpt2",
-        "classes": 0,
-        "qk_l2_norm": False,
-        "codebook_per_scale": True,
-    },
+    GPT2,
 ]
 
 
@@ -61,6 +62,28 @@ def test_every_form_runs_in_int8(form: dict[str, Any], small_model: Model, tmp_p
     report = verify_model(bundle, model)
     assert report.passed, report.table()
     assert {check.precision for check in report.checks} == {"int8"}
+
+
+@pytest.mark.parametrize("form", [{}, GPT2], ids=str)
+def test_an_image_does_not_depend_on_what_is_drawn_beside_it(
+    form: dict[str, Any], small_model: Model, tmp_path: Path
+) -> None:
+    """Activations are rounded by extremes: by those of their own image."""
+    sizes = {k: v for k, v in form.items() if k != "guidance"}
+    guidance = form.get("guidance", True)
+    model = small_model(**sizes)
+    made = []
+    for batch in (1, 3):
+        given: dict[str, Any] = {"precisions": ("int8",), "guidance": guidance, "layout": "shared"}
+        export_bundle(model, tmp_path / str(batch), ExportOptions(batch=batch, **given))
+        with Pipeline.load(tmp_path / str(batch), threads=1) as pipe:
+            seeds = [7, 8, 9]
+            labels = range(3) if model.spec.transformer.conditional else [0, 0, 0]
+            made.append(pipe.generate(labels, seed=seeds))
+            alone = [pipe.generate([n], seed=s)[0] for n, s in zip(labels, seeds, strict=True)]
+            np.testing.assert_array_equal(made[-1], alone)
+    np.testing.assert_array_equal(*made)
+    assert (made[0][0] != made[0][1]).mean() > 0.5
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from var_deploy.editing import box_mask
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 from var_deploy.pictures import read_mask, read_pictures, upright
-from var_deploy.pipeline import Request, label_numbers, settings, streams
+from var_deploy.runtime.request import Request, label_numbers, settings, streams
 from var_deploy.serving.backend import Edit, Work
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody
 from var_deploy.serving.settings import Settings

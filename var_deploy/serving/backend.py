@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from var_deploy.errors import VarDeployError
 from var_deploy.manifest import Manifest
-from var_deploy.pipeline import Request
+from var_deploy.runtime.request import Request
 
 
 class RefusedError(VarDeployError):

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from var_deploy.editing import Kept, blend, keep_masks
 from var_deploy.errors import CancelledError
 from var_deploy.manifest import Manifest
-from var_deploy.pipeline import Pipeline, Request, ScaleEvent
+from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.request import Request, ScaleEvent
 from var_deploy.serving.backend import (
     BusyError,
     Drawn,

@@ -70,7 +70,8 @@ async function draw() {
   const mine = (job = new AbortController());
   const seeds = Array.from({ length: settings.count }, (_, n) => settings.seed + n);
   const before = kind === "edit" ? source.view.toDataURL() : null;
-  const blank = (seed) => ({ kind, settings, before, label: settings.label, seed, scales: [], png: null });
+  const common = { kind, settings, before, label: settings.label, png: null };
+  const blank = (seed) => ({ ...common, seed, scales: [] });
   const set = { kind, pictures: seeds.map(blank) };
   if (kind === "draw") history.replaceState(null, "", form.query(settings));
   else for (const picture of set.pictures) picture.scales.push(before);
@@ -204,6 +205,7 @@ function complain(text, canRetry = false) {
   $("notice-text").textContent = text;
   $("again").hidden = !canRetry;
   $("notice").hidden = false;
+  document.querySelector(".go").scrollIntoView({ block: "nearest" });
 }
 
 function hush() {

@@ -77,7 +77,8 @@ export class Easel {
     canvas.width = canvas.height = this.side;
     const context = canvas.getContext("2d");
     const pixels = context.createImageData(this.side, this.side);
-    this.marks.forEach((mark, n) => pixels.data.set([255 * mark, 255 * mark, 255 * mark, 255], 4 * n));
+    const words = new Uint32Array(pixels.data.buffer);
+    this.marks.forEach((mark, n) => (words[n] = mark ? 0xffffffff : 0xff000000));
     context.putImageData(pixels, 0, 0);
     return canvas.toDataURL("image/png");
   }
@@ -162,7 +163,8 @@ export class Easel {
       const y = from.y + ((to.y - from.y) * step) / steps;
       // a brush of one pixel marks the one that it is on
       this.#box([Math.floor(x), Math.floor(y), Math.floor(x) + 1, Math.floor(y) + 1], mark);
-      for (let row = Math.max(0, Math.floor(y - radius)); row <= Math.min(side - 1, y + radius); row++) {
+      const top = Math.max(0, Math.floor(y - radius));
+      for (let row = top; row <= Math.min(side - 1, y + radius); row++) {
         const reach = Math.sqrt(Math.max(0, radius ** 2 - (row + 0.5 - y) ** 2));
         this.#box([Math.round(x - reach), row, Math.round(x + reach), row + 1], mark);
       }

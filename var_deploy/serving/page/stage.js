@@ -85,7 +85,8 @@ export class Stage {
   #refresh(fading = false) {
     const { set, solo } = this;
     const several = set !== null && set.pictures.length > 1 && solo === null;
-    $("stage").style.setProperty("--columns", several ? Math.ceil(Math.sqrt(set.pictures.length)) : 1);
+    const columns = several ? Math.ceil(Math.sqrt(set.pictures.length)) : 1;
+    $("stage").style.setProperty("--columns", columns);
     [...$("tiles").children].forEach((tile, n) => {
       tile.hidden = solo !== null && n !== solo;
       tile.disabled = set.pictures.length === 1 || !finished(set);
