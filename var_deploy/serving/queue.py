@@ -289,6 +289,8 @@ class LocalQueue:
         images = self._pipeline.draw(
             self._join(shares), show if previews else None, self._deadline(first)
         )
+        with self._lock:
+            self._batch = []  # who leaves from here on leaves with images: nothing to cancel
         self._metrics.images.inc(len(images))
         self._metrics.batch.observe(len(images))
         took = time.perf_counter() - started
