@@ -8,7 +8,8 @@
     ├── ExportError           the export could not finish
     ├── VerificationError     the deployed graphs and the model disagree
     ├── BackendError          a runtime is missing or refused its work
-    └── CancelledError        somebody asked for the work to stop
+    ├── CancelledError        somebody asked for the work to stop
+    └── RefusedError          a service does not take this now (serving.backend)
 
 Each carries one line that says what is wrong and, where it is known, what to do about it.
 """

@@ -92,7 +92,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
     """Write an image [H, W, 3] (or [H, W, 1]) with `text` as PNG text chunks; see `whole_file`."""
     with whole_file(path) as stream:
-        _write_png(stream, image, text)
+        write_png(stream, image, text)
 
 
 def save_gif(path: Path, frames: NDArray[np.uint8], milliseconds: Sequence[int]) -> None:
@@ -131,7 +131,7 @@ def save_folder(
             stage.mkdir()
             for name, image, text in zip(file_names, images, texts, strict=True):
                 with (stage / name).open("xb") as stream:
-                    _write_png(stream, image, text)
+                    write_png(stream, image, text)
             if folder.exists():
                 for name in file_names:
                     (stage / name).replace(folder / name)
@@ -177,12 +177,23 @@ def read_settings(path: Path) -> dict[str, str]:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _write_png(stream: BinaryIO, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+def label_text(label: int | None, manifest: Manifest) -> str:
+    """ "3 tree", "3" where the classes have no names, "none" without a class."""
+    if label is None:
+        return "none"
+    return f"{label} {manifest.labels[label]}" if manifest.labels else str(label)
+
+
+def write_png(
+    stream: BinaryIO, image: NDArray[np.uint8], text: Mapping[str, str], *, quick: bool = False
+) -> None:
+    """An image [H, W, 3] (or [H, W, 1]) as PNG; `quick` takes more bytes and less time."""
     chunks = PngInfo()
     for key, value in text.items():
         # a file's name may hold bytes that are no text
         chunks.add_text(key, value.encode("utf-8", "replace").decode())
-    _as_picture(image).save(stream, format="png", pnginfo=chunks)
+    level = 1 if quick else 6  # zlib's own default
+    _as_picture(image).save(stream, format="png", pnginfo=chunks, compress_level=level)
 
 
 def _as_picture(image: NDArray[np.uint8]) -> Image.Image:

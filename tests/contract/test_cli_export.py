@@ -30,7 +30,8 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         progress("writing", 0.5)
         if options.batch == 99:
             raise ExportError("disk full")
-        return SimpleNamespace(files={"a": FileInfo(size=2_500_000, sha256="")})
+        files = {"a": FileInfo(size=2_500_000, sha256="")}
+        return SimpleNamespace(files=files, digest=lambda: "abc")
 
     def calibrate(out: Path, images: int, progress: Any) -> str:
         calls.append({"calibrated": out, "images": images})
@@ -46,6 +47,17 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setitem(sys.modules, "var_deploy.export.checkpoint", checkpoint)
     monkeypatch.setitem(sys.modules, "var_deploy.export.bundle", bundle)
     return calls
+
+
+def test_export_tells_programs_and_is_quiet(tmp_path: Path, exporter: list[dict[str, Any]]) -> None:
+    given = ("export", "pocket", "--out", tmp_path / "b")
+    told = json.loads(run(*given, "--json").stdout)
+    assert told == {
+        "out": str(tmp_path / "b"), "digest": "abc", "bytes": 2_500_000, "warning": ""
+    }
+    result = run(*given, "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    assert len(exporter) == 4
 
 
 def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, Any]]) -> None:

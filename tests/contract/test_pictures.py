@@ -134,6 +134,7 @@ def test_masks_say_where_the_image_is_new(tmp_path: Path) -> None:
     holes[..., 3] = np.where(new, 0, 255)
     for mask in (new, white, tmp_path / "mask.png", white.convert("1"), Image.fromarray(holes)):
         np.testing.assert_array_equal(read_mask(mask, 90, 70, SIDE), new)
+        np.testing.assert_array_equal(read_mask(mask, 90, 70, SIDE, outside=True), ~new)
 
 
 def test_a_mask_follows_its_picture() -> None:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     metavar="NN",
     help="tensorrt_rtx only: build ahead of time for this one, 86 for 8.6; no GPU is needed.",
 )
-@click.option("--no-encoder", is_flag=True, help="Leave out the encoder, which reads images.")
+@click.option("--no-encoder", is_flag=True, help="Leave out what reads images and tokens.")
 @click.option("--force", is_flag=True, help="Build again what is finished.")
 @report_options
 def build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ import click
 
 from var_deploy import names
 from var_deploy.cli.console import Progress, human_bytes, needs_extra
+from var_deploy.cli.options import report_options
 from var_deploy.errors import UsageError
 from var_deploy.images import check_writable
 
@@ -78,6 +80,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     f"values near overflow (default: {FP16_IMAGES}; 0 skips it).",
 )
 @click.option("--force", is_flag=True, help="Replace the bundle that OUT holds.")
+@report_options
 def export(
     model: str | None,
     out: Path,
@@ -92,6 +95,8 @@ def export(
     layout: Literal["both", "per-scale", "shared"],
     calibration: int | None,
     force: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Write the bundle of MODEL: ONNX graphs, one weights file and a manifest.
 
@@ -124,7 +129,7 @@ def export(
             layout=layout,
             calibration=calibration or INT8_IMAGES,
         )
-        with Progress() as progress:
+        with Progress(quiet=quiet) as progress:
             loaded = load_model(
                 model,
                 checkpoint=checkpoint,
@@ -141,8 +146,12 @@ def export(
                 warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
     if warning:
         click.echo(f"warning: {warning}", err=True)
-    size = human_bytes(sum(file.size for file in manifest.files.values()))
-    click.echo(f"wrote {out} ({len(manifest.files)} files, {size})")
+    size = sum(file.size for file in manifest.files.values())
+    if as_json:
+        done = {"out": str(out), "digest": manifest.digest(), "bytes": size, "warning": warning}
+        click.echo(json.dumps(done, indent=1))
+    elif not quiet:
+        click.echo(f"wrote {out} ({len(manifest.files)} files, {human_bytes(size)})")
 
 
 def _check_target(out: Path, *, force: bool) -> None:

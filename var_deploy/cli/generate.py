@@ -34,7 +34,9 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     metavar="LIST",
     help='Names or numbers, as in "star,3"; repeated in order to fill --count.',
 )
-@click.option("--count", type=click.IntRange(1), help="Images (default: one a label).")
+@click.option(
+    "--count", type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
+)
 @click.option(
     "--seed",
     metavar="N[,N,…]",
@@ -61,7 +63,8 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     "--deadline",
     type=float,
     metavar="SECONDS",
-    help="For all images, once the bundle is loaded (default: no deadline).",
+    show_default="none",
+    help="For all images, once the bundle is loaded.",
 )
 @sampling_options
 @runtime_options

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.errors import UsageError
-from var_deploy.images import check_writable, grid, save_folder, save_png
+from var_deploy.images import check_writable, grid, label_text, save_folder, save_png
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
 
@@ -132,10 +132,3 @@ def known_labels(text: str | Sequence[str], manifest: Manifest, option: str) -> 
     if not transformer.conditional:
         raise UsageError(f"this model has no classes: leave {option} out")
     return resolve_labels(text, manifest.labels, transformer.classes)
-
-
-def label_text(label: int | None, manifest: Manifest) -> str:
-    """ "3 tree", "3" where the classes have no names, "none" without a class."""
-    if label is None:
-        return "none"
-    return f"{label} {manifest.labels[label]}" if manifest.labels else str(label)

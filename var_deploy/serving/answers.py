@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from var_deploy.images import grid, settings_text
+from var_deploy.images import grid, label_text, settings_text, write_png
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling
 from var_deploy.serving.backend import Drawn, Work
@@ -24,12 +22,8 @@ def png(
     image: NDArray[np.uint8], text: Mapping[str, str] | None = None, *, quick: bool = False
 ) -> bytes:
     """An image [H, W, C] as PNG with `text` as text chunks; `quick` takes more bytes."""
-    chunks = PngInfo()
-    for key, value in (text or {}).items():
-        chunks.add_text(key, value)
     stream = io.BytesIO()
-    pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    pixels.save(stream, format="png", pnginfo=chunks, compress_level=1 if quick else 6)
+    write_png(stream, image, text or {}, quick=quick)
     return stream.getvalue()
 
 
@@ -37,17 +31,16 @@ def as_text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
+def label_of(manifest: Manifest, number: int) -> int | None:
+    """The class; None for "no class"."""
+    transformer = manifest.model.transformer
+    return number if transformer.conditional and number < transformer.classes else None
+
+
 def label_name(manifest: Manifest, number: int) -> str | int | None:
     """Name or number of a class; None for "no class"."""
-    transformer = manifest.model.transformer
-    if not transformer.conditional or number >= transformer.classes:
-        return None
-    return manifest.labels[number] if manifest.labels else number
-
-
-def label_text(manifest: Manifest, number: int) -> str:
-    name = label_name(manifest, number)
-    return "none" if name is None else f"{number} {name}" if manifest.labels else str(number)
+    label = label_of(manifest, number)
+    return label if label is None or not manifest.labels else manifest.labels[label]
 
 
 def about(manifest: Manifest, precision: str, work: Work, images: Sequence[int]) -> dict[str, str]:
@@ -55,7 +48,7 @@ def about(manifest: Manifest, precision: str, work: Work, images: Sequence[int])
     request = work.request
     streams = [request.streams[n] for n in images]
     seeds = list(dict.fromkeys(seed for seed, _ in streams))
-    labels = [label_text(manifest, request.labels[n]) for n in images]
+    labels = [label_text(label_of(manifest, request.labels[n]), manifest) for n in images]
     return {
         **settings_text(manifest, precision, request.sampling, seeds),
         "labels": ", ".join(labels),
