@@ -128,6 +128,7 @@ class Batches:
         on_progress: Callable[[int, int], None] | None = None,
         on_scale: Callable[[ScaleEvent], object] | None = None,
         end: float | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Images:
         """The images of a request.
 
@@ -136,6 +137,7 @@ class Batches:
             on_scale: called after each scale of each batch.
             end: by when to be done, on the clock of `time.perf_counter`. What is left is shared
                 equally by the batches to come.
+            cancelled: asked before each launch, besides the one that all requests share.
 
         Raises CancelledError, and BackendError where the runtime fails.
         """
@@ -144,6 +146,8 @@ class Batches:
         images = Images.blank((count, side, side, spec.tokenizer.image_channels), spec.scales)
         starts = range(0, count, batch)
         launches = spec.scales + 1
+        shared = self._cancelled
+        stop = shared if cancelled is None else lambda: shared() or cancelled()
         for number, first in enumerate(starts):
             rows = list(range(first, min(first + batch, count)))
             watch: _Watch | None = None
@@ -160,13 +164,17 @@ class Batches:
                     end=None if end is None else now + (end - now) / left,
                     told=_told(on_progress, number * launches, len(starts) * launches),
                 )
-            drawn = self._batch(request, rows, watch)
+            drawn = self._batch(request, rows, watch, stop)
             images[first : first + len(rows)] = to_uint8(drawn[: len(rows)])
             images.scales_done[first : first + len(rows)] = self._loop.scales_done
         return images
 
     def _batch(
-        self, request: Request, rows: list[int], watch: Callable[[int], bool] | None
+        self,
+        request: Request,
+        rows: list[int],
+        watch: Callable[[int], bool] | None,
+        cancelled: Callable[[], bool],
     ) -> NDArray[np.float32]:
         padded = rows + rows[-1:] * (self._manifest.batch - len(rows))
         total = self._manifest.model.total_tokens
@@ -182,7 +190,7 @@ class Batches:
             watch,
             forced=[tokens[padded] for tokens in request.forced],
             keep=request.kept.rows(padded) if request.kept else None,
-            cancelled=self._cancelled,
+            cancelled=cancelled,
             noise=noise,
         )
 

@@ -195,10 +195,14 @@ class Pipeline:
         request: Request,
         on_scale: Callable[[ScaleEvent], object] | None = None,
         deadline: float | None = None,
+        unwanted: Callable[[], bool] | None = None,
     ) -> Images:
-        """The images of a request, for whose values the caller answers; see `generate`."""
+        """The images of a request, for whose values the caller answers; see `generate`.
+
+        `unwanted` is asked before each launch: True ends the call as `cancel` does.
+        """
         with self._running():
-            return self._batches.draw(request, None, on_scale, end_of(deadline))
+            return self._batches.draw(request, None, on_scale, end_of(deadline), unwanted)
 
     def encode(self, images: Picture | Sequence[Picture]) -> list[NDArray[np.int64]]:
         """Tokens [N, L_k] of every scale.

@@ -109,9 +109,9 @@ def test_a_deadline_that_leaves_a_moment_gives_the_first_scale(
 ) -> None:
     draw = pipe.draw
 
-    def too_slow(request: Any, on_scale: Any, deadline: float | None) -> Any:
+    def too_slow(request: Any, on_scale: Any, deadline: float | None, **options: Any) -> Any:
         assert deadline is not None and deadline <= 30
-        return draw(request, on_scale, 1e-9)
+        return draw(request, on_scale, 1e-9, **options)
 
     monkeypatch.setattr(pipe, "draw", too_slow)
     reply = start().post(ROUTE, {"labels": [1, 2, 3], "deadline": 30})

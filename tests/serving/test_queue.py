@@ -112,12 +112,12 @@ def test_what_is_drawn_for_nobody_is_stopped(
     ended: list[Any] = []
     draw = pipe.draw
 
-    def endless(request: Any, on_scale: Any, deadline: float | None) -> Any:
+    def endless(request: Any, *arguments: Any, **options: Any) -> Any:
         if request.labels != [4]:
-            return draw(request, on_scale, deadline)
+            return draw(request, *arguments, **options)
         try:
             while True:
-                draw(request, on_scale, deadline)
+                draw(request, *arguments, **options)
         except CancelledError as error:
             ended.append(error)
             raise

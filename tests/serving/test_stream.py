@@ -72,7 +72,7 @@ def test_what_is_refused_has_its_status_not_an_event(service: Client) -> None:
 def test_a_failure_on_the_way_is_an_event(
     start: Any, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise BackendError("the device\nhas gone")
 
     monkeypatch.setattr(pipe, "draw", fail)

@@ -159,7 +159,6 @@ class LocalQueue:
                 job.gone = True
                 job.tell(StoppingError("the service was stopped"))
             self._waiting.clear()
-            self._cancel_for_nobody()
             self._lock.notify_all()
 
     def _accept(self, work: Work) -> Job:
@@ -208,11 +207,6 @@ class LocalQueue:
             if job in self._waiting:
                 self._waiting.remove(job)
                 self._tell_positions()
-            self._cancel_for_nobody()
-
-    def _cancel_for_nobody(self) -> None:
-        if self._batch and all(share.job.gone for share in self._batch):
-            self._pipeline.cancel()
 
     def _tell_positions(self) -> None:
         for position, job in enumerate(self._waiting):
@@ -268,9 +262,6 @@ class LocalQueue:
         started = time.perf_counter()
         for share in shares:
             self._look(share.job)
-        with self._lock:
-            if all(share.job.gone for share in shares):
-                raise CancelledError("nobody waits for this batch")
         first, scales = shares[0], self.manifest.model.scales
 
         def show(event: ScaleEvent) -> None:
@@ -287,10 +278,11 @@ class LocalQueue:
 
         previews = first.job.work.previews
         images = self._pipeline.draw(
-            self._join(shares), show if previews else None, self._deadline(first)
+            self._join(shares),
+            show if previews else None,
+            self._deadline(first),
+            unwanted=lambda: all(share.job.gone for share in shares),
         )
-        with self._lock:
-            self._batch = []  # who leaves from here on leaves with images: nothing to cancel
         self._metrics.images.inc(len(images))
         self._metrics.batch.observe(len(images))
         took = time.perf_counter() - started
