@@ -90,7 +90,7 @@ def broken_rules(path: Path, source: str) -> list[str]:
         wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}
     elif path.parts[1] == "cli" or name == "__init__.py":
         wrong = {n for n in at_import if within(n, *HALVES, "var_deploy.pipeline")}
-    elif name == "pipeline.py" or path.parts[1] == "serving":
+    elif name == "pipeline.py" or path.parts[1] in ("serving", "sets"):
         wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}
     else:
         wrong = {n for n in everywhere if within(n, *HALVES, "var_deploy.cli")}

@@ -20,7 +20,7 @@ from var_deploy.cli.console import paint, table
 
 ORDER = ("export", "verify", "inspect", "generate")  # the way of a newcomer
 REPORTING = ("bench", "build", "doctor", "edit", "encode", "generate", "inspect", "plan")
-REPORTING += ("reconstruct", "verify")
+REPORTING += ("reconstruct", "sample", "verify", "export")
 
 
 def examples(text: str) -> Iterator[list[str]]:

@@ -16,6 +16,7 @@ from var_deploy.cli.generate import generate
 from var_deploy.cli.inspect import inspect
 from var_deploy.cli.plan import plan
 from var_deploy.cli.reconstruct import reconstruct
+from var_deploy.cli.sample import sample
 from var_deploy.cli.serve import serve
 from var_deploy.cli.verify import verify
 
@@ -62,6 +63,7 @@ main.add_command(generate)
 main.add_command(encode)
 main.add_command(reconstruct)
 main.add_command(edit)
+main.add_command(sample)
 main.add_command(serve)
 main.add_command(build)
 main.add_command(plan)

@@ -1,0 +1,244 @@
+"""`var-deploy sample`: a labelled set of images in shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+
+import click
+
+from var_deploy.cli.console import Progress
+from var_deploy.cli.options import (
+    RuntimeOptions,
+    SamplingOptions,
+    report_options,
+    runtime_options,
+    sampling_options,
+)
+from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.sampling import Sampling
+from var_deploy.sets.folder import NPZ_FILE, SetFolder, damage
+from var_deploy.sets.spec import FID_PER_CLASS, FID_SAMPLING, SHARD_SIZE, SetSpec
+
+DECIDED = ("precision", "backend", "layout")  # by the set, where they are left open
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--per-class",
+    type=click.IntRange(1),
+    metavar="N",
+    show_default="50 with --recipe fid",
+    help="Images of each class; a model without classes counts as one.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["fid"]),
+    show_default="none",
+    help="fid: the published one, 50 a class, cfg 1.5, top-k 900, top-p 0.96, and --npz.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FOLDER",
+    help="A new folder, or a set with the same settings, which is completed.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="0 to 2⁶⁴-1.")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    default=SHARD_SIZE,
+    show_default=True,
+    metavar="N",
+    help="Images of a shard.",
+)
+@click.option(
+    "--shards",
+    "share",
+    metavar="I/N",
+    default="1/1",
+    show_default=True,
+    help="Make every N-th shard from the I-th on: the share of one of N processes.",
+)
+@click.option(
+    "--npz/--no-npz",
+    default=None,
+    show_default="only with --recipe fid",
+    help=f"Write all images into {NPZ_FILE} once the set is complete.",
+)
+@click.option("--check", is_flag=True, help="Draw nothing: read what is there against its hashes.")
+@sampling_options
+@runtime_options
+@report_options
+def sample(
+    bundle: Path,
+    per_class: int | None,
+    recipe: str | None,
+    out: Path,
+    seed: int,
+    shard_size: int,
+    share: str,
+    npz: bool | None,
+    check: bool,
+    sampling: SamplingOptions,
+    runtime: RuntimeOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make a labelled set of images in shards, such as the 50 000 that FID needs.
+
+    A shard is a tar as WebDataset reads it: PNGs, with label and seed beside each. Image n has
+    label n mod classes, and depends on --seed, n and the settings alone: the set is the same
+    whoever makes which shard. After Ctrl-C or a failure the same command makes what is missing.
+    Several processes, on machines that share the folder, take a part each with --shards.
+
+    \b
+    Example:
+      var-deploy sample build/d16 --recipe fid --out fid
+      var-deploy sample build/pocket --per-class 50 --out set
+      var-deploy sample build/pocket --per-class 50 --out set --shards 2/4
+      var-deploy sample build/pocket --per-class 50 --out set --check
+    """
+    # everything that can be wrong is looked at before the weights are loaded
+    folder = SetFolder(path=out)
+    folder.check_free()
+    first, step = _share(share)
+    manifest, there = read_manifest(bundle), folder.read()
+    if there is not None:  # what is left open is as in the set
+        left_open = [name for name in DECIDED if getattr(runtime, name) == "auto"]
+        runtime = dataclasses.replace(runtime, **{name: getattr(there, name) for name in left_open})
+    transformer = manifest.model.transformer
+    spec = SetSpec(
+        bundle=manifest.digest(),
+        **{name: getattr(runtime, name) for name in DECIDED},
+        sampling=_sampling(manifest, recipe, sampling),
+        seed=seed,
+        classes=transformer.classes if transformer.conditional else 0,
+        per_class=_per_class(per_class, recipe),
+        shard_size=shard_size,
+    )
+    if there is not None:
+        folder.check_same(spec)
+    if check:
+        if there is None:
+            raise UsageError(f"{out} holds no set: there is nothing to check")
+        _check(folder, spec, quiet=quiet, as_json=as_json)
+        return
+
+    from var_deploy.sets.npz import write_npz
+    from var_deploy.sets.work import make_missing
+
+    mine = range(first, spec.shards, step)
+    wants_npz = npz if npz is not None else recipe == "fid"
+    made: list[int] = []
+    how: dict[str, str] = {}
+    started = time.monotonic()
+    with Progress(quiet=quiet) as progress:
+        if there is None or folder.missing(spec, mine):
+            progress.update("loading", 0.0)
+            with runtime.load(bundle) as pipe:
+                how = pipe.describe()
+                spec = dataclasses.replace(
+                    spec, precision=how["precision"], backend=how["backend"], layout=how["layout"]
+                )
+                folder.begin(spec)
+                made = make_missing(pipe, folder, spec, mine, progress.update)
+        done = folder.list_shards(spec)
+        complete = len(done) == spec.shards
+        if wants_npz and complete and not (out / NPZ_FILE).exists():
+            write_npz(
+                folder,
+                spec,
+                lambda n: progress.update(f"{NPZ_FILE}: {_shards(n)}", n / spec.shards),
+            )
+    seconds = time.monotonic() - started
+
+    if as_json:
+        report = {
+            "out": str(out),
+            "images": spec.images,
+            "shards": spec.shards,
+            "shards_there": len(done),
+            "complete": complete,
+            "made": made,
+            "npz": str(out / NPZ_FILE) if wants_npz and complete else None,
+            "seconds": round(seconds, 3),
+            "settings": spec.to_json(),
+            "runtime": how,
+        }
+        click.echo(json.dumps(report, indent=1))
+    elif not quiet:
+        images = sum(len(spec.numbers(shard)) for shard in made)
+        click.echo(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
+        click.echo(_state(spec, out, len(done), wants_npz))
+
+
+def _share(text: str) -> tuple[int, int]:
+    """The first shard of a share, and how many there are to the next: "2/4" → (1, 4)."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"--shards {text!r} is no share; write 2/4 for the second of four")
+    return int(found[1]) - 1, int(found[2])
+
+
+def _per_class(given: int | None, recipe: str | None) -> int:
+    if given is None and recipe is None:
+        raise UsageError("how many images? give --per-class N, or --recipe fid")
+    return given or FID_PER_CLASS
+
+
+def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) -> Sampling:
+    """The settings that were typed over those of the recipe, or over the bundle's."""
+    from var_deploy.runtime.request import settings
+
+    if recipe == "fid":
+        if manifest.more_smooth:
+            raise UsageError(
+                "the published recipe draws without more_smooth, with which this bundle was "
+                "exported: export it again without --more-smooth"
+            )
+        manifest = dataclasses.replace(manifest, defaults=Sampling(**FID_SAMPLING))
+    chosen = given.over(manifest)
+    return settings(manifest, **{name: getattr(chosen, name) for name in FID_SAMPLING})
+
+
+def _check(folder: SetFolder, spec: SetSpec, *, quiet: bool, as_json: bool) -> None:
+    """Tell of every shard whether it is whole. Raises VarDeployError where one is not."""
+    read, damaged = 0, []
+    with Progress(quiet=quiet) as progress:
+        for shard, bad in folder.damaged(spec):
+            read += 1
+            damaged += [shard] * bad
+            progress.update(f"{_shards(read)} read", (shard + 1) / spec.shards)
+    missing = folder.missing(spec, range(spec.shards))
+    if as_json:
+        report = {"shards": spec.shards, "damaged": damaged, "missing": missing}
+        click.echo(json.dumps({"out": str(folder.path), **report}, indent=1))
+    if damaged:
+        others = f" (and {_shards(len(damaged) - 1)} more)" if len(damaged) > 1 else ""
+        raise VarDeployError(damage(folder.path / spec.shard_file(damaged[0])) + others)
+    if missing:
+        raise VarDeployError(
+            f"{_state(spec, folder.path, spec.shards - len(missing), False)}, none of them "
+            "damaged; run the command that began it again"
+        )
+    if not quiet and not as_json:
+        click.echo(_state(spec, folder.path, spec.shards, False))
+
+
+def _state(spec: SetSpec, out: Path, there: int, wants_npz: bool) -> str:
+    if there < spec.shards:
+        later = f"; the run that completes it writes {NPZ_FILE}" if wants_npz else ""
+        return f"{out} has {there} of {_shards(spec.shards)}{later}"
+    array = f" and {NPZ_FILE}" if wants_npz else ""
+    return f"{out} is complete: {spec.images} images in {_shards(spec.shards)}{array}"
+
+
+def _shards(number: int) -> str:
+    return f"{number} shard{'' if number == 1 else 's'}"

@@ -1,0 +1,100 @@
+"""What decides every byte of an image set, and which image is where."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from var_deploy.errors import UsageError
+from var_deploy.sampling import Sampling, check_seed
+
+SHARD_SIZE = 256  # some 25 MB of 256 px images: soon written, and little is lost with one
+MOST_IMAGES, MOST_SHARDS = 10**9, 10**6  # the digits of their names
+SUFFIX = ".tar"
+
+# "FID-50K" of VAR (arXiv 2404.02905, README of its code)
+FID_PER_CLASS = 50
+FID_SAMPLING: Mapping[str, Any] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "temperature": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSpec:
+    """Settings of a set. Image n has label n mod classes and draws from the stream (seed, n), so
+    that it is known without any other image, and each run of `classes` images has every class once.
+
+    Attributes:
+        bundle: digest of the bundle.
+        precision, backend, layout: what draws, never "auto": each rounds in its own way.
+        classes: of the model; 0 where it has none, which counts as one class without a label.
+
+    Raises UsageError for values out of range.
+    """
+
+    bundle: str
+    precision: str
+    backend: str
+    layout: str
+    sampling: Sampling
+    seed: int
+    classes: int
+    per_class: int
+    shard_size: int = SHARD_SIZE
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        for name in ("per_class", "shard_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} must be a whole number above 0, found {value!r}")
+        if self.images > MOST_IMAGES or self.shards > MOST_SHARDS:
+            raise UsageError(
+                f"a set has at most {MOST_IMAGES:,} images in {MOST_SHARDS:,} shards, found "
+                f"{self.images:,} in {self.shards:,}: ask for fewer images or larger shards"
+            )
+
+    @property
+    def images(self) -> int:
+        return self.per_class * max(self.classes, 1)
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.images / self.shard_size)
+
+    def label(self, image: int) -> int | None:
+        """Of an image by its number; None where the model has no classes."""
+        return image % self.classes if self.classes else None
+
+    def numbers(self, shard: int) -> range:
+        """Images of a shard."""
+        first = shard * self.shard_size
+        return range(first, min(first + self.shard_size, self.images))
+
+    def shard_file(self, shard: int) -> str:
+        """000000.tar, as WebDataset reads it: images/{000000..000195}.tar."""
+        return f"{shard:06d}{SUFFIX}"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SetSpec:
+        """Raises TypeError, KeyError or UsageError for what `to_json` did not give."""
+        return cls(**{**data, "sampling": Sampling(**data["sampling"])})
+
+    def differences(self, other: SetSpec) -> list[str]:
+        """ "seed is 1 and not 0" for everything in which `other` differs from this."""
+        mine, others = self._texts(), other._texts()
+        return [
+            f"{name} is {others[name]} and not {mine[name]}"
+            for name in mine
+            if mine[name] != others[name]
+        ]
+
+    def _texts(self) -> dict[str, str]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        sampling = fields.pop("sampling").texts()
+        fields["bundle"] = fields["bundle"][:12]
+        return {name.replace("_", " "): str(text) for name, text in {**fields, **sampling}.items()}
