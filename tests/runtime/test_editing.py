@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +285,29 @@ def test_variations(pocket: Pipeline, drawn: tuple[Images, Any], rebuilt: Images
     assert near[0] < near[2] < near[4] < near[5]
     np.testing.assert_array_equal(found[0], pocket.generate(["tree"] * 3, seed=[1, 2, 3]))
     assert np.abs(found[-1].astype(int) - rebuilt[3]).max() <= 1, "all kept: the reconstruction"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("layout", ["per-scale", "shared"])
+def test_every_precision_edits(export_to: Callable[..., Path], precision: str, layout: str) -> None:
+    """Tokens stay outside the mask and are drawn within, whatever the graphs compute in."""
+    bundle = export_to(precisions=("fp32", "fp16", "int8"))
+    picture = np.random.default_rng(3).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    half = np.zeros((8, 8), np.bool_)
+    half[:, 4:] = True
+    seen: list[ScaleEvent] = []
+    with Pipeline.load(
+        bundle, "onnxruntime-cpu", precision=precision, layout=layout, threads=1
+    ) as pipe:
+        given = pipe.encode(picture)
+        edited = pipe.edit(picture, half, label=1, seed=[1, 2], on_scale=seen.append)
+        whole = pipe.edit(picture, half, label=1, seed=[1, 2], keep_pixels=True)
+        rebuilt = pipe.decode(given)
+    stays = keep_masks(half, (1, 2, 4))
+    for event in seen:
+        mask = stays[event.scale]
+        assert (event.tokens[0] == given[event.scale][0])[mask].all()
+    last = [event.tokens[0] for event in seen if event.scale == 2]
+    assert len(last) == 2 and (last[0] != last[1]).any() and (last[0] != given[2][0]).any()
+    assert edited.shape == (2, 8, 8, 3) and (edited[0] != rebuilt[0]).any()
+    assert (whole[:, :, :2] == picture[:, :2]).all()
