@@ -133,6 +133,10 @@ class Progress:
         if self._shown and self._drawn_at:
             click.echo("\r\x1b[K", nl=False, err=True)
 
+    def step(self, done: int, steps: int) -> None:
+        """For `on_progress` of a pipeline."""
+        self.update(f"step {done} of {steps}", done / max(steps, 1))
+
     def update(self, message: str, fraction: float) -> None:
         now = time.monotonic()
         fresh = message != self._message or fraction >= 1

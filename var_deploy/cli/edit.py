@@ -119,14 +119,9 @@ def edit(
                 new,
                 label=chosen,
                 seed=seeds,
-                cfg=settings.cfg,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                temperature=settings.temperature,
+                **vars(settings),
                 keep_pixels=keep_pixels,
-                on_progress=lambda done, steps: progress.update(
-                    f"step {done} of {steps}", done / max(steps, 1)
-                ),
+                on_progress=progress.step,
             )
             how = pipe.describe()
     seconds = time.monotonic() - started

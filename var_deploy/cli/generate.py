@@ -125,13 +125,8 @@ def generate(
             images = pipe.generate(
                 [0 if label is None else label for label in wanted],
                 seed=seeds if len(seeds) > 1 else seeds[0],
-                cfg=settings.cfg,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                temperature=settings.temperature,
-                on_progress=lambda done, steps: progress.update(
-                    f"step {done} of {steps}", done / max(steps, 1)
-                ),
+                **vars(settings),
+                on_progress=progress.step,
                 **watched,
             )
             how = pipe.describe()

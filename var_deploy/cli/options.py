@@ -36,10 +36,11 @@ class SamplingOptions:
 
     def over(self, manifest: Manifest) -> Sampling:
         """The bundle's defaults with these in their place. Raises UsageError."""
-        scales = manifest.model.scales
-        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        parsed = {name: parse_setting(name, text, scales) for name, text in given.items()}
-        return manifest.defaults.replace(**parsed)
+        from var_deploy.runtime.request import settings
+
+        scales, given = manifest.model.scales, dataclasses.asdict(self)
+        parsed = {k: v if v is None else parse_setting(k, v, scales) for k, v in given.items()}
+        return settings(manifest, **parsed)
 
 
 @dataclass(frozen=True, kw_only=True)

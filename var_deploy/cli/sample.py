@@ -195,8 +195,6 @@ def _per_class(given: int | None, recipe: str | None) -> int:
 
 def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) -> Sampling:
     """The settings that were typed over those of the recipe, or over the bundle's."""
-    from var_deploy.runtime.request import settings
-
     if recipe == "fid":
         if manifest.more_smooth:
             raise UsageError(
@@ -204,8 +202,7 @@ def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) ->
                 "exported: export it again without --more-smooth"
             )
         manifest = dataclasses.replace(manifest, defaults=Sampling(**FID_SAMPLING))
-    chosen = given.over(manifest)
-    return settings(manifest, **{name: getattr(chosen, name) for name in FID_SAMPLING})
+    return given.over(manifest)
 
 
 def _check(folder: SetFolder, spec: SetSpec, *, quiet: bool, as_json: bool) -> None:
