@@ -6,6 +6,11 @@ READY := .venv/.ready
 CHECKS := .venv/.checks
 INSTALL_CHECKS = $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
 	-e ".[checks]"
+TRITON := .venv/triton
+TRITON_READY := $(TRITON)/.ready
+INSTALL_TRITON = $(TRITON)/bin/python -m pip install -q -c constraints-triton.txt setuptools && \
+	$(TRITON)/bin/python -m pip install -q -c constraints-triton.txt --no-build-isolation \
+	nvidia-pytriton "tritonclient[http,grpc]" -e ".[cpu]"
 BUNDLE := build/pocket
 # what an exported bundle depends on: the exporter, the contract and the weights of pocket
 EXPORTER := $(wildcard export/*.py export/graphs/*.py export/models/*.py \
@@ -23,7 +28,7 @@ demo: $(BUNDLE)/manifest.json
 $(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
 	$(BIN)/var-deploy export pocket --out $(BUNDLE) --force
 
-test: $(CHECKS)
+test: $(CHECKS) $(TRITON_READY)
 	$(BIN)/python -m pytest
 
 # TensorRT for RTX and the like: 100 MB, for x86-64 only, and needed by some tests alone. Without
@@ -31,6 +36,13 @@ test: $(CHECKS)
 $(CHECKS): $(READY)
 	@$(INSTALL_CHECKS) || $(INSTALL_CHECKS) && touch $@ \
 		|| echo "warning: not all packages could be installed; some tests will be skipped"
+
+# NVIDIA's Triton with our runtime: the server comes in a wheel that needs an older NumPy, hence an
+# environment of its own. Without it its tests say that they were skipped, as above.
+$(TRITON_READY): pyproject.toml constraints-triton.txt | $(READY)
+	@test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	@$(INSTALL_TRITON) && touch $@ \
+		|| echo "warning: Triton could not be installed; its tests will be skipped"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from cli_steps import edit as edit_manifest
 from var_deploy.cli.options import RuntimeOptions
 from var_deploy.pipeline import Pipeline
 from var_deploy.sets.folder import SetFolder
-from var_deploy.sets.shards import make_shard, read_images
+from var_deploy.sets.formats import read_images
+from var_deploy.sets.shards import make_shard
 
 THREAD = ("--threads", 1)
+KILLED = Path(__file__).with_name("killed_sample.py")
 # ten images of five classes in four shards
 ARGUMENTS = ("--per-class", 2, "--shard-size", 3, "--seed", 7, *THREAD)
 
@@ -88,6 +91,49 @@ def test_two_processes_at_once(made: Path, made_set: Path, tmp_path: Path) -> No
         assert (process.returncode, complaints) == (0, "")
         assert printed.startswith("made 2 shards with ")
     assert tree(out) == tree(made_set)
+
+
+def test_killed_in_the_middle(made: Path, made_set: Path, tmp_path: Path) -> None:
+    """SIGKILL while a shard is drawn, and while one is written: nothing can be tidied up."""
+    out = tmp_path / "set"
+    for moment in ("drawn", "written"):
+        killed = subprocess.run(
+            [sys.executable, KILLED, moment, "sample", *map(str, (made, *ARGUMENTS, "--out", out))],
+            env=ONE_THREAD,
+            capture_output=True,
+            timeout=300,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        there = {p.name for p in out.iterdir() if not p.name.startswith(".")}
+        whole = [n for n in range(4) if f"00000{n}.tar" in there]
+        assert whole == ([0] if moment == "drawn" else [0, 1])
+        for n in whole:
+            assert (out / f"00000{n}.tar").read_bytes() == (made_set / f"00000{n}.tar").read_bytes()
+    done("sample", made, *ARGUMENTS, "--out", out)
+    left = {name: data for name, data in tree(out).items() if not name.endswith(".tmp")}
+    assert left == tree(made_set)
+
+
+def test_as_parquet(made: Path, made_set: Path, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "set"
+    arguments = ("sample", made, *ARGUMENTS, "--out", out)
+    done(*arguments, "--format", "parquet")
+    files = sorted(out.glob("*.parquet"))
+    assert [path.name for path in files] == [f"00000{n}.parquet" for n in range(4)]
+    assert pq.read_table(files)["label"].to_pylist() == [*range(5)] * 2
+    for path in files:
+        expected = list(read_images(made_set / f"{path.stem}.tar"))
+        np.testing.assert_array_equal(list(read_images(path)), expected)
+    refused(2, *arguments, parts=("format is parquet and not tar",))
+
+
+def test_parquet_without_its_library(
+    made: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    arguments = ("sample", made, *ARGUMENTS, "--out", tmp_path / "set", "--format", "parquet")
+    refused(1, *arguments, parts=("needs pyarrow", 'pip install "var-deploy[parquet]"'))
 
 
 def test_what_is_missing_is_made(made: Path, some: Path, made_set: Path) -> None:

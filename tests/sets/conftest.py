@@ -23,7 +23,7 @@ class FakePipeline:
     """Draws noise that depends on seed, number and label of an image; remembers the requests."""
 
     def __init__(self, batch: int = 2, channels: int = 3) -> None:
-        self.manifest = types.SimpleNamespace(batch=batch, digest=lambda: DIGEST)
+        self.manifest = types.SimpleNamespace(batch=batch, labels=(), digest=lambda: DIGEST)
         self.requests: list[Request] = []
         self.before: Callable[[], object] = lambda: None
         self._channels = channels

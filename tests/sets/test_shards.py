@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from var_deploy.errors import UsageError
-from var_deploy.sets.shards import draw_shard, read_images
+from var_deploy.sets.formats import read_images
+from var_deploy.sets.shards import draw_shard
 from var_deploy.sets.spec import SetSpec
 
 NewSpec = Callable[..., SetSpec]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, needs_extra
 from var_deploy.cli.options import (
     RuntimeOptions,
     SamplingOptions,
@@ -22,7 +22,15 @@ from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling
 from var_deploy.sets.folder import NPZ_FILE, SetFolder, damage
-from var_deploy.sets.spec import FID_PER_CLASS, FID_SAMPLING, SHARD_SIZE, SetSpec
+from var_deploy.sets.spec import (
+    FID_PER_CLASS,
+    FID_SAMPLING,
+    FORMATS,
+    PARQUET,
+    SHARD_SIZE,
+    TAR,
+    SetSpec,
+)
 
 DECIDED = ("precision", "backend", "layout")  # by the set, where they are left open
 
@@ -59,6 +67,14 @@ DECIDED = ("precision", "backend", "layout")  # by the set, where they are left 
     help="Images of a shard.",
 )
 @click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default=TAR,
+    show_default=True,
+    help="tar: PNG, .cls and .json an image, for WebDataset. parquet: for Hugging Face datasets.",
+)
+@click.option(
     "--shards",
     "share",
     metavar="I/N",
@@ -83,6 +99,7 @@ def sample(
     out: Path,
     seed: int,
     shard_size: int,
+    form: str,
     share: str,
     npz: bool | None,
     check: bool,
@@ -93,10 +110,10 @@ def sample(
 ) -> None:
     """Make a labelled set of images in shards, such as the 50 000 that FID needs.
 
-    A shard is a tar as WebDataset reads it: PNGs, with label and seed beside each. Image n has
-    label n mod classes, and depends on --seed, n and the settings alone: the set is the same
-    whoever makes which shard. After Ctrl-C or a failure the same command makes what is missing.
-    Several processes, on machines that share the folder, take a part each with --shards.
+    A shard is a file of PNGs, with label and seed beside each. Image n has label n mod classes,
+    and depends on --seed, n and the settings alone: the set is the same whoever makes which
+    shard. After Ctrl-C or a failure the same command makes what is missing. Several processes,
+    on machines that share the folder, take a part each with --shards.
 
     \b
     Example:
@@ -122,6 +139,7 @@ def sample(
         classes=transformer.classes if transformer.conditional else 0,
         per_class=_per_class(per_class, recipe),
         shard_size=shard_size,
+        format=form,
     )
     if there is not None:
         folder.check_same(spec)
@@ -131,6 +149,9 @@ def sample(
         _check(folder, spec, quiet=quiet, as_json=as_json)
         return
 
+    if form == PARQUET:
+        with needs_extra("parquet", "sample --format parquet"):
+            import pyarrow.parquet  # noqa: F401
     from var_deploy.sets.npz import write_npz
     from var_deploy.sets.work import make_missing
 

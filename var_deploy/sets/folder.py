@@ -2,7 +2,7 @@
 
     set/
       set.json        what decides the set's bytes, and the shards that are whole
-      000000.tar  000000.tar.sha256  …
+      000000.tar  000000.tar.sha256  …          or .parquet
       images.npz      where it was asked for
 
 A shard is there where both its files are. The hash is written first and each file by rename, so a

@@ -10,7 +10,7 @@ from numpy.lib import format as npy
 
 from var_deploy.images import whole_file
 from var_deploy.sets.folder import NPZ_FILE, SetFolder, keeping_shards
-from var_deploy.sets.shards import read_images
+from var_deploy.sets.formats import read_images
 from var_deploy.sets.spec import SetSpec
 
 ARRAY = "arr_0"  # the name that the evaluation suite of guided-diffusion looks for

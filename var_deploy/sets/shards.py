@@ -1,4 +1,4 @@
-"""One shard of a set: a tar of PNGs that depends on the set's settings and its number alone.
+"""One shard of a set: PNGs in a file that depends on the set's settings and its number alone.
 
 `make_shard` takes and gives plain data, so that another process, on another machine, can run it.
 """
@@ -6,19 +6,13 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from var_deploy.errors import UsageError
 from var_deploy.images import write_png
+from var_deploy.sets.formats import Row, pack
 from var_deploy.sets.spec import SetSpec
 
 if TYPE_CHECKING:
@@ -44,35 +38,16 @@ def make_shard(
 def draw_shard(
     pipe: Pipeline, spec: SetSpec, shard: int, on_images: Callable[[int], object] | None = None
 ) -> bytes:
-    """The bytes of a shard's file.
-
-    Each image is three members: 000000017.png; .cls, its label in digits, where the model has
-    classes; .json, with seed, number and label. Nothing in them tells when or by whom it was made.
+    """The bytes of a shard's file, as `sets.formats` packs it.
 
     `on_images` is called after each batch with how many images of the shard are done.
 
     Raises UsageError where pipeline and set are not of one bundle, precision, backend and layout,
     and what `Pipeline.draw` raises.
     """
-    from var_deploy.runtime.request import Request
-
     check_pipeline(pipe, spec)
-    numbers, batch = spec.numbers(shard), pipe.manifest.batch
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for first in range(0, len(numbers), batch):
-            drawn = numbers[first : first + batch]
-            labels = [spec.label(n) or 0 for n in drawn]
-            streams = [(spec.seed, n) for n in drawn]
-            request = Request(labels=labels, streams=streams, sampling=spec.sampling)
-            for number, image in zip(drawn, pipe.draw(request), strict=True):
-                for suffix, data in _members(spec, number, image):
-                    member = tarfile.TarInfo(f"{number:09d}.{suffix}")  # of nobody, at time 0
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-            if on_images:
-                on_images(first + len(drawn))
-    return stream.getvalue()
+    rows = _draw(pipe, spec, shard, on_images or (lambda done: None))
+    return pack(spec.format, rows, pipe.manifest.labels)
 
 
 def check_pipeline(pipe: Pipeline, spec: SetSpec) -> None:
@@ -85,22 +60,20 @@ def check_pipeline(pipe: Pipeline, spec: SetSpec) -> None:
             raise UsageError(f"a pipeline with {name} {found} draws no set with {expected}")
 
 
-def read_images(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """Images [H, W, C] of a shard's file, in order."""
-    with tarfile.open(path, mode="r:") as tar:
-        for member in tar:
-            if member.name.endswith(".png") and (data := tar.extractfile(member)) is not None:
-                with Image.open(data) as image:
-                    pixels = np.asarray(image)
-                yield pixels.reshape(*pixels.shape[:2], -1)
+def _draw(
+    pipe: Pipeline, spec: SetSpec, shard: int, on_images: Callable[[int], object]
+) -> Iterator[Row]:
+    from var_deploy.runtime.request import Request
 
-
-def _members(spec: SetSpec, number: int, image: NDArray[np.uint8]) -> Iterator[tuple[str, bytes]]:
-    """Suffix and contents of the files of an image."""
-    stream, label = io.BytesIO(), spec.label(number)
-    write_png(stream, image, {})
-    yield "png", stream.getvalue()
-    if label is not None:
-        yield "cls", str(label).encode()
-    origin = {"seed": spec.seed, "number": number, "label": label}
-    yield "json", json.dumps(origin).encode()
+    numbers, batch = spec.numbers(shard), pipe.manifest.batch
+    for first in range(0, len(numbers), batch):
+        drawn = numbers[first : first + batch]
+        labels = [spec.label(n) or 0 for n in drawn]
+        streams = [(spec.seed, n) for n in drawn]
+        request = Request(labels=labels, streams=streams, sampling=spec.sampling)
+        for number, image in zip(drawn, pipe.draw(request), strict=True):
+            stream = io.BytesIO()
+            write_png(stream, image, {})
+            label, png = spec.label(number), stream.getvalue()
+            yield Row(number=number, seed=spec.seed, label=label, png=png)
+        on_images(first + len(drawn))

@@ -13,7 +13,9 @@ from var_deploy.sampling import Sampling, check_seed
 
 SHARD_SIZE = 256  # some 25 MB of 256 px images: soon written, and little is lost with one
 MOST_IMAGES, MOST_SHARDS = 10**9, 10**6  # the digits of their names
-SUFFIX = ".tar"
+
+TAR, PARQUET = "tar", "parquet"
+FORMATS = (TAR, PARQUET)  # each is the suffix of its files
 
 # "FID-50K" of VAR (arXiv 2404.02905, README of its code)
 FID_PER_CLASS = 50
@@ -29,6 +31,7 @@ class SetSpec:
         bundle: digest of the bundle.
         precision, backend, layout: what draws, never "auto": each rounds in its own way.
         classes: of the model; 0 where it has none, which counts as one class without a label.
+        format: of the shards' files, one of `FORMATS`.
 
     Raises UsageError for values out of range.
     """
@@ -42,6 +45,7 @@ class SetSpec:
     classes: int
     per_class: int
     shard_size: int = SHARD_SIZE
+    format: str = TAR
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -49,6 +53,8 @@ class SetSpec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} must be a whole number above 0, found {value!r}")
+        if self.format not in FORMATS:
+            raise UsageError(f"format must be one of {', '.join(FORMATS)}, found {self.format!r}")
         if self.images > MOST_IMAGES or self.shards > MOST_SHARDS:
             raise UsageError(
                 f"a set has at most {MOST_IMAGES:,} images in {MOST_SHARDS:,} shards, found "
@@ -74,7 +80,7 @@ class SetSpec:
 
     def shard_file(self, shard: int) -> str:
         """000000.tar, as WebDataset reads it: images/{000000..000195}.tar."""
-        return f"{shard:06d}{SUFFIX}"
+        return f"{shard:06d}.{self.format}"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
