@@ -1,4 +1,5 @@
-"""README and GUIDE: every block of commands and of Python is run, in order, with pocket.
+"""README and the pages for users: every block of commands and of Python is run, in order, with
+pocket.
 
 A block that needs what a test cannot have is marked with its reason, and only looked up: its
 commands and options must exist, as must the rules of make and the extras of pip that it names.
@@ -26,12 +27,31 @@ from var_deploy.cli import main
 from var_deploy.images import read_settings
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/GUIDE.md")
-REASONS = ("needs a GPU", "needs a released checkpoint", "needs an installation")
+GUIDE = "docs/GUIDE.md"
+DOCUMENTS = ("README.md", GUIDE, "docs/CLUSTER.md", "docs/TRITON.md", "docs/CONTAINERS.md")
+REASONS = (
+    "needs a GPU",
+    "needs a released checkpoint",
+    "needs an installation",
+    "needs a cluster",
+    "needs a container engine",
+    "needs Triton",
+)
 MARKED = {
     "README.md": {"needs an installation": 2, "needs a released checkpoint": 2, "needs a GPU": 1},
-    "docs/GUIDE.md": {reason: 1 for reason in REASONS},
+    GUIDE: {reason: 1 for reason in REASONS[:3]},
+    "docs/CLUSTER.md": {"needs an installation": 1},
+    "docs/TRITON.md": {
+        "needs an installation": 1,
+        "needs a container engine": 1,
+        "needs Triton": 5,
+    },
+    "docs/CONTAINERS.md": {"needs a container engine": 5, "needs a cluster": 1},
 }
+# other programs, at whose lines tests/deploy/test_doc.py looks; and what the text says of theirs
+FOREIGN = ("docker", "kubectl")
+OF_OTHERS = {f"--{name}" for name in ("build-arg", "gpus", "init", "runtime", "target")}
+OF_OTHERS |= {"--load-model", "--model-control-mode"}
 # what makes it quick, by the same way as everybody sets options in the environment
 QUICK = {
     "OMP_NUM_THREADS": "1",
@@ -180,7 +200,7 @@ def walks(
         script.parent.mkdir()
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m var_deploy.cli "$@"\n')
         script.chmod(0o755)
-        if document == "README.md":
+        if document != GUIDE:
             shutil.copytree(pocket_bundle, folder / "build" / "pocket")
         found[document] = Walk(folder=folder)
     yield found
@@ -205,6 +225,7 @@ def test_nothing_else_is_left_out() -> None:
         drawings = [b for b in of_it if not b.language]
         assert not any("$ " in b.text or "import " in b.text for b in drawings)
         assert all(list(b.commands()) for b in of_it if b.language == "console")
+        assert {b.language for b in of_it if not b.reason} <= {"", "console", "python", "json"}
 
 
 # what is not run is looked up
@@ -220,6 +241,8 @@ def unknown(line: str) -> str:
         extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
         asked = re.findall(r"var-deploy\[([\w,]+)\]", " ".join(words))
         return " ".join(set(",".join(asked).split(",")) - set(extras))
+    if words[0] in FOREIGN:
+        return ""
     if words[:1] == ["eval"]:
         return "" if "_VAR_DEPLOY_COMPLETE=bash_source var-deploy" in line else line
     if words[:1] != ["var-deploy"] or words[1] not in main.commands:
@@ -259,11 +282,11 @@ def test_options_in_the_text_belong_to_some_command() -> None:
     for document in DOCUMENTS:
         prose = re.sub(r"```.*?```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.S)
         named = set(re.findall(r"`[^`]*?(--[a-z][a-z0-9-]*)", prose))
-        assert named and named <= known, document
+        assert named and named <= known | OF_OTHERS, document
 
 
 def test_every_command_is_shown() -> None:
-    guide = "\n".join(line for b in blocks("docs/GUIDE.md") for line in b.commands())
+    guide = "\n".join(line for b in blocks(GUIDE) for line in b.commands())
     assert set(re.findall(r"^var-deploy (\w+)", guide, re.M)) == set(main.commands)
 
 
@@ -294,11 +317,11 @@ PICTURES = sorted((ROOT / "docs" / "guide").glob("*"))
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.name)
 def test_pictures_are_what_the_commands_make(picture: Path, walks: dict[str, Walk]) -> None:
     """Of the same size and settings; pixels may differ in their last digit by machine."""
-    assert f"guide/{picture.name}" in [file for file, _ in links("docs/GUIDE.md")], "it is shown"
+    assert f"guide/{picture.name}" in [file for file, _ in links(GUIDE)], "it is shown"
     assert picture.stat().st_size < 150_000
-    last = [b for b in RUN if b.document == "docs/GUIDE.md" and picture.name in b.text][-1]
-    walks["docs/GUIDE.md"].up_to(last)
-    made = walks["docs/GUIDE.md"].folder / picture.name
+    last = [b for b in RUN if b.document == GUIDE and picture.name in b.text][-1]
+    walks[GUIDE].up_to(last)
+    made = walks[GUIDE].folder / picture.name
     with Image.open(picture) as shown, Image.open(made) as again:
         assert shown.size == again.size
     settings = [read_settings(path) for path in (picture, made)]

@@ -6,6 +6,7 @@ show here. The engines cannot run here, and are not those of a Jetson.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 
 from var_deploy import names
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import load_model
+from var_deploy.export.checkpoint import load_model, random_model
+from var_deploy.export.presets import find_preset
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.buffers import step_shapes
 from var_deploy.runtime.tensorrt.build import build_bundle
@@ -43,9 +45,8 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [86, 89])
-def test_every_graph_of_pocket_builds(pocket: Path, library: Library, capability: int) -> None:
-    options = BuildOptions(compute_capability=capability, optimization_level=QUICK)
+def test_every_graph_of_pocket_builds(pocket: Path, library: Library) -> None:
+    options = BuildOptions(compute_capability=89, optimization_level=QUICK)
     report = build_bundle(pocket, layout="both", options=options, library=library)
     manifest = read_manifest(pocket)
     assert {engine.graph for engine in report.engines} == set(manifest.graphs["fp16"])
@@ -54,7 +55,7 @@ def test_every_graph_of_pocket_builds(pocket: Path, library: Library, capability
         library=library.name,
         version=library.version,
         device="some GPU",
-        sm=capability,
+        sm=89,
         precision="fp16",
     )
     assert find_target(pocket, target).engines[names.STEP].profiles == manifest.model.scales
@@ -66,22 +67,26 @@ def test_every_graph_of_pocket_builds(pocket: Path, library: Library, capability
 
 
 @pytest.mark.slow
-def test_ten_profiles_do_not_copy_the_weights_of_a_d16(tmp_path: Path, library: Library) -> None:
+def test_ten_profiles_do_not_copy_the_weights(tmp_path: Path, library: Library) -> None:
+    """Four blocks of a d16, at its ten scales; docs/BENCHMARKS.md has all sixteen."""
+    spec = find_preset("var-d16").spec
+    transformer = dataclasses.replace(spec.transformer, depth=4)
+    bundle = tmp_path / "bundle"
     export_bundle(
-        load_model("var-d16", random_weights=0),
-        tmp_path / "d16",
+        random_model(dataclasses.replace(spec, transformer=transformer), 0),
+        bundle,
         ExportOptions(precisions=("fp16",), layout="shared"),
     )
-    manifest = read_manifest(tmp_path / "d16")
+    manifest = read_manifest(bundle)
     step = manifest.graph("fp16", names.STEP)
     options = BuildOptions(compute_capability=86, optimization_level=QUICK)
     shapes = [step_shapes(manifest, "fp16", k) for k in range(manifest.model.scales)]
-    samples = weight_samples(tmp_path / "d16" / step.file)
-    assert len(samples) > 4 * manifest.model.transformer.depth
+    samples = weight_samples(bundle / step.file)
+    assert len(samples) > 4 * transformer.depth
 
     sizes = []
     for profiles in (shapes[-1:], shapes):
-        built = build_engine(library, tmp_path / "d16" / step.file, profiles, options)
+        built = build_engine(library, bundle / step.file, profiles, options)
         plan = bytes(built.plan)
         # TensorRT keeps matrices as they are, so each is found, and found once
         assert {name: plan.count(sample) for name, sample in samples.items()} == dict.fromkeys(
@@ -90,10 +95,10 @@ def test_ten_profiles_do_not_copy_the_weights_of_a_d16(tmp_path: Path, library: 
         sizes.append(len(plan))
         del built, plan
     one, ten = sizes
-    print(f"d16 step: {step.weight_bytes} bytes of weights, plan {one} with one profile, {ten}")
+    print(f"{step.weight_bytes} bytes of weights; a plan of {one} with one profile, {ten} with ten")
     # what a profile adds is the source text of its kernels, which TensorRT for RTX compiles on the
-    # GPU: about 85 of them, 160 kB each
-    assert step.weight_bytes < one < ten < one + 9 * 16_000_000
+    # GPU: 8 MB here. Nine of them are less than the weights once more
+    assert step.weight_bytes < one < ten < one + step.weight_bytes
 
 
 def weight_samples(graph: Path) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from var_deploy.cli.plan import plan
 from var_deploy.cli.reconstruct import reconstruct
 from var_deploy.cli.sample import sample
 from var_deploy.cli.serve import serve
+from var_deploy.cli.triton import triton
 from var_deploy.cli.verify import verify
 
 __all__ = ["main"]
@@ -65,6 +66,7 @@ main.add_command(reconstruct)
 main.add_command(edit)
 main.add_command(sample)
 main.add_command(serve)
+main.add_command(triton)
 main.add_command(build)
 main.add_command(plan)
 main.add_command(doctor)

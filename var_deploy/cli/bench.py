@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import textwrap
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.images import check_writable
 
@@ -26,8 +27,19 @@ LEGEND = (
 )
 
 
+OF_BUNDLES = ("precision", "backend", "batch", "threads", "plot")
+OF_SERVICES = ("concurrency",)
+
+
+class BundleOrUrl(click.Path):
+    """A folder as a Path, or the address of a service as it was typed."""
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        return value if str(value).startswith(SCHEME) else super().convert(value, param, ctx)
+
+
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("bundle", type=BundleOrUrl(path_type=Path, file_okay=False))
 @click.option(
     "--precision",
     default="auto",
@@ -47,7 +59,8 @@ LEGEND = (
     default="",
     show_default="none",
     metavar="LIST",
-    help="Others to time beside: torch, torch-bf16, torch-compile, openvino, openvino-bf16.",
+    help="Others to time beside: torch, torch-bf16, torch-compile, openvino, openvino-bf16; of a "
+    "service, the addresses of others.",
 )
 @click.option(
     "--batch",
@@ -59,6 +72,13 @@ LEGEND = (
 @click.option(
     "--threads", type=click.IntRange(1), show_default="each library's own", help="CPU threads."
 )
+@click.option(
+    "--concurrency",
+    default="1,4,16",
+    show_default=True,
+    metavar="LIST",
+    help="Clients of a service, each of which asks again once it was answered.",
+)
 @click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Rounds.")
 @click.option(
     "--warm-up", type=click.IntRange(0), default=2, show_default=True, help="Rounds before those."
@@ -66,38 +86,63 @@ LEGEND = (
 @click.option("--json", "json_out", metavar="FILE", help="The report as JSON; - is stdout.")
 @click.option("--plot", metavar="FILE.png", help="The report as a figure.")
 @click.option("--quiet", is_flag=True, help="No progress and no tables.")
+@click.pass_context
 def bench(
-    bundle: Path,
+    ctx: click.Context,
+    bundle: Path | str,
     precision: str,
     backend: str,
     against: str,
     batch: str,
     threads: int | None,
+    concurrency: str,
     repeat: int,
     warm_up: int,
     json_out: str | None,
     plot: str | None,
     quiet: bool,
 ) -> None:
-    """Time BUNDLE launch by launch, beside other runtimes and the floor.
+    """Time BUNDLE launch by launch, beside other runtimes and the floor; or a service.
 
     Everything runs in a process of its own; all of them take turns, so that a slow minute of the
     machine hits all alike. The rates of this machine are measured in between; the floor is what
     the bundle's operations and bytes take at these rates. Whatever is compared but not installed
     is left out, with the reason.
 
+    In place of BUNDLE an address is that of a service: of var-deploy serve, or of a model of
+    Triton. It gets images asked for, each of a seed of its own, by --concurrency clients at a
+    time; its throughput and latency are told.
+
     \b
     Example:
       var-deploy bench build/pocket
+      var-deploy bench http://127.0.0.1:8000 --concurrency 1,4,16
+      var-deploy bench http://127.0.0.1:9000 --against http://127.0.0.1:8000/v2/models/pocket
       var-deploy bench build/d16 --against torch,openvino --repeat 20 --plot d16.png
       var-deploy bench build/d16 --batch 1,4 --threads 2 --json report.json
     """
+    target = None if json_out in (None, "-") else _file(Path(str(json_out)))
+    if isinstance(bundle, str):
+        _refuse(ctx, OF_BUNDLES, "the address of a service")
+        from var_deploy.runtime.bench.load import LoadSettings, load_services
+        from var_deploy.runtime.bench.service import find_service
+
+        load = LoadSettings(
+            concurrency=_numbers("--concurrency", concurrency), repeat=repeat, warm_up=warm_up
+        )
+        others = [url.strip() for url in against.split(",") if url.strip()]
+        services = [find_service(url) for url in dict.fromkeys([bundle, *others])]
+        with Progress(quiet=quiet) as progress:
+            found = load_services(services, load, progress.update)
+        _tell(found.to_json(), lambda: load_text(found), json_out, target, quiet)
+        return
+    _refuse(ctx, OF_SERVICES, "a bundle")
     from var_deploy.pipeline import BACKENDS, PRECISIONS
     from var_deploy.runtime.bench.run import PEERS, Settings
     from var_deploy.runtime.bench.run import bench as run
 
     settings = Settings(
-        batches=_numbers(batch),
+        batches=_numbers("--batch", batch),
         precisions=_known("--precision", precision, PRECISIONS),
         backend=_known("--backend", backend, BACKENDS)[0],
         against=_known("--against", against, PEERS) if against.strip() else (),
@@ -106,23 +151,40 @@ def bench(
         warm_up=warm_up,
     )
     figure = _figure(plot) if plot is not None else None
-    target = None if json_out in (None, "-") else _file(Path(str(json_out)))
     with Progress(quiet=quiet) as progress:
         report = run(bundle, settings, progress=progress.update)
-    text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text + "\n", encoding="utf-8")
     if figure is not None:
         from var_deploy.runtime.bench.figure import draw
 
         figure.parent.mkdir(parents=True, exist_ok=True)
         draw(report, figure)
-    if json_out == "-" or not quiet:
-        click.echo(text if json_out == "-" else _as_text(report))
+    _tell(report.to_json(), lambda: _as_text(report), json_out, target, quiet)
     if report.failed:
         first = report.failed[0]
         raise BackendError(f"{first.name} did not run: {first.problem}")
+
+
+def _refuse(ctx: click.Context, options: Collection[str], what: str) -> None:
+    """Raise UsageError for an option that was typed and means nothing for `what`."""
+    for name in options:
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name} means nothing for {what}; leave it out")
+
+
+def _tell(
+    data: dict[str, Any],
+    as_text: Callable[[], str],
+    json_out: str | None,
+    target: Path | None,
+    quiet: bool,
+) -> None:
+    """Write a report where it was asked for; `target` is the file of --json, if it is one."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text + "\n", encoding="utf-8")
+    if json_out == "-" or not quiet:
+        click.echo(text if json_out == "-" else as_text())
 
 
 def _known(option: str, text: str, known: Collection[str]) -> tuple[str, ...]:
@@ -134,13 +196,13 @@ def _known(option: str, text: str, known: Collection[str]) -> tuple[str, ...]:
     return words
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         numbers = (0,)
     if min(numbers) < 1:
-        raise UsageError(f"--batch takes numbers from 1, as in 1,4; found {text!r}")
+        raise UsageError(f"{option} takes numbers from 1, as in 1,4; found {text!r}")
     return numbers
 
 

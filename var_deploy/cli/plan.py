@@ -64,6 +64,18 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="One engine a scale, or one for all of them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
+@click.option(
+    "--kubernetes",
+    is_flag=True,
+    help="A manifest on stdout instead: a Deployment of serve with limits from this plan, its "
+    "Service and its claim.",
+)
+@click.option(
+    "--image",
+    metavar="NAME",
+    show_default="var-deploy:cpu, :gpu or :jetson",
+    help="Container image in that manifest.",
+)
 def plan(
     model: str,
     device: str,
@@ -72,6 +84,8 @@ def plan(
     guidance: bool | None,
     layout: Literal["auto", "per-scale", "shared"],
     as_json: bool,
+    kubernetes: bool,
+    image: str | None,
 ) -> None:
     """Predict disk, memory and the least time of MODEL on a device.
 
@@ -82,7 +96,12 @@ def plan(
     Example:
       var-deploy plan var-d16 --device orin-nano-8gb
       var-deploy plan build/pocket --device this --json
+      var-deploy plan var-d16 --device l4 --kubernetes --image registry/var-deploy:gpu
     """
+    if kubernetes and as_json:
+        raise UsageError("--json and --kubernetes are two forms of a plan; choose one")
+    if image is not None and not kubernetes:
+        raise UsageError("--image is for the manifest; add --kubernetes")
     from var_deploy.planning.devices import find_device
     from var_deploy.planning.plan import make_plan
 
@@ -96,7 +115,10 @@ def plan(
         layout=None if layout == "auto" else layout,
         manifest=manifest,
     )
-    click.echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
+    if kubernetes:
+        click.echo(_as_manifest(found, image))
+    else:
+        click.echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
 
 
 def _workload(
@@ -167,6 +189,14 @@ def _preset(name: str) -> ModelSpec:
 def _check_guidance(guidance: bool | None, conditional: bool) -> None:
     if guidance and not conditional:
         raise UsageError("an unconditional model has no guidance: leave --guidance out")
+
+
+def _as_manifest(found: Plan, image: str | None) -> str:
+    from var_deploy.machine import Machine
+    from var_deploy.planning.kubernetes import manifest
+
+    # a plan without a GPU is one of this machine's processor; one thread is left to the node
+    return manifest(found, cpus=max(Machine().threads() - 1, 1), image=image)
 
 
 def _as_text(found: Plan) -> str:

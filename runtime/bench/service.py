@@ -1,0 +1,207 @@
+"""Services that draw images over HTTP: ours, and a model of NVIDIA Triton.
+
+A `Service` says what to send for an image; `Connection` sends it and waits for the answer. Triton
+is asked by the KServe v2 protocol with its extension for binary data, for which no library of
+NVIDIA's is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from var_deploy.errors import BackendError, UsageError, one_line
+
+SCHEME = "http://"
+TIMEOUT = 600.0  # seconds for one answer
+LABEL = 0  # of every image: what one costs does not depend on it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Of a service; `path` has no slash at its end, and is "" for the root."""
+
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def read(cls, url: str) -> Address:
+        """Raises UsageError for what is no http:// address."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if host is None or not url.startswith(SCHEME) or parts.query or parts.fragment:
+            raise UsageError(f"{url!r} is no address; write {SCHEME}host:port")
+        return cls(host=host, port=port or 80, path=parts.path.rstrip("/"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A POST to `path`."""
+
+    path: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class Service(Protocol):
+    """A service that was found at an address."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def address(self) -> Address: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def about(self) -> Mapping[str, str]:
+        """What it says of itself."""
+        ...
+
+    def question(self, seed: int) -> Question:
+        """What asks for one image of this seed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OurService:
+    """`var-deploy serve`."""
+
+    url: str
+    address: Address
+    about: Mapping[str, str]
+    kind: str = "var-deploy"
+
+    def question(self, seed: int) -> Question:
+        body = json.dumps({"labels": [LABEL], "seed": seed, "format": "png"}).encode()
+        headers = {"Content-Type": "application/json"}
+        return Question(path=f"{self.address.path}/v1/images", body=body, headers=headers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonModel:
+    """A model that `var-deploy triton` wrote."""
+
+    url: str
+    address: Address
+    about: Mapping[str, str]
+    kind: str = "triton"
+
+    def question(self, seed: int) -> Question:
+        sizes = {"shape": [1, 1], "parameters": {"binary_data_size": 8}}
+        asked = {
+            "inputs": [
+                {"name": "LABEL", "datatype": "INT64", **sizes},
+                {"name": "SEED", "datatype": "UINT64", **sizes},
+            ],
+            "outputs": [{"name": "IMAGE", "parameters": {"binary_data": True}}],
+        }
+        head = json.dumps(asked).encode()
+        return Question(
+            path=f"{self.address.path}/infer",
+            body=head + struct.pack("<qQ", LABEL, seed),
+            headers={"Inference-Header-Content-Length": str(len(head))},
+        )
+
+
+class Connection:
+    """Kept open from one question to the next; for one thread."""
+
+    def __init__(self, address: Address) -> None:
+        self._where = f"{SCHEME}{address.host}:{address.port}"
+        self._http = http.client.HTTPConnection(address.host, address.port, timeout=TIMEOUT)
+
+    def open(self) -> None:
+        """What the first exchange would do."""
+        with self._told():
+            self._http.connect()
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        return self._exchange("GET", path, None, {})
+
+    def ask(self, question: Question) -> bytes:
+        """Raises BackendError for any answer but an image."""
+        status, data = self._exchange("POST", question.path, question.body, question.headers)
+        if status != 200:
+            raise BackendError(f"{self._where}{question.path} answered {status}: {_error(data)}")
+        return data
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[int, bytes]:
+        with self._told():
+            self._http.request(method, path, body, headers)
+            reply = self._http.getresponse()
+            return reply.status, reply.read()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            raise BackendError(f"{self._where} does not answer: {one_line(error)}") from None
+
+
+def find_service(url: str) -> Service:
+    """Ask what is served at an address.
+
+    Raises UsageError for what is no address, BackendError where nobody answers, or nobody that is
+    known.
+    """
+    address = Address.read(url)
+    with contextlib.closing(Connection(address)) as connection:
+        if "/v2/models/" in address.path:
+            return TritonModel(url=url, address=address, about=_triton(connection, address))
+        found = _json(connection, f"{address.path}/v1/model")
+    if "digest" not in found:
+        raise BackendError(
+            f"{url} is no service of var-deploy; a model of Triton is named as in "
+            f"{SCHEME}host:port/v2/models/NAME"
+        )
+    told = ("digest", "precision", "backend", "batch")
+    about = {name: str(found.get(name, "unknown")) for name in told}
+    return OurService(url=url, address=address, about=about)
+
+
+def _triton(connection: Connection, address: Address) -> dict[str, str]:
+    where = f"{SCHEME}{address.host}:{address.port}{address.path}"
+    config = _json(connection, f"{address.path}/config")
+    parameters = config.get("parameters") or {}
+    if "digest" not in parameters:
+        raise BackendError(f"{where} is no model that var-deploy triton wrote, or not loaded")
+    told = {name: str(value.get("string_value")) for name, value in parameters.items()}
+    instances = sum(group.get("count", 1) for group in config.get("instance_group", []))
+    return {**told, "batch": str(config.get("max_batch_size")), "instances": str(instances)}
+
+
+def _json(connection: Connection, path: str) -> dict[str, Any]:
+    """An answer as an object; {} for whatever is none."""
+    status, data = connection.get(path)
+    try:
+        found = json.loads(data) if status == 200 else None
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _error(data: bytes) -> str:
+    """Both kinds of service say it as {"error": …}."""
+    try:
+        return " ".join(str(json.loads(data)["error"]).split())
+    except (ValueError, KeyError, TypeError):
+        return "without saying why"

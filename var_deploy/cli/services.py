@@ -1,0 +1,49 @@
+"""What `var-deploy bench` tells of services."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from var_deploy.cli.console import facts, table
+
+if TYPE_CHECKING:
+    from var_deploy.runtime.bench.load import LoadReport
+
+SCHEME = "http://"
+WIDTH = 96
+TOLD = ("backend", "precision", "threads", "instances", "batch")
+LEGEND = (
+    "img/s: median of the rounds; ratio: of that to the first service; p50, p95: ms from a "
+    "question to the last byte of its answer"
+)
+
+
+def load_text(report: LoadReport) -> str:
+    """The report on a terminal."""
+    names = [f"{n} {result.service.kind}" for n, result in enumerate(report.results, 1)]
+    about = []
+    for name, result in zip(names, report.results, strict=True):
+        said = result.service.about
+        told = [f"{what} {said[what]}" for what in TOLD if what in said]
+        told.append(f"digest {said['digest'][:12]}")
+        about.append((name, f"{result.service.url}: {', '.join(told)}"))
+    rows = [("clients", "", "img/s", "ratio", "p50", "p95", "images")]
+    first = report.results[0]
+    for number, _ in enumerate(report.settings.concurrency):
+        for name, result in zip(names, report.results, strict=True):
+            level = result.levels[number]
+            latency = level.latency
+            rows.append(
+                (
+                    str(level.clients),
+                    name,
+                    f"{level.rate:.2f}",
+                    f"{level.rate / first.levels[number].rate:.2f}",
+                    f"{1e3 * latency.median:.1f}",
+                    f"{1e3 * latency.p95:.1f}",
+                    str(latency.count),
+                )
+            )
+    parts = [facts(about), table(rows, right=(0, 2, 3, 4, 5, 6)), textwrap.fill(LEGEND, WIDTH)]
+    return "\n\n".join(parts)

@@ -1,0 +1,107 @@
+"""`var-deploy triton`: a model repository for NVIDIA Triton."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from var_deploy.cli.console import Progress, human_bytes
+from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.manifest import read_manifest
+
+MAX_DELAY = 60_000  # milliseconds
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FOLDER",
+    help="The model repository: a new folder, or an empty one.",
+)
+@click.option("--name", show_default="the bundle's folder", help="What Triton calls the model.")
+@click.option(
+    "--instances",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes that draw, each with weights of its own.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    metavar="N",
+    show_default="any number",
+    help="Requests that may wait; the next one is refused. See docs/TRITON.md for the price.",
+)
+@click.option(
+    "--queue-delay",
+    type=click.FloatRange(0, MAX_DELAY),
+    default=0.0,
+    show_default=True,
+    metavar="MS",
+    help="Milliseconds that a request waits for others to fill its batch.",
+)
+@runtime_options
+@report_options
+def triton(
+    bundle: Path,
+    out: Path,
+    name: str | None,
+    instances: int,
+    queue: int | None,
+    queue_delay: float,
+    runtime: RuntimeOptions,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write a model repository from which NVIDIA Triton serves BUNDLE.
+
+    The scale loop runs in Triton's Python backend, so the server's Python needs var-deploy and the
+    engine library, and nothing else. Triton batches requests up to the bundle's batch. The version
+    is made of the bundle's digest. docs/TRITON.md shows a server and its clients.
+
+    \b
+    Example:
+      var-deploy triton build/pocket --out model_repository
+      var-deploy triton build/d16 --out models --name var --instances 2 --queue-delay 20
+    """
+    from var_deploy.triton.config import Runtime, Serving
+    from var_deploy.triton.repository import on_gpu, write_repository
+
+    manifest, options = read_manifest(bundle), Runtime(**dataclasses.asdict(runtime))
+    serving = Serving(
+        name=bundle.resolve().name if name is None else name,
+        instances=instances,
+        queue=queue,
+        queue_delay=round(1000 * queue_delay),
+        on_gpu=on_gpu(bundle, options),
+    )
+    with Progress(quiet=quiet) as progress:
+        written = write_repository(bundle, manifest, out, serving, options, progress.update)
+    if as_json:
+        report = {
+            "out": str(out),
+            "name": serving.name,
+            "version": written.version,
+            "digest": manifest.digest(),
+            "max_batch_size": manifest.batch,
+            "instances": serving.instances,
+            "kind": "gpu" if serving.on_gpu else "cpu",
+            "bytes": written.size,
+            "bytes_copied": written.copied,
+            "runtime": dataclasses.asdict(options),
+        }
+        click.echo(json.dumps(report, indent=1))
+    elif not quiet:
+        how = f"{human_bytes(written.copied)} copied" if written.copied else "linked"
+        click.echo(
+            f"wrote {written.folder}: version {written.version}, up to {manifest.batch} a batch, "
+            f"{human_bytes(written.size)} ({how})"
+        )

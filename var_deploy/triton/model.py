@@ -1,0 +1,155 @@
+"""The model of Triton's Python backend: requests in, images of a `Pipeline` out.
+
+The backend imports the class from model.py in the version's folder, makes one a process, and calls
+it from one thread. See config.py for the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from var_deploy.errors import BundleError, UsageError, VarDeployError
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.request import Request, label_numbers, settings
+from var_deploy.sampling import Sampling
+from var_deploy.triton.config import (
+    IMAGE,
+    LABEL,
+    NO_CLASS,
+    NUMBER,
+    SEED,
+    SETTINGS,
+    Runtime,
+    version_of,
+)
+from var_deploy.triton.repository import BUNDLE
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One image that a request asks for."""
+
+    label: int
+    stream: tuple[int, int]
+    sampling: Sampling
+
+
+class TritonPythonModel:
+    """A version of the model in one instance of the server."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the bundle. Raises TritonModelException: the version is not ready then."""
+        try:
+            self._pipe = _load(args)
+        except VarDeployError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One answer a request: IMAGE uint8 [n, side, side, C], or what is wrong with it alone."""
+        answers: list[Any] = [None] * len(requests)
+        groups: dict[Sampling, list[tuple[int, int, Row]]] = {}
+        images: dict[int, NDArray[np.uint8]] = {}
+        for place, request in enumerate(requests):
+            given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            try:
+                rows = read_rows(given, self._pipe.manifest)
+            except UsageError as error:
+                answers[place] = _error(error, pb_utils.TritonError.INVALID_ARG)
+                continue
+            images[place] = self._blank(len(rows))
+            for number, row in enumerate(rows):
+                groups.setdefault(row.sampling, []).append((place, number, row))
+        for sampling, members in groups.items():
+            try:
+                drawn = self._pipe.draw(
+                    Request(
+                        labels=[row.label for _, _, row in members],
+                        streams=[row.stream for _, _, row in members],
+                        sampling=sampling,
+                    )
+                )
+            except VarDeployError as error:
+                for place, _, _ in members:
+                    answers[place] = _error(error, pb_utils.TritonError.INTERNAL)
+                continue
+            for image, (place, number, _) in zip(drawn, members, strict=True):
+                images[place][number] = image
+        return [
+            answer or pb_utils.InferenceResponse([pb_utils.Tensor(IMAGE, images[place])])
+            for place, answer in enumerate(answers)
+        ]
+
+    def finalize(self) -> None:
+        self._pipe.close()
+
+    def _blank(self, count: int) -> NDArray[np.uint8]:
+        tokenizer = self._pipe.manifest.model.tokenizer
+        side = tokenizer.image_side
+        return np.empty((count, side, side, tokenizer.image_channels), np.uint8)
+
+
+def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
+    """The images that the inputs [n, 1] (settings: [n, 1] or [n, K]) ask for.
+
+    Raises UsageError for a value out of range.
+    """
+    labels, seeds = given[LABEL][:, 0].tolist(), given[SEED][:, 0].tolist()
+    numbers = given[NUMBER][:, 0].tolist() if NUMBER in given else [0] * len(labels)
+    if min(numbers) < 0:
+        raise UsageError(f"{NUMBER} must be 0 or more, found {min(numbers)}")
+    return [
+        Row(
+            label=_label(labels[n], manifest),
+            stream=(seeds[n], numbers[n]),
+            sampling=settings(
+                manifest,
+                **{
+                    argument: _setting(given[name][n]) if name in given else None
+                    for name, argument in SETTINGS.items()
+                },
+            ),
+        )
+        for n in range(len(labels))
+    ]
+
+
+def _label(label: int, manifest: Manifest) -> int:
+    if label == NO_CLASS:
+        return manifest.model.transformer.classes
+    return label_numbers(manifest, [label])[0]
+
+
+def _setting(values: NDArray[Any]) -> Any:
+    """One number, or a list of one a scale."""
+    listed = values.tolist()
+    return listed[0] if len(listed) == 1 else listed
+
+
+def _error(error: VarDeployError, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+
+
+def _load(args: Mapping[str, str]) -> Pipeline:
+    """The pipeline of the version that Triton asks for."""
+    folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
+    parameters = json.loads(args["model_config"])["parameters"]
+    runtime = Runtime.read({k: v["string_value"] for k, v in parameters.items()})
+    digest = read_manifest(folder).digest()
+    if version_of(digest) != int(args["model_version"]):
+        raise BundleError(
+            f"{folder} has digest {digest[:13]}…, which is version {version_of(digest)}: another "
+            "bundle lies there; write the repository again with var-deploy triton"
+        )
+    return Pipeline.load(folder, **dataclasses.asdict(runtime))

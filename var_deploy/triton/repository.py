@@ -1,0 +1,143 @@
+"""Writes a model repository: NAME/config.pbtxt, and NAME/VERSION/ with model.py and the bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from var_deploy import names
+from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.images import check_writable
+from var_deploy.manifest import Manifest, check_files
+from var_deploy.planning.precisions import CPU, check_gpu_precision
+from var_deploy.runtime.tensorrt.engine_files import ENGINES, PARTIAL
+from var_deploy.triton.config import Runtime, Serving, config_text, version_of
+
+CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
+MODEL_TEXT = '''"""The model of this folder's bundle, for Triton's Python backend."""
+
+from var_deploy.triton.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was written: bytes of the bundle, and how many of them are copies."""
+
+    folder: Path
+    version: int
+    size: int
+    copied: int
+
+
+def check_out(out: Path) -> None:
+    """Raise UsageError where no repository can be written to `out`: it must be new, or empty."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder")
+    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
+        raise UsageError(f"{out} is not empty ({there[0]} is there); choose another --out")
+    check_writable(out)
+
+
+def check_runtime(manifest: Manifest, runtime: Runtime) -> None:
+    """Raise what `Pipeline.load` would raise in the server, as far as it can be known here.
+
+    UsageError for options that exclude each other, BundleError for graphs that are not there.
+    """
+    if runtime.backend not in ("auto", CPU):
+        check_gpu_precision(runtime.precision, runtime.backend)
+        if runtime.threads is not None:
+            raise UsageError(f"threads are for {CPU}, not for {runtime.backend}")
+    scale = names.STEP if runtime.layout == "shared" else names.scale_graph(0)
+    for precision in manifest.graphs if runtime.precision == "auto" else [runtime.precision]:
+        manifest.graph(precision, names.DECODER if runtime.layout == "auto" else scale)
+
+
+def on_gpu(bundle: Path, runtime: Runtime) -> bool:
+    """Whether the instances belong to a GPU: one is asked for, or the bundle has engines."""
+    if runtime.backend != "auto":
+        return runtime.backend != CPU
+    no_cpu = runtime.threads is None and runtime.precision != "int8"
+    return no_cpu and (bundle / ENGINES).is_dir()
+
+
+def write_repository(
+    bundle: Path,
+    manifest: Manifest,
+    out: Path,
+    serving: Serving,
+    runtime: Runtime,
+    progress: Callable[[str, float], object] = lambda message, fraction: None,
+) -> Written:
+    """Write `out`, whole or not at all. Files of the bundle are hard links where that is possible.
+
+    Raises UsageError as `check_out` and `check_runtime`, BundleError for a damaged bundle,
+    VarDeployError where the disk refuses.
+    """
+    check_out(out)
+    check_runtime(manifest, runtime)
+    size = sum(info.size for info in manifest.files.values())
+    read = 0
+
+    def count(chunk: int) -> None:
+        nonlocal read
+        read += chunk
+        progress("reading the bundle", read / max(size, 1))
+
+    check_files(bundle, manifest, progress=count)
+    version = version_of(manifest.digest())
+    files = [names.MANIFEST, *manifest.files, *_engine_files(bundle)]
+    copied = total = 0
+    with _whole_folder(out) as stage:
+        model = stage / serving.name
+        place = model / str(version) / BUNDLE
+        place.mkdir(parents=True)
+        for name in files:
+            bytes_, linked = _place(bundle / name, place / name)
+            total, copied = total + bytes_, copied + (0 if linked else bytes_)
+        (model / str(version) / MODEL).write_text(MODEL_TEXT, encoding="utf-8")
+        text = config_text(manifest, serving, runtime)
+        (model / CONFIG).write_text(text, encoding="utf-8")
+    return Written(folder=out / serving.name, version=version, size=total, copied=copied)
+
+
+def _engine_files(bundle: Path) -> list[str]:
+    found = [path for path in (bundle / ENGINES).rglob("*") if path.is_file()]
+    return sorted(p.relative_to(bundle).as_posix() for p in found if p.suffix != PARTIAL)
+
+
+def _place(source: Path, target: Path) -> tuple[int, bool]:
+    """Link or copy a file; returns its size, and whether it is a link."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # what a link leads to, not the link
+    try:
+        os.link(source, target)
+        linked = True
+    except OSError:  # another file system, one without links, or somebody else's file
+        shutil.copyfile(source, target)
+        linked = False
+    return target.stat().st_size, linked
+
+
+@contextlib.contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes the place of `path`, new or empty, when the block ends."""
+    path = Path(os.path.realpath(path))
+    stage = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stage.mkdir()
+            yield stage
+            stage.rename(path)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    except OSError as error:
+        raise VarDeployError(f"{path} cannot be written: {error.strerror or error}") from None
