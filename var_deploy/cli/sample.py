@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +32,10 @@ from var_deploy.sets.spec import (
     TAR,
     SetSpec,
 )
+
+if TYPE_CHECKING:
+    from var_deploy.cluster.sets import Made
+    from var_deploy.sets.work import Tell
 
 DECIDED = ("precision", "backend", "layout")  # by the set, where they are left open
 
@@ -88,6 +93,20 @@ DECIDED = ("precision", "backend", "layout")  # by the set, where they are left 
     show_default="only with --recipe fid",
     help=f"Write all images into {NPZ_FILE} once the set is complete.",
 )
+@click.option(
+    "--ray",
+    "cluster",
+    metavar="ADDRESS",
+    show_default="draw in this process",
+    help="Draw on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    show_default="one a device",
+    help="With --ray: at most so many, each on a GPU or on --threads CPUs (1 unless given).",
+)
 @click.option("--check", is_flag=True, help="Draw nothing: read what is there against its hashes.")
 @sampling_options
 @runtime_options
@@ -102,6 +121,8 @@ def sample(
     form: str,
     share: str,
     npz: bool | None,
+    cluster: str | None,
+    workers: int | None,
     check: bool,
     sampling: SamplingOptions,
     runtime: RuntimeOptions,
@@ -113,19 +134,25 @@ def sample(
     A shard is a file of PNGs, with label and seed beside each. Image n has label n mod classes,
     and depends on --seed, n and the settings alone: the set is the same whoever makes which
     shard. After Ctrl-C or a failure the same command makes what is missing. Several processes,
-    on machines that share the folder, take a part each with --shards.
+    on machines that share the folder, take a part each with --shards; --ray has a cluster draw
+    all of them.
 
     \b
     Example:
       var-deploy sample build/d16 --recipe fid --out fid
       var-deploy sample build/pocket --per-class 50 --out set
       var-deploy sample build/pocket --per-class 50 --out set --shards 2/4
+      var-deploy sample build/pocket --per-class 50 --out set --ray local
       var-deploy sample build/pocket --per-class 50 --out set --check
     """
     # everything that can be wrong is looked at before the weights are loaded
     folder = SetFolder(path=out)
     folder.check_free()
     first, step = _share(share)
+    if cluster is not None and step > 1:
+        raise UsageError("--ray makes the shards that are missing: leave --shards out")
+    if cluster is None and workers is not None:
+        raise UsageError("--workers are those of a cluster: say which with --ray")
     manifest, there = read_manifest(bundle), folder.read()
     if there is not None:  # what is left open is as in the set
         left_open = [name for name in DECIDED if getattr(runtime, name) == "auto"]
@@ -159,17 +186,26 @@ def sample(
     wants_npz = npz if npz is not None else recipe == "fid"
     made: list[int] = []
     how: dict[str, str] = {}
+    ray: dict[str, Any] | None = None
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
-            with runtime.load(bundle) as pipe:
-                how = pipe.describe()
-                spec = dataclasses.replace(
-                    spec, precision=how["precision"], backend=how["backend"], layout=how["layout"]
-                )
-                folder.begin(spec)
-                made = make_missing(pipe, folder, spec, mine, progress.update)
+            if cluster is not None:
+                spread = _on_ray(cluster, bundle, folder, spec, runtime, workers, progress.update)
+                spec, how, made = spread.spec, spread.how, spread.shards
+                ray = spread.to_json()
+            else:
+                with runtime.load(bundle) as pipe:
+                    how = pipe.describe()
+                    spec = dataclasses.replace(
+                        spec,
+                        precision=how["precision"],
+                        backend=how["backend"],
+                        layout=how["layout"],
+                    )
+                    folder.begin(spec)
+                    made = make_missing(pipe, folder, spec, mine, progress.update)
         done = folder.list_shards(spec)
         complete = len(done) == spec.shards
         if wants_npz and complete and not (out / NPZ_FILE).exists():
@@ -192,12 +228,38 @@ def sample(
             "seconds": round(seconds, 3),
             "settings": spec.to_json(),
             "runtime": how,
+            "ray": ray,
         }
         click.echo(json.dumps(report, indent=1))
     elif not quiet:
         images = sum(len(spec.numbers(shard)) for shard in made)
         click.echo(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
         click.echo(_state(spec, out, len(done), wants_npz))
+
+
+def _on_ray(
+    address: str,
+    bundle: Path,
+    folder: SetFolder,
+    spec: SetSpec,
+    runtime: RuntimeOptions,
+    workers: int | None,
+    tell: Tell,
+) -> Made:
+    with needs_extra("ray", "sample --ray"):
+        from var_deploy.cluster.connect import connected
+        from var_deploy.cluster.sets import make_missing
+    with connected(address):
+        return make_missing(
+            bundle,
+            folder,
+            spec,
+            range(spec.shards),
+            tell,
+            threads=runtime.threads,
+            cuda_graph=runtime.cuda_graph,
+            workers=workers,
+        )
 
 
 def _share(text: str) -> tuple[int, int]:

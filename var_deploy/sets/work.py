@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from var_deploy.errors import VarDeployError
@@ -28,32 +28,60 @@ def make_missing(
 
     Raises what `draw_shard` and `SetFolder.write` raise.
     """
-    wanted = sum(len(spec.numbers(shard)) for shard in shards)
     missing = folder.missing(spec, shards)
-    left = sum(len(spec.numbers(shard)) for shard in missing)
-    drawn, made = 0, []
-    started = time.monotonic()
-
-    def told(more: int) -> None:
-        took = max(time.monotonic() - started, 1e-9)
-        still, rate = left - more, (drawn + more) / took
-        message = f"{wanted - still} of {wanted} images, {rate:.2f}/s, {span(still / rate)} left"
-        tell(message, (wanted - still) / wanted)
-
-    try:
+    tally, made = Tally(spec, shards, missing, tell), []
+    with listing(folder, spec):
         for shard in missing:
-            count = len(spec.numbers(shard))
-            if not folder.has(spec, shard):
-                folder.write(spec, shard, draw_shard(pipe, spec, shard, told))
-                made.append(shard)
-                drawn += count
-            left -= count
+            if folder.has(spec, shard):
+                tally.skip(shard)
+                continue
+            folder.write(spec, shard, draw_shard(pipe, spec, shard, tally.tell))
+            tally.add(shard)
+            made.append(shard)
+    return made
+
+
+class Tally:
+    """How far `shards` are, of which `missing` have to be drawn: images, rate and time left."""
+
+    def __init__(
+        self, spec: SetSpec, shards: Sequence[int], missing: Sequence[int], tell: Tell
+    ) -> None:
+        self._spec, self._tell = spec, tell
+        self._wanted, self._left = self._images(shards), self._images(missing)
+        self._drawn, self._started = 0, time.monotonic()
+
+    def add(self, shard: int) -> None:
+        """A shard was drawn."""
+        self._drawn += self._images([shard])
+        self.skip(shard)
+
+    def skip(self, shard: int) -> None:
+        """A shard has turned up."""
+        self._left -= self._images([shard])
+
+    def tell(self, more: int = 0) -> None:
+        """Tell of it, and of `more` images that are drawn of the next shard."""
+        took = max(time.monotonic() - self._started, 1e-9)
+        still, rate = self._left - more, (self._drawn + more) / took
+        done = self._wanted - still
+        left = f"{span(still / rate)} left" if rate else "nothing drawn yet"
+        self._tell(f"{done} of {self._wanted} images, {rate:.2f}/s, {left}", done / self._wanted)
+
+    def _images(self, shards: Sequence[int]) -> int:
+        return sum(len(self._spec.numbers(shard)) for shard in shards)
+
+
+@contextlib.contextmanager
+def listing(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
+    """However the block ends, set.json lists the shards that are there then."""
+    try:
+        yield
     except BaseException:
         with contextlib.suppress(VarDeployError):  # what went wrong first is what counts
             folder.list_shards(spec)
         raise
     folder.list_shards(spec)
-    return made
 
 
 def span(seconds: float) -> str:

@@ -1,0 +1,143 @@
+"""A bundle reaches every node whole, and once."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_steps import tree
+from var_deploy.errors import BundleError, VarDeployError
+
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+
+from var_deploy.cluster import place  # noqa: E402
+from var_deploy.cluster.connect import connected  # noqa: E402
+from var_deploy.cluster.place import Offer, offer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def joined(started: Any) -> Iterator[None]:
+    with connected(started.address):
+        yield
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joined: None) -> list[Path]:
+    """This process is a node with an empty cache on which no bundle lies at its own path; the
+    copies that it fetches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(place, "PART", 100_000)  # of the files that a driver hands over
+    fetched: list[Path] = []
+    holds, fetch = Offer._holds, Offer._fetch
+
+    def not_here(self: Offer, folder: Path, *, hashes: bool) -> bool:
+        return folder != self.bundle and holds(self, folder, hashes=hashes)
+
+    def watched(self: Offer, copy: Path) -> None:
+        fetch(self, copy)
+        fetched.append(copy)
+
+    monkeypatch.setattr(Offer, "_holds", not_here)
+    monkeypatch.setattr(Offer, "_fetch", watched)
+    return fetched
+
+
+def test_a_bundle_that_is_there_is_used(
+    bundle: Path, joined: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle.parent)
+    offered = offer(Path("bundle"))
+    assert offered.path() == bundle
+    path = ray.remote(num_cpus=0)(Offer.path)  # for another process
+    assert ray.get(path.remote(offered)) == bundle
+
+
+def test_once_a_node(bundle: Path, elsewhere: list[Path]) -> None:
+    (bundle / "engines").mkdir()
+    (bundle / "engines" / "engine.json").touch()
+    offered, found = offer(bundle), []
+    threads = [threading.Thread(target=lambda: found.append(offered.path())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert elsewhere == found[:1] and len(set(found)) == 1
+    expected = {name: data for name, data in tree(bundle).items() if "engine" not in name}
+    assert tree(found[0]) == expected
+    assert {path.suffix for path in found[0].parent.iterdir()} == {"", ".lock"}
+
+
+def test_the_files_of_one_precision(bundle: Path, elsewhere: list[Path]) -> None:
+    shutil.copytree(bundle / "fp32", bundle / "fp16")
+    found = offer(bundle, "fp32").path()
+    assert {path.name for path in found.iterdir()} == {"fp32", "manifest.json"}
+    assert found.name.endswith("-fp32")
+
+
+def test_a_damaged_copy_is_fetched_again(bundle: Path, elsewhere: list[Path]) -> None:
+    offered = offer(bundle)
+    weights = offered.path() / "fp32" / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    assert offered.path() == elsewhere[0] == elsewhere[1]
+    assert weights.read_bytes() == (bundle / "fp32" / "weights.bin").read_bytes()
+
+
+def damage(bundle: Path) -> None:
+    weights = bundle / "fp32" / "weights.bin"
+    weights.write_bytes(bytes(weights.stat().st_size))
+
+
+def remove(bundle: Path) -> None:
+    (bundle / "fp32" / "weights.bin").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(damage, "does not match its hash"), (remove, "cannot be read: No such")]
+)
+def test_what_arrives_damaged_is_refused(
+    bundle: Path, elsewhere: list[Path], change: Callable[[Path], None], words: str
+) -> None:
+    offered = offer(bundle)
+    change(bundle)
+    with pytest.raises(BundleError, match=words) as caught:
+        offered.path()
+    assert "\n" not in str(caught.value)
+    assert [path.suffix for path in place.cache_folder().iterdir()] == [".lock"]
+
+
+def test_a_driver_outside_of_the_cluster_hands_over_the_files(
+    bundle: Path, elsewhere: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place.client, "is_connected", lambda: True)
+    offered, expected = offer(bundle), tree(bundle)
+    shutil.rmtree(bundle)
+    assert tree(offered.path()) == expected
+
+
+def test_an_incomplete_bundle_is_not_offered(bundle: Path, joined: None) -> None:
+    remove(bundle)
+    with pytest.raises(BundleError, match=r"weights\.bin is missing"):
+        offer(bundle)
+
+
+def test_another_version(bundle: Path, joined: None) -> None:
+    other = dataclasses.replace(offer(bundle), version="0.0")
+    with pytest.raises(VarDeployError, match=r"has var-deploy .*, expected 0\.0: install the same"):
+        other.path()
+
+
+def test_a_cache_that_cannot_be_written(
+    bundle: Path, elsewhere: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bundle.parent / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(bundle.parent / "file"))
+    with pytest.raises(VarDeployError, match="cannot be written: Not a directory; make room"):
+        offer(bundle).path()

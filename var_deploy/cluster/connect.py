@@ -1,0 +1,120 @@
+"""To a Ray cluster and away again, without its minutes of waiting and without its own words."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import grpc  # type: ignore[import-untyped]
+import ray
+
+from var_deploy.errors import UsageError, one_line
+
+LOCAL, AUTO, CLIENT = "local", "auto", "ray://"
+PATIENCE = 5.0  # seconds; Ray itself waits for two minutes and then ends the process
+FORMS = "local, auto, HOST:PORT from a node of the cluster, or ray://HOST:10001 from elsewhere"
+# before Ray starts: nothing is reported to its makers, and no advice is printed
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Work with the Ray cluster at `address`.
+
+    "local" is a cluster of this machine alone, which ends with the block. Others are joined:
+    "auto" is the one in RAY_ADDRESS or that of this machine, "host:port" is for its nodes, and
+    "ray://host:port" for machines that are none. What this process started there ends with the
+    block.
+
+    Raises UsageError where no Ray runs at the address, within seconds, or one that this Ray or
+    Python cannot talk to.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if address == AUTO:
+        address = os.environ.get("RAY_ADDRESS") or AUTO
+    if address not in (LOCAL, AUTO):
+        _check_reachable(address)
+    # the port of the dashboard is looked at only where Ray is started
+    options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    stdout = _WithoutRay(sys.stdout)
+    with contextlib.redirect_stdout(stdout), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
+        except (ConnectionError, RuntimeError, ValueError, SystemExit) as error:
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+            raise UsageError(_refusal(address, error)) from None
+        try:
+            yield
+        finally:
+            with contextlib.redirect_stdout(io.StringIO()):  # what it has held back
+                ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UsageError where nobody listens, or something that does not speak gRPC as Ray does."""
+    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+        raise UsageError(f"{address!r} is no address of a Ray cluster; write {FORMS}")
+    place = f"{host}:{port}"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UsageError(f"no Ray runs at {place} ({reason}); write {FORMS}") from None
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return  # with its certificates, which Ray reads
+    with grpc.insecure_channel(place) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=PATIENCE)
+        except grpc.FutureTimeoutError:
+            raise UsageError(
+                f"what listens at {place} is no Ray; write {FORMS}, whose port is 6379 where "
+                "nobody chose another"
+            ) from None
+
+
+def _refusal(address: str, error: BaseException) -> str:
+    """One line about what `ray.init` raised."""
+    reason = one_line(error)
+    if "version" in reason.lower() and "mismatch" in reason.lower():
+        return (
+            f"the cluster at {address} and this machine differ: {reason}; install the same Ray "
+            "and Python on both"
+        )
+    if address == AUTO:
+        return f"no Ray runs on this machine, and RAY_ADDRESS names none; write {FORMS}"
+    if address == LOCAL:
+        return f"Ray cannot be started here: {reason}"
+    return f"the Ray cluster at {address} cannot be joined ({reason}); write {FORMS}"
+
+
+class _WithoutRay(io.TextIOBase):
+    """A stream that drops what Ray's own threads print, such as the log of a node that ended."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            return len(text)
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()

@@ -1,0 +1,96 @@
+"""What an actor needs of a node, and how many of them a cluster has room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+from var_deploy.errors import UsageError
+from var_deploy.manifest import Manifest
+from var_deploy.pipeline import BACKENDS
+from var_deploy.planning.costs import Precision
+from var_deploy.planning.memory import Layout, Library, footprint
+from var_deploy.planning.plan import workload_of
+from var_deploy.planning.precisions import CPU, ON_GPU, cpu_precision, gpu_precision
+from var_deploy.sets.spec import SetSpec
+
+GPU_BACKENDS = tuple(name for name in BACKENDS if name not in ("auto", CPU))
+WORKER = 100_000_000  # bytes of Ray itself in a worker process, measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a worker occupies, as Ray counts it.
+
+    Attributes:
+        cpus, gpus: how many of each.
+        memory: bytes of the node's.
+        threads: what its pipeline is told; None on a GPU.
+    """
+
+    cpus: int
+    gpus: int
+    memory: int
+    threads: int | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `ray.remote`. An actor that is lost stays lost, and so does its call: who hands out
+        the work decides what becomes of both."""
+        return {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "memory": self.memory,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+
+    def too_large(self) -> UsageError:
+        parts = [f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"]
+        parts += [f"{self.gpus} GPU"] if self.gpus else []
+        return UsageError(
+            f"no node of the cluster has {', '.join(parts)} and {self.memory / 1e9:.2f} GB of "
+            "memory for a worker; start a larger one, or ask for fewer --threads"
+        )
+
+
+def device_of(manifest: Manifest, spec: SetSpec, threads: int | None) -> Device:
+    """A GPU where the backend is one, or is open and the cluster has GPUs; else CPU threads.
+
+    Memory is the peak that `plan` gives, with the images of a shard and the worker itself. On a
+    GPU it is the same of the host, which holds an engine no longer than it takes to load it.
+    """
+    precision, layout = spec.precision, "shared" if spec.layout == "auto" else spec.layout
+    on_gpu = spec.backend in GPU_BACKENDS or (
+        spec.backend == "auto"
+        and threads is None  # who names CPU threads wants the CPU
+        and precision in ("auto", *ON_GPU)
+        and any(precision in manifest.graphs for precision in ON_GPU)
+        and cast(Any, ray).cluster_resources().get("GPU", 0) >= 1
+    )
+    if precision == "auto" and on_gpu:
+        precision = gpu_precision(manifest.graphs, "a GPU")
+    elif precision == "auto":
+        precision = cpu_precision(manifest.graphs)
+    library: Library = "tensorrt" if on_gpu else "onnxruntime-cpu"
+    workload = workload_of(manifest, cast(Precision, precision))
+    tokenizer = manifest.model.tokenizer
+    images = spec.shard_size * tokenizer.image_side**2 * tokenizer.image_channels
+    return Device(
+        cpus=1 if on_gpu else threads or 1,
+        gpus=int(on_gpu),
+        memory=footprint(workload, cast(Layout, layout), library).peak + images + WORKER,
+        threads=None if on_gpu else threads or 1,
+    )
+
+
+def places(device: Device) -> int:
+    """How many workers the nodes that are alive could hold, whatever else runs there."""
+    needs = {"CPU": device.cpus, "GPU": device.gpus, "memory": device.memory}
+    return sum(
+        min(int(node["Resources"].get(name, 0)) // need for name, need in needs.items() if need)
+        for node in cast(Any, ray).nodes()
+        if node["Alive"]
+    )
