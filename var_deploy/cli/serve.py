@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from var_deploy.cli.console import Progress, needs_extra
 from var_deploy.cli.options import RuntimeOptions, runtime_options
-from var_deploy.manifest import read_manifest
+from var_deploy.cluster.replicas import Replicas
+from var_deploy.errors import UsageError
+from var_deploy.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from var_deploy.serving.settings import Settings
 
 
 @click.command()
@@ -54,6 +61,19 @@ from var_deploy.manifest import read_manifest
     show_default=True,
     help="Bytes of a request.",
 )
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Serve from a Ray cluster: local (of this machine alone), auto, HOST:PORT of a cluster's "
+    "node, or ray://HOST:PORT.",
+)
+@click.option(
+    "--replicas",
+    metavar="N|MIN:MAX",
+    show_default="1",
+    help="With --ray: pipelines that draw; MIN:MAX lets their number follow the load.",
+)
 @runtime_options
 @click.option("--quiet", is_flag=True, help="Do not say where the service is.")
 def serve(
@@ -64,18 +84,22 @@ def serve(
     max_count: int,
     max_pixels: int,
     max_body: int,
+    address: str | None,
+    replicas: str | None,
     runtime: RuntimeOptions,
     quiet: bool,
 ) -> None:
     """Serve BUNDLE over HTTP, with a page to draw and edit in the browser.
 
     /docs describes the routes, /metrics is for Prometheus. Ctrl-C or SIGTERM finishes what was
-    taken and refuses the rest; a second one drops it.
+    taken and refuses the rest; a second one drops it. With --ray each replica takes a GPU, or as
+    many CPUs as --threads says, one without it.
 
     \b
     Example:
       var-deploy serve build/pocket
       var-deploy serve build/d16 --port 8080 --queue 16 --threads 4
+      var-deploy serve build/d16 --ray auto --replicas 1:8
       curl http://127.0.0.1:8000/v1/images -H 'Content-Type: application/json' \\
            -H 'Accept: image/png' -d '{"labels": ["star"], "seed": 7}' -o star.png
     """
@@ -86,7 +110,13 @@ def serve(
 
     # everything that can be wrong is looked at before the weights are loaded
     settings = Settings(queue=queue, count=max_count, pixels=max_pixels, body=max_body)
-    read_manifest(bundle)
+    manifest = read_manifest(bundle)
+    if address is not None:
+        many = Replicas.parse("1" if replicas is None else replicas)
+        _serve_on_ray(bundle, manifest, address, many, host, port, settings, runtime, quiet)
+        return
+    if replicas is not None:
+        raise UsageError("--replicas needs --ray: without it one process draws")
     with listen(host, port) as listening:
         with Progress(quiet=quiet) as progress:
             progress.update("loading", 0.0)
@@ -96,3 +126,35 @@ def serve(
                 click.echo(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
             server = Server(create_app(pipe, settings, name=bundle.resolve().name))
             server.run([listening])
+
+
+def _serve_on_ray(
+    bundle: Path,
+    manifest: Manifest,
+    address: str,
+    replicas: Replicas,
+    host: str,
+    port: int,
+    settings: Settings,
+    runtime: RuntimeOptions,
+    quiet: bool,
+) -> None:
+    with needs_extra("ray", "serve --ray"):
+        from var_deploy.cluster.connect import LOCAL, connected
+        from var_deploy.serving.server import listen
+
+    if address == LOCAL:
+        with listen(host, port) as free:  # Ray would say it in the log of a process of its own
+            port = free.getsockname()[1]
+    elif port == 0:
+        raise UsageError("--port 0 needs --ray local: nodes of a cluster listen on the same port")
+    with Progress(quiet=quiet) as progress, connected(address):
+        with needs_extra("ray", "serve --ray"):
+            from var_deploy.cluster.service import address_of, deployed, plan_for, until_stopped
+
+        progress.update("starting replicas", 0.0)
+        plan = plan_for(bundle, manifest, replicas, settings, dataclasses.asdict(runtime))
+        with deployed(plan, host, port, alone=address == LOCAL) as handle:
+            if not quiet:
+                click.echo(f"serving {bundle} on {address_of(host, port)} (Ctrl-C stops)")
+            until_stopped(handle)

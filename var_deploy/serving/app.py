@@ -65,14 +65,19 @@ BROKEN = "internal error; the server's log says more"
 
 
 def create_app(
-    backend: Pipeline | Backend, settings: Settings | None = None, *, name: str = ""
+    backend: Pipeline | Backend,
+    settings: Settings | None = None,
+    *,
+    name: str = "",
+    metrics: Metrics | None = None,
 ) -> FastAPI:
     """The service. A `Pipeline` gets a queue of its own, and may not be used otherwise meanwhile.
 
-    `name` is what the model is called where it is no preset. The end of the application's life
-    waits for what was taken; closing the pipeline is the caller's.
+    `name` is what the model is called where it is no preset. `metrics` are those that a backend
+    other than a pipeline tells. The end of the application's life waits for what was taken;
+    closing the pipeline is the caller's.
     """
-    settings, metrics = settings or Settings(), Metrics()
+    settings, metrics = settings or Settings(), metrics or Metrics()
     if isinstance(backend, Pipeline):
         backend = LocalQueue(backend, settings.queue, metrics)
     service = Service(backend, settings, metrics, name)

@@ -45,5 +45,11 @@ class Metrics:
     def watch_queue(self, depth: Callable[[], float]) -> None:
         self._depth.set_function(depth)
 
+    def drew(self, images: int, seconds: float) -> None:
+        """A batch was drawn."""
+        self.images.inc(images)
+        self.batch.observe(images)
+        self.drawing.observe(seconds)
+
     def page(self) -> bytes:
         return generate_latest(self._registry)

@@ -1,0 +1,127 @@
+"""The backend of the service on Ray Serve: works go to replicas that draw, events come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from var_deploy.cluster.drawer import Batch, Begun, Item
+from var_deploy.manifest import Manifest
+from var_deploy.serving.backend import Drawn, Queued, RefusedError, Work
+from var_deploy.serving.batches import Job
+from var_deploy.serving.line import Line
+from var_deploy.serving.metrics import Metrics
+
+PROMPT = 0.05  # seconds in which Ray refuses what its queue has no room for
+
+
+class LostError(RefusedError):
+    """What drew this has died, and so has what drew it again."""
+
+
+class RayBackend(Line):
+    """Sends works to the replicas of a deployment.
+
+    The queue is Ray's, which does not tell what becomes of it: this one counts who came and who
+    began, so positions are right as far as Ray keeps the order.
+
+    Args:
+        how: of a replica's pipeline, see `Pipeline.describe`.
+    """
+
+    def __init__(
+        self,
+        drawer: DeploymentHandle[Any],
+        manifest: Manifest,
+        how: dict[str, str],
+        metrics: Metrics,
+    ) -> None:
+        super().__init__(metrics)
+        self.manifest, self._how = manifest, how
+        self._drawer: Any = drawer.draw.options(stream=True)
+        self._followers: dict[Job, asyncio.Task[None]] = {}
+        self._announcements: dict[Job, asyncio.TimerHandle] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._pace = 1.0  # seconds from a request to its images, the last ones counting most
+
+    def describe(self) -> dict[str, str]:
+        return dict(self._how)
+
+    async def stop(self) -> None:
+        """See `serving.backend.Backend`."""
+        self._stopping = True
+        await self._idle.wait()
+
+    def _accept(self, work: Work) -> Job:
+        job, loop = Job(work), asyncio.get_running_loop()
+        self._followers[job] = loop.create_task(self._follow(job))
+        self._announcements[job] = loop.call_later(PROMPT, self._announce, job)
+        self._idle.clear()
+        return job
+
+    def _leave(self, job: Job) -> None:
+        super()._leave(job)
+        self._followers.pop(job).cancel()
+        self._withdraw(job)
+        if not self._jobs:
+            self._idle.set()
+
+    def _announce(self, job: Job) -> None:
+        """Ray has not refused it: say where it stands."""
+        self._withdraw(job)
+        if job in self._waiting:
+            job.tell(Queued(position=self._waiting.index(job)))
+
+    def _withdraw(self, job: Job) -> bool:
+        """Whether the announcement was still to come."""
+        timer = self._announcements.pop(job, None)
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
+
+    async def _follow(self, job: Job) -> None:
+        try:
+            try:
+                await self._ask(job)
+            except RayActorError:  # its replica has died; another draws the same
+                await self._ask(job)
+        except RayActorError:
+            job.tell(LostError("what drew this was lost twice; ask again", 1))
+        except BackPressureError:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            job.tell(self._busy(self._pace))
+        except Exception as error:
+            job.tell(error)
+
+    async def _ask(self, job: Job) -> None:
+        end = None if job.end is None else time.time() + job.end - time.perf_counter()
+        told = self._drawer.remote(job.work, end)
+        try:
+            async for item in told:
+                self._take(job, item)
+        except asyncio.CancelledError:
+            told.cancel()
+            raise
+
+    def _take(self, job: Job, item: Item) -> None:
+        if isinstance(item, Begun):
+            if job in self._waiting:
+                job.begun = job.work.count
+                self._begins(job)
+                self._waiting.remove(job)
+                self._tell_positions()
+            if self._withdraw(job):
+                job.tell(Queued(position=0))
+        elif isinstance(item, Batch):
+            self._metrics.drew(item.images, item.seconds)
+        else:
+            if isinstance(item, Drawn):
+                self._pace = 0.8 * self._pace + 0.2 * (time.perf_counter() - job.came)
+            job.tell(item)

@@ -1,0 +1,128 @@
+"""What draws on Ray Serve: a pipeline a replica, in batches that Ray Serve gathers."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+
+from var_deploy.cluster.place import Offer
+from var_deploy.errors import CancelledError, VarDeployError
+from var_deploy.pipeline import Pipeline
+from var_deploy.serving.backend import Drawn, Event, Work
+from var_deploy.serving.batches import BatchDrawer, Job, gather
+
+SOON = 1e-3  # seconds: what a deadline that has passed on the way leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """The first images of a work are about to be drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A batch was drawn. Told to one of those whose images were in it, for the metrics."""
+
+    images: int
+    seconds: float
+
+
+Item = Event | Begun | Batch | VarDeployError
+
+
+class Order(Job):
+    """A job whose events travel to another process, and notes of how it goes with them."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self._items: asyncio.Queue[Item | Exception] = asyncio.Queue()
+
+    def tell(self, event: Item | Exception) -> None:
+        self._put(self._items, event)
+
+    async def items(self) -> AsyncGenerator[Item, None]:
+        """Up to the images, or to what came instead. Raises what nobody thought of."""
+        while True:
+            item = await self._items.get()
+            if isinstance(item, Exception) and not isinstance(item, VarDeployError):
+                raise item
+            yield item
+            if isinstance(item, Drawn | VarDeployError):
+                return
+
+
+class Drawer:
+    """A replica.
+
+    Args:
+        options: of `Pipeline.load`.
+    """
+
+    def __init__(self, offer: Offer, options: Mapping[str, Any]) -> None:
+        self._pipeline = Pipeline.load(offer.path(), **options)
+        self._batches = BatchDrawer(self._pipeline)
+        self._orders: list[Order] = []  # all that are here, in the order in which they came
+        turn: Any = self._turn  # it has more to it than its types say
+        turn.set_max_batch_size(self._pipeline.manifest.batch)
+
+    def describe(self) -> dict[str, str]:
+        return self._pipeline.describe()
+
+    async def draw(self, work: Work, end: float | None) -> AsyncGenerator[Item, None]:
+        """Begun, Batch and events, then Drawn or what is wrong.
+
+        `end` is when the deadline comes on the clock of `time.time`, which nodes agree upon: the
+        way here takes time of its own.
+        """
+        if end is not None:
+            work = dataclasses.replace(work, deadline=max(end - time.time(), SOON))
+        order = Order(work)
+        self._orders.append(order)
+        turn = asyncio.ensure_future(self._turn(order))
+        try:
+            async for item in order.items():
+                yield item
+        finally:
+            order.gone = True
+            self._orders.remove(order)
+            turn.cancel()
+
+    @serve.batch(batch_wait_timeout_s=0)  # nobody waits for company
+    async def _turn(self, orders: list[Order]) -> list[None]:
+        await asyncio.to_thread(self._draw, orders)
+        return [None] * len(orders)
+
+    def _draw(self, orders: list[Order]) -> None:
+        """All images of some orders, one batch after another.
+
+        Ray Serve closes its batches when they come, long before their turn. So whoever is here by
+        then and may share a batch fills it up, and has had all or a part of the own turn already.
+        """
+        while own := [order for order in orders if _waits(order)]:
+            started = time.perf_counter()
+            company = [order for order in list(self._orders) if _waits(order) and order not in own]
+            shares = gather([*own, *company], self._pipeline.manifest.batch)
+            for share in shares:
+                if share.begins:
+                    share.job.tell(Begun())
+            try:
+                images = self._batches.draw(shares)
+                drew = Batch(images=len(images), seconds=time.perf_counter() - started)
+                next(s.job for s in shares if not s.job.gone or s is shares[-1]).tell(drew)
+                self._batches.hand_over(shares, images)
+            except CancelledError:
+                pass  # it was for nobody
+            except Exception as error:  # whatever it is, the next batch may do better
+                for share in shares:
+                    share.job.gone = True
+                    share.job.tell(error)
+
+
+def _waits(order: Order) -> bool:
+    return order.begun < order.work.count and not order.gone

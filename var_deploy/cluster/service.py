@@ -1,0 +1,271 @@
+"""The HTTP service on Ray Serve: one replica answers, any number of others draw.
+
+    proxies ──► Ingress: `create_app` with a `RayBackend` ──► Drawer, Drawer, …
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import re
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from var_deploy.cluster.backend import RayBackend
+from var_deploy.cluster.devices import Device, device_of, places
+from var_deploy.cluster.drawer import Drawer
+from var_deploy.cluster.place import Offer, offer
+from var_deploy.cluster.replicas import Replicas
+from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.manifest import Manifest
+from var_deploy.serving.app import create_app
+from var_deploy.serving.metrics import Metrics
+from var_deploy.serving.settings import Settings
+from var_deploy.sets.spec import SetSpec
+
+NAME = "var-deploy"  # of the application
+ANSWERS = 10_000  # requests that the one replica may answer at a time: most of them wait
+AHEAD = 2  # batches that a replica has at hand: one is drawn, one is next
+BACKOFF = 0.01  # seconds after which Ray asks replicas that were full again
+PATIENCE = 20.0  # seconds in which proxies must have heard of the service
+SOON = 5.0  # the same of proxies that were there before
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is deployed.
+
+    Attributes:
+        options: of `Pipeline.load`.
+        device: what a replica that draws occupies.
+        name: what the model is called where it is no preset.
+    """
+
+    manifest: Manifest
+    offer: Offer
+    options: Mapping[str, Any]
+    device: Device
+    replicas: Replicas
+    settings: Settings
+    name: str
+
+
+def plan_for(
+    bundle: Path,
+    manifest: Manifest,
+    replicas: Replicas,
+    settings: Settings,
+    options: Mapping[str, Any],
+) -> Plan:
+    """What the cluster that this process is connected to is to run; `options` as they were given.
+
+    Raises BundleError for a bundle that lacks files.
+    """
+    precision, backend, layout = (options[name] for name in ("precision", "backend", "layout"))
+    # the images of one batch: what a shard of them would take
+    drawn = SetSpec(
+        bundle=manifest.digest(),
+        precision=precision,
+        backend=backend,
+        layout=layout,
+        sampling=manifest.defaults,
+        seed=0,
+        classes=0,
+        per_class=manifest.batch,
+        shard_size=manifest.batch,
+    )
+    device = device_of(manifest, drawn, options["threads"])
+    return Plan(
+        manifest=manifest,
+        offer=offer(bundle, precision),
+        options={**options, "threads": device.threads},
+        device=device,
+        replicas=replicas,
+        settings=settings,
+        name=bundle.resolve().name,
+    )
+
+
+@serve.ingress()
+class Ingress:
+    """What answers. There is one, since it counts the queue."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, drawer: DeploymentHandle[Any], manifest: Manifest, settings: Settings, name: str
+    ) -> None:
+        self._settings, self._name, self._metrics = settings, name, Metrics()
+        how = await drawer.describe.remote()
+        self._backend = RayBackend(drawer, manifest, how, self._metrics)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._backend, self._settings, name=self._name, metrics=self._metrics)
+
+    async def stop(self) -> None:
+        await self._backend.stop()
+
+    def abort(self) -> None:
+        self._backend.abort()
+
+
+def application(plan: Plan) -> Any:
+    """What Ray Serve runs."""
+    batch, replicas = plan.manifest.batch, plan.replicas
+    shared: dict[str, Any] = {"graceful_shutdown_wait_loop_s": 0.1, "health_check_period_s": 2}
+    how_many: dict[str, Any] = {"num_replicas": replicas.most}
+    if replicas.least != replicas.most:
+        scaling = AutoscalingConfig(
+            min_replicas=replicas.least,
+            max_replicas=replicas.most,
+            target_ongoing_requests=batch,
+        )
+        how_many = {"autoscaling_config": scaling}
+    deployment: Any = serve.deployment  # its types are those of a decorator
+    drawer = deployment(
+        Drawer,
+        ray_actor_options={
+            name: plan.device.options[name] for name in ("num_cpus", "num_gpus", "memory")
+        },
+        max_ongoing_requests=AHEAD * batch,
+        max_queued_requests=plan.settings.queue,
+        request_router_config={"initial_backoff_s": BACKOFF, "max_backoff_s": BACKOFF},
+        max_constructor_retry_count=1,
+        **how_many,
+        **shared,
+    ).bind(plan.offer, dict(plan.options))
+    ingress = deployment(
+        Ingress,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=ANSWERS,
+        **shared,
+    )
+    return ingress.bind(drawer, plan.manifest, plan.settings, plan.name)
+
+
+@contextlib.contextmanager
+def deployed(
+    plan: Plan, host: str, port: int, *, alone: bool
+) -> Iterator[DeploymentHandle[Any]]:
+    """Run the service on the cluster that this process is connected to, until the block ends.
+
+    The handle is that of `Ingress`. Applications of others stay as they are. `alone` says that the
+    cluster ends right afterwards, so that nothing need be taken away by itself.
+
+    Raises UsageError where the cluster is too small, has such a service already, or listens
+    elsewhere, and BackendError where the service cannot be started.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
+    for number in SIGNALS:  # Ray has put its own there
+        signal.signal(number, signal.default_int_handler)
+    room = places(plan.device)
+    if not room:
+        raise plan.device.too_large()
+    if room < plan.replicas.least:
+        raise UsageError(
+            f"the cluster has room for {room} replicas of {plan.device.cpus} CPUs and "
+            f"{plan.device.gpus} GPUs, found --replicas {plan.replicas.least}; ask for fewer, or "
+            "for fewer --threads"
+        )
+    before = serve.status()
+    if NAME in before.applications:
+        raise UsageError(
+            f"the cluster runs a service {NAME} already; stop it first, or use another cluster"
+        )
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    try:
+        try:
+            serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+            handle = serve.run(application(plan), name=NAME, route_prefix="/", logging_config=quiet)
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+            raise BackendError(f"Ray Serve cannot start the service: {_reason(error)}") from None
+        _check_answers(plan, host, port, SOON if before.proxies else PATIENCE)
+        yield handle
+    finally:
+        if not alone:
+            _remove(whole=not before.proxies)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong on a replica, out of what Ray makes of it: the last line of a traceback."""
+    service = serve.status().applications.get(NAME)
+    messages = [one.message for one in service.deployments.values()] if service else []
+    lines = [line.strip() for text in [str(error), *messages] for line in text.splitlines()]
+    said = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b.*: ", line)]
+    return said[-1].partition(": ")[2] if said else one_line(error)
+
+
+def _check_answers(plan: Plan, host: str, port: int, patience: float) -> None:
+    """Raise UsageError where the service does not answer on a node that has a proxy."""
+    wildcards = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    node = next(iter(serve.status().proxies))
+    there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
+    ask = ray.remote(num_cpus=0, scheduling_strategy=there)(answers)
+    address = address_of(wildcards.get(host, host), port)
+    if not ray.get(ask.remote(address, plan.manifest.digest(), patience)):
+        raise UsageError(
+            f"Ray Serve does not answer at {address}: it listens where it was first started; give "
+            "--host and --port of that"
+        )
+
+
+def answers(address: str, digest: str, patience: float) -> bool:
+    """Whether a service of a bundle answers, or does so soon."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(f"{address}/v1/model", timeout=patience) as reply:
+                return bool(json.load(reply).get("digest") == digest)
+        except (OSError, ValueError):
+            time.sleep(0.05)
+    return False
+
+
+def address_of(host: str, port: int) -> str:
+    """http://host:port, as a browser takes it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _remove(*, whole: bool) -> None:
+    """The application; with it Ray Serve, where nobody else had started it or uses it now."""
+    with contextlib.suppress(RayError, RayServeException, RuntimeError, TimeoutError):
+        if NAME in serve.status().applications:
+            serve.delete(NAME)
+        if whole and not serve.status().applications:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def until_stopped(handle: DeploymentHandle[Any]) -> None:
+    """Return after a signal, once what was taken is done. A second signal drops it, a third waits
+    for nothing."""
+    told: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whether it is a signal
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: told.put(True))
+    told.get()
+    threading.Thread(target=_finish, args=(handle, told), daemon=True).start()
+    if told.get():
+        handle.abort.remote()
+        told.get()
+
+
+def _finish(handle: DeploymentHandle[Any], told: queue.SimpleQueue[bool]) -> None:
+    with contextlib.suppress(RayError, RayServeException):  # there is nothing left to finish
+        handle.stop.remote().result()
+    told.put(False)

@@ -1,0 +1,115 @@
+"""Those who wait for their images, in the order in which they came; whoever draws them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+
+from var_deploy.serving.backend import (
+    BusyError,
+    Drawn,
+    Event,
+    LateError,
+    Queued,
+    StoppingError,
+    Work,
+)
+from var_deploy.serving.batches import Job
+from var_deploy.serving.metrics import Metrics
+
+LONGEST_RETRY = 60  # seconds
+
+
+class Line(ABC):
+    """The half of a `backend.Backend` that faces who waits. The other half begins jobs."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._lock = threading.Condition()
+        self._waiting: list[Job] = []  # until all of their images have begun
+        self._jobs: set[Job] = set()  # until nobody waits any more
+        self._stopping = False
+        metrics.watch_queue(lambda: len(self._waiting))
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    async def draw(self, work: Work) -> AsyncGenerator[Event, None]:
+        """See `backend.Backend`."""
+        with self._lock:
+            if self._stopping:
+                raise StoppingError("the service is stopping; it takes nothing new")
+            job = self._accept(work)
+            self._waiting.append(job)
+            self._jobs.add(job)
+            self._lock.notify_all()
+        try:
+            while True:
+                try:
+                    event = await job.next(self._patience(job))
+                except asyncio.TimeoutError:
+                    with self._lock:
+                        self._drop_late()
+                    continue
+                yield event
+                if isinstance(event, Drawn):
+                    return
+        finally:
+            self._leave(job)
+
+    def abort(self) -> None:
+        """See `backend.Backend`."""
+        with self._lock:
+            self._stopping = True
+            for job in self._jobs:
+                job.gone = True
+                job.tell(StoppingError("the service was stopped"))
+            self._waiting.clear()
+            self._lock.notify_all()
+
+    @abstractmethod
+    def _accept(self, work: Work) -> Job:
+        """A job for this work, under the lock. Raises RefusedError."""
+
+    def _busy(self, retry_after: float) -> BusyError:
+        return BusyError(
+            f"the queue is full with {len(self._waiting)} requests; come back later",
+            min(max(math.ceil(retry_after), 1), LONGEST_RETRY),
+        )
+
+    def _patience(self, job: Job) -> float | None:
+        """Seconds until a job is too late to be begun; None where it no longer can be."""
+        if job.end is None or job.begun or job not in self._waiting:
+            return None
+        return max(job.end - time.perf_counter(), 0.001)
+
+    def _drop_late(self) -> None:
+        """Refuse those whose deadline came before their turn."""
+        now = time.perf_counter()
+        late = [j for j in self._waiting if not j.begun and j.end is not None and j.end <= now]
+        for job in late:
+            self._waiting.remove(job)
+            job.tell(LateError("the deadline came before this request's turn; nothing was drawn"))
+
+    def _begins(self, job: Job) -> None:
+        """The first images of a job are about to be drawn."""
+        self._metrics.waiting.observe(time.perf_counter() - job.came)
+
+    def _leave(self, job: Job) -> None:
+        """Nobody waits for this job any more."""
+        with self._lock:
+            job.gone = True
+            self._jobs.discard(job)
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._tell_positions()
+
+    def _tell_positions(self) -> None:
+        for position, job in enumerate(self._waiting):
+            if not job.begun:
+                job.tell(Queued(position=position))
