@@ -45,8 +45,12 @@ def connected(address: str) -> Iterator[None]:
         _check_reachable(address)
     # the port of the dashboard is looked at only where Ray is started
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
-    stdout = _WithoutRay(sys.stdout)
-    with contextlib.redirect_stdout(stdout), warnings.catch_warnings():
+    stdout, stderr = _WithoutRay(sys.stdout), _WithoutRay(sys.stderr)
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)

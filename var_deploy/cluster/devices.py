@@ -14,7 +14,6 @@ from var_deploy.planning.costs import Precision
 from var_deploy.planning.memory import Layout, Library, footprint
 from var_deploy.planning.plan import workload_of
 from var_deploy.planning.precisions import CPU, ON_GPU, cpu_precision, gpu_precision
-from var_deploy.sets.spec import SetSpec
 
 GPU_BACKENDS = tuple(name for name in BACKENDS if name not in ("auto", CPU))
 WORKER = 100_000_000  # bytes of Ray itself in a worker process, measured
@@ -56,15 +55,22 @@ class Device:
         )
 
 
-def device_of(manifest: Manifest, spec: SetSpec, threads: int | None) -> Device:
+def device_of(
+    manifest: Manifest,
+    *,
+    precision: str,
+    backend: str,
+    layout: str,
+    threads: int | None,
+    images: int,
+) -> Device:
     """A GPU where the backend is one, or is open and the cluster has GPUs; else CPU threads.
 
-    Memory is the peak that `plan` gives, with the images of a shard and the worker itself. On a
+    Memory is the peak that `plan` gives, with `images` that are held and the worker itself. On a
     GPU it is the same of the host, which holds an engine no longer than it takes to load it.
     """
-    precision, layout = spec.precision, "shared" if spec.layout == "auto" else spec.layout
-    on_gpu = spec.backend in GPU_BACKENDS or (
-        spec.backend == "auto"
+    on_gpu = backend in GPU_BACKENDS or (
+        backend == "auto"
         and threads is None  # who names CPU threads wants the CPU
         and precision in ("auto", *ON_GPU)
         and any(precision in manifest.graphs for precision in ON_GPU)
@@ -76,12 +82,13 @@ def device_of(manifest: Manifest, spec: SetSpec, threads: int | None) -> Device:
         precision = cpu_precision(manifest.graphs)
     library: Library = "tensorrt" if on_gpu else "onnxruntime-cpu"
     workload = workload_of(manifest, cast(Precision, precision))
+    chosen = cast(Layout, "shared" if layout == "auto" else layout)
     tokenizer = manifest.model.tokenizer
-    images = spec.shard_size * tokenizer.image_side**2 * tokenizer.image_channels
+    held = images * tokenizer.image_side**2 * tokenizer.image_channels
     return Device(
         cpus=1 if on_gpu else threads or 1,
         gpus=int(on_gpu),
-        memory=footprint(workload, cast(Layout, layout), library).peak + images + WORKER,
+        memory=footprint(workload, chosen, library).peak + held + WORKER,
         threads=None if on_gpu else threads or 1,
     )
 

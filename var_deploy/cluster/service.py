@@ -1,6 +1,6 @@
 """The HTTP service on Ray Serve: one replica answers, any number of others draw.
 
-    proxies ──► Ingress: `create_app` with a `RayBackend` ──► Drawer, Drawer, …
+proxies ──► Ingress: `create_app` with a `RayBackend` ──► Drawer, Drawer, …
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from var_deploy.manifest import Manifest
 from var_deploy.serving.app import create_app
 from var_deploy.serving.metrics import Metrics
 from var_deploy.serving.settings import Settings
-from var_deploy.sets.spec import SetSpec
 
 NAME = "var-deploy"  # of the application
 ANSWERS = 10_000  # requests that the one replica may answer at a time: most of them wait
@@ -80,23 +79,11 @@ def plan_for(
 
     Raises BundleError for a bundle that lacks files.
     """
-    precision, backend, layout = (options[name] for name in ("precision", "backend", "layout"))
-    # the images of one batch: what a shard of them would take
-    drawn = SetSpec(
-        bundle=manifest.digest(),
-        precision=precision,
-        backend=backend,
-        layout=layout,
-        sampling=manifest.defaults,
-        seed=0,
-        classes=0,
-        per_class=manifest.batch,
-        shard_size=manifest.batch,
-    )
-    device = device_of(manifest, drawn, options["threads"])
+    chosen = {name: options[name] for name in ("precision", "backend", "layout", "threads")}
+    device = device_of(manifest, **chosen, images=manifest.batch)
     return Plan(
         manifest=manifest,
-        offer=offer(bundle, precision),
+        offer=offer(bundle, options["precision"]),
         options={**options, "threads": device.threads},
         device=device,
         replicas=replicas,
@@ -161,9 +148,7 @@ def application(plan: Plan) -> Any:
 
 
 @contextlib.contextmanager
-def deployed(
-    plan: Plan, host: str, port: int, *, alone: bool
-) -> Iterator[DeploymentHandle[Any]]:
+def deployed(plan: Plan, host: str, port: int, *, alone: bool) -> Iterator[DeploymentHandle[Any]]:
     """Run the service on the cluster that this process is connected to, until the block ends.
 
     The handle is that of `Ingress`. Applications of others stay as they are. `alone` says that the

@@ -86,7 +86,14 @@ def make_missing(
     Raises UsageError where no node can hold a worker, what a worker raised or
     `SetFolder.write`, and VarDeployError where workers are lost again and again.
     """
-    device = device_of(read_manifest(bundle), spec, threads)
+    device = device_of(
+        read_manifest(bundle),
+        precision=spec.precision,
+        backend=spec.backend,
+        layout=spec.layout,
+        threads=threads,
+        images=spec.shard_size,
+    )
     if not places(device):
         raise device.too_large()
     load = {"threads": device.threads, "cuda_graph": cuda_graph}

@@ -3,6 +3,8 @@
     routes    app, answers, events, docs: HTTP, and nothing else
     ask       what a body asks for, checked: a `Work`
     backend   the interface between them and what draws: submit a `Work`, get events
+    line      who waits, and where he stands
+    batches   which works share a batch, and the drawing of one
     queue     the backend of one process: a bounded queue in front of one `Pipeline`
 
 Another deployment replaces `queue` alone. Needs the extra `serve`.
