@@ -28,8 +28,9 @@ demo: $(BUNDLE)/manifest.json
 $(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
 	$(BIN)/var-deploy export pocket --out $(BUNDLE) --force
 
+# Two processes, each with files of its own: in one it takes nearly twice as long.
 test: $(CHECKS) $(TRITON_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # TensorRT for RTX and the like: 100 MB, for x86-64 only, and needed by some tests alone. Without
 # them those tests say that they were skipped, and the next run tries again.
