@@ -48,9 +48,9 @@ MARKED = {
     },
     "docs/CONTAINERS.md": {"needs a container engine": 5, "needs a cluster": 1},
 }
-# other programs, at whose lines tests/deploy/test_doc.py looks; and what the text says of theirs
+# other programs, at whose lines tests/deploy/test_doc.py looks; and options that are no command's
 FOREIGN = ("docker", "kubectl")
-OF_OTHERS = {f"--{name}" for name in ("build-arg", "gpus", "init", "runtime", "target")}
+OF_OTHERS = {f"--{name}" for name in ("build-arg", "gpus", "init", "rounds", "runtime", "target")}
 OF_OTHERS |= {"--load-model", "--model-control-mode"}
 # what makes it quick, by the same way as everybody sets options in the environment
 QUICK = {
