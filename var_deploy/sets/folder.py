@@ -85,8 +85,7 @@ class SetFolder:
 
     def has(self, spec: SetSpec, shard: int) -> bool:
         """Whether a shard is there. It is not read, see `damaged`."""
-        path = self.path / spec.shard_file(shard)
-        return path.is_file() and bool(_hash_of(path))
+        return bool(self._hash(spec, shard))
 
     def missing(self, spec: SetSpec, shards: Sequence[int]) -> list[int]:
         """Those of `shards` that are not there."""
@@ -177,11 +176,16 @@ class SetFolder:
                 "shard": shard,
                 "file": spec.shard_file(shard),
                 "images": len(spec.numbers(shard)),
-                "sha256": _hash_of(self.path / spec.shard_file(shard)),
+                "sha256": digest,
             }
             for shard in range(spec.shards)
-            if self.has(spec, shard)
+            if (digest := self._hash(spec, shard))
         ]
+
+    def _hash(self, spec: SetSpec, shard: int) -> str:
+        """That was written with a shard; "" where the shard or its hash is not there."""
+        path = self.path / spec.shard_file(shard)
+        return _hash_of(path) if path.is_file() else ""
 
 
 @contextlib.contextmanager
