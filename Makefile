@@ -48,7 +48,8 @@ $(TRITON_READY): pyproject.toml constraints-triton.txt | $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
-types: $(READY) .types/var_deploy
+# Ray's own types are needed, hence all packages
+types: $(CHECKS) .types/var_deploy
 	$(BIN)/mypy .types/var_deploy
 
 # Folders of links, as the package is laid out when installed. Always made anew: it takes no time,
