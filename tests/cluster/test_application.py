@@ -1,0 +1,65 @@
+"""What is asked of Ray Serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.serving.settings import Settings
+
+pytest.importorskip("ray.serve", reason="the extra ray is not installed")
+
+
+@pytest.fixture
+def manifest(pocket_bundle: Path) -> Manifest:
+    return read_manifest(pocket_bundle)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, manifest: Manifest, replicas: str) -> dict[str, Any]:
+    """The options of the deployment that draws."""
+    from ray import serve
+
+    from var_deploy.cluster.devices import Device
+    from var_deploy.cluster.drawer import Drawer
+    from var_deploy.cluster.place import Offer
+    from var_deploy.cluster.replicas import Replicas
+    from var_deploy.cluster.service import Plan, application
+
+    found, deployment = {}, serve.deployment
+
+    def watched(kind: type, **options: Any) -> Any:
+        found[kind] = options
+        return deployment(kind, **options)
+
+    monkeypatch.setattr(serve, "deployment", watched)
+    nowhere = Offer(bundle=Path("b"), digest="d", precision="auto", version="0", node="n")
+    application(
+        Plan(
+            manifest=manifest,
+            offer=nowhere,
+            options={},
+            device=Device(cpus=3, gpus=1, memory=10**9, threads=None),
+            replicas=Replicas.parse(replicas),
+            settings=Settings(queue=7),
+            name="pocket",
+        )
+    )
+    return found[Drawer]
+
+
+def test_a_number_of_replicas(monkeypatch: pytest.MonkeyPatch, manifest: Manifest) -> None:
+    options = asked(monkeypatch, manifest, "4")
+    assert (options["num_replicas"], "autoscaling_config" in options) == (4, False)
+    assert options["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 1, "memory": 10**9}
+    assert options["max_queued_requests"] == 7
+
+
+def test_replicas_follow_the_load(monkeypatch: pytest.MonkeyPatch, manifest: Manifest) -> None:
+    options = asked(monkeypatch, manifest, "1:4")
+    assert "num_replicas" not in options
+    scaling = options["autoscaling_config"]
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+    assert scaling.target_ongoing_requests == manifest.batch
