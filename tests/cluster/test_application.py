@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,26 @@ def test_replicas_follow_the_load(monkeypatch: pytest.MonkeyPatch, manifest: Man
     scaling = options["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
     assert scaling.target_ongoing_requests == manifest.batch
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_proxies_that_a_busy_node_lost(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    from ray import serve
+    from ray.exceptions import RayActorError
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    from var_deploy.cluster import service
+
+    calls: list[Any] = []
+
+    def start(**options: Any) -> None:
+        calls.append(options["http_options"])
+        if len(calls) <= failures:
+            raise RayActorError(error_msg="killed before it was ready")
+
+    monkeypatch.setattr(serve, "start", start)
+    where = HTTPOptions(host="127.0.0.1", port=8123)
+    with pytest.raises(RayActorError) if failures == 3 else contextlib.nullcontext():
+        service._start(where, LoggingConfig())
+    assert calls == [where] * 3

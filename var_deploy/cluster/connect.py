@@ -21,8 +21,13 @@ from var_deploy.errors import UsageError, one_line
 LOCAL, AUTO, CLIENT = "local", "auto", "ray://"
 PATIENCE = 5.0  # seconds; Ray itself waits for two minutes and then ends the process
 FORMS = "local, auto, HOST:PORT from a node of the cluster, or ray://HOST:10001 from elsewhere"
-# before Ray starts: nothing is reported to its makers, and no advice is printed
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# before Ray starts: nothing is reported to its makers, no advice is printed, and a proxy of Ray
+# Serve has more than five seconds to come up, after which a busy machine would have it killed
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 
 
 @contextlib.contextmanager

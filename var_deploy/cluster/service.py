@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -44,7 +44,8 @@ NAME = "var-deploy"  # of the application
 ANSWERS = 10_000  # requests that the one replica may answer at a time: most of them wait
 AHEAD = 2  # batches that a replica has at hand: one is drawn, one is next
 BACKOFF = 0.01  # seconds after which Ray asks replicas that were full again
-PATIENCE = 20.0  # seconds in which proxies must have heard of the service
+STARTS = 3  # of Ray Serve
+PATIENCE = 60.0  # seconds in which proxies must have heard of the service
 SOON = 5.0  # the same of proxies that were there before
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -177,7 +178,7 @@ def deployed(plan: Plan, host: str, port: int, *, alone: bool) -> Iterator[Deplo
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         try:
-            serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+            _start(HTTPOptions(host=host, port=port), quiet)
             handle = serve.run(application(plan), name=NAME, route_prefix="/", logging_config=quiet)
         except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
             raise BackendError(f"Ray Serve cannot start the service: {_reason(error)}") from None
@@ -186,6 +187,18 @@ def deployed(plan: Plan, host: str, port: int, *, alone: bool) -> Iterator[Deplo
     finally:
         if not alone:
             _remove(whole=not before.proxies)
+
+
+def _start(options: HTTPOptions, logs: LoggingConfig) -> None:
+    """Start Ray Serve. On a busy node of somebody's cluster it ends proxies that took too long, and
+    starts others: that is no reason to give up."""
+    for left in reversed(range(STARTS)):
+        try:
+            serve.start(http_options=options, logging_config=logs)
+            return
+        except RayActorError:
+            if not left:
+                raise
 
 
 def _reason(error: Exception) -> str:
