@@ -89,6 +89,20 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes the place of `path`, new or empty, when the block ends, by rename.
+
+    Parents are made. Raises VarDeployError where the disk refuses.
+    """
+    path = Path(os.path.realpath(path))
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _stage(path.parent) as stage:
+            yield stage
+            stage.rename(path)
+
+
 def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
     """Write an image [H, W, 3] (or [H, W, 1]) with `text` as PNG text chunks; see `whole_file`."""
     with whole_file(path) as stream:
@@ -124,11 +138,7 @@ def save_folder(
     """
     with _disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        stage = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
-        if folder.exists():
-            stage = folder / f".{secrets.token_hex(4)}.tmp"
-        try:
-            stage.mkdir()
+        with _stage(folder if folder.exists() else folder.parent) as stage:
             for name, image, text in zip(file_names, images, texts, strict=True):
                 with (stage / name).open("xb") as stream:
                     write_png(stream, image, text)
@@ -137,8 +147,17 @@ def save_folder(
                     (stage / name).replace(folder / name)
             else:
                 stage.rename(folder)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stage(beside: Path) -> Iterator[Path]:
+    """A new folder among those of `beside`, gone when the block ends unless it was moved."""
+    stage = beside / f".{secrets.token_hex(4)}.tmp"
+    try:
+        stage.mkdir()
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def origin_text(manifest: Manifest, precision: str) -> dict[str, str]:

@@ -11,9 +11,10 @@ import contextlib
 import http.client
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from var_deploy.errors import BackendError, UsageError, one_line
@@ -53,36 +54,24 @@ class Question:
     headers: Mapping[str, str]
 
 
-class Service(Protocol):
-    """A service that was found at an address."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def address(self) -> Address: ...
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def about(self) -> Mapping[str, str]:
-        """What it says of itself."""
-        ...
-
-    def question(self, seed: int) -> Question:
-        """What asks for one image of this seed."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
-class OurService:
-    """`var-deploy serve`."""
+class Service(ABC):
+    """A service that was found at an address; `about` is what it says of itself."""
 
+    kind: ClassVar[str]
     url: str
     address: Address
     about: Mapping[str, str]
-    kind: str = "var-deploy"
+
+    @abstractmethod
+    def question(self, seed: int) -> Question:
+        """What asks for one image of this seed."""
+
+
+class OurService(Service):
+    """`var-deploy serve`."""
+
+    kind = "var-deploy"
 
     def question(self, seed: int) -> Question:
         body = json.dumps({"labels": [LABEL], "seed": seed, "format": "png"}).encode()
@@ -90,14 +79,10 @@ class OurService:
         return Question(path=f"{self.address.path}/v1/images", body=body, headers=headers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TritonModel:
+class TritonModel(Service):
     """A model that `var-deploy triton` wrote."""
 
-    url: str
-    address: Address
-    about: Mapping[str, str]
-    kind: str = "triton"
+    kind = "triton"
 
     def question(self, seed: int) -> Question:
         sizes = {"shape": [1, 1], "parameters": {"binary_data_size": 8}}

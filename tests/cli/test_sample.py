@@ -20,7 +20,7 @@ from var_deploy.cli.options import RuntimeOptions
 from var_deploy.pipeline import Pipeline
 from var_deploy.sets.folder import SetFolder
 from var_deploy.sets.formats import read_images
-from var_deploy.sets.shards import make_shard
+from var_deploy.sets.shards import draw_shard
 
 THREAD = ("--threads", 1)
 KILLED = Path(__file__).with_name("killed_sample.py")
@@ -67,10 +67,11 @@ def test_the_images_are_those_of_generate(made: Path, made_set: Path) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_one_shard_from_plain_data(made: Path, made_set: Path) -> None:
+def test_one_shard_by_itself(made: Path, made_set: Path) -> None:
     spec = SetFolder(path=made_set).read()
     assert spec is not None
-    assert make_shard(str(made), {"threads": 1}, spec, 3) == (made_set / "000003.tar").read_bytes()
+    with Pipeline.load(made, threads=1, **spec.decided) as pipe:
+        assert draw_shard(pipe, spec, 3) == (made_set / "000003.tar").read_bytes()
 
 
 def test_two_processes_at_once(made: Path, made_set: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling
 from var_deploy.sets.folder import NPZ_FILE, SetFolder, damage
 from var_deploy.sets.spec import (
+    DECIDED,
     FID_PER_CLASS,
     FID_SAMPLING,
     FORMATS,
@@ -36,8 +37,6 @@ from var_deploy.sets.spec import (
 if TYPE_CHECKING:
     from var_deploy.cluster.sets import Made
     from var_deploy.sets.work import Tell
-
-DECIDED = ("precision", "backend", "layout")  # by the set, where they are left open
 
 
 @click.command()
@@ -155,8 +154,8 @@ def sample(
         raise UsageError("--workers are those of a cluster: say which with --ray")
     manifest, there = read_manifest(bundle), folder.read()
     if there is not None:  # what is left open is as in the set
-        left_open = [name for name in DECIDED if getattr(runtime, name) == "auto"]
-        runtime = dataclasses.replace(runtime, **{name: getattr(there, name) for name in left_open})
+        left_open = {k: v for k, v in there.decided.items() if getattr(runtime, k) == "auto"}
+        runtime = dataclasses.replace(runtime, **left_open)
     transformer = manifest.model.transformer
     spec = SetSpec(
         bundle=manifest.digest(),
@@ -198,12 +197,7 @@ def sample(
             else:
                 with runtime.load(bundle) as pipe:
                     how = pipe.describe()
-                    spec = dataclasses.replace(
-                        spec,
-                        precision=how["precision"],
-                        backend=how["backend"],
-                        layout=how["layout"],
-                    )
+                    spec = spec.decided_by(how)
                     folder.begin(spec)
                     made = make_missing(pipe, folder, spec, mine, progress.update)
         done = folder.list_shards(spec)

@@ -141,7 +141,7 @@ def _serve_on_ray(
 ) -> None:
     with needs_extra("ray", "serve --ray"):
         from var_deploy.cluster.connect import LOCAL, connected
-        from var_deploy.serving.server import listen
+        from var_deploy.serving.server import listen, url_of
 
     if address == LOCAL:
         with listen(host, port) as free:  # Ray would say it in the log of a process of its own
@@ -150,11 +150,11 @@ def _serve_on_ray(
         raise UsageError("--port 0 needs --ray local: nodes of a cluster listen on the same port")
     with Progress(quiet=quiet) as progress, connected(address):
         with needs_extra("ray", "serve --ray"):
-            from var_deploy.cluster.service import address_of, deployed, plan_for, until_stopped
+            from var_deploy.cluster.service import deployed, plan_for, until_stopped
 
         progress.update("starting replicas", 0.0)
         plan = plan_for(bundle, manifest, replicas, settings, dataclasses.asdict(runtime))
         with deployed(plan, host, port, alone=address == LOCAL) as handle:
             if not quiet:
-                click.echo(f"serving {bundle} on {address_of(host, port)} (Ctrl-C stops)")
+                click.echo(f"serving {bundle} on {url_of(host, port)} (Ctrl-C stops)")
             until_stopped(handle)

@@ -38,6 +38,7 @@ from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.manifest import Manifest
 from var_deploy.serving.app import create_app
 from var_deploy.serving.metrics import Metrics
+from var_deploy.serving.server import url_of
 from var_deploy.serving.settings import Settings
 
 NAME = "var-deploy"  # of the application
@@ -216,29 +217,24 @@ def _check_answers(plan: Plan, host: str, port: int, patience: float) -> None:
     node = next(iter(serve.status().proxies))
     there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
     ask = ray.remote(num_cpus=0, scheduling_strategy=there)(answers)
-    address = address_of(wildcards.get(host, host), port)
-    if not ray.get(ask.remote(address, plan.manifest.digest(), patience)):
+    where = url_of(wildcards.get(host, host), port)
+    if not ray.get(ask.remote(where, plan.manifest.digest(), patience)):
         raise UsageError(
-            f"Ray Serve does not answer at {address}: it listens where it was first started; give "
+            f"Ray Serve does not answer at {where}: it listens where it was first started; give "
             "--host and --port of that"
         )
 
 
-def answers(address: str, digest: str, patience: float) -> bool:
+def answers(where: str, digest: str, patience: float) -> bool:
     """Whether a service of a bundle answers, or does so soon."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
-            with urllib.request.urlopen(f"{address}/v1/model", timeout=patience) as reply:
+            with urllib.request.urlopen(f"{where}/v1/model", timeout=patience) as reply:
                 return bool(json.load(reply).get("digest") == digest)
         except (OSError, ValueError):
             time.sleep(0.05)
     return False
-
-
-def address_of(host: str, port: int) -> str:
-    """http://host:port, as a browser takes it."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _remove(*, whole: bool) -> None:

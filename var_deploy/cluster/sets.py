@@ -7,7 +7,6 @@ the driver, so nodes share no folder and the set appears exactly as with one pro
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections import Counter, deque
@@ -21,7 +20,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from var_deploy.cluster.devices import Device, device_of, places
 from var_deploy.cluster.place import cause_of, offer
-from var_deploy.cluster.worker import DECIDED, Drawn, Worker
+from var_deploy.cluster.worker import Drawn, Worker
 from var_deploy.errors import VarDeployError, one_line
 from var_deploy.manifest import read_manifest
 from var_deploy.sets.folder import SetFolder
@@ -88,9 +87,7 @@ def make_missing(
     """
     device = device_of(
         read_manifest(bundle),
-        precision=spec.precision,
-        backend=spec.backend,
-        layout=spec.layout,
+        **spec.decided,
         threads=threads,
         images=spec.shard_size,
     )
@@ -117,8 +114,7 @@ class _Worker:
         self.actor = actor
         self.calls: deque[int | None] = deque([None])
         self.ready = False
-        chosen = {name: getattr(spec, name) for name in DECIDED}
-        self.loading = self.actor.load.remote(chosen)
+        self.loading = self.actor.load.remote(spec.decided)
 
 
 class _Run:
@@ -230,9 +226,7 @@ class _Run:
         made.workers = max(made.workers, sum(worker.ready for worker in self._workers))
         if not made.how:
             made.how = how
-            made.spec = dataclasses.replace(
-                made.spec, precision=how["precision"], backend=how["backend"], layout=how["layout"]
-            )
+            made.spec = made.spec.decided_by(how)
 
     def _keep(self, shard: int, drawn: Drawn, receiving: float) -> None:
         made, started = self.made, time.monotonic()

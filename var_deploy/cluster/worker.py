@@ -14,8 +14,6 @@ from var_deploy.sets.spec import SetSpec
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
 
-DECIDED = ("precision", "backend", "layout")  # by the first worker, where they are left open
-
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
@@ -27,7 +25,8 @@ class Drawn:
 
 
 class Worker:
-    """Draws shards of an offered bundle. `options` are those of `Pipeline.load` besides DECIDED."""
+    """Draws shards of an offered bundle. `options` are those of `Pipeline.load` besides
+    those that the set decides."""
 
     def __init__(self, offered: Offer, options: Mapping[str, Any]) -> None:
         self._offered, self._options = offered, options
@@ -46,7 +45,7 @@ class Worker:
     def draw(self, spec: SetSpec, shard: int) -> Drawn:
         """Raises what `load` and `draw_shard` raise."""
         started = time.monotonic()
-        pipe = self._loaded({name: getattr(spec, name) for name in DECIDED})
+        pipe = self._loaded(spec.decided)
         data = draw_shard(pipe, spec, shard)
         waiting = 0.0 if self._free is None else started - self._free
         self._free = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from types import FrameType
 
@@ -73,8 +72,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(listening: socket.socket) -> str:
+    """See `url_of`."""
+    return url_of(*listening.getsockname()[:2])
+
+
+def url_of(host: str, port: int) -> str:
     """http://host:port, as a browser takes it."""
-    host, port = listening.getsockname()[:2]
-    if ipaddress.ip_address(host).version == 6:
-        host = f"[{host}]"
-    return f"http://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,38 +1,18 @@
-"""One shard of a set: PNGs in a file that depends on the set's settings and its number alone.
-
-`make_shard` takes and gives plain data, so that another process, on another machine, can run it.
-"""
+"""One shard of a set: PNGs in a file that depends on the set's settings and its number alone."""
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from var_deploy.errors import UsageError
 from var_deploy.images import write_png
 from var_deploy.sets.formats import Row, pack
-from var_deploy.sets.spec import SetSpec
+from var_deploy.sets.spec import DECIDED, SetSpec
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
-
-
-def make_shard(
-    bundle: str | os.PathLike[str], options: Mapping[str, Any], spec: SetSpec, shard: int
-) -> bytes:
-    """A shard from nothing: loads the bundle, draws, and lets go of it.
-
-    `options` are those of `Pipeline.load` besides precision, backend and layout, which the set
-    decides. Errors are those of `load` and of `draw_shard`. Who makes several keeps a pipeline and
-    calls `draw_shard`.
-    """
-    from var_deploy.pipeline import Pipeline
-
-    chosen = {"precision": spec.precision, "backend": spec.backend, "layout": spec.layout}
-    with Pipeline.load(bundle, **{**options, **chosen}) as pipe:
-        return draw_shard(pipe, spec, shard)
 
 
 def draw_shard(
@@ -52,12 +32,10 @@ def draw_shard(
 
 def check_pipeline(pipe: Pipeline, spec: SetSpec) -> None:
     """Raise UsageError where the pipeline would not draw the images of this set."""
-    how = pipe.describe()
-    own = {name: how[name] for name in ("precision", "backend", "layout")}
-    own["bundle"] = pipe.manifest.digest()
-    for name, found in own.items():
-        if found != (expected := getattr(spec, name)):
-            raise UsageError(f"a pipeline with {name} {found} draws no set with {expected}")
+    own = {**pipe.describe(), "bundle": pipe.manifest.digest()}
+    for name in (*DECIDED, "bundle"):
+        if own[name] != (expected := getattr(spec, name)):
+            raise UsageError(f"a pipeline with {name} {own[name]} draws no set with {expected}")
 
 
 def _draw(

@@ -16,6 +16,7 @@ MOST_IMAGES, MOST_SHARDS = 10**9, 10**6  # the digits of their names
 
 TAR, PARQUET = "tar", "parquet"
 FORMATS = (TAR, PARQUET)  # each is the suffix of its files
+DECIDED = ("precision", "backend", "layout")  # by what draws first, where they are left open
 
 # "FID-50K" of VAR (arXiv 2404.02905, README of its code)
 FID_PER_CLASS = 50
@@ -81,6 +82,16 @@ class SetSpec:
     def shard_file(self, shard: int) -> str:
         """000000.tar, as WebDataset reads it: images/{000000..000195}.tar."""
         return f"{shard:06d}.{self.format}"
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """How it is drawn, as `Pipeline.load` and `Pipeline.describe` name it."""
+        return {name: getattr(self, name) for name in DECIDED}
+
+    def decided_by(self, how: Mapping[str, str]) -> SetSpec:
+        """The same set, drawn as `Pipeline.describe` tells."""
+        found: dict[str, Any] = {name: how[name] for name in DECIDED}
+        return dataclasses.replace(self, **found)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from var_deploy import names
-from var_deploy.errors import UsageError, VarDeployError
-from var_deploy.images import check_writable
+from var_deploy.errors import UsageError
+from var_deploy.images import check_writable, whole_folder
 from var_deploy.manifest import Manifest, check_files
 from var_deploy.planning.precisions import CPU, check_gpu_precision
 from var_deploy.runtime.tensorrt.engine_files import ENGINES, PARTIAL
@@ -95,7 +93,7 @@ def write_repository(
     version = version_of(manifest.digest())
     files = [names.MANIFEST, *manifest.files, *_engine_files(bundle)]
     copied = total = 0
-    with _whole_folder(out) as stage:
+    with whole_folder(out) as stage:
         model = stage / serving.name
         place = model / str(version) / BUNDLE
         place.mkdir(parents=True)
@@ -124,20 +122,3 @@ def _place(source: Path, target: Path) -> tuple[int, bool]:
         shutil.copyfile(source, target)
         linked = False
     return target.stat().st_size, linked
-
-
-@contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes the place of `path`, new or empty, when the block ends."""
-    path = Path(os.path.realpath(path))
-    stage = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            stage.mkdir()
-            yield stage
-            stage.rename(path)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    except OSError as error:
-        raise VarDeployError(f"{path} cannot be written: {error.strerror or error}") from None
