@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from var_deploy import names
+from var_deploy.bundle_files import GraphFile
 from var_deploy.export.checkpoint import LoadedModel, empty_modules, load_into
 from var_deploy.export.graphs.int8 import ConvRanges, Range, Ranges
 from var_deploy.export.models.tokenizer import Tokenizer
@@ -156,7 +157,7 @@ def _widen(value: float) -> float:
 class _NoDecoder(OrtCpuBackend):
     """Leaves the decoder out: it is what we are about to make."""
 
-    def open(self, graph: Path) -> Any:
+    def open(self, graph: GraphFile) -> Any:
         return _Idle() if graph.stem == names.DECODER else super().open(graph)
 
 

@@ -10,14 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.errors import BackendError
 from var_deploy.runtime.protocol import ALIGNMENT, Array
 
 WORTH_GIVING_BACK = 1 << 24  # bytes; a page fault costs about as much as computing on 1 kB
 
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:
-    """Zeros [size] whose first byte lies on a multiple of 256."""
-    block = np.zeros(size + ALIGNMENT, np.uint8)
+    """Zeros [size] whose first byte lies on a multiple of 256. Raises BackendError for lack of
+    memory."""
+    try:
+        block = np.zeros(size + ALIGNMENT, np.uint8)
+    except (MemoryError, ValueError):  # ValueError: more than an address can count
+        raise BackendError(
+            f"there is no memory for {size / 1e6:.0f} MB of buffers; use a smaller batch"
+        ) from None
     start = -block.ctypes.data % ALIGNMENT
     return block[start : start + size]
 

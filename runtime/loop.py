@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.bundle_files import BundleFiles
 from var_deploy.editing import Kept
 from var_deploy.errors import BackendError, CancelledError
 from var_deploy.manifest import GraphInfo, Manifest
@@ -27,27 +28,39 @@ class ScaleLoop:
     All buffers are bound when it is made; a generation only fills the small inputs and launches.
 
     Args:
+        bundle: folder, whose files are then opened and checked as they are needed, or files that
+            are held open already; these are not closed with the loop.
         backend: the loop's own from here on; closed with it, also when this fails.
         layout: "shared" drives all scales through the one `step` graph, which keeps one copy of
             the weights in memory; "per-scale" opens the K static graphs.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, backend: Backend, precision: str, layout: Layout
+        self,
+        bundle: Path | BundleFiles,
+        manifest: Manifest,
+        backend: Backend,
+        precision: str,
+        layout: Layout,
     ) -> None:
         self._manifest, self._spec, self._backend = manifest, manifest.model, backend
         self._opened: dict[str, Session] = {}
         self._launches: Sequence[Launch] = ()  # all but the decoder
         self._decoders: Sequence[Launch] = ()  # the last one reads what the last scale leaves
         self._done = 0
+        self._own_files: BundleFiles | None = None
+        if isinstance(bundle, BundleFiles):
+            files = bundle
+        else:
+            files = self._own_files = BundleFiles(bundle, manifest, precision)
         try:
             graphs = self._graphs(precision, layout)
             half = precision == "fp16"
             self._buffers = LoopBuffers(manifest, np.float16 if half else np.float32, backend)
             # the decoder first: its weights are reordered while it loads, and that passing second
             # copy should not come on top of everything else
-            for name, graph in sorted(graphs.items(), key=lambda item: item[0] != names.DECODER):
-                self._opened[name] = backend.open(bundle / graph.file)
+            for name in sorted(graphs, key=lambda name: name != names.DECODER):
+                self._opened[name] = backend.open(files.graph(name))
             launches = self._bind_all(graphs, layout)
             # a backend may run everything once: with a generation that is as good as any
             draws = np.zeros((manifest.batch, self._spec.total_tokens), np.float32)
@@ -195,6 +208,8 @@ class ScaleLoop:
         self._opened.clear()
         self._launches = self._decoders = ()
         self._backend.close()
+        if self._own_files is not None:
+            self._own_files.close()
 
     def _graphs(self, precision: str, layout: Layout) -> dict[str, GraphInfo]:
         wanted = [*_scale_graphs(self._spec.scales, layout), names.DECODER]

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from var_deploy import names
+from var_deploy.bundle_files import GraphFile
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import call, load_api
 from var_deploy.runtime.protocol import Array, Backend, Launch, Session, Shared
@@ -148,7 +148,7 @@ class ClockedBackend:
     def forget(self, array: Array) -> None:
         self._backend.forget(array)
 
-    def open(self, graph: Path) -> Session:
+    def open(self, graph: GraphFile) -> Session:
         return self._backend.open(graph)
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:

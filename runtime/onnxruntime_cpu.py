@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cache
-from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
 from var_deploy import names
+from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.runtime.host_memory import HostMemory
+from var_deploy.runtime.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.protocol import Arrays, Launch
 
 
@@ -22,11 +23,15 @@ class OrtSession:
         self._session, self._graph, self._options = session, graph, options
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.address)
+        try:
+            binding = self._session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.address)
+        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+            words = one_line(error)
+            raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {words}") from error
         return OrtLaunch(self._session, binding, (inputs, outputs), self._graph, self._options)
 
     def close(self) -> None:
@@ -52,9 +57,10 @@ class OrtLaunch:
 class OrtCpuBackend(HostMemory):
     """Opens graphs on the CPU.
 
-    Loops of one process that open the same file with the same number of threads share one session,
-    and with it the weights, packed once; a session's runs may overlap. All sessions draw their
-    scratch memory from one arena, which stays with the process for the next loop.
+    Loops of one process that open the same bytes over the same weights with the same number of
+    threads share one session, and with it the weights, packed once; a session's runs may overlap.
+    All sessions draw their scratch memory from one arena, which stays with the process for the next
+    loop.
 
     Args:
         threads: for one graph; None takes every physical core.
@@ -73,26 +79,28 @@ class OrtCpuBackend(HostMemory):
             raise BackendError(
                 'onnxruntime is not installed; run pip install "var-deploy[cpu]"'
             ) from None
+        quiet(onnxruntime)
         self._ort, self._threads = onnxruntime, threads
 
-    def open(self, graph: Path) -> OrtSession:
+    def open(self, graph: GraphFile) -> OrtSession:
+        graph.read()  # whatever is wrong with the file is found before a session is looked up
         with _opening:
-            key = (*_identity(graph), self._threads)
+            key = (graph.key(), self._threads)
             session = _sessions.get(key)
             if session is None:
                 session = _sessions[key] = self._load(graph)
         options = self._ort.RunOptions()
+        options.log_severity_level = SILENT
         if graph.stem == names.DECODER:
             # the last launch of a generation gives the arena's memory back: between images a
             # pipeline holds its weights and little else
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return OrtSession(session, graph.stem, options)
 
-    def _load(self, graph: Path) -> Any:
+    def _load(self, graph: GraphFile) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         if _share_arena(self._ort):
             options.add_session_config_entry("session.use_env_allocators", "1")
         else:
@@ -101,7 +109,8 @@ class OrtCpuBackend(HostMemory):
         # A pattern is one block for a whole run, laid out as it came the first time: in the decoder
         # of a d16 that is 100 MB more than the arena needs when asked tensor by tensor.
         options.enable_mem_pattern = False
-        if graph.stem == names.STEP or graph.parts[-2:] == ("int8", f"{names.DECODER}.onnx"):
+        last_parts = graph.path.parts[-2:]
+        if graph.stem == names.STEP or last_parts == ("int8", f"{names.DECODER}.onnx"):
             # Planning which freed buffer may serve again compares every two open shapes: 0.45 s of
             # the 0.55 s that opening pocket's `step` took. The arena finds them at run time. And
             # between the integer maps of a decoder it finds fewer: 290 MiB where the arena needs
@@ -111,12 +120,7 @@ class OrtCpuBackend(HostMemory):
             # K sessions would hold K packed copies of the same weights; unpacked they read the one
             # that is mapped from weights.bin, at 1.2 to 1.6 times the time
             options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            return self._ort.InferenceSession(
-                str(graph), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
-            raise BackendError(f"ONNX Runtime refuses {graph.name}: {one_line(error)}") from error
+        return open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
@@ -131,18 +135,6 @@ class OrtCpuBackend(HostMemory):
 
 _sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()
 _opening = Lock()
-
-
-def _identity(graph: Path) -> tuple[Hashable, ...]:
-    """Changes with the graph and with the weights beside it, also where both are replaced.
-
-    A graph without such weights, as a probe of `bench` is, is nobody else's.
-    """
-    try:
-        files = [path.stat() for path in (graph, graph.with_name(names.WEIGHTS))]
-    except OSError:
-        return (object(),)
-    return tuple((f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns) for f in files)
 
 
 @cache

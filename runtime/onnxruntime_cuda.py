@@ -6,11 +6,12 @@ import contextlib
 import importlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.runtime.cuda import DEVICE, Cuda, CudaMemory
+from var_deploy.runtime.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.protocol import Arrays, Launch
 
 PROVIDER = "CUDAExecutionProvider"
@@ -26,11 +27,17 @@ class OrtCudaSession:
         self._launches: list[OrtCudaLaunch] = []
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtCudaLaunch:
-        binding = self.session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cuda", DEVICE, array.dtype, array.shape, array.address)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cuda", DEVICE, array.dtype, array.shape, array.address)
+        problem = None
+        try:
+            binding = self.session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_input(name, "cuda", DEVICE, array.dtype, array.shape, array.address)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cuda", DEVICE, array.dtype, array.shape, array.address)
+        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+            problem = one_line(error)
+        if problem:  # raised here for the reason given in `run`
+            raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {problem}")
         self._launches.append(OrtCudaLaunch(self, binding, (inputs, outputs)))
         return self._launches[-1]
 
@@ -94,25 +101,22 @@ class OrtCudaBackend(CudaMemory):
                 cuda.close()
             raise
         self._sessions: list[OrtCudaSession] = []
+        quiet(self._ort)
         self._run_options = self._ort.RunOptions()
+        self._run_options.log_severity_level = SILENT
         # a launch need not wait: whoever reads the results waits for the stream
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def open(self, graph: Path) -> OrtCudaSession:
+    def open(self, graph: GraphFile) -> OrtCudaSession:
         options = self._ort.SessionOptions()
-        options.log_severity_level = 3
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # sizes, nothing more
         options.enable_cpu_mem_arena = False
-        opened, problem = OrtCudaSession(self._cuda, self._run_options, graph.stem), None
+        opened = OrtCudaSession(self._cuda, self._run_options, graph.stem)
         self._sessions.append(opened)
-        try:
-            opened.session = self._ort.InferenceSession(
-                str(graph), options, providers=[(PROVIDER, self._settings())], enable_fallback=0
-            )
-        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
-            problem = one_line(error)
-        if problem:
-            raise BackendError(f"ONNX Runtime refuses {graph.name}: {problem}")
+        providers = [(PROVIDER, self._settings())]
+        opened.session = open_session(
+            self._ort, graph, options, providers=providers, enable_fallback=0
+        )
         # where cuDNN or another library is missing, ONNX Runtime goes on without the provider
         if PROVIDER not in opened.session.get_providers():
             raise BackendError(

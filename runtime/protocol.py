@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from var_deploy.bundle_files import GraphFile
 
 ALIGNMENT = 256  # what TensorRT asks of an address, and no less than any vector unit wants
 
@@ -114,8 +115,11 @@ class Backend(Memory, Protocol):
     @property
     def name(self) -> str: ...
 
-    def open(self, graph: Path) -> Session:
-        """Load the graph that this ONNX file of a bundle describes. Raises BackendError."""
+    def open(self, graph: GraphFile) -> Session:
+        """Load the graph that this ONNX file of a bundle describes.
+
+        Raises BackendError, and BundleError where the file is not what it should be.
+        """
         ...
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:

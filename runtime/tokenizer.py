@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.bundle_files import BundleFiles
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.blocks import Fields, SharedBlock
@@ -21,7 +21,12 @@ class SingleGraph:
     """One static graph on a backend of its own, which is closed with it, also when this fails."""
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, precision: str, graph: str, backend: Backend
+        self,
+        files: BundleFiles,
+        manifest: Manifest,
+        precision: str,
+        graph: str,
+        backend: Backend,
     ) -> None:
         self._backend = backend
         try:
@@ -29,7 +34,7 @@ class SingleGraph:
             self._given, self._made = (
                 SharedBlock(backend, _fields(tensors)) for tensors in (info.inputs, info.outputs)
             )
-            self._session = backend.open(bundle / info.file)
+            self._session = backend.open(files.graph(graph))
             (self._launch,) = backend.finish([self._session.bind(self._given, self._made)])
         except BaseException:
             backend.close()
@@ -54,13 +59,18 @@ class TokenizerGraphs:
     """The encoder and `accumulate`, loaded when they are first used.
 
     Args:
+        files: of the same generation as those of the scale loop.
         new_backend: makes a backend like that of the scale loop.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, precision: str, new_backend: Callable[[], Backend]
+        self,
+        files: BundleFiles,
+        manifest: Manifest,
+        precision: str,
+        new_backend: Callable[[], Backend],
     ) -> None:
-        self._bundle, self._manifest, self._precision = bundle, manifest, precision
+        self._files, self._manifest, self._precision = files, manifest, precision
         self._new_backend = new_backend
         self._opened: dict[str, SingleGraph] = {}
 
@@ -105,7 +115,7 @@ class TokenizerGraphs:
         if name not in self._opened:
             self._manifest.graph(self._precision, name)  # refuses before a backend is made
             self._opened[name] = SingleGraph(
-                self._bundle, self._manifest, self._precision, name, self._new_backend()
+                self._files, self._manifest, self._precision, name, self._new_backend()
             )
         return self._opened[name]
 

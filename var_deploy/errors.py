@@ -5,6 +5,7 @@
     │   └── LabelError        a label that the model does not have
     ├── CheckpointError       a file that is no checkpoint, or does not fit the model
     ├── BundleError           a bundle that is damaged, too new, or incomplete
+    │   └── BundleChangedError    it was replaced or overwritten while it was in use
     ├── ExportError           the export could not finish
     ├── VerificationError     the deployed graphs and the model disagree
     ├── BackendError          a runtime is missing or refused its work
@@ -44,6 +45,10 @@ class CheckpointError(VarDeployError):
 
 class BundleError(VarDeployError):
     """A bundle cannot be trusted: missing, damaged, incomplete or from a newer schema."""
+
+
+class BundleChangedError(BundleError):
+    """A bundle was replaced or overwritten while it was read or used: load it again."""
 
 
 class ExportError(VarDeployError):

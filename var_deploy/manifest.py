@@ -1,7 +1,8 @@
 """manifest.json: what a bundle holds, and the checks that come before anything is loaded.
 
-Reading refuses a bundle from a newer schema, a file that is missing, of another size or hash, and
-a path that leaves the folder; each in one line that says what to do.
+A bundle may come from a stranger. Reading validates the whole manifest against stated bounds
+(`var_deploy/manifest_format.py`), and refuses a bundle from a newer schema and a file that is
+missing, of another size or hash; each in one line that says what to do.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from var_deploy import names
-from var_deploy.errors import BundleError, UsageError
+from var_deploy.errors import BundleError, UsageError, one_line
+from var_deploy.held_files import HeldFile
+from var_deploy.json_values import DamagedError, Value, read_json, shown
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
@@ -23,7 +26,12 @@ from var_deploy.spec import ModelSpec
 # know. Bundles without it are still written as version 1, byte for byte as before.
 SCHEMA_VERSION = 2
 PLAIN_VERSION = 1
+MANIFEST_BYTES = 16 << 20  # that of a released model has a quarter of one MiB
 HASH_CHUNK = 1 << 22
+
+
+class LeavesError(Exception):
+    """A path of a manifest leads out of the bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,38 +143,41 @@ class Manifest:
             raise BundleError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def read_manifest(bundle: Path) -> Manifest:
+def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
     """Read and check the manifest itself (not the files that it lists).
 
-    Raises BundleError where the folder is no bundle, the manifest is damaged, from a newer
-    schema, or names a path outside the folder.
+    Args:
+        folder: descriptor of the bundle's folder where it is held open, else None.
+
+    Raises BundleError where the folder is not a bundle, the manifest is damaged, from a newer
+    schema, out of bounds, or names a path outside the folder.
     """
+    from var_deploy.manifest_format import parse_manifest  # which needs the classes above
+
     path = bundle / names.MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(
+            path if folder is None else Path(names.MANIFEST), MANIFEST_BYTES, folder=folder
+        )
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{bundle} is no bundle: it has no {names.MANIFEST}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or one_line(error)
+        raise BundleError(f"{path} cannot be read ({words}); export the bundle again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise BundleError(f"{path} is not a var-deploy manifest")
     if version > SCHEMA_VERSION:
         raise BundleError(
-            f"{path} has schema version {version}, this var-deploy reads up to {SCHEMA_VERSION}; "
-            "upgrade var-deploy or export the bundle again"
+            f"{path} has schema version {shown(version)}, this var-deploy reads up to "
+            f"{SCHEMA_VERSION}; upgrade var-deploy or export the bundle again"
         )
     try:
-        manifest = _parse(data)
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise BundleError(f"{path} is damaged ({error!r}); export the bundle again") from None
-    graph_files = [g.file for p in manifest.graphs.values() for g in p.values()]
-    for name in (*manifest.files, *graph_files):
-        _inside(bundle, name)
-    for name in graph_files:
-        if name not in manifest.files:
-            raise BundleError(f"{path} has no hash of {name}; export the bundle again")
-    return manifest
+        return parse_manifest(Value(data))
+    except LeavesError as error:
+        raise BundleError(f"{path} {error}") from None
+    except (DamagedError, UsageError) as error:
+        raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
 
 
 def check_files(
@@ -179,26 +190,68 @@ def check_files(
 ) -> None:
     """Check the listed files under `prefix`: present, of the right size, of the right hash.
 
-    `progress` is called with the bytes read. Raises BundleError naming the first file that fails.
+    Links are followed. `progress` is called with the bytes read. Raises BundleError naming the
+    first file that fails.
     """
-    for name, info in sorted(manifest.files.items()):
-        if not name.startswith(prefix):
-            continue
-        path = _inside(bundle, name)
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise BundleError(f"{path} is missing; export the bundle again") from None
-        if size != info.size:
+    for name in sorted(manifest.files):
+        if name.startswith(prefix):
+            hold_file(bundle, manifest, name, hashes=hashes, progress=progress).close()
+
+
+def hold_file(
+    bundle: Path,
+    manifest: Manifest,
+    name: str,
+    *,
+    hashes: bool = True,
+    progress: Callable[[int], None] | None = None,
+    folder: int | None = None,
+) -> HeldFile:
+    """Open a listed file and check its size and, with `hashes`, its content.
+
+    The caller closes it. `folder` is as in `read_manifest`. Raises BundleError where the file is
+    missing, is not the one that the manifest means, or changes while it is read.
+    """
+    path, info = bundle / name, manifest.files[name]
+    try:
+        file = HeldFile(path, name, folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path} is missing; export the bundle again") from None
+    except OSError as error:
+        raise BundleError(
+            f"{path} cannot be read ({error.strerror or error}); export the bundle again"
+        ) from None
+    try:
+        if file.size != info.size:
             raise BundleError(
-                f"{path} has {size} bytes, expected {info.size}: it is truncated or was replaced; "
-                "export the bundle again"
+                f"{path} has {file.size} bytes, expected {info.size}: it is truncated or was "
+                "replaced; export the bundle again"
             )
-        if hashes and file_sha256(path, progress) != info.sha256:
-            raise BundleError(
-                f"{path} does not match its hash in {names.MANIFEST}: it is damaged or was "
-                "changed; export the bundle again"
-            )
+        if hashes:
+            _check_hash(file, info, progress)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_hash(
+    file: HeldFile, info: FileInfo, progress: Callable[[int], None] | None = None
+) -> None:
+    try:
+        found = file.sha256(progress)
+    except OSError as error:
+        raise BundleError(
+            f"{file.path} cannot be read ({error.strerror or error}); export the bundle again"
+        ) from None
+    if found is None:
+        raise BundleError(f"{file.path} changed while it was read; load the bundle again")
+    digest, file.identity = found
+    if digest != info.sha256:
+        raise BundleError(
+            f"{file.path} does not match its hash in {names.MANIFEST}: it is damaged or was "
+            "changed; export the bundle again"
+        )
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -210,52 +263,3 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
             if progress:
                 progress(len(chunk))
     return digest.hexdigest()
-
-
-def _inside(bundle: Path, name: str) -> Path:
-    """The file `name` of the bundle; refuses whatever leaves the folder, links included."""
-    pure = PurePosixPath(name)
-    leaves = pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts
-    path = bundle / name
-    if leaves or not path.resolve().is_relative_to(bundle.resolve()):
-        raise BundleError(f"{bundle / names.MANIFEST} names {name!r}, which leaves the bundle")
-    return path
-
-
-def _parse(data: Mapping[str, Any]) -> Manifest:
-    def tensors(items: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
-        return tuple(
-            TensorInfo(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"])) for t in items
-        )
-
-    graphs = {
-        precision: {
-            name: GraphInfo(
-                file=str(g["file"]),
-                inputs=tensors(g["inputs"]),
-                outputs=tensors(g["outputs"]),
-                weight_bytes=g["weight_bytes"],
-            )
-            for name, g in by_name.items()
-        }
-        for precision, by_name in data["graphs"].items()
-    }
-    if not graphs or data["batch"] < 1:
-        raise ValueError(f"{len(graphs)} precisions, batch {data['batch']}")
-    model, defaults = ModelSpec.from_json(data["model"]), Sampling(**data["defaults"])
-    defaults.check(model.scales)
-    return Manifest(
-        model=model,
-        preset=data["preset"],
-        batch=int(data["batch"]),
-        guidance=bool(data["guidance"]),
-        graphs=graphs,
-        files={k: FileInfo(size=v["size"], sha256=v["sha256"]) for k, v in data["files"].items()},
-        checkpoint=dict(data["checkpoint"]),
-        tools=dict(data["tools"]),
-        defaults=defaults,
-        labels=tuple(data["labels"]),
-        parity=data["parity"],
-        more_smooth=bool(data.get("more_smooth", False)),
-        schema_version=data["schema_version"],
-    )

@@ -13,9 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy import names
+from var_deploy.bundle_files import BundleFiles
 from var_deploy.editing import Kept, blend, keep_masks
-from var_deploy.errors import BackendError, UsageError
-from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
+from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
 from var_deploy.runtime.backends import Choice, choose_backend
 from var_deploy.runtime.loop import ScaleLoop
@@ -51,8 +53,9 @@ class Pipeline:
         layout: str,
         how: dict[str, str],
         tokenizer: TokenizerGraphs | None = None,
+        files: BundleFiles | None = None,
     ) -> None:
-        self.manifest = manifest
+        self.manifest, self._files = manifest, files
         self._loop: ScaleLoop | None = loop
         self._graphs = tokenizer
         self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
@@ -95,6 +98,10 @@ class Pipeline:
             check: "hashes" reads every file once; "sizes" trusts files of the right size. Engines
                 are always checked whole.
 
+        A bundle that is replaced meanwhile is loaded once more from the beginning. Afterwards the
+        pipeline stays with the files that it has checked: a call that needs another graph of a
+        bundle that was replaced, or weights that were overwritten, raises BundleError.
+
         Raises BundleError for a bundle that cannot be trusted, BackendError where the runtime is
         missing or refuses, UsageError for an unknown option.
         """
@@ -106,12 +113,19 @@ class Pipeline:
             if value not in known:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, found {value!r}")
         folder = Path(bundle)
-        manifest = read_manifest(folder)
         options: dict[str, Any] = {"threads": threads, "cuda_graph": cuda_graph}
-        choice = choose_backend(
-            folder, manifest, backend=backend, precision=precision, layout=layout, **options
-        )
-        return cls.assemble(folder, manifest, choice, options, hashes=check == "hashes")
+
+        def load() -> Pipeline:
+            manifest = read_manifest(folder)
+            choice = choose_backend(
+                folder, manifest, backend=backend, precision=precision, layout=layout, **options
+            )
+            return cls.assemble(folder, manifest, choice, options, hashes=check == "hashes")
+
+        try:
+            return load()
+        except BundleChangedError:
+            return load()
 
     @classmethod
     def assemble(
@@ -126,24 +140,36 @@ class Pipeline:
         """What `load` does once a backend is chosen, with the `options` that it was chosen by.
 
         The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
-        `load`.
+        `load`; BundleChangedError where the bundle is no longer the one of the manifest.
         """
         backend, precision, layout = choice.backend, choice.precision, choice.layout
+        files = BundleFiles(bundle, manifest, precision, hashes=hashes)
         try:
-            if choice.reads_graphs:
-                check_files(bundle, manifest, prefix=f"{precision}/", hashes=hashes)
-        except BaseException:
-            backend.close()
+            try:
+                if choice.reads_graphs:
+                    files.check()
+            except BaseException:
+                backend.close()
+                raise
+            loop = ScaleLoop(files, manifest, backend, precision, layout)
+        except BaseException as error:
+            changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
+            files.close()
+            if changed:
+                raise BundleChangedError(
+                    f"the bundle at {bundle} changed while it was read; load it again once it is "
+                    "complete"
+                ) from None
             raise
-        loop = ScaleLoop(bundle, manifest, backend, precision, layout)
+        files.loaded((names.ENCODER, names.ACCUMULATE))
         how = backend.describe()
         if choice.reason:
             how["chosen because"] = choice.reason
         again = {**options, "backend": backend.name, "precision": precision, "layout": layout}
         tokenizer = TokenizerGraphs(
-            bundle, manifest, precision, lambda: choose_backend(bundle, manifest, **again).backend
+            files, manifest, precision, lambda: choose_backend(bundle, manifest, **again).backend
         )
-        return cls(manifest, loop, precision, layout, how, tokenizer)
+        return cls(manifest, loop, precision, layout, how, tokenizer, files)
 
     def generate(
         self,
@@ -348,6 +374,8 @@ class Pipeline:
             if self._loop is not None:
                 self._loop.close()
                 self._loop = None
+            if self._files is not None:
+                self._files.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -367,6 +395,8 @@ class Pipeline:
             if self._loop is None:
                 raise BackendError("this pipeline is closed")
             self._refuse_callback()
+            if self._files is not None:
+                self._files.check_unchanged()
             self._cancelled.clear()
             self._busy = True
             try:

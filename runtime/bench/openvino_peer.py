@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
@@ -101,14 +102,15 @@ class OpenVinoBackend(HostMemory):
         self.computes = hint if hint == "f32" or "BF16" in capabilities else "f32"
         self._threads = str(threads) if threads else "all cores"
 
-    def open(self, graph: Path) -> OpenVinoSession:
+    def open(self, graph: GraphFile) -> OpenVinoSession:
+        graph.read()  # whatever is wrong with the file is found before OpenVINO sees it
         try:
-            compiled = self._core.compile_model(str(graph), "CPU", self._options)
+            compiled = self._core.compile_model(str(graph.path), "CPU", self._options)
             # what it settled on: no more threads than cores, no precision that the CPU lacks
             self.computes = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
             self._threads = str(compiled.get_property("INFERENCE_NUM_THREADS"))
         except Exception as error:  # RuntimeError, and whatever a plugin throws
-            raise BackendError(f"OpenVINO refuses {graph.name}: {one_line(error)}") from error
+            raise BackendError(f"OpenVINO refuses {graph.path.name}: {one_line(error)}") from error
         return OpenVinoSession(self._openvino, compiled, graph.stem)
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:

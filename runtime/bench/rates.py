@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from var_deploy.bundle_files import GraphFile
 from var_deploy.machine import Machine
 from var_deploy.runtime.bench.contender import Sample, serve
 from var_deploy.runtime.host_memory import host_view
@@ -140,7 +141,7 @@ class RateProbes:
         self._backend.close()
 
     def _open(self, kind: str) -> Any:
-        return self._backend.open(Path(__file__).with_name(f"{kind}.onnx"))
+        return self._backend.open(GraphFile(Path(__file__).with_name(f"{kind}.onnx")))
 
     def _array(self, dtype: Any, *shape: int) -> Array:
         """Numbers that vary, as in a picture."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.runtime.blocks import pack
 from var_deploy.runtime.cuda import Cuda, CudaMemory, Graph
@@ -74,7 +74,7 @@ class TensorRtBackend(CudaMemory):
     def name(self) -> str:
         return self._library.name
 
-    def open(self, graph: Path) -> TrtSession:
+    def open(self, graph: GraphFile) -> TrtSession:
         """Load the engine of a graph; the ONNX file itself is not read."""
         if self._runtime is None:
             self._start()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from var_deploy.manifest import FileInfo, GraphInfo, Manifest
+from var_deploy.interfaces import Interfaces
+from var_deploy.manifest import FileInfo, GraphInfo, Manifest, TensorInfo
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
@@ -21,26 +22,36 @@ def write_bundle(folder: Path, *, family: str = "var", names: Sequence[str] = NA
     (folder / "fp32").mkdir()
     data = b"weights"
     (folder / "fp32" / "weights.bin").write_bytes(data)
-    graph = GraphInfo(file="fp32/decoder.onnx", inputs=(), outputs=(), weight_bytes=7)
-    (folder / graph.file).write_bytes(data)
+    file = "fp32/decoder.onnx"
+    (folder / file).write_bytes(data)
     info = FileInfo(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    Manifest(
-        model=ModelSpec(
-            tokenizer=TokenizerSpec(patch_nums=(1, 2), vocab_size=8, code_width=4, base_width=32),
-            transformer=TransformerSpec(
-                family=family,  # type: ignore[arg-type]
-                depth=1,
-                width=8,
-                heads=2,
-                classes=len(names) if family == "var" else 0,
-                ffn_width=16,
-            ),
+    model = ModelSpec(
+        tokenizer=TokenizerSpec(patch_nums=(1, 2), vocab_size=8, code_width=4, base_width=32),
+        transformer=TransformerSpec(
+            family=family,  # type: ignore[arg-type]
+            depth=1,
+            width=8,
+            heads=2,
+            classes=len(names) if family == "var" else 0,
+            ffn_width=16,
         ),
+    )
+    guided = family == "var"
+    sizes = Interfaces(
+        model=model, precision="fp32", batch=1, guidance=guided, more_smooth=False
+    )
+    inputs, outputs = (
+        tuple(TensorInfo(name=name, dtype=dtype, shape=shape) for name, dtype, shape in tensors)
+        for tensors in (sizes.inputs("decoder"), sizes.outputs("decoder"))
+    )
+    graph = GraphInfo(file=file, inputs=inputs, outputs=outputs, weight_bytes=7)
+    Manifest(
+        model=model,
         preset="pocket",
         batch=1,
-        guidance=family == "var",
+        guidance=guided,
         graphs={"fp32": {"decoder": graph}},
-        files={"fp32/weights.bin": info, graph.file: info},
+        files={"fp32/weights.bin": info, file: info},
         checkpoint={},
         tools={},
         defaults=Sampling(cfg=2.0, top_k=3),

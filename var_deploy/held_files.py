@@ -1,0 +1,137 @@
+"""Files that are looked at through one descriptor, so that what was checked is what is used.
+
+A path may lead to another file from one moment to the next; a descriptor does not. What may still
+change is the content, in place, and that shows in the file's times.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+CHUNK = 1 << 22
+# Two changes within one tick of a file system's clock leave the same time. The clocks of today's
+# tick every few milliseconds; where a time has no fraction of a second they may tick every two.
+FINE_TICK, COARSE_TICK = 0.05, 2.0
+REMEMBERED = 4096  # hashes of files, so that a process reads no file twice without need
+
+# device, inode, size, time of the last write, time of the last change of any kind
+Identity = tuple[int, int, int, int, int]
+
+_hashes: dict[Identity, str] = {}
+
+
+def open_regular(path: Path | str, folder: int | None = None) -> int:
+    """A descriptor of a regular file for reading; never waits for a FIFO's other end.
+
+    Raises OSError, also for what is not a regular file or no path at all.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"):
+        flags |= getattr(os, name, 0)
+    try:
+        file = os.open(path, flags, dir_fd=folder)
+    except ValueError as error:  # a NUL in the path, or what cannot be encoded
+        raise OSError(errno.EINVAL, str(error)) from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
+
+
+def identity_of(found: os.stat_result) -> Identity:
+    """Stays the same while the file is the same and nobody has written to it."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class HeldFile:
+    """A regular file, open for reading until `close` or until nobody refers to this.
+
+    Attributes:
+        path: where it was found.
+        identity: when it was opened; whoever checks the content sets it anew.
+    """
+
+    def __init__(self, path: Path, name: str | None = None, folder: int | None = None) -> None:
+        """Opens `name` in the folder behind the descriptor `folder`, or else `path`.
+
+        Raises OSError.
+        """
+        self.path = path
+        self._file = open_regular(path if folder is None else name or path, folder)
+        self._closed = weakref.finalize(self, os.close, self._file)
+        self.identity = self.now()
+
+    @property
+    def descriptor(self) -> int:
+        return self._file
+
+    @property
+    def size(self) -> int:
+        return self.identity[2]
+
+    def now(self) -> Identity:
+        return identity_of(os.fstat(self._file))
+
+    def at_path(self) -> bool:
+        """Whether `path` still leads to this very file."""
+        try:
+            found = os.stat(self.path)
+        except (OSError, ValueError):
+            return False
+        return (found.st_dev, found.st_ino) == self.identity[:2]
+
+    def read(self) -> bytes:
+        """All bytes; fewer or more than `size` where it changes meanwhile."""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        pieces = list[bytes]()
+        while piece := os.read(self._file, CHUNK):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def sha256(
+        self, progress: Callable[[int], None] | None = None
+    ) -> tuple[str, Identity] | None:
+        """Hash of the content and the identity that it had, None where it changes meanwhile.
+
+        A hash that this process knows is not computed again. `progress` is called with bytes read.
+        """
+        before = self.settled()
+        known = _hashes.get(before)
+        if known is not None:
+            if progress:
+                progress(self.size)
+            return known, before
+        digest = hashlib.sha256()
+        os.lseek(self._file, 0, os.SEEK_SET)
+        while piece := os.read(self._file, CHUNK):
+            digest.update(piece)
+            if progress:
+                progress(len(piece))
+        if self.now() != before:
+            return None
+        if len(_hashes) >= REMEMBERED:
+            _hashes.clear()
+        _hashes[before] = digest.hexdigest()
+        return _hashes[before], before
+
+    def settled(self) -> Identity:
+        """The identity, once a write from now on would change it."""
+        found = self.now()
+        coarse = found[3] % 1_000_000_000 == 0 == found[4] % 1_000_000_000
+        tick = COARSE_TICK if coarse else FINE_TICK
+        wait = found[4] / 1e9 + tick - time.time()
+        if 0 < wait <= tick:
+            time.sleep(wait)
+            found = self.now()
+        return found
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._closed()

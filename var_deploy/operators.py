@@ -1,0 +1,28 @@
+"""The operators that graphs of a bundle are made of, and no others.
+
+The exporter writes these; a graph with any other was not written by it and is refused before an
+inference library sees it. None of them holds a graph of its own, loops, or reads a file.
+"""
+
+from __future__ import annotations
+
+OPSET = 20  # the newest that TensorRT 10.3 parses; the first with a native tanh GELU
+
+# of fp32 and fp16 graphs, all of which TensorRT 10.3 takes
+FLOAT_OPERATORS = frozenset(
+    {
+        *("Add", "And", "ArgMin", "Cast", "Clip", "Concat", "Conv", "Div", "Equal", "Exp"),
+        *("Expand", "Gather", "Gelu", "Greater", "GreaterOrEqual", "Identity"),
+        *("InstanceNormalization", "LayerNormalization", "LessOrEqual", "MatMul", "Max", "Min"),
+        *("Mul", "Or", "Pad", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"),
+        *("ReduceSumSquare", "Reshape", "Resize", "Shape", "Sigmoid", "Slice", "Softmax"),
+        *("Split", "Sub", "Transpose", "Unsqueeze", "Where"),
+    }
+)
+INT8_OPERATORS = frozenset(
+    {
+        *("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv"),
+        "QuantizeLinear",
+    }
+)
+OPERATORS = FLOAT_OPERATORS | INT8_OPERATORS
