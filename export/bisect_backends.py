@@ -16,10 +16,13 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
+from var_deploy import names
+from var_deploy.bundle_files import by_descriptor
 from var_deploy.errors import BackendError, UsageError, one_line
-from var_deploy.export.graph_runner import EXTERNAL_FOLDER
 from var_deploy.export.lint import values_of
 from var_deploy.export.torch_graph import TorchGraph
+from var_deploy.held_files import HeldFile
+from var_deploy.runtime.ort_session import EXTERNAL_FOLDER, SILENT, quiet
 from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, load_library
 
 Values = Mapping[str, NDArray[Any]]
@@ -38,12 +41,15 @@ def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values
         if name not in given
     )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
+    options.log_severity_level = SILENT
+    quiet(onnxruntime)
     try:
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        weights = HeldFile(path.with_name(names.WEIGHTS))
+        data = model.SerializeToString()
+        data, folder = by_descriptor(data, weights) or (data, str(path.parent))
+        options.add_session_config_entry(EXTERNAL_FOLDER, folder)
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        weights.close()
         found = session.run(list(wanted), dict(inputs))
     except Exception as error:  # ONNX Runtime raises types of its own, all Exception
         raise BackendError(f"ONNX Runtime failed in {path.stem}: {one_line(error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from var_deploy import names
+from var_deploy.bundle_files import GraphFile
+from var_deploy.errors import BackendError, one_line
 from var_deploy.manifest import GraphInfo, Manifest, TensorInfo
 from var_deploy.runtime.buffers import step_geometry, step_shapes
-
-# where an in-memory model finds its weights
-EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+from var_deploy.runtime.ort_session import open_session, quiet
 
 
 class GraphRunner:
@@ -30,31 +29,45 @@ class GraphRunner:
         mismatch: how the file's inputs and outputs differ from the manifest's, "" if they agree.
     """
 
-    def __init__(self, path: Path, info: GraphInfo, interior: Sequence[str] = ()) -> None:
-        model = onnx.load(str(path), load_external_data=False)
+    def __init__(self, graph: GraphFile, info: GraphInfo, interior: Sequence[str] = ()) -> None:
+        """Raises BundleError where the graph cannot be trusted, BackendError where ONNX Runtime
+        refuses it."""
+        model = onnx.ModelProto.FromString(graph.read())
         self.mismatch = _mismatch(model, info)
         self._inputs = {t.name: t for t in info.inputs}
         for name in interior:
             model.graph.output.append(
                 helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             )
+        quiet(onnxruntime)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
         # with open sizes, planning which buffer may serve again takes longer than all the rest
-        options.enable_mem_reuse = path.stem != names.STEP
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        options.enable_mem_reuse = graph.stem != names.STEP
+        self._name = graph.stem
+        self._session = open_session(
+            onnxruntime,
+            graph,
+            options,
+            data=model.SerializeToString(),
+            providers=["CPUExecutionProvider"],
         )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs by name; inputs that the graph does not take are ignored."""
+        """All outputs by name; inputs that the graph does not take are ignored.
+
+        Raises BackendError where ONNX Runtime fails.
+        """
         feed = {
             name: np.asarray(inputs[name], dtype=tensor.dtype, order="C")
             for name, tensor in self._inputs.items()
         }
         outputs = [output.name for output in self._session.get_outputs()]
-        return dict(zip(outputs, self._session.run(outputs, feed), strict=True))
+        try:
+            found = self._session.run(outputs, feed)
+        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+            words = one_line(error)
+            raise BackendError(f"ONNX Runtime failed in {self._name}: {words}") from error
+        return dict(zip(outputs, found, strict=True))
 
 
 def complete_step(

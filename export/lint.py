@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from var_deploy import names
+from var_deploy.operators import FLOAT_OPERATORS
 
 OPSETS = range(9, 21)
 MAX_IR_VERSION = 10  # of ONNX 1.16, which 10.3 is built with
@@ -23,14 +24,6 @@ MAX_IR_VERSION = 10  # of ONNX 1.16, which 10.3 is built with
 HALF, FLOAT, BOOL = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BOOL
 TYPES = {HALF, FLOAT, TensorProto.INT32, TensorProto.INT64, BOOL}
 
-# What our graphs use and 10.3 takes.
-ALLOWED = {
-    *("Add", "And", "ArgMin", "Cast", "Clip", "Concat", "Conv", "Div", "Equal", "Exp", "Expand"),
-    *("Gather", "Gelu", "Greater", "GreaterOrEqual", "Identity", "InstanceNormalization"),
-    *("LayerNormalization", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Or", "Pad", "ReduceL2"),
-    *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape", "Resize", "Shape"),
-    *("Sigmoid", "Slice", "Softmax", "Split", "Sub", "Transpose", "Unsqueeze", "Where"),
-}
 # Why the tempting ones are not among them.
 REFUSED = {
     "Attention": "it exists from 10.14 on",
@@ -166,7 +159,7 @@ def _interface(graph: onnx.GraphProto, symbols: Collection[str]) -> Iterator[str
 
 def _operator(node: onnx.NodeProto, constants: Collection[str], values: Values) -> Iterator[str]:
     """The operator, its attributes, and which inputs are constants."""
-    if node.op_type not in ALLOWED or node.domain:
+    if node.op_type not in FLOAT_OPERATORS or node.domain:
         why = REFUSED.get(node.op_type, "it is not on the list of those known to work")
         yield f"operator {node.op_type}: {why}"
         return

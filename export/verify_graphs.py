@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.errors import BackendError, one_line
+from var_deploy.bundle_files import BundleFiles
+from var_deploy.errors import BackendError, BundleError, one_line
 from var_deploy.export.difference import agreement, largest_error, norm_error, top_1_agreement
 from var_deploy.export.graph_runner import GraphRunner, complete_step
 from var_deploy.export.reference import Given, Reference, ScaleTrace, request
@@ -97,6 +98,7 @@ class GraphVerifier:
         tolerance: Tolerance,
     ) -> None:
         self._bundle, self._manifest, self._precision = bundle, manifest, precision
+        self._files = BundleFiles(bundle, manifest, precision)
         self._reference, self._trace, self._tolerance = reference, reference.trace, tolerance
         self.unfit = ""
 
@@ -128,7 +130,7 @@ class GraphVerifier:
         interior[names.ENCODER] = (names.LATENT,)
         mass = (names.KEPT_MASS,) if self._manifest.more_smooth else ()
         shown = interior.get(name, (names.LOGITS, *mass))
-        runner = _attempt(lambda: GraphRunner(path, info, shown), "loaded")
+        runner = _attempt(lambda: GraphRunner(self._files.graph(name), info, shown), "loaded")
         if runner.mismatch:
             raise _UnfitError(runner.mismatch)
         if name == names.STEP:
@@ -191,13 +193,13 @@ class GraphVerifier:
                     if drawn:
                         blank, drawn = self._blank(f"{names.DECODER} drawn"), 0
                         checks.append(self._drawn(loop, blank))
-            except BackendError as error:
+            except (BackendError, BundleError) as error:
                 checks.append(blank.failed(str(error)))
         return checks
 
     @contextlib.contextmanager
     def _open(self, layout: Layout) -> Iterator[ScaleLoop]:
-        loop = ScaleLoop(self._bundle, self._manifest, OrtCpuBackend(), self._precision, layout)
+        loop = ScaleLoop(self._files, self._manifest, OrtCpuBackend(), self._precision, layout)
         try:
             yield loop
         finally:

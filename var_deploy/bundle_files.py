@@ -132,13 +132,9 @@ class BundleFiles:
         return data
 
     def by_descriptor(self, data: bytes) -> tuple[bytes, str] | None:
-        """`data` with weights.bin replaced by the path of the held file, and the folder that this
-        path is relative to; None where the system has no such paths."""
+        """See `by_descriptor` above, over the held weights."""
         with self._lock:
-            place = f"{DESCRIPTORS}/{self._hold_weights().descriptor}"
-        if not os.path.exists(place):
-            return None
-        return relocate(data, place.lstrip("/")), "/"
+            return by_descriptor(data, self._hold_weights())
 
     def key(self, name: str) -> Hashable:
         """See `GraphFile.key`; after `read`."""
@@ -261,6 +257,15 @@ class BundleFiles:
                 f"the bundle at {self._bundle} was replaced since it was loaded; load it again"
             )
         return BundleChangedError(f"the bundle at {self._bundle} changed while it was read")
+
+
+def by_descriptor(data: bytes, weights: HeldFile) -> tuple[bytes, str] | None:
+    """An ONNX file whose weights are named by the path of a descriptor instead of weights.bin, and
+    the folder that this path is relative to; None where the system has no such paths."""
+    place = f"{DESCRIPTORS}/{weights.descriptor}"
+    if not os.path.exists(place):
+        return None
+    return relocate(data, place.lstrip("/")), "/"
 
 
 def _open_folder(bundle: Path) -> int | None:

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from var_deploy.export.graphs.int8 import dynamic_linear
 from var_deploy.manifest import TensorInfo
+from var_deploy.operators import OPSET as OPSET
 
-OPSET = 20  # the newest that TensorRT 10.3 parses; the first with a native tanh GELU
 IR_VERSION = 9
 
 Precision = Literal["fp32", "fp16", "int8"]

@@ -21,16 +21,19 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from var_deploy import names
-from var_deploy.errors import BackendError
+from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.held_files import HeldFile
+from var_deploy.json_values import DamagedError, Value, read_json, shown
 from var_deploy.manifest import FileInfo, Manifest, file_sha256
 from var_deploy.runtime.buffers import step_shapes
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
 
 ENGINES = "engines"
 ENGINE_JSON = "engine.json"
+ENGINE_JSON_BYTES = 4 << 20
+MAX_PLAN_BYTES = 1 << 40
 TIMING_CACHE = "timing.cache"
 PARTIAL = ".partial"
 SCHEMA_VERSION = 1
@@ -155,21 +158,22 @@ def read_engines(bundle: Path, target: Target) -> EngineFolder:
     path = folder.path / ENGINE_JSON
     again = f"run {build_command(bundle, target)}"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, ENGINE_JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return folder
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BackendError(f"{path} cannot be read ({error}); {again}") from None
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or one_line(error)
+        raise BackendError(f"{path} cannot be read ({words}); {again}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise BackendError(
-            f"{path} has schema version {version}, this var-deploy reads up to {SCHEMA_VERSION}; "
-            f"upgrade var-deploy or {again}"
+            f"{path} has schema version {shown(version)}, this var-deploy reads up to "
+            f"{SCHEMA_VERSION}; upgrade var-deploy or {again}"
         )
     try:
-        return _parse(folder, data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BackendError(f"{path} is damaged ({error!r}); {again}") from None
+        return _parse(folder, Value(data))
+    except (DamagedError, UsageError) as error:
+        raise BackendError(f"{path} is damaged ({error}); {again}") from None
 
 
 def find_target(bundle: Path, target: Target) -> EngineFolder:
@@ -217,13 +221,16 @@ def check_engine(
             f"(key {record.key[:12]}, expected {key[:12]}); {again}"
         )
     try:
-        size = path.stat().st_size
-        if size != record.size:
-            raise BackendError(
-                f"{path} has {size} bytes, expected {record.size}: it is truncated or was "
-                f"replaced; {again}"
-            )
-        plan = path.read_bytes()
+        file = HeldFile(path)
+        try:
+            if file.size != record.size:
+                raise BackendError(
+                    f"{path} has {file.size} bytes, expected {record.size}: it is truncated or was "
+                    f"replaced; {again}"
+                )
+            plan = file.read()
+        finally:
+            file.close()
     except FileNotFoundError:
         raise BackendError(f"{path} is missing; {again}") from None
     except OSError as error:
@@ -324,18 +331,47 @@ def _replace_file(path: Path, data: Bytes) -> None:
         raise BackendError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _parse(folder: EngineFolder, data: Mapping[str, Any]) -> EngineFolder:
-    records = [
-        EngineRecord(**{**record, "options": BuildOptions(**record["options"])})
-        for record in data["engines"]
-    ]
-    leaving = [r.file for r in records if Path(r.file).name != r.file or "\\" in r.file]
-    if leaving:
-        raise ValueError(f"{leaving[0]!r} leaves the folder")
-    cache = data["timing_cache"]
+def _parse(folder: EngineFolder, data: Value) -> EngineFolder:
+    """Raises DamagedError and, for options out of range, UsageError."""
+    target = data.member("target").only("library", "version", "device", "sm", "precision")
+    texts = {name: target.member(name).text() for name in target.members() if name != "sm"}
+    records = [_record(item) for item in data.member("engines").items(1000)]
+    cache = data.member("timing_cache")
+    try:
+        known = Target(**texts, sm=target.member("sm").whole(0, 10_000))
+    except TypeError as error:
+        raise DamagedError(f"target is incomplete: {error}") from None
     return dataclasses.replace(
         folder,
-        target=Target(**data["target"]),
+        target=known,
         engines={record.graph: record for record in records},
-        timing_cache=FileInfo(**cache) if cache else None,
+        timing_cache=_file_info(cache) if cache.raw else None,
+    )
+
+
+def _record(data: Value) -> EngineRecord:
+    options = data.only(*(f.name for f in dataclasses.fields(EngineRecord))).member("options")
+    options.only(*(f.name for f in dataclasses.fields(BuildOptions)))
+    chosen = {
+        name: value.whole(0, 1 << 40)
+        for name, value in options.members().items()
+        if value.raw is not None or name == "optimization_level"
+    }
+    info = _file_info(data)
+    return EngineRecord(
+        graph=data.member("graph").text(),
+        # a name in this folder, and in no other
+        file=data.member("file").text(r"[^\\/\x00-\x1f]+\.[a-z]+", "the name of a plan"),
+        size=info.size,
+        sha256=info.sha256,
+        key=data.member("key").text(),
+        profiles=data.member("profiles").whole(0, 1000),
+        seconds=data.member("seconds").number(0, 1e9),
+        options=BuildOptions(**chosen),
+    )
+
+
+def _file_info(data: Value) -> FileInfo:
+    return FileInfo(
+        size=data.member("size").whole(0, MAX_PLAN_BYTES), sha256=data.member("sha256").text()
     )

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from var_deploy.errors import BackendError, VarDeployError
+from var_deploy.bundle_files import BundleFiles
+from var_deploy.errors import BackendError, BundleChangedError, VarDeployError
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
@@ -65,6 +66,12 @@ class Job:
 def run_job(job: Job, library: Library, progress: Progress) -> list[str]:
     """Build one engine and put it into the bundle. Returns notes; raises as `build_engine`."""
     manifest = read_manifest(job.bundle)
+    files = BundleFiles(job.bundle, manifest, job.precision)
+    files.read(job.graph)  # the parser reads it by path: looked at before and after
+    if job.key != engine_files.engine_key(
+        manifest, job.graph, job.precision, job.options, job.target
+    ):
+        raise BundleChangedError(f"the bundle at {job.bundle} was replaced; start the build again")
     folder, notes = open_folder(job.bundle, job.target)
     cache = engine_files.read_timing_cache(folder)
     if cache is None:
@@ -82,6 +89,8 @@ def run_job(job: Job, library: Library, progress: Progress) -> list[str]:
             on_progress=progress,
             cancelled=lambda: interrupt.pressed,
         )
+        files.confirm(job.graph)
+        files.close()
         record = EngineRecord(
             graph=job.graph,
             file=f"{job.graph}.plan",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,13 +53,13 @@ def test_what_is_saved_is_read_again(bundle: Path) -> None:
             "fp32": {
                 "decoder": GraphInfo(
                     file="fp32/decoder.onnx",
-                    inputs=(TensorInfo(name="f_hat", dtype="float32", shape=(1, 4, "L", 2)),),
-                    outputs=(),
-                    weight_bytes=7,
+                    inputs=(TensorInfo(name="f_hat", dtype="float32", shape=(1, 4, 2, 2)),),
+                    outputs=(TensorInfo(name="image", dtype="float32", shape=(1, 32, 32, 3)),),
+                    weight_bytes=5,
                 )
             }
         },
-        labels=("Stern", "café, 星"),
+        labels=("Stern", "café, 星", ""),
         defaults=Sampling(cfg=1.5, top_k=7, top_p=0.25, temperature=0.5),
         checkpoint={"transformer": {"sha256": "00"}},
         tools={"onnx": "1.19"},
@@ -66,7 +69,7 @@ def test_what_is_saved_is_read_again(bundle: Path) -> None:
     again = read_manifest(bundle)
     assert again == manifest
     assert again.to_json() == manifest.to_json()
-    assert again.graph("fp32", "decoder").input("f_hat").shape == (1, 4, "L", 2)
+    assert again.graph("fp32", "decoder").input("f_hat").shape == (1, 4, 2, 2)
     assert sorted(p.name for p in bundle.iterdir()) == ["fp32", "manifest.json"]
     check_files(bundle, again)
 
@@ -176,6 +179,153 @@ def test_a_damaged_manifest(bundle: Path, change: Callable[[dict[str, Any]], obj
     refusal(bundle, "manifest.json is damaged", "export the bundle again")
 
 
+ODD_NAMES = ["./x", "a//b", "a/", "C:/x", "a/./b", "x\0y", "x\ny", "\x1b[31m", "x" * 1001]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_path_that_is_not_plain(bundle: Path, name: str) -> None:
+    edit(bundle, lambda data: data["files"].update({name: data["files"][WEIGHTS]}))
+    assert refusal(bundle, "which leaves the bundle or is not a plain path").isprintable()
+
+
+@pytest.mark.parametrize("file", ["./fp32/decoder.onnx", "fp32/other.onnx", "fp16/decoder.onnx"])
+def test_a_graph_in_another_place(bundle: Path, file: str) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["graphs"]["fp32"]["decoder"]["file"] = file
+        data["files"][file] = data["files"][WEIGHTS]
+
+    edit(bundle, change)
+    refusal(bundle, "manifest.json", repr(file))
+
+
+def test_weights_that_are_not_among_the_checked_files(bundle: Path) -> None:
+    edit(bundle, lambda data: data["files"].pop(WEIGHTS))
+    refusal(bundle, f"no hash of {WEIGHTS}", "export the bundle again")
+
+
+LARGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "part"),
+    [
+        ("model.transformer.depth", 10**7, "depth is 10000000, expected a whole number from 1 to"),
+        ("model.transformer.depth", True, "depth is True"),
+        ("model.transformer.width", 8.0, "width is 8.0"),
+        ("model.transformer.classes", None, "classes is None"),
+        ("model.transformer.family", "bert", "family is 'bert', expected var or gpt2"),
+        ("model.transformer.norm_eps", float("nan"), "norm_eps is nan"),
+        ("model.tokenizer.patch_nums", [1, 2.0], "patch_nums[1] is 2.0"),
+        ("model.tokenizer.patch_nums", [1, 10**6], "patch_nums[1] is 1000000"),
+        ("model.tokenizer.width_multipliers", [], "width_multipliers is empty"),
+        ("batch", 10**5, "batch is 100000"),
+        ("batch", 4, "shape is [1, 4, 2, 2], expected [4, 4, 2, 2]"),
+        ("guidance", 1, "guidance is 1, expected true or false"),
+        ("labels", ["a", "b"], "labels has 2 names, expected none or 3"),
+        ("labels", [1, 2, 3], "labels[0] is 1"),
+        ("labels", ["x" * 2000] * 3, "labels[0] is 'x"),
+        ("preset", None, "preset is None"),
+        ("tools", {"onnx": 1}, "tools.onnx is 1"),
+        ("parity", "passed", "parity is 'passed', expected an object"),
+        ("checkpoint", [], "checkpoint is [], expected an object"),
+        ("defaults.colour", 1, "colour is unknown"),
+        ("graphs.fp64", {}, "graphs.'fp64' is unknown"),
+        ("graphs.fp32.scale_07", {}, "scale_07 is not a graph of this model"),
+        ("graphs.fp32.decoder.weight_bytes", 8, "weight_bytes is 8, expected a whole number"),
+        ("graphs.fp32.decoder.inputs", [], "inputs lacks f_hat"),
+        ("files.fp32/weights\\.bin.size", 1.5, "size is 1.5"),
+        ("files.fp32/weights\\.bin.sha256", "00", "sha256 is '00'"),
+    ],
+)
+def test_values_out_of_bounds(bundle: Path, path: str, value: object, part: str) -> None:
+    keys = [key.replace("\0", ".") for key in path.replace("\\.", "\0").split(".")]
+    edit(bundle, _set(*keys, value=value))
+    assert part in refusal(bundle, "manifest.json is damaged", "export the bundle again")
+
+
+def test_sizes_whose_product_is_out_of_bounds(bundle: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["model"]["transformer"].update(depth=512, width=1 << 16, heads=1)
+        data["model"]["tokenizer"]["patch_nums"] = [1, 512]
+        data["batch"] = 4096
+
+    edit(bundle, change)
+    refusal(bundle, "bytes of buffers")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"schema_version": 1, "batch": ' + LARGE + "}", "cannot be read"),
+        ('{"schema_version": 1, "schema_version": 1}', "'schema_version' is there twice"),
+        ('{"schema_version": 1, "preset": "\\ud800"}', "cannot be read"),
+        ('{"schema_version": true}', "is not a var-deploy manifest"),
+        ('{"schema_version": 0}', "is not a var-deploy manifest"),
+    ],
+    ids=["digits", "twice", "surrogate", "true", "zero"],
+)
+def test_json_that_is_odd(bundle: Path, text: str, part: str) -> None:
+    (bundle / "manifest.json").write_text(text)
+    refusal(bundle, part)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder", "loop", "large", "socket"])
+def test_a_manifest_that_is_not_a_regular_file(
+    bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle / "manifest.json"
+    path.unlink()
+    monkeypatch.chdir(bundle)  # a socket's path must be short
+    with contextlib.ExitStack() as stack:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "zero":
+            path.symlink_to("/dev/zero")
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "loop":
+            path.symlink_to(path)
+        elif kind == "large":
+            with path.open("wb") as stream:
+                stream.truncate(1 << 33)  # takes no room on the disk
+        else:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind("manifest.json")
+        refusal(bundle, "manifest.json cannot be read", "export the bundle again")
+
+
+def test_a_bundle_path_with_a_nul() -> None:
+    with pytest.raises(BundleError, match="null byte"):
+        read_manifest(Path("a\0b"))
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_a_listed_file_that_is_a_fifo(bundle: Path, hashes: bool) -> None:
+    (bundle / WEIGHTS).unlink()
+    os.mkfifo(bundle / WEIGHTS)
+    with pytest.raises(BundleError, match="not a regular file"):
+        check_files(bundle, read_manifest(bundle), hashes=hashes)
+
+
+def test_a_file_that_changes_while_it_is_hashed(bundle: Path) -> None:
+    def touch(count: int) -> None:
+        (bundle / WEIGHTS).write_bytes(b"WEIGHTS")
+
+    manifest = read_manifest(bundle)
+    with pytest.raises(BundleError, match="changed while it was read"):
+        check_files(bundle, manifest, prefix=WEIGHTS, progress=touch)
+
+
+def test_a_write_right_after_a_hash_is_noticed(bundle: Path) -> None:
+    """Within one tick of the clock that stamps files, too."""
+    manifest = read_manifest(bundle)
+    for _ in range(20):
+        (bundle / WEIGHTS).write_bytes(b"weights")
+        check_files(bundle, manifest)
+        (bundle / WEIGHTS).write_bytes(b"WEIGHTS")
+        with pytest.raises(BundleError, match="does not match its hash"):
+            check_files(bundle, manifest)
+
+
 @pytest.mark.parametrize(
     "name",
     ["../weights.bin", "fp32/../../weights.bin", "/etc/hostname", "fp32\\weights.bin", "", "."],
@@ -195,7 +345,8 @@ def test_a_path_that_leaves_the_bundle(bundle: Path, name: str, place: str) -> N
 
 
 @pytest.mark.parametrize("link", ["file", "folder"])
-def test_a_link_that_leaves_the_bundle(bundle: Path, link: str) -> None:
+def test_what_a_link_leads_to_is_checked_by_its_content(bundle: Path, link: str) -> None:
+    """As in the Hugging Face cache, whose snapshots are links into another folder."""
     outside = bundle.parent / "outside"
     if link == "file":
         (bundle / WEIGHTS).rename(outside)
@@ -203,7 +354,9 @@ def test_a_link_that_leaves_the_bundle(bundle: Path, link: str) -> None:
     else:
         (bundle / "fp32").rename(outside)
         (bundle / "fp32").symlink_to(outside)
-    refusal(bundle, "leaves the bundle")
+    check_files(bundle, read_manifest(bundle))
+    (bundle / WEIGHTS).resolve().write_bytes(b"weightr")
+    refusal(bundle, WEIGHTS, "does not match its hash")
 
 
 def test_links_to_and_inside_the_bundle_are_fine(bundle: Path) -> None:

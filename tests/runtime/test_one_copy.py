@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from var_deploy.bundle_files import BundleFiles, GraphFile
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.host_memory import WORTH_GIVING_BACK, HostMemory, host_view
@@ -109,15 +110,17 @@ def test_that_is_not_because_nothing_counts(wide: tuple[Path, int]) -> None:
 def test_pipelines_share_sessions_while_they_live(export_to: ExportTo, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(export_to(), bundle)
-    graph = bundle / "fp32" / "step.onnx"
+    def graph() -> GraphFile:
+        return BundleFiles(bundle, read_manifest(bundle), "fp32").graph("step")
+
     backend, other = OrtCpuBackend(), OrtCpuBackend(1)
-    first, second = backend.open(graph), OrtCpuBackend().open(graph)
+    first, second = backend.open(graph()), OrtCpuBackend().open(graph())
     assert second._session is first._session
-    assert other.open(graph)._session is not first._session, "another number of threads"
+    assert other.open(graph())._session is not first._session, "another number of threads"
     # a bundle written anew in the same place is another one
     shutil.rmtree(bundle)
     shutil.copytree(export_to(), bundle)
-    assert backend.open(graph)._session is not first._session
+    assert backend.open(graph())._session is not first._session
 
 
 def test_closing_one_pipeline_leaves_the_other(export_to: ExportTo) -> None:
