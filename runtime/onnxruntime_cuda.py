@@ -114,9 +114,7 @@ class OrtCudaBackend(CudaMemory):
         opened = OrtCudaSession(self._cuda, self._run_options, graph.stem)
         self._sessions.append(opened)
         providers = [(PROVIDER, self._settings())]
-        opened.session = open_session(
-            self._ort, graph, options, providers=providers, enable_fallback=0
-        )
+        opened.session = open_session(self._ort, graph, options, providers=providers)
         # where cuDNN or another library is missing, ONNX Runtime goes on without the provider
         if PROVIDER not in opened.session.get_providers():
             raise BackendError(

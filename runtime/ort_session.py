@@ -48,7 +48,8 @@ def open_session(
             options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.path.parent))
     session, problem = None, ""
     try:
-        session = ort.InferenceSession(model, options, **how)
+        # no second attempt, of which it would tell on the terminal
+        session = ort.InferenceSession(model, options, enable_fallback=0, **how)
     except Exception as error:  # ONNX Runtime raises types of its own, all Exception
         problem = one_line(error)
     if files is not None and (by_path or problem):
