@@ -90,6 +90,7 @@ class OrtCudaBackend(CudaMemory):
     def __init__(self, ort: Any = None, cuda: Cuda | None = None) -> None:
         try:
             self._ort = ort or _import()
+            quiet(self._ort)
             if PROVIDER not in self._ort.get_available_providers():
                 raise BackendError(
                     f"onnxruntime {self._ort.__version__} has no {PROVIDER}; run pip uninstall "
@@ -101,7 +102,6 @@ class OrtCudaBackend(CudaMemory):
                 cuda.close()
             raise
         self._sessions: list[OrtCudaSession] = []
-        quiet(self._ort)
         self._run_options = self._ort.RunOptions()
         self._run_options.log_severity_level = SILENT
         # a launch need not wait: whoever reads the results waits for the stream

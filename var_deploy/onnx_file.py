@@ -32,8 +32,8 @@ TYPES = {
     10: ("float16", 2),
 }
 # Field numbers of the messages of onnx.proto, as far as they are written here or say nothing.
-MODEL = {1: "ir_version", 2: "producer", 3: "producer", 7: "graph", 8: "opset"}
-GRAPH = {1: "node", 2: "name", 5: "initializer", 11: "input", 12: "output"}
+MODEL = {1: "ir_version", **dict.fromkeys((2, 3, 4, 5, 6), "words"), 7: "graph", 8: "opset"}
+GRAPH = {1: "node", 2: "name", 5: "initializer", 10: "words", 11: "input", 12: "output"}
 NODE = {1: "input", 2: "output", 3: "name", 4: "op_type", 5: "attribute", 7: "domain"}
 ATTRIBUTE = {1: "name", 2: "f", 3: "i", 4: "s", 7: "floats", 8: "ints", 20: "type"}
 TENSOR = {1: "dims", 2: "data_type", 8: "name", 9: "raw_data", 13: "external", 14: "location"}

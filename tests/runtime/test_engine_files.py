@@ -315,11 +315,14 @@ def test_the_command_for_tensorrt_rtx_names_it() -> None:
     ("change", "words"),
     [
         (lambda d: d.update(schema_version=2), "schema version 2, this var-deploy reads up to 1"),
-        (lambda d: d.pop("target"), "is damaged (KeyError"),
-        (lambda d: d["engines"][0].pop("key"), "is damaged (TypeError"),
-        (lambda d: d["engines"][0].update(file="../../fp16/weights.bin"), "leaves the folder"),
+        (lambda d: d.pop("target"), "is damaged (target is missing)"),
+        (lambda d: d["engines"][0].pop("key"), "is damaged (engines[0].key is missing)"),
+        (lambda d: d["engines"][0].update(size="1"), "engines[0].size is '1', expected a whole"),
+        (lambda d: d["engines"][0].update(sha256=1), "engines[0].sha256 is 1, expected text"),
+        (lambda d: d["target"].update(sm=10**30), "target.sm is 1000"),
+        (lambda d: d["engines"][0].update(file="../../fp16/weights.bin"), "expected the name of a plan"),
         (lambda d: d["engines"][0]["options"].update(optimization_level=9), "is damaged"),
-        (lambda d: d.update(engines=None), "is damaged (TypeError"),
+        (lambda d: d.update(engines=None), "engines is None, expected an array"),
     ],
 )
 def test_a_damaged_engine_json_is_refused(
@@ -329,6 +332,13 @@ def test_a_damaged_engine_json_is_refused(
     message = refusal(engine_files.read_engines, folder.bundle, TARGET)
     assert words in message
     assert message.endswith(f"run var-deploy build {folder.bundle} --precision fp16")
+
+
+def test_an_engine_json_that_is_a_fifo_is_refused(folder: EngineFolder) -> None:
+    (folder.path / "engine.json").unlink()
+    os.mkfifo(folder.path / "engine.json")
+    message = refusal(engine_files.read_engines, folder.bundle, TARGET)
+    assert "engine.json cannot be read (not a regular file)" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", "3"])

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fake_tensorrt import cudart
+from var_deploy.bundle_files import BundleFiles, GraphFile
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.cuda import Cuda
@@ -70,7 +71,7 @@ class Session(cudart.Counted):
 
     def __init__(
         self,
-        path: str,
+        path: str | bytes,
         sess_options: Any,
         providers: list[tuple[str, dict[str, str]]],
         enable_fallback: int = 1,
@@ -110,6 +111,7 @@ def ort() -> types.SimpleNamespace:
         RunOptions=onnxruntime.RunOptions,
         InferenceSession=Session,
         get_available_providers=lambda: [PROVIDER, CPU],
+        set_default_logger_severity=lambda severity: None,
     )
 
 
@@ -154,7 +156,8 @@ def test_images_are_those_of_the_cpu(bundle: Path, ort: Any, layout: Layout) -> 
 def test_settings_of_the_provider(bundle: Path, ort: Any) -> None:
     cuda = Cuda(cudart)
     backend = OrtCudaBackend(ort, cuda)
-    session = backend.open(bundle / "fp16" / "decoder.onnx")
+    files = BundleFiles(bundle, read_manifest(bundle), "fp16")
+    session = backend.open(files.graph("decoder"))
     settings = session.session.settings
     assert settings["user_compute_stream"] == str(cuda.stream) != "0"
     assert settings["use_tf32"] == "0"
@@ -223,8 +226,9 @@ def test_what_onnxruntime_says_becomes_one_line(
 
 def test_a_graph_that_cannot_be_read_is_named(tmp_path: Path, ort: Any) -> None:
     backend = OrtCudaBackend(ort, Cuda(cudart))
+    (tmp_path / "decoder.onnx").write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"ONNX Runtime refuses decoder.onnx: "):
-        backend.open(tmp_path / "decoder.onnx")
+        backend.open(GraphFile(tmp_path / "decoder.onnx"))
     backend.close()
 
 
@@ -233,5 +237,5 @@ def test_the_options_are_ones_that_onnxruntime_knows(bundle: Path) -> None:
     if PROVIDER not in onnxruntime.get_available_providers():
         pytest.skip(f"this onnxruntime has no {PROVIDER}")
     backend = OrtCudaBackend()
-    backend.open(bundle / "fp16" / "decoder.onnx")
+    backend.open(BundleFiles(bundle, read_manifest(bundle), "fp16").graph("decoder"))
     backend.close()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -89,7 +90,7 @@ def test_bf16_is_not_claimed_where_the_cpu_has_none(openvino: Any, bundle: Path)
     fallen_back = "bf16 (computed in f32: this CPU has no bf16)"
     expected = "bf16" if capable else fallen_back
     assert backend.describe()["precision"] == expected
-    backend.open(bundle / "fp32" / "condition.onnx")
+    backend.open(GraphFile(bundle / "fp32" / "condition.onnx"))
     assert backend.describe()["precision"] == expected, "as the compiled model says"
 
 
@@ -123,7 +124,7 @@ def test_a_graph_that_it_refuses_is_one_line(openvino: Any, tmp_path: Path) -> N
     graph = tmp_path / "scale_00.onnx"
     graph.write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"^OpenVINO refuses scale_00\.onnx: [^\n]+$"):
-        OpenVinoBackend().open(graph)
+        OpenVinoBackend().open(GraphFile(graph))
 
 
 def test_wrong_options_are_refused(openvino: Any) -> None:

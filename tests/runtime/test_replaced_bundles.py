@@ -86,24 +86,29 @@ def replace(bundle: Path, by: Path) -> None:
     shutil.rmtree(old)
 
 
-# Two bundles change places until the test that started this is gone.
+# Two bundles change places, in one step where the system can, until the test that started this is
+# gone; with pauses that now and then leave time for a load.
 SWAP = """
-import os, sys
+import ctypes, os, random, sys, time
 bundle, other, how = sys.argv[1:]
-parent = os.getppid()
+parent, chance = os.getppid(), random.Random(7)
+libc = ctypes.CDLL(None)
+def swap(one, two):
+    names = os.fsencode(one), os.fsencode(two)
+    if hasattr(libc, "renameat2") and libc.renameat2(-100, names[0], -100, names[1], 2) == 0:
+        return
+    os.rename(one, one + ".aside")
+    os.rename(two, one)
+    os.rename(one + ".aside", two)
 while os.getppid() == parent:
     if how == "folders":
-        os.rename(bundle, bundle + ".aside")
-        os.rename(other, bundle)
-        os.rename(bundle + ".aside", other)
+        swap(bundle, other)
     else:
         for folder, _, names in os.walk(bundle):
             for name in names:
                 one = os.path.join(folder, name)
-                two = os.path.join(other, os.path.relpath(one, bundle))
-                os.rename(one, one + ".aside")
-                os.rename(two, one)
-                os.rename(one + ".aside", two)
+                swap(one, os.path.join(other, os.path.relpath(one, bundle)))
+    time.sleep(chance.choice((0, 0.001, 0.01, 0.1, 0.3)))
 """
 
 
