@@ -148,6 +148,12 @@ class Value:
             raise self.refuse(expected)
         return str(self.raw)
 
+    def words(self) -> str:
+        """Text of any length."""
+        if not isinstance(self.raw, str):
+            raise self.refuse("text")
+        return self.raw
+
     def one_of(self, *known: str) -> str:
         if not isinstance(self.raw, str) or self.raw not in known:
             raise self.refuse(" or ".join(known))

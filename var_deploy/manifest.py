@@ -28,6 +28,7 @@ SCHEMA_VERSION = 2
 PLAIN_VERSION = 1
 MANIFEST_BYTES = 16 << 20  # that of a released model has a quarter of one MiB
 HASH_CHUNK = 1 << 22
+LONGEST_COMPLAINT = 300  # characters: a value from the file may be in it
 
 
 class LeavesError(Exception):
@@ -177,7 +178,8 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
     except LeavesError as error:
         raise BundleError(f"{path} {error}") from None
     except (DamagedError, UsageError) as error:
-        raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+        words = str(error)[:LONGEST_COMPLAINT]
+        raise BundleError(f"{path} is damaged ({words}); export the bundle again") from None
 
 
 def check_files(

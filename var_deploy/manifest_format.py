@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from var_deploy import names
 from var_deploy.interfaces import Interfaces, Tensor
@@ -66,7 +67,9 @@ def parse_manifest(data: Value) -> Manifest:
     graphs = {}
     for precision, listed in data.member("graphs").members().items():
         if precision not in PRECISIONS:
-            raise DamagedError(f"graphs.{shown(precision)} is unknown, expected {PRECISIONS}")
+            raise DamagedError(
+                f"graphs.{shown(precision)} is unknown, expected {', '.join(PRECISIONS)}"
+            )
         interfaces = Interfaces(
             model=model,
             precision=precision,
@@ -88,7 +91,6 @@ def parse_manifest(data: Value) -> Manifest:
     if len(labels) not in (0, model.transformer.classes):
         classes = model.transformer.classes
         raise DamagedError(f"labels has {len(labels)} names, expected none or {classes}")
-    parity = data.member("parity")
     return Manifest(
         model=model,
         preset=data.member("preset").text(),
@@ -96,11 +98,11 @@ def parse_manifest(data: Value) -> Manifest:
         guidance=guidance,
         graphs=graphs,
         files=files,
-        checkpoint=data.member("checkpoint").plain(),
+        checkpoint=_checkpoint(data.member("checkpoint")),
         tools={name: tool.text() for name, tool in data.member("tools").members(100).items()},
         defaults=defaults,
         labels=labels,
-        parity=None if parity.raw is None else parity.plain(),
+        parity=_parity(data.member("parity")),
         more_smooth=more_smooth,
         schema_version=data.member("schema_version").raw,
     )
@@ -109,7 +111,7 @@ def parse_manifest(data: Value) -> Manifest:
 def _model(data: Value) -> ModelSpec:
     """Raises UsageError besides, as the specs do."""
     given = data.only("tokenizer", "transformer").member("tokenizer")
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         name: given.member(name).whole(low, high) for name, (low, high) in TOKENIZER_SIZES.items()
     }
     sides = [n.whole(1, MAX_SIDE) for n in given.member("patch_nums").items(MAX_SCALES)]
@@ -120,7 +122,7 @@ def _model(data: Value) -> ModelSpec:
     ratio = given.member("phi_ratio").number(-1e3, 1e3)
     given.only(*TOKENIZER_SIZES, *flags, "patch_nums", "width_multipliers", "phi_ratio")
     other = data.member("transformer")
-    transformer = {
+    transformer: dict[str, Any] = {
         name: other.member(name).whole(low, high)
         for name, (low, high) in TRANSFORMER_SIZES.items()
     }
@@ -145,7 +147,34 @@ def _model(data: Value) -> ModelSpec:
     )
 
 
-def _settings(data: Value) -> dict[str, object]:
+def _checkpoint(data: Value) -> Mapping[str, Any]:
+    """Where the weights came from: for people, but for the seed of random ones."""
+    for part in ("tokenizer", "transformer"):
+        members = data.member(part).members()
+        if "random_weights" in members and members["random_weights"].raw is not None:
+            members["random_weights"].whole(0, 2**64 - 1)
+    return data.plain()
+
+
+def _parity(data: Value) -> Mapping[str, Any] | None:
+    """The report of `verify`, as far as it is read again."""
+    if data.raw is None:
+        return None
+    report = data.members()
+    data.member("passed").flag()
+    if "failure" in report and report["failure"].raw is not None:
+        report["failure"].words()
+    for check in report["checks"].items() if "checks" in report else ():
+        check.member("passed").flag()
+        for name in ("precision", "graph", "tensor", "tokens"):
+            check.member(name).words()
+        for name in ("relative", "bound"):
+            if check.member(name).raw is not None:
+                check.member(name).number(-1e300, 1e300)
+    return data.plain()
+
+
+def _settings(data: Value) -> dict[str, Any]:
     """Values are for `Sampling` to check."""
     data.only("cfg", "top_k", "top_p", "temperature")
     return {name: value.raw for name, value in data.members().items()}

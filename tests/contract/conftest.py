@@ -52,7 +52,7 @@ def write_bundle(folder: Path, *, family: str = "var", names: Sequence[str] = NA
         guidance=guided,
         graphs={"fp32": {"decoder": graph}},
         files={"fp32/weights.bin": info, file: info},
-        checkpoint={},
+        checkpoint={"tokenizer": {}, "transformer": {}},
         tools={},
         defaults=Sampling(cfg=2.0, top_k=3),
         labels=tuple(names) if len(names) < 1000 and family == "var" else (),

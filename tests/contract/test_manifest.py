@@ -61,9 +61,23 @@ def test_what_is_saved_is_read_again(bundle: Path) -> None:
         },
         labels=("Stern", "café, 星", ""),
         defaults=Sampling(cfg=1.5, top_k=7, top_p=0.25, temperature=0.5),
-        checkpoint={"transformer": {"sha256": "00"}},
+        checkpoint={"tokenizer": {}, "transformer": {"sha256": "00", "random_weights": 7}},
         tools={"onnx": "1.19"},
-        parity={"passed": True, "checks": [{"error": 1e-5}]},
+        parity={
+            "passed": False,
+            "failure": "fp32/decoder: too far",
+            "checks": [
+                {
+                    "precision": "fp32",
+                    "graph": "decoder",
+                    "tensor": "image",
+                    "tokens": "",
+                    "relative": 1e-5,
+                    "bound": None,
+                    "passed": False,
+                }
+            ],
+        },
     )
     manifest.save(bundle)
     again = read_manifest(bundle)
@@ -227,6 +241,9 @@ LARGE = "9" * 5000
         ("preset", None, "preset is None"),
         ("tools", {"onnx": 1}, "tools.onnx is 1"),
         ("parity", "passed", "parity is 'passed', expected an object"),
+        ("parity", {"passed": 1}, "parity.passed is 1"),
+        ("parity", {"passed": True, "checks": [{"passed": True}]}, "checks[0].precision is miss"),
+        ("checkpoint.transformer.random_weights", "x", "random_weights is 'x'"),
         ("checkpoint", [], "checkpoint is [], expected an object"),
         ("defaults.colour", 1, "colour is unknown"),
         ("graphs.fp64", {}, "graphs.'fp64' is unknown"),

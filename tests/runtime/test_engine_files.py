@@ -320,7 +320,7 @@ def test_the_command_for_tensorrt_rtx_names_it() -> None:
         (lambda d: d["engines"][0].update(size="1"), "engines[0].size is '1', expected a whole"),
         (lambda d: d["engines"][0].update(sha256=1), "engines[0].sha256 is 1, expected text"),
         (lambda d: d["target"].update(sm=10**30), "target.sm is 1000"),
-        (lambda d: d["engines"][0].update(file="../../fp16/weights.bin"), "expected the name of a plan"),
+        (lambda d: d["engines"][0].update(file="../../fp16/weights.bin"), "the name of a plan"),
         (lambda d: d["engines"][0]["options"].update(optimization_level=9), "is damaged"),
         (lambda d: d.update(engines=None), "engines is None, expected an array"),
     ],
