@@ -14,7 +14,7 @@ from onnx import helper
 from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
-from var_deploy.manifest import GraphInfo, Manifest, TensorInfo
+from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.buffers import step_geometry, step_shapes
 from var_deploy.runtime.ort_session import open_session, quiet
 
@@ -24,16 +24,12 @@ class GraphRunner:
 
     Args:
         interior: values inside the graph to add to the outputs, all fp32.
-
-    Attributes:
-        mismatch: how the file's inputs and outputs differ from the manifest's, "" if they agree.
     """
 
     def __init__(self, graph: GraphFile, info: GraphInfo, interior: Sequence[str] = ()) -> None:
         """Raises BundleError where the graph cannot be trusted, BackendError where ONNX Runtime
         refuses it."""
         model = onnx.ModelProto.FromString(graph.read())
-        self.mismatch = _mismatch(model, info)
         self._inputs = {t.name: t for t in info.inputs}
         for name in interior:
             model.graph.output.append(
@@ -77,29 +73,3 @@ def complete_step(
     shapes = step_shapes(manifest, precision, scale)
     empty = {name: np.zeros(shape) for name, shape in shapes.items() if name not in given}
     return {**empty, **step_geometry(manifest.model, scale), **given}
-
-
-def _mismatch(model: onnx.ModelProto, info: GraphInfo) -> str:
-    """Names and shapes before values: the first difference, in words."""
-    for kind, listed, actual in (
-        ("input", info.inputs, model.graph.input),
-        ("output", info.outputs, model.graph.output),
-    ):
-        found = {value.name: _describe(value) for value in actual}
-        for tensor in listed:
-            if tensor.name not in found:
-                return f"{kind} {tensor.name} is missing"
-            if found.pop(tensor.name) != tensor:
-                return f"{kind} {tensor.name} has another type or shape than the manifest says"
-        if found:
-            return f"{kind} {next(iter(found))} is not in the manifest"
-    return ""
-
-
-def _describe(value: onnx.ValueInfoProto) -> TensorInfo:
-    kind = value.type.tensor_type
-    return TensorInfo(
-        name=value.name,
-        dtype=np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)).name,
-        shape=tuple(d.dim_param or d.dim_value for d in kind.shape.dim),
-    )

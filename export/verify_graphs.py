@@ -131,8 +131,6 @@ class GraphVerifier:
         mass = (names.KEPT_MASS,) if self._manifest.more_smooth else ()
         shown = interior.get(name, (names.LOGITS, *mass))
         runner = _attempt(lambda: GraphRunner(self._files.graph(name), info, shown), "loaded")
-        if runner.mismatch:
-            raise _UnfitError(runner.mismatch)
         if name == names.STEP:
             scales = range(self._manifest.model.scales)
             return [self._scale(runner, f"{name} @ {k}", k) for k in scales]

@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from var_deploy import names
 from var_deploy.errors import BundleChangedError, BundleError
 from var_deploy.held_files import HeldFile
-from var_deploy.manifest import Manifest, hold_file, read_manifest
+from var_deploy.interfaces import Tensor
+from var_deploy.json_values import shown
+from var_deploy.manifest import Manifest, TensorInfo, hold_file, read_manifest
 from var_deploy.onnx_file import MAX_BYTES, inspect_onnx, relocate
 
 DESCRIPTORS = "/proc/self/fd"
@@ -77,6 +79,8 @@ class BundleFiles:
 
     def check(self, progress: Callable[[int], None] | None = None) -> None:
         """Open every file of the precision. Raises BundleError naming the first that fails."""
+        if self._precision not in self._manifest.graphs:
+            self._manifest.graph(self._precision, names.DECODER)  # says what there is
         folder = None if self._hashes else _open_folder(self._bundle)
         try:
             if folder is not None and self._digest_in(folder) != self._manifest.digest():
@@ -122,12 +126,8 @@ class BundleFiles:
             return data
         try:
             found = inspect_onnx(data, weights.size)
-            for kind, listed, declared in (
-                ("inputs", info.inputs, found.inputs),
-                ("outputs", info.outputs, found.outputs),
-            ):
-                if {(t.name, t.dtype, t.shape) for t in listed} != set(declared):
-                    raise BundleError(f"its {kind} are not those that {names.MANIFEST} lists")
+            _compare("input", info.inputs, found.inputs)
+            _compare("output", info.outputs, found.outputs)
         except BundleError as error:
             raise BundleError(
                 f"{self._bundle / info.file} is not a graph of a bundle: {error}; export the "
@@ -264,6 +264,21 @@ class BundleFiles:
                 f"the bundle at {self._bundle} was replaced since it was loaded; load it again"
             )
         return BundleChangedError(f"the bundle at {self._bundle} changed while it was read")
+
+
+def _compare(kind: str, listed: Sequence[TensorInfo], declared: Sequence[Tensor]) -> None:
+    """Raise BundleError where a graph's inputs or outputs are not those that the manifest lists."""
+    found = {tensor[0]: tensor for tensor in declared}
+    for tensor in listed:
+        if tensor.name not in found:
+            raise BundleError(f"{kind} {tensor.name} is missing")
+        if found.pop(tensor.name) != (tensor.name, tensor.dtype, tensor.shape):
+            raise BundleError(
+                f"{kind} {tensor.name} has another type or shape than {names.MANIFEST} says"
+            )
+    if found or len(declared) != len(listed):
+        extra = next(iter(found), "that is there twice")
+        raise BundleError(f"{kind} {shown(extra)} is not in {names.MANIFEST}")
 
 
 def by_descriptor(data: bytes, weights: HeldFile) -> tuple[bytes, str] | None:

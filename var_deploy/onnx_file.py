@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from var_deploy import names
 from var_deploy.errors import BundleError
+from var_deploy.interfaces import Tensor
 from var_deploy.json_values import shown
 from var_deploy.operators import OPERATORS, OPSET
 
@@ -46,7 +47,6 @@ _LOCATION = (7, 5, 13, 2)
 
 Bytes = memoryview
 Field = tuple[str, "int | Bytes"]
-Tensor = tuple[str, str, tuple[int | str, ...]]
 
 
 class _NotWrittenError(Exception):
