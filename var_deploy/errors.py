@@ -19,8 +19,12 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException) -> str:
-    """The words of any library's error on one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The words of any library's error on one line; its type where it has none.
+
+    What a terminal would act on is written as its escape: words of a stranger's file may be in it.
+    """
+    words = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 class VarDeployError(Exception):
