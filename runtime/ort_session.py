@@ -47,13 +47,18 @@ def open_session(
         else:
             options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.path.parent))
     session, problem = None, ""
-    try:
-        # no second attempt, of which it would tell on the terminal
-        session = ort.InferenceSession(model, options, enable_fallback=0, **how)
-    except Exception as error:  # ONNX Runtime raises types of its own, all Exception
-        problem = one_line(error)
-    if files is not None and (by_path or problem):
-        files.confirm(graph.stem)
+    for _ in range(1 if files is None else 2):
+        try:
+            # without fallback: it would tell on the terminal of a second attempt
+            session = ort.InferenceSession(model, options, enable_fallback=0, **how)
+            problem = ""
+        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+            problem = one_line(error)
+        if files is not None and (by_path or problem):
+            files.confirm(graph.stem)
+        if not problem:
+            break
+        # it looks up where the weights lie, which fails while a bundle is being renamed
     if problem:  # raised here: in the traceback above ONNX Runtime's session would live on
         raise BackendError(f"ONNX Runtime refuses {graph.path.name}: {problem}")
     return session
