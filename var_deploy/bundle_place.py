@@ -15,10 +15,17 @@ from typing import Any
 
 from var_deploy import names
 from var_deploy.errors import UsageError
+from var_deploy.files import locked_folder
 from var_deploy.folders import Index, check_folder_writable, entries_that_count, remove_leftovers
 
 ENGINES = "engines"  # as in `runtime.tensorrt.engine_files`, which the contract cannot import
 MOST_BYTES = 64 << 20  # of a manifest, whose size grows with graphs and labels
+
+
+def check_before_work(out: Path, *, replace: bool) -> None:
+    """`check_place` for a command that has not begun; `folders.whole_folder` looks again itself."""
+    with locked_folder(out):
+        check_place(out, replace=replace)
 
 
 def check_place(out: Path, *, replace: bool) -> None:

@@ -53,6 +53,7 @@ from var_deploy.files import (
 LOCK, INCOMPLETE, COMPLETE, PREVIOUS = "lock", "incomplete", "complete", "previous"
 OLD_INDEX, STARTED = "old-index", "started"  # of a folder that is written from inside
 FOREIGN_AGE = 86_400.0  # seconds after which another machine's work folder is taken for dead
+WORK_FOLDER = re.compile(r"\..*\.partial-[0-9a-f]{16}", re.DOTALL)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
@@ -103,12 +104,13 @@ def whole_folder(
     umask gives.
 
     Args:
-        check: called before anything is written and again right before the folder takes its place;
-            raises UsageError where `path` holds what must not be replaced.
+        check: called before anything is written and again right before the folder takes its place,
+            with `path` locked; raises UsageError where it holds what must not be replaced.
         error: raised where the disk refuses.
     """
     place = Path(os.path.realpath(path))
-    check()
+    with locked_folder(place):  # not in the middle of another writer's exchange
+        check()
     with disk_errors(path, error):
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path, index)
@@ -190,7 +192,7 @@ def entries_that_count(folder: Path) -> list[str]:
     return sorted(
         name
         for name in os.listdir(folder)
-        if not (is_scratch(name) or is_temporary(name) or is_work_folder(folder / name))
+        if not (is_scratch(name) or is_temporary(name) or WORK_FOLDER.fullmatch(name))
     )
 
 
@@ -201,7 +203,7 @@ def remove_leftovers(path: Path, index: Index | None) -> None:
     for parent in (place.parent, place):
         with contextlib.suppress(OSError):
             for name in os.listdir(parent):
-                if name.startswith(_prefix(place)) and is_work_folder(parent / name):
+                if name.startswith(_prefix(place)) and WORK_FOLDER.fullmatch(name):
                     _remove_leftover(parent / name, place, index)
 
 
@@ -227,10 +229,10 @@ def _new_work_folder(place: Path, parent: Path) -> tuple[Path, IO[bytes]]:
         work.mkdir()
         try:
             lock = (work / LOCK).open("xb")
-            lock.write(_owner(place))
-            lock.flush()
         except FileNotFoundError:  # taken for a dead one before it had a lock
             continue
+        lock.write(_owner(place))
+        lock.flush()
         # False as well where the file system has no locks: then it is never taken for a dead one,
         # because nobody gets the lock
         lock_file(lock)
@@ -248,13 +250,11 @@ def _prefix(place: Path) -> str:
     return f".{place.name[:NAME_SHOWN]}.partial-"
 
 
-def is_work_folder(path: Path) -> bool:
-    """Whether a folder is one in which a folder of this package is being written."""
-    named = re.fullmatch(r"\..*\.partial-[0-9a-f]{16}", path.name, re.DOTALL)
-    return named is not None and not path.is_symlink() and (path / LOCK).is_file()
-
-
 def _remove_leftover(work: Path, place: Path, index: Index | None) -> None:
+    if work.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        work.rmdir()  # empty: killed before it had a lock; a living writer makes another one
     with contextlib.suppress(OSError), (work / LOCK).open("r+b") as lock:
         owner = lock.read()
         if owner.partition(b"\n")[2] != os.fsencode(place.name):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from var_deploy import files
 from var_deploy.errors import BundleError
 from var_deploy.manifest import (
     SCHEMA_VERSION,
@@ -85,8 +86,8 @@ def test_the_digest_follows_the_files_alone(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     digest = manifest.digest()
     assert dataclasses.replace(manifest, parity={"passed": True}).digest() == digest
-    files = {**manifest.files, WEIGHTS: FileInfo(size=7, sha256="0" * 64)}
-    assert dataclasses.replace(manifest, files=files).digest() != digest
+    changed = {**manifest.files, WEIGHTS: FileInfo(size=7, sha256="0" * 64)}
+    assert dataclasses.replace(manifest, files=changed).digest() != digest
 
 
 def test_rows_follow_guidance(bundle: Path) -> None:
@@ -264,11 +265,10 @@ def test_saving_is_whole_or_not_at_all(bundle: Path, monkeypatch: pytest.MonkeyP
     before = (bundle / "manifest.json").read_bytes()
     manifest = dataclasses.replace(read_manifest(bundle), parity={"passed": True})
 
-    def full(path: Path, text: str, **_: object) -> int:
-        path.write_bytes(text[:10].encode())
+    def full(stream: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(BundleError, match="No space left on device"):
         manifest.save(bundle)
     assert (bundle / "manifest.json").read_bytes() == before

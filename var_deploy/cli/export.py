@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from var_deploy.bundle_place import check_place
+from var_deploy.bundle_place import check_before_work
 from var_deploy.cli.console import Progress, human_bytes, needs_extra
 from var_deploy.cli.options import report_options
 from var_deploy.cli.outputs import OUTPUT
@@ -112,7 +112,7 @@ def export(
     """
     if calibration == 0 and "int8" in precision:
         raise UsageError("--calibration must be at least 1 with int8, whose ranges it gives")
-    check_place(out, replace=force)
+    check_before_work(out, replace=force)
 
     with needs_extra("export", "export"):
         from var_deploy.export.presets import find_preset
