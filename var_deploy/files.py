@@ -180,17 +180,19 @@ def locked_folder(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def lock_file(stream: IO[Any]) -> bool:
+def lock_file(stream: IO[Any]) -> bool | None:
     """Lock an open file until it is closed or the process ends, whatever ends it.
 
-    False where another process has it, or where the system or file system has no locks.
+    False where another process has the lock, None where the system or file system has no locks.
     """
     if fcntl is None:
-        return False
+        return None
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -227,9 +229,8 @@ def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
             # exclusive, so no link is followed; and it takes the usual permissions, which one
             # from `tempfile` would not
             with cast(BinaryIO, temporary.open("xb")) as stream:
-                lock_file(stream)
                 # before it was locked, `remove_dead_files` may have taken it for a dead one
-                if temporary.exists():
+                if lock_file(stream) is not False and temporary.exists():
                     yield temporary, stream
                     return
         finally:

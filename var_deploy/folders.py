@@ -6,7 +6,7 @@ Everything is written into a work folder first, and moved when it is complete:
       lock                     held while its process lives; the name of the folder it is for
       incomplete/              being written: nobody misses it
       complete/                whole. Before the exchange the new folder, after it the old one
-      previous/                where the system cannot exchange: the old folder, moved aside
+      previous0/               where the system cannot exchange: the old folder, moved aside
 
 A kill at any moment leaves the old folder or the new one at its place (between two renames, where
 an exchange is not possible: neither, until the next writer puts the old one back). The next writer
@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -164,9 +165,10 @@ def filled_folder(folder: Path, file_names: Sequence[str]) -> Iterator[Path]:
 def check_folder_writable(path: Path) -> None:
     """Raise UsageError, before any work is done, where `whole_folder` could not write `path`."""
     place = Path(os.path.realpath(path))
-    if os.path.lexists(place) and not place.is_dir():
+    # os.path.isdir, because a name that is too long makes Path.is_dir raise
+    if os.path.lexists(place) and not os.path.isdir(place):
         raise UsageError(f"{path} is a file; name a folder")
-    if place.is_dir() and not must_write_inside(place):
+    if os.path.isdir(place) and not must_write_inside(place):
         check_writable(place.parent)
     else:
         check_writable(path)
@@ -174,7 +176,7 @@ def check_folder_writable(path: Path) -> None:
 
 def must_write_inside(place: Path) -> bool:
     """Whether a folder cannot or should not be renamed, so that it is written from inside."""
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return False
     try:
         # a shell that stands in the folder would be left in a deleted one
@@ -233,10 +235,8 @@ def _new_work_folder(place: Path, parent: Path) -> tuple[Path, IO[bytes]]:
             continue
         lock.write(_owner(place))
         lock.flush()
-        # False as well where the file system has no locks: then it is never taken for a dead one,
-        # because nobody gets the lock
-        lock_file(lock)
-        if (work / LOCK).exists():
+        # where there are no locks, nobody gets one and takes it for dead
+        if lock_file(lock) is not False and (work / LOCK).exists():
             return work, lock
         lock.close()
 
@@ -261,7 +261,7 @@ def _remove_leftover(work: Path, place: Path, index: Index | None) -> None:
             return  # of a longer name that begins alike
         # a network file system may keep the locks of each machine apart
         age = time.time() - os.fstat(lock.fileno()).st_mtime
-        if (owner == _owner(place) or age > FOREIGN_AGE) and lock_file(lock):
+        if (owner == _owner(place) or age > FOREIGN_AGE) and lock_file(lock) is True:
             if index is not None and (work / STARTED).exists():
                 _finish_install(work, place, index)
             _clear(work, place, index)
@@ -270,12 +270,12 @@ def _remove_leftover(work: Path, place: Path, index: Index | None) -> None:
 def _clear(work: Path, place: Path, index: Index | None) -> None:
     """Remove a work folder, but nothing that was in the user's folder and is not in its index."""
     shutil.rmtree(work / INCOMPLETE, ignore_errors=True)
-    complete, previous = work / COMPLETE, work / PREVIOUS
+    complete, aside = work / COMPLETE, sorted(work.glob(f"{PREVIOUS}*"))
     if index is not None and (work / STARTED).exists() and (complete / index.name).exists():
         return  # could not be finished, and may be by the next writer
-    if previous.is_dir() and not os.path.lexists(place):
-        previous.rename(place)  # cut off between two renames
-    for old in (complete, previous):
+    if aside and not os.path.lexists(place):
+        aside[-1].rename(place)  # cut off between two renames
+    for old in (complete, *aside):
         if old.is_dir() and index is not None:
             _salvage(old, place, index)
     if set(os.listdir(work)) <= {LOCK, STARTED, OLD_INDEX}:
@@ -320,7 +320,7 @@ def _move_over(source: Path, target: Path) -> None:
 def _exchange(work: Path, place: Path, check: Callable[[], None]) -> None:
     """The complete folder takes the place of `place`, which lies in the work folder then."""
     complete = work / COMPLETE
-    while True:
+    for attempt in itertools.count():
         with locked_folder(place):
             check()
             if not os.path.lexists(place):
@@ -329,14 +329,9 @@ def _exchange(work: Path, place: Path, check: Callable[[], None]) -> None:
                 continue  # somebody was faster: look at what is there now
             if swap(complete, place):
                 return
-            place.rename(work / PREVIOUS)
-            try:
-                complete.rename(place)
-            except BaseException:
-                if not os.path.lexists(place):
-                    (work / PREVIOUS).rename(place)
-                raise
-            return
+            place.rename(work / f"{PREVIOUS}{attempt}")
+            if _rename_to_free(complete, place):
+                return
 
 
 def swap(one: Path, other: Path) -> bool:

@@ -261,6 +261,20 @@ def test_a_hash_of_a_file_longer_than_a_chunk(
     assert file_sha256(path) == whole
 
 
+def test_saving_writes_through_no_link(bundle: Path, tmp_path: Path) -> None:
+    """Neither at the name that the temporary file had, nor at the manifest's own."""
+    (tmp_path / "theirs").write_text("theirs")
+    (bundle / "manifest.json.tmp").symlink_to(tmp_path / "theirs")
+    (bundle / "manifest.json").rename(bundle / "blob")
+    (bundle / "manifest.json").symlink_to("blob")
+    before = (bundle / "blob").read_bytes()
+    manifest = dataclasses.replace(read_manifest(bundle), parity={"passed": True})
+    manifest.save(bundle)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (bundle / "blob").read_bytes() == before, "others share it"
+    assert read_manifest(bundle) == manifest and not (bundle / "manifest.json").is_symlink()
+
+
 def test_saving_is_whole_or_not_at_all(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (bundle / "manifest.json").read_bytes()
     manifest = dataclasses.replace(read_manifest(bundle), parity={"passed": True})

@@ -37,11 +37,9 @@ class Written:
 
 def check_out(out: Path) -> None:
     """Raise UsageError where no repository can be written to `out`: it must be new, or empty."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; name a folder")
+    check_folder_writable(out)
     if out.is_dir() and (there := entries_that_count(out)):
         raise UsageError(f"{out} is not empty ({there[0]} is there); choose another --out")
-    check_folder_writable(out)
 
 
 def check_runtime(manifest: Manifest, runtime: Runtime) -> None:
