@@ -90,8 +90,8 @@ def add_engines(bundle: Path) -> EngineFolder:
     for graph in ("step", "decoder"):
         plan = f"the plan of {graph}".encode()
         record = EngineRecord(
-            **{"graph": graph, "file": f"{graph}.plan", "size": len(plan), "key": "", "profiles": 1},
-            **{"sha256": engine_files.plan_sha256(plan), "seconds": 1.5},
+            **{"graph": graph, "file": f"{graph}.plan", "size": len(plan), "key": ""},
+            **{"sha256": engine_files.plan_sha256(plan), "seconds": 1.5, "profiles": 1},
         )
         folder = engine_files.add_engine(folder, plan, record)
     return engine_files.add_timing_cache(folder, b"measured")
