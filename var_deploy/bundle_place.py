@@ -16,7 +16,8 @@ from typing import Any
 from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.files import locked_folder
-from var_deploy.folders import Index, check_folder_writable, entries_that_count, remove_leftovers
+from var_deploy.folders import check_folder_writable
+from var_deploy.work_folders import Index, entries_that_count, remove_leftovers
 
 ENGINES = "engines"  # as in `runtime.tensorrt.engine_files`, which the contract cannot import
 MOST_BYTES = 64 << 20  # of a manifest, whose size grows with graphs and labels

@@ -1,16 +1,9 @@
 """Writing a folder so that it appears whole, and replacing one without losing what is not ours.
 
-Everything is written into a work folder first, and moved when it is complete:
-
-    .bundle.partial-1f2e…/     beside bundle/, on the same file system
-      lock                     held while its process lives; the name of the folder it is for
-      incomplete/              being written: nobody misses it
-      complete/                whole. Before the exchange the new folder, after it the old one
-      previous0/               where the system cannot exchange: the old folder, moved aside
-
-A kill at any moment leaves the old folder or the new one at its place (between two renames, where
-an exchange is not possible: neither, until the next writer puts the old one back). The next writer
-of the same folder recognises what a dead one left by the lock that nobody holds, and removes it.
+Everything is written into a work folder first (see `var_deploy.work_folders`), and exchanged with
+the old folder when it is complete. A kill at any moment leaves the old folder or the new one at its
+place (between two renames, where an exchange is not possible: neither, until the next writer puts
+the old one back).
 
 A folder that cannot be renamed is written from inside: one that is a mount point or holds one, the
 folder that this process stands in, and one whose parent cannot be written. Its index file goes
@@ -27,66 +20,32 @@ import errno
 import itertools
 import os
 import re
-import secrets
-import shutil
-import socket
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.files import (
-    NAME_SHOWN,
     check_ordinary,
     check_writable,
     disk_errors,
-    is_scratch,
-    is_temporary,
-    lock_file,
     locked_folder,
-    remove_dead_files,
     sync,
     sync_folder,
 )
+from var_deploy.work_folders import (
+    COMPLETE,
+    INCOMPLETE,
+    PREVIOUS,
+    STARTED,
+    Index,
+    finish_install,
+    remove_leftovers,
+    work_folder,
+)
 
-LOCK, INCOMPLETE, COMPLETE, PREVIOUS = "lock", "incomplete", "complete", "previous"
-OLD_INDEX, STARTED = "old-index", "started"  # of a folder that is written from inside
-FOREIGN_AGE = 86_400.0  # seconds after which another machine's work folder is taken for dead
-WORK_FOLDER = re.compile(r"\..*\.partial-[0-9a-f]{16}", re.DOTALL)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Index:
-    """The file in which a folder of some kind names its own files.
-
-    Attributes:
-        name: of the file, in the folder itself.
-        listed: relative paths, with forward slashes, that the index of a folder names; [] without
-            an index. Raises VarDeployError where the file is something else.
-        kept: entries that belong to the folder, and outlive a replacement.
-    """
-
-    name: str
-    listed: Callable[[Path], Collection[str]]
-    kept: Collection[str] = ()
-
-    def foreign(self, folder: Path) -> str | None:
-        """The first path in `folder` that is neither the folder's own nor left by a system."""
-        own = {self.name, *self.listed(folder)}
-        for path in _walk(folder, without=self.kept):
-            name = path.relative_to(folder).as_posix()
-            if path.is_dir() and not path.is_symlink():
-                # one that holds files is judged by them
-                if name in own or (not any(path.iterdir()) and not _leads_to(name, own)):
-                    return name
-            elif name not in own:
-                return name
-        return None
 
 
 @contextlib.contextmanager
@@ -116,7 +75,7 @@ def whole_folder(
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path, index)
         inside = must_write_inside(place)
-        with _work_folder(place, index, inside=inside) as work:
+        with work_folder(place, index, inside=inside) as work:
             (work / INCOMPLETE).mkdir()
             yield work / INCOMPLETE
             _sync_tree(work / INCOMPLETE)
@@ -148,7 +107,7 @@ def filled_folder(folder: Path, file_names: Sequence[str]) -> Iterator[Path]:
     with disk_errors(folder):
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(place, None)
-        with _work_folder(place, None, inside=place.is_dir()) as work:
+        with work_folder(place, None, inside=place.is_dir()) as work:
             new = work / INCOMPLETE
             new.mkdir()
             yield new
@@ -184,137 +143,6 @@ def must_write_inside(place: Path) -> bool:
     except OSError:  # this process stands in a deleted folder itself
         here = False
     return here or _holds_mount(place) or not _writable(place.parent)
-
-
-def entries_that_count(folder: Path) -> list[str]:
-    """Sorted names of what somebody put into a folder: a folder without any is empty.
-
-    Not counted is what systems leave in any folder, and what is just being written.
-    """
-    return sorted(
-        name
-        for name in os.listdir(folder)
-        if not (is_scratch(name) or is_temporary(name) or WORK_FOLDER.fullmatch(name))
-    )
-
-
-def remove_leftovers(path: Path, index: Index | None) -> None:
-    """Remove the work folders of writers of `path` that were killed, after saving what is the
-    user's in them. A folder whose lock is held stays, and one that cannot be removed."""
-    place = Path(os.path.realpath(path))
-    for parent in (place.parent, place):
-        with contextlib.suppress(OSError):
-            for name in os.listdir(parent):
-                if name.startswith(_prefix(place)) and WORK_FOLDER.fullmatch(name):
-                    _remove_leftover(parent / name, place, index)
-
-
-# the work folder
-
-
-@contextlib.contextmanager
-def _work_folder(place: Path, index: Index | None, *, inside: bool) -> Iterator[Path]:
-    """A new work folder whose lock is held; at the end it goes with what is in it."""
-    work, lock = _new_work_folder(place, place if inside else place.parent)
-    try:
-        yield work
-    finally:
-        try:
-            _clear(work, place, index)
-        finally:
-            lock.close()
-
-
-def _new_work_folder(place: Path, parent: Path) -> tuple[Path, IO[bytes]]:
-    while True:
-        work = parent / f"{_prefix(place)}{secrets.token_hex(8)}"
-        work.mkdir()
-        try:
-            lock = (work / LOCK).open("xb")
-        except FileNotFoundError:  # taken for a dead one before it had a lock
-            continue
-        lock.write(_owner(place))
-        lock.flush()
-        # where there are no locks, nobody gets one and takes it for dead
-        if lock_file(lock) is not False and (work / LOCK).exists():
-            return work, lock
-        lock.close()
-
-
-def _owner(place: Path) -> bytes:
-    """What the lock says: which machine writes which folder."""
-    return b"%b\n%b" % (os.fsencode(socket.gethostname()), os.fsencode(place.name))
-
-
-def _prefix(place: Path) -> str:
-    return f".{place.name[:NAME_SHOWN]}.partial-"
-
-
-def _remove_leftover(work: Path, place: Path, index: Index | None) -> None:
-    if work.is_symlink():
-        return
-    with contextlib.suppress(OSError):
-        work.rmdir()  # empty: killed before it had a lock; a living writer makes another one
-    with contextlib.suppress(OSError), (work / LOCK).open("r+b") as lock:
-        owner = lock.read()
-        if owner.partition(b"\n")[2] != os.fsencode(place.name):
-            return  # of a longer name that begins alike
-        # a network file system may keep the locks of each machine apart
-        age = time.time() - os.fstat(lock.fileno()).st_mtime
-        if (owner == _owner(place) or age > FOREIGN_AGE) and lock_file(lock) is True:
-            if index is not None and (work / STARTED).exists():
-                _finish_install(work, place, index)
-            _clear(work, place, index)
-
-
-def _clear(work: Path, place: Path, index: Index | None) -> None:
-    """Remove a work folder, but nothing that was in the user's folder and is not in its index."""
-    shutil.rmtree(work / INCOMPLETE, ignore_errors=True)
-    complete, aside = work / COMPLETE, sorted(work.glob(f"{PREVIOUS}*"))
-    if index is not None and (work / STARTED).exists() and (complete / index.name).exists():
-        return  # could not be finished, and may be by the next writer
-    if aside and not os.path.lexists(place):
-        aside[-1].rename(place)  # cut off between two renames
-    for old in (complete, *aside):
-        if old.is_dir() and index is not None:
-            _salvage(old, place, index)
-    if set(os.listdir(work)) <= {LOCK, STARTED, OLD_INDEX}:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _salvage(old: Path, place: Path, index: Index) -> None:
-    """Delete the files of `old` that its own index names, and move all others into `place`.
-
-    What cannot be moved, because its name is taken there, stays where it is.
-    """
-    with contextlib.suppress(VarDeployError):  # another index: nothing is known to be ours
-        for name in (*index.listed(old), index.name):
-            with contextlib.suppress(FileNotFoundError):
-                (old / name).unlink()
-    remove_dead_files(old)
-    if place.is_dir():
-        _move_over(old, place)
-    else:
-        _remove_empty(old)
-
-
-def _move_over(source: Path, target: Path) -> None:
-    for path in sorted(source.iterdir()):
-        there = target / path.name
-        both = [p.is_dir() and not p.is_symlink() for p in (path, there)]
-        if all(both):
-            _move_over(path, there)
-        elif both[0] and not any(path.iterdir()):
-            path.rmdir()
-        elif not os.path.lexists(there):
-            path.rename(there)
-        elif is_scratch(path.name):
-            shutil.rmtree(path) if both[0] else path.unlink()
-    with contextlib.suppress(OSError):  # not empty: see `_salvage`
-        source.rmdir()
-
-
-# putting it in its place
 
 
 def _exchange(work: Path, place: Path, check: Callable[[], None]) -> None:
@@ -379,62 +207,10 @@ def _install(work: Path, place: Path, index: Index, check: Callable[[], None]) -
         check()
         (work / STARTED).touch()
         try:
-            _finish_install(work, place, index)
+            finish_install(work, place, index)
         except BaseException:  # these are renames: finishing them is safer than going back
-            _finish_install(work, place, index)
+            finish_install(work, place, index)
             raise
-
-
-def _finish_install(work: Path, place: Path, index: Index) -> None:
-    """Begin, or go on after it was cut off anywhere."""
-    complete, old = work / COMPLETE, work / OLD_INDEX
-    if not (complete / index.name).exists():
-        return  # done
-    if not old.exists():
-        old.mkdir()
-    if (place / index.name).exists():
-        (place / index.name).replace(old / index.name)
-    new = index.listed(complete)
-    for name in set(index.listed(old)) - set(new):
-        with contextlib.suppress(FileNotFoundError):
-            (place / name).unlink()
-        _remove_empty((place / name).parent, above=place)
-    for name in new:
-        if (complete / name).exists():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (complete / name).replace(place / name)
-    (complete / index.name).replace(place / index.name)
-
-
-# small things
-
-
-def _walk(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """Every path below a folder that counts, links as such; a folder before what is in it."""
-    for name in entries_that_count(folder):
-        if name in without:
-            continue
-        path = folder / name
-        yield path
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-
-
-def _leads_to(name: str, own: Collection[str]) -> bool:
-    return any(path.startswith(f"{name}/") for path in own)
-
-
-def _remove_empty(folder: Path, above: Path | None = None) -> None:
-    """Remove folders in `folder` that hold no file, then `folder`, and with `above` its parents."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and not path.is_symlink():
-            _remove_empty(path)
-    with contextlib.suppress(OSError):
-        while folder != above:
-            folder.rmdir()
-            if above is None:
-                break
-            folder = folder.parent
 
 
 def _sync_tree(folder: Path) -> None:

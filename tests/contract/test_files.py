@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cli_steps import tree
-from var_deploy import bundle_place, files, folders
+from var_deploy import bundle_place, files, folders, work_folders
 from var_deploy.bundle_place import BUNDLE, check_place
 from var_deploy.errors import BundleError, UsageError, VarDeployError
 
@@ -149,11 +149,11 @@ def test_what_systems_leave_does_not_fill_a_folder(tmp_path: Path) -> None:
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._x", nfs, ".a.01234567.tmp"):
         (tmp_path / name).touch()
     (tmp_path / "lost+found").mkdir()
-    assert folders.entries_that_count(tmp_path) == []
+    assert work_folders.entries_that_count(tmp_path) == []
     check_place(tmp_path, replace=False)
     for name in ("notes.txt", ".gitignore", ".nfs", "tmp"):
         (tmp_path / name).touch()
-        assert folders.entries_that_count(tmp_path) == [name]
+        assert work_folders.entries_that_count(tmp_path) == [name]
         (tmp_path / name).unlink()
 
 

@@ -102,7 +102,6 @@ def generate(
       var-deploy generate build/pocket --labels boat --count 4 --out boats/
       var-deploy generate build/pocket --labels tree --seed 3,8 --cfg 1:4 --out trees.png
       var-deploy generate build/pocket --labels sun --preview strip.png --gif sun.gif --out sun.png
-      var-deploy generate build/pocket --labels sun --out - | display
     """
     # everything that can be wrong is looked at before the weights are loaded
     target = image_target(out)

@@ -24,9 +24,9 @@ from typing import Any
 from var_deploy import __version__
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.files import check_writable, new_file, whole_file
-from var_deploy.folders import entries_that_count
 from var_deploy.manifest import file_sha256
 from var_deploy.sets.spec import SetSpec
+from var_deploy.work_folders import entries_that_count
 
 SET_FILE, NPZ_FILE = "set.json", "images.npz"
 SCHEMA_VERSION = 1

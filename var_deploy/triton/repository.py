@@ -10,11 +10,12 @@ from pathlib import Path
 
 from var_deploy import names
 from var_deploy.errors import BundleError, UsageError
-from var_deploy.folders import check_folder_writable, entries_that_count, whole_folder
+from var_deploy.folders import check_folder_writable, whole_folder
 from var_deploy.manifest import Manifest, check_files
 from var_deploy.planning.precisions import CPU, check_gpu_precision
 from var_deploy.runtime.tensorrt.engine_files import ENGINES, copy_engines, engine_folders
 from var_deploy.triton.config import Runtime, Serving, config_text, version_of
+from var_deploy.work_folders import entries_that_count
 
 CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
 MODEL_TEXT = '''"""The model of this folder's bundle, for Triton's Python backend."""
