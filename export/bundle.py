@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import var_deploy
 from var_deploy import names
+from var_deploy.bundle_place import BUNDLE, check_place
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint import LoadedModel
 from var_deploy.export.decoder_ranges import decoder_ranges
@@ -27,6 +28,7 @@ from var_deploy.export.graphs.condition import build_condition
 from var_deploy.export.graphs.int8 import Ranges
 from var_deploy.export.graphs.scale import build_scale, build_step
 from var_deploy.export.weights_bin import WeightLayout, plan_layout, write_weights
+from var_deploy.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.spec import ModelSpec
 
@@ -92,15 +94,21 @@ def build_graphs(
 
 
 def export_bundle(
-    model: LoadedModel, out: Path, options: ExportOptions, progress: Progress | None = None
+    model: LoadedModel,
+    out: Path,
+    options: ExportOptions,
+    progress: Progress | None = None,
+    *,
+    replace: bool = True,
 ) -> Manifest:
-    """Write the bundle of `model` to `out`, replacing a bundle that is there.
+    """Write the bundle of `model` to `out`, with `replace` in place of a bundle that is there.
 
-    Everything is written into a folder beside `out` and renamed at the end: whatever happens
-    before, an older bundle stays as it was. The same input gives the same bytes.
+    Everything is written into a folder beside `out` and put in its place at the end: whatever
+    happens before, an older bundle stays as it was. Its engines stay in any case. The same input
+    gives the same bytes. See `var_deploy.folders` for an `out` that cannot be renamed.
 
-    Raises UsageError for options that do not fit the model and ExportError where a weight cannot
-    be stored or the disk is full.
+    Raises UsageError for options that do not fit the model and for an `out` that holds anything
+    else, and ExportError where a weight cannot be stored or the disk is full.
     """
     if options.guidance and not model.spec.transformer.conditional:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
@@ -110,22 +118,12 @@ def export_bundle(
             "sampling; export it without"
         )
     report = progress or (lambda message, fraction: None)
-    out = out.resolve()  # a link is followed, not replaced
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write beside {out}: {error.strerror}") from None
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private
+
+    def check() -> None:
+        check_place(out, replace=replace)
+
+    with whole_folder(out, check=check, index=BUNDLE, error=ExportError) as folder:
         manifest = _write(model, folder, options, report)
-        _put_in_place(folder, out)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ExportError(f"cannot write {out}: {error.strerror or error}") from None
-    except BaseException:  # Ctrl-C as well: nothing half-written stays
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     report("done", 1.0)
     return manifest
 
@@ -292,22 +290,3 @@ def _save_graph(
         raise ExportError(f"cannot write {path.name}: {error.strerror}") from None
     onnx.checker.check_model(str(path), full_check=True)
     return FileInfo(size=path.stat().st_size, sha256=file_sha256(path))
-
-
-def _put_in_place(folder: Path, out: Path) -> None:
-    """Rename; an older bundle is moved aside first and deleted last."""
-    old = folder.with_name(folder.name.replace(".partial-", ".old-"))
-    try:
-        try:
-            if out.exists():
-                out.rename(old)
-            folder.rename(out)
-        except BaseException:
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
-        finally:
-            if out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ExportError(f"cannot put the bundle at {out}: {error.strerror}") from None

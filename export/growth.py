@@ -23,6 +23,7 @@ from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import random_model
 from var_deploy.export.graphs.builder import Precision
 from var_deploy.export.presets import PATCH_NUMS_512, PRESETS
+from var_deploy.files import whole_file
 from var_deploy.runtime.bench.figure import COLOURS, INK, STYLE
 from var_deploy.runtime.bench.run import Settings, bench
 from var_deploy.sampling import Sampling
@@ -209,7 +210,8 @@ def main(out: Path, plot: Path | None, only: str, repeat: int, folder: Path | No
     rows: list[dict[str, Any]] = []
     for row in measure(cases, folder or Path(tempfile.gettempdir()), repeat=repeat):
         rows.append(row)
-        out.write_text(json.dumps(rows, indent=1) + "\n")
+        with whole_file(out) as stream:
+            stream.write(f"{json.dumps(rows, indent=1)}\n".encode())
     click.echo("\n".join(table(rows)))
     if plot is not None:
         draw(rows, plot)

@@ -29,6 +29,7 @@ from var_deploy.export.calibrate import (
     layer_of,
 )
 from var_deploy.export.torch_loop import Progress, generate
+from var_deploy.files import whole_file
 from var_deploy.images import psnr
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
@@ -213,7 +214,8 @@ def main(bundle: Path, images: int, seed: int, out: Path | None) -> None:
     try:
         result = study(bundle, images=images, seed=seed, progress=progress)
         if out:
-            out.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+            with whole_file(out) as stream:
+                stream.write(f"{json.dumps(result.to_json(), indent=1)}\n".encode())
     except VarDeployError as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:

@@ -71,12 +71,16 @@ class Report:
     Attributes:
         labels, seed: of the images that were compared.
         samples: what became of many images in int8; None where int8 was not compared.
+        digest: of the bundle that was compared; the report says nothing of any other.
+        unstored: why the report is not in the bundle's manifest, "" where it is.
     """
 
     checks: tuple[Check, ...]
     labels: tuple[int, ...]
     seed: int
     samples: SampleStudy | SkippedStudy | None = None
+    digest: str = ""
+    unstored: str = ""
 
     @property
     def passed(self) -> bool:
@@ -100,6 +104,7 @@ class Report:
             "failure": self.failure,
             "labels": list(self.labels),
             "seed": self.seed,
+            "digest": self.digest,
             "checks": [
                 {k: _plain(v) for k, v in dataclasses.asdict(check).items()}
                 for check in self.checks

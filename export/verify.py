@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from var_deploy import names
-from var_deploy.errors import UsageError
+from var_deploy.errors import BundleError, UsageError
 from var_deploy.export.checkpoint import LoadedModel, load_model
 from var_deploy.export.reference import trace_reference
 from var_deploy.export.report import Check, Report
@@ -26,7 +26,8 @@ from var_deploy.export.sample_study import (
 from var_deploy.export.verify_floats import FloatTolerance
 from var_deploy.export.verify_graphs import GraphVerifier, Tolerance
 from var_deploy.export.verify_int8 import Int8Tolerance
-from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.files import locked_folder
+from var_deploy.manifest import Manifest, check_files, file_sha256, read_manifest
 
 # Largest difference over the largest magnitude of the expected tensor. fp32: rounding through the
 # depth of the models at hand stays below a tenth of it. fp16: 2^-11 a product, some tens of them.
@@ -61,7 +62,8 @@ def verify_bundle(
 
     The model is the preset, or the random weights, that the manifest names; otherwise the files
     must be given. Raises BundleError, CheckpointError or UsageError where there is nothing to
-    compare; a comparison that fails is in the report.
+    compare, BundleError where the bundle changed meanwhile; a comparison that fails is in the
+    report, and so is why it could not be stored, where the bundle cannot be written.
 
     Args:
         precision: these graphs alone; None takes all.
@@ -119,11 +121,34 @@ def verify_model(
             progress=lambda message, part: report(message, 1 - SAMPLES_SHARE * (1 - part)),
         )
     result = Report(
-        checks=tuple(checks), labels=tuple(reference.labels), seed=seed, samples=study
+        checks=tuple(checks),
+        labels=tuple(reference.labels),
+        seed=seed,
+        samples=study,
+        digest=manifest.digest(),
     )
-    dataclasses.replace(manifest, parity=result.to_json()).save(bundle)
+    result = dataclasses.replace(result, unstored=_store(bundle, manifest, result))
     report("done", 1.0)
     return result
+
+
+def _store(bundle: Path, manifest: Manifest, report: Report) -> str:
+    """Write the report into the manifest that it was made for; why not, where it cannot be written.
+
+    Raises BundleError where another bundle is there by now.
+    """
+    with locked_folder(bundle):
+        there = read_manifest(bundle)
+        if dataclasses.replace(there, parity=None) != dataclasses.replace(manifest, parity=None):
+            raise BundleError(
+                f"{bundle} changed while it was verified, and the report is not stored; verify it "
+                "again"
+            )
+        try:
+            dataclasses.replace(manifest, parity=report.to_json()).save(bundle)
+        except BundleError as error:
+            return str(error)
+    return ""
 
 
 def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
@@ -157,8 +182,12 @@ def load_bundle_model(
 ) -> LoadedModel:
     """The model that the manifest names, or the one in the files that are given.
 
-    Raises UsageError where files are needed or are of another architecture.
+    Raises UsageError where files are needed, are not those that the manifest names, or are of
+    another architecture.
     """
+    for part, file in (("transformer", checkpoint), ("tokenizer", tokenizer)):
+        if file is not None:
+            _check_origin(manifest, part, file)
     random = manifest.checkpoint["transformer"].get("random_weights")
     if checkpoint is None and tokenizer is None and random is not None:
         return load_model(manifest.preset, random_weights=random)
@@ -174,3 +203,19 @@ def load_bundle_model(
     if model.spec != manifest.model:
         raise UsageError("these checkpoints are of another architecture than the bundle")
     return model
+
+
+def _check_origin(manifest: Manifest, part: str, file: Path) -> None:
+    """Raise UsageError where a checkpoint is not the one that the bundle was made from."""
+    origin = manifest.checkpoint.get(part) or {}
+    again = f"its {part} has random weights of seed {origin.get('random_weights')}"
+    if "random_weights" not in origin:
+        expected = origin.get("sha256")
+        if expected is None or not file.is_file():  # nothing to compare, or told when it is opened
+            return
+        found = file_sha256(file)
+        if found == expected:
+            return
+        name = origin.get("file", "another file")
+        again = f"its {part} comes from {name}, sha256 {expected[:12]}, found {found[:12]}"
+    raise UsageError(f"{file} is not the file this bundle was made from: {again}")

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from var_deploy import __version__
-from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.errors import UsageError
+from var_deploy.files import whole_file
+from var_deploy.folders import filled_folder
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling
 
@@ -45,62 +42,6 @@ def grid(images: NDArray[np.uint8], columns: int | None = None, gap: int = 2) ->
         top, left = n // columns * (height + gap), n % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
-
-
-def check_writable(path: Path) -> None:
-    """Raise UsageError, before any work is done, where a file or folder `path` could not be made.
-
-    Missing parents are fine, they are made on saving. Nothing is left behind.
-    """
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    folder = existing.parent if existing == path and existing.is_file() else existing
-    if not folder.is_dir():
-        raise UsageError(f"{path} cannot be written: {folder} is not a folder")
-    try:
-        # trying is the only sure way: access bits say nothing about read-only mounts or root
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose bytes take the place of the file `path` when the block ends, by rename.
-
-    Where the block raises, the old file, if any, is still there. Parents are made. Raises
-    UsageError where `path` is a folder or no ordinary file, and VarDeployError where the disk
-    refuses.
-    """
-    path = Path(os.path.realpath(path))  # a link is followed, not replaced
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not an ordinary file; choose another output")
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            # a fresh file takes the usual permissions, which one from `tempfile` would not
-            with temporary.open("xb") as stream:
-                yield stream
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes the place of `path`, new or empty, when the block ends, by rename.
-
-    Parents are made. Raises VarDeployError where the disk refuses.
-    """
-    path = Path(os.path.realpath(path))
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _stage(path.parent) as stage:
-            yield stage
-            stage.rename(path)
 
 
 def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
@@ -134,30 +75,14 @@ def save_folder(
 ) -> None:
     """Write images [N, H, W, C] as single PNGs into `folder`: all of them, or none.
 
-    They are written beside their place first. Files of other names in the folder stay.
+    They are written to a work folder first. Files of other names in the folder stay; of two
+    writers at once, one after the other moves all of its images in. Raises UsageError where one
+    of the names is a folder there, VarDeployError where the disk refuses.
     """
-    with _disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _stage(folder if folder.exists() else folder.parent) as stage:
-            for name, image, text in zip(file_names, images, texts, strict=True):
-                with (stage / name).open("xb") as stream:
-                    write_png(stream, image, text)
-            if folder.exists():
-                for name in file_names:
-                    (stage / name).replace(folder / name)
-            else:
-                stage.rename(folder)
-
-
-@contextlib.contextmanager
-def _stage(beside: Path) -> Iterator[Path]:
-    """A new folder among those of `beside`, gone when the block ends unless it was moved."""
-    stage = beside / f".{secrets.token_hex(4)}.tmp"
-    try:
-        stage.mkdir()
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with filled_folder(folder, file_names) as work:
+        for name, image, text in zip(file_names, images, texts, strict=True):
+            with (work / name).open("xb") as stream:
+                write_png(stream, image, text)
 
 
 def origin_text(manifest: Manifest, precision: str) -> dict[str, str]:
@@ -217,14 +142,6 @@ def write_png(
 
 def _as_picture(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise VarDeployError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def psnr(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

@@ -19,6 +19,7 @@ from var_deploy import names
 from var_deploy.errors import BundleError, UsageError, one_line
 from var_deploy.held_files import HeldFile
 from var_deploy.json_values import DamagedError, Value, read_json, shown
+from var_deploy.files import whole_file
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
@@ -127,21 +128,23 @@ class Manifest:
         listing = [(name, f.sha256) for name, f in sorted(self.files.items())]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
+    def parity_is_current(self) -> bool | None:
+        """Whether the stored report of `verify` was made for the files that are listed now.
+
+        None where that is unknown: there is no report, or it is of a var-deploy that did not
+        record what it was made for.
+        """
+        made_for = self.parity.get("digest") if isinstance(self.parity, Mapping) else None
+        return made_for == self.digest() if made_for else None
+
     def save(self, bundle: Path) -> None:
         """Write manifest.json by rename, so that it is never half there.
 
-        Raises BundleError where the disk refuses; an older manifest is still there then.
+        A link is replaced, not followed: in a cache it leads to a file that others share. Raises
+        BundleError where the disk refuses; an older manifest is still there then.
         """
-        path = bundle / names.MANIFEST
-        temporary = bundle / (names.MANIFEST + ".tmp")
-        try:
-            try:
-                temporary.write_text(self.to_json(), encoding="utf-8")
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise BundleError(f"{path} cannot be written: {error.strerror or error}") from None
+        with whole_file(bundle / names.MANIFEST, error=BundleError, follow=False) as stream:
+            stream.write(self.to_json().encode())
 
 
 def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import names
+from var_deploy.files import whole_file
 from var_deploy.runtime.bench.report import Report, Result, Run
 
 # Okabe and Ito's colours, which stay apart to colour-blind eyes and, in this order, on grey paper
@@ -34,7 +35,7 @@ MOST = 1.35  # times the longest bar: the width of the right half
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write a PNG: a row for each number of images."""
+    """Write a PNG: a row for each number of images; see `files.whole_file`."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,7 +52,9 @@ def draw(report: Report, path: Path) -> None:
             _launches(left, run, told, colours)
             _generations(right, run, ran, colours)
         figure.suptitle(_title(report), x=0.01, ha="left", fontsize=10)
-        figure.savefig(path, metadata={"Software": f"var-deploy bench, {report.date}"})
+        text = {"Software": f"var-deploy bench, {report.date}"}
+        with whole_file(path) as stream:
+            figure.savefig(stream, format="png", metadata=text)
 
 
 def _title(report: Report) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from var_deploy import __version__
 from var_deploy.errors import BackendError, VarDeployError, one_line
+from var_deploy.files import whole_file
 
 SCHEMA_VERSION = 1
 State = Literal["running", "done", "failed", "not run"]
@@ -155,14 +156,10 @@ class Report:
         return cleaned
 
     def save(self) -> None:
-        """Write by rename. Raises BackendError where the disk refuses."""
+        """Write by rename. Raises BackendError where the disk refuses, UsageError for a folder."""
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        temporary = self._out.with_name(self._out.name + ".partial")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self._out)
-        except OSError as error:
-            raise BackendError(f"{self._out} cannot be written: {error.strerror}") from None
+        with whole_file(self._out, error=BackendError) as stream:
+            stream.write(text.encode())
 
     def _clean(self, value: Any) -> Any:
         """The same without what tells whose machine it was."""

@@ -13,12 +13,12 @@ TensorRT is needed for that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from var_deploy import names
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.held_files import HeldFile
 from var_deploy.json_values import DamagedError, Value, read_json, shown
+from var_deploy.files import remove_dead_files, whole_file
 from var_deploy.manifest import FileInfo, Manifest, file_sha256
 from var_deploy.runtime.buffers import step_shapes
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
@@ -35,7 +36,7 @@ ENGINE_JSON = "engine.json"
 ENGINE_JSON_BYTES = 4 << 20
 MAX_PLAN_BYTES = 1 << 40
 TIMING_CACHE = "timing.cache"
-PARTIAL = ".partial"
+OLD_TEMPORARY = ".partial"  # what older versions called a file that they were writing
 SCHEMA_VERSION = 1
 RECIPE = 1  # goes up when `network.py` builds other engines from the same input
 
@@ -176,6 +177,64 @@ def read_engines(bundle: Path, target: Target) -> EngineFolder:
         raise BackendError(f"{path} is damaged ({error}); {again}") from None
 
 
+def folder_target(path: Path) -> Target:
+    """What the engine.json of a folder says it is for.
+
+    Raises BackendError where it says nothing that could be read.
+    """
+    file = path / ENGINE_JSON
+    try:
+        return Target(**json.loads(file.read_text(encoding="utf-8"))["target"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BackendError(
+            f"{file} cannot be read ({error!r}); delete {path} and run var-deploy build"
+        ) from None
+
+
+def engine_folders(bundle: Path) -> list[EngineFolder]:
+    """The folders of engines in a bundle that can be read and lie where their target says."""
+    found = []
+    for path in _target_folders(bundle):
+        with contextlib.suppress(BackendError):
+            folder = read_engines(bundle, folder_target(path))
+            found += [folder] if folder.path == path else []
+    return found
+
+
+def copy_engines(
+    folder: EngineFolder, bundle: Path, place: Callable[[Path, Path], None]
+) -> EngineFolder:
+    """The engines of a target and their timing cache in another bundle, where nothing uses them
+    yet.
+
+    `place` puts one file at a new path. A file that engine.json does not name is left behind, and
+    so is one whose bytes there are not those that were written: a link is followed for its content
+    alone. Raises BackendError where the disk refuses.
+    """
+    new = dataclasses.replace(
+        folder, bundle=bundle, path=bundle / ENGINES / folder.path.name, engines={},
+        timing_cache=None,
+    )  # fmt: skip
+    wanted = {r.file: FileInfo(size=r.size, sha256=r.sha256) for r in folder.engines.values()}
+    wanted |= {TIMING_CACHE: folder.timing_cache} if folder.timing_cache else {}
+    there = set()
+    for name, info in wanted.items():
+        source, target = folder.path / name, new.path / name
+        if source.is_file() and source.stat().st_size == info.size:
+            place(source, target)
+            if file_sha256(target) == info.sha256:
+                there.add(name)
+            else:
+                target.unlink()
+    return _save(
+        dataclasses.replace(
+            new,
+            engines={graph: r for graph, r in folder.engines.items() if r.file in there},
+            timing_cache=folder.timing_cache if TIMING_CACHE in there else None,
+        )
+    )
+
+
 def find_target(bundle: Path, target: Target) -> EngineFolder:
     """The engines of a target, for use.
 
@@ -283,8 +342,9 @@ def remove_leftovers(folder: EngineFolder) -> None:
     known = {record.file for record in folder.engines.values()}
     if folder.timing_cache is not None:
         known.add(TIMING_CACHE)
+    remove_dead_files(folder.path)
     for path in folder.path.iterdir():
-        ours = path.suffix in (".plan", ".cache", PARTIAL)
+        ours = path.suffix in (".plan", ".cache", OLD_TEMPORARY)
         if ours and path.name not in known:
             path.unlink(missing_ok=True)
 
@@ -314,21 +374,9 @@ def _save(folder: EngineFolder) -> EngineFolder:
 
 
 def _replace_file(path: Path, data: Bytes) -> None:
-    """Write by rename, so that a file is never half there."""
-    temporary = path.with_name(path.name + PARTIAL)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                # a board that loses its power must not keep the name without the bytes
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BackendError(f"{path} cannot be written: {error.strerror or error}") from None
+    """Write by rename, so that a file is never half there; a link is replaced, not followed."""
+    with whole_file(path, error=BackendError, follow=False) as stream:
+        stream.write(data)
 
 
 def _parse(folder: EngineFolder, data: Value) -> EngineFolder:

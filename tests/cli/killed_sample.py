@@ -31,8 +31,8 @@ def counted_draw(self: Pipeline, *arguments: Any) -> Any:
 class HalfFile:
     """A file of which the first half reaches the disk when the process is killed."""
 
-    def __init__(self, path: Any) -> None:
-        self._path, self._context = path, whole_file(path)
+    def __init__(self, path: Any, **options: Any) -> None:
+        self._path, self._context = path, whole_file(path, **options)
 
     def __enter__(self) -> HalfFile:
         self._stream = self._context.__enter__()

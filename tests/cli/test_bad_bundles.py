@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cli_steps import GIVEN, done, edit, refused, run
-from var_deploy.manifest import read_manifest
+from var_deploy.manifest import file_sha256, read_manifest
 
 pytest.importorskip("torch")
 
@@ -77,8 +77,33 @@ def test_bad_bundles(
     refused(1, command, bundle, *options[command], parts=parts)
 
 
+def test_verify_with_another_file(
+    files: Path, bundle: Path, unchanged: Callable[[], None]
+) -> None:
+    unchanged()
+    parts = ("is not the file this bundle was made from: its {} comes from {}, sha256 ",)
+    other = ("--checkpoint", files / "other.pth", "--tokenizer", files / "vae.pth")
+    told = refused(2, "verify", bundle, *other)
+    assert f"{files / 'other.pth'} {parts[0].format('transformer', 'var.pth')}" in told
+    swapped = ("--checkpoint", files / "var.pth", "--tokenizer", files / "vae.safetensors")
+    told = refused(2, "verify", bundle, *swapped)
+    assert f"{files / 'vae.safetensors'} {parts[0].format('tokenizer', 'vae.pth')}" in told
+    refused(2, "verify", bundle, *other, "--bisect", "onnxruntime,pytorch", parts=("not the file",))
+
+
+def test_a_file_is_not_random_weights(
+    files: Path, named: Path, unchanged: Callable[[], None]
+) -> None:
+    unchanged()
+    parts = ("is not the file this bundle was made from: its transformer has random weights of",)
+    refused(2, "verify", named, "--checkpoint", files / "var.pth", parts=parts)
+
+
 def test_verify_with_other_weights(files: Path, bundle: Path) -> None:
+    """The bundle says that it was made from the file; that is all that speaks for it."""
     digest = read_manifest(bundle).digest()
+    sha256 = file_sha256(files / "other.pth")
+    edit(bundle, lambda data: data["checkpoint"]["transformer"].update(sha256=sha256))
     options = ("--checkpoint", files / "other.pth", "--tokenizer", files / "vae.pth")
     result = run("verify", bundle, *options)
     assert result.exit_code == 1
@@ -197,7 +222,8 @@ def test_a_name_that_the_disk_refuses(
 ) -> None:
     unchanged()
     out = tmp_path / ("x" * 300 + ".png")
-    refused(1, "generate", made, "--labels", 0, "--out", out, parts=(f"{out}: ", "too long"))
+    parts = (f"{out} cannot be written: a name in it has 304 bytes", "choose a shorter one")
+    refused(2, "generate", made, "--labels", 0, "--out", out, parts=parts)
 
 
 def test_a_failed_generation_keeps_the_old_picture(

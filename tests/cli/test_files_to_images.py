@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli_steps import ONE_THREAD, SIDE, done, export, pixels, process, refused, tree
+from cli_steps import ONE_THREAD, SIDE, done, edit, export, pixels, process, refused, tree
 from var_deploy.images import read_settings
 from var_deploy.manifest import read_manifest
 
@@ -202,11 +202,13 @@ def test_progress_over_scales_and_batches_on_a_terminal(made: Path, tmp_path: Pa
 
 def test_force(files: Path, bundle: Path) -> None:
     before = tree(bundle)
-    (bundle / "engines").mkdir()
+    (bundle / "int8").mkdir()
+    (bundle / "int8" / "old.onnx").write_text("old")
+    edit(bundle, lambda data: data["files"].update({"int8/old.onnx": {"size": 3, "sha256": ""}}))
     assert export(files, bundle, "--batch", 2).exit_code == 2
-    assert (bundle / "engines").exists()
+    assert (bundle / "int8").exists()
     assert export(files, bundle, "--batch", 2, "--force").exit_code == 0
-    assert tree(bundle) == before, "the old bundle is gone as a whole"
+    assert tree(bundle) == before, "what the old manifest named is gone as a whole"
     assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
 
 

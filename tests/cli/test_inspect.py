@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -70,11 +71,47 @@ def test_the_report_of_verify(bundle: Path) -> None:
     }
     lost = {**check, "graph": "decoder", "relative": None, "tokens": "", "passed": False}
     report = {"passed": False, "failure": "fp32/decoder: not finite", "checks": [check, lost]}
+    report["digest"] = read_manifest(bundle).digest()
     edit(bundle, lambda data: data.update(parity=report))
     text = done("inspect", bundle).stdout
     assert row(text, "parity") == "verify failed: fp32/decoder: not finite"
     assert row(text, "fp32/scale_02").split() == ["new_f_hat", "3.0e-06", "2e-04", "31/32", "ok"]
     assert row(text, "fp32/decoder").split() == ["new_f_hat", "∞", "2e-04", "FAIL"]
+
+
+def test_a_report_belongs_to_the_files_it_was_made_for(bundle: Path) -> None:
+    def told(**report: Any) -> tuple[str, bool | None]:
+        edit(bundle, lambda data: data.update(parity={"passed": True, "checks": [], **report}))
+        data = json.loads(done("inspect", bundle, "--json").stdout)
+        return row(done("inspect", bundle).stdout, "parity"), data["parity_is_current"]
+
+    digest = read_manifest(bundle).digest()
+    assert told(digest=digest) == ("verified: agrees with the PyTorch model", True)
+    old, current = told()
+    assert old.startswith("verified, but the report does not say of which files; run")
+    assert current is None
+    other = (
+        "not verified: the stored report is of other files; run var-deploy verify again",
+        False,
+    )
+    assert told(digest="0" * 64) == other
+    assert told(digest="0" * 64, passed=False, failure="x") == other
+
+    # a weight is changed, and its hash with it
+    assert told(digest=digest)[1]
+    data = b"other weights"
+    (bundle / "fp32" / "weights.bin").write_bytes(data)
+    info = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit(bundle, lambda data: data["files"].update({"fp32/weights.bin": info}))
+    assert row(done("inspect", bundle).stdout, "parity") == other[0]
+
+
+def test_a_damaged_bundle_is_not_called_verified(bundle: Path) -> None:
+    report = {"passed": True, "checks": [], "digest": read_manifest(bundle).digest()}
+    edit(bundle, lambda data: data.update(parity=report))
+    (bundle / "fp32" / "weights.bin").write_bytes(b"x")
+    text = run("inspect", bundle).stdout
+    assert row(text, "parity") == "verified before the files were damaged"
 
 
 def test_more_smooth_is_told(made: Path, bundle: Path) -> None:

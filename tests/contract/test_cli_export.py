@@ -25,8 +25,8 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         options["progress"]("reading")
         return "model"
 
-    def export_bundle(model: str, out: Path, options: Any, progress: Any) -> Any:
-        calls.append({"model": model, "out": out, **vars(options)})
+    def export_bundle(model: str, out: Path, options: Any, progress: Any, *, replace: bool) -> Any:
+        calls.append({"model": model, "out": out, "replace": replace, **vars(options)})
         progress("writing", 0.5)
         if options.batch == 99:
             raise ExportError("disk full")
@@ -88,6 +88,7 @@ def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, A
         "more_smooth": False,
         "layout": "shared",
         "calibration": 2,
+        "replace": False,
     }
 
 
@@ -156,7 +157,7 @@ def test_without_torch_it_says_what_to_install(
 
 class FakeReport:
     def __init__(self, failure: str | None) -> None:
-        self.failure, self.passed = failure, failure is None
+        self.failure, self.passed, self.unstored = failure, failure is None, ""
 
     def table(self) -> str:
         return "scale  error"

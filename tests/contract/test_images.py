@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from var_deploy import images
+from var_deploy import files, images
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.manifest import read_manifest
 
@@ -91,12 +91,12 @@ def test_a_full_disk_keeps_the_old_image(
 
 def test_a_file_comes_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "x.bin"
-    with images.whole_file(path) as stream:
+    with files.whole_file(path) as stream:
         stream.write(b"first")
         assert not path.exists()
     assert path.read_bytes() == b"first"
     for failure in (KeyboardInterrupt, UsageError):
-        with pytest.raises(failure), images.whole_file(path) as stream:
+        with pytest.raises(failure), files.whole_file(path) as stream:
             stream.write(b"half")
             raise failure
     assert path.read_bytes() == b"first"
@@ -156,20 +156,20 @@ def test_a_folder_comes_whole(tmp_path: Path, pictures: NDArray[np.uint8]) -> No
 
 
 def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
-    images.check_writable(tmp_path / "a" / "b" / "x.png")
-    images.check_writable(tmp_path)
+    files.check_writable(tmp_path / "a" / "b" / "x.png")
+    files.check_writable(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "x.png").write_bytes(b"old")
-    images.check_writable(tmp_path / "x.png")
+    files.check_writable(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes() == b"old"
 
 
 def test_check_writable_refuses(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is not a folder"):
-        images.check_writable(tmp_path / "file" / "x.png")
+        files.check_writable(tmp_path / "file" / "x.png")
     with pytest.raises(UsageError, match="cannot be written"):
-        images.check_writable(Path("/proc/self/x.png"))
+        files.check_writable(Path("/proc/self/x.png"))
 
 
 def test_a_folder_or_device_is_not_overwritten(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from var_deploy import files
 from var_deploy.errors import BundleError
 from var_deploy.manifest import (
     SCHEMA_VERSION,
@@ -102,8 +103,8 @@ def test_the_digest_follows_the_files_alone(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     digest = manifest.digest()
     assert dataclasses.replace(manifest, parity={"passed": True}).digest() == digest
-    files = {**manifest.files, WEIGHTS: FileInfo(size=7, sha256="0" * 64)}
-    assert dataclasses.replace(manifest, files=files).digest() != digest
+    changed = {**manifest.files, WEIGHTS: FileInfo(size=7, sha256="0" * 64)}
+    assert dataclasses.replace(manifest, files=changed).digest() != digest
 
 
 def test_rows_follow_guidance(bundle: Path) -> None:
@@ -430,15 +431,28 @@ def test_a_hash_of_a_file_longer_than_a_chunk(
     assert file_sha256(path) == whole
 
 
+def test_saving_writes_through_no_link(bundle: Path, tmp_path: Path) -> None:
+    """Neither at the name that the temporary file had, nor at the manifest's own."""
+    (tmp_path / "theirs").write_text("theirs")
+    (bundle / "manifest.json.tmp").symlink_to(tmp_path / "theirs")
+    (bundle / "manifest.json").rename(bundle / "blob")
+    (bundle / "manifest.json").symlink_to("blob")
+    before = (bundle / "blob").read_bytes()
+    manifest = dataclasses.replace(read_manifest(bundle), parity={"passed": True})
+    manifest.save(bundle)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (bundle / "blob").read_bytes() == before, "others share it"
+    assert read_manifest(bundle) == manifest and not (bundle / "manifest.json").is_symlink()
+
+
 def test_saving_is_whole_or_not_at_all(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (bundle / "manifest.json").read_bytes()
     manifest = dataclasses.replace(read_manifest(bundle), parity={"passed": True})
 
-    def full(path: Path, text: str, **_: object) -> int:
-        path.write_bytes(text[:10].encode())
+    def full(stream: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(BundleError, match="No space left on device"):
         manifest.save(bundle)
     assert (bundle / "manifest.json").read_bytes() == before

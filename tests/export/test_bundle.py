@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy import names
+from var_deploy import folders, names
 from var_deploy.errors import BundleError, ExportError, UsageError
 from var_deploy.export import bundle as exporter
 from var_deploy.export.bundle import ExportOptions, export_bundle
@@ -320,16 +320,17 @@ def test_a_failed_rename_puts_the_old_bundle_back(
     really_rename = Path.rename
 
     def rename(self: Path, target: Any) -> Path:
-        if ".partial-" in self.name:
+        if self.name == folders.COMPLETE:
             raise failure
         return really_rename(self, target)
 
     with monkeypatch.context() as patch:
+        patch.setattr(folders, "swap", lambda one, other: False)  # a system that cannot exchange
         patch.setattr(Path, "rename", rename)
         with pytest.raises((ExportError, KeyboardInterrupt)) as caught:
             export_bundle(small_model(2), old, ExportOptions(batch=2))
     if isinstance(failure, OSError):
-        assert "cannot put the bundle at" in str(caught.value)
+        assert f"{old} cannot be written: Permission denied" in str(caught.value)
 
 
 def test_too_little_space_is_refused_before_anything_is_written(
@@ -379,14 +380,26 @@ def test_a_new_bundle_takes_the_place_of_the_old_one(
     fractions = [fraction for _, fraction in told]
     assert fractions == sorted(fractions) and told[-1] == ("done", 1.0)
     assert json.loads((out / names.MANIFEST).read_text())["schema_version"] == 1
-    assert out.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_umask_is_honoured(
+    small_model: Callable[..., LoadedModel], tmp_path: Path, mask: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        export_bundle(small_model(), tmp_path / "bundle", ExportOptions(layout="shared"))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "bundle", *(tmp_path / "bundle").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
 def test_a_place_that_cannot_be_written(
     small_model: Callable[..., LoadedModel], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ExportError, match="cannot write beside"):
+    with pytest.raises(UsageError, match="file is not a folder"):
         export_bundle(small_model(), tmp_path / "file" / "bundle", ExportOptions())
 
 

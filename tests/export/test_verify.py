@@ -324,6 +324,7 @@ def test_the_command_ends_with_0_and_prints_the_table(
     assert not result.stderr
     parity = read_manifest(bundle).parity
     assert parity is not None and parity["passed"]
+    assert read_manifest(bundle).parity_is_current()
 
 
 def test_the_command_ends_with_1_and_one_line(bundle: Path, checkpoint: dict[str, Path]) -> None:

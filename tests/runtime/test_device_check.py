@@ -450,7 +450,8 @@ def test_bad_usage_and_no_bundle(
             main(wrong)
         assert ended.value.code == 2
     capsys.readouterr()
-    assert main(["nothing", "--out", str(tmp_path / "nowhere" / "r.json")]) == 1
+    (tmp_path / "file").touch()
+    assert main(["nothing", "--out", str(tmp_path / "file" / "r.json")]) == 1
     assert "r.json cannot be written" in capsys.readouterr().err
 
 

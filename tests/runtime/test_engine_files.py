@@ -211,8 +211,20 @@ def test_the_timing_cache_is_checked_against_its_hash(folder: EngineFolder) -> N
     assert engine_files.read_timing_cache(folder) is None
 
 
+def test_nothing_is_written_through_a_link(folder: EngineFolder, tmp_path: Path) -> None:
+    """Neither at the name that unfinished files had, nor at the file's own."""
+    for name in ("timing.cache", "timing.cache.partial", "engine.json.partial"):
+        (tmp_path / name).write_bytes(b"theirs")
+        (folder.path / name).symlink_to(tmp_path / name)
+    engine_files.add_timing_cache(folder, b"measured")
+    assert {path.read_bytes() for path in tmp_path.glob("*.*")} == {b"theirs"}
+    assert not (folder.path / "timing.cache").is_symlink()
+    assert engine_files.read_timing_cache(engine_files.read_engines(folder.bundle, TARGET))
+
+
 def test_leftovers_go_and_the_rest_stays(folder: EngineFolder) -> None:
-    for name in ("step.plan.partial", "scale_00.plan", "timing.cache", "note.txt"):
+    dead = f".step.plan.{'0' * 16}.tmp"
+    for name in ("step.plan.partial", dead, "scale_00.plan", "timing.cache", "note.txt"):
         (folder.path / name).write_text("left")
     engine_files.remove_leftovers(folder)
     left = sorted(p.name for p in folder.path.iterdir())

@@ -15,6 +15,9 @@ from tritonserver.server import PYTHON
 
 from cli_steps import done, refused, run, tree
 from var_deploy.manifest import read_manifest
+from var_deploy.runtime.tensorrt import engine_files
+from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
+from var_deploy.runtime.tensorrt.target import Target
 
 PARSE = """
 import sys
@@ -62,17 +65,72 @@ def test_where_no_links_are_made(
 
 def test_engines_come_along(small: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(small, tmp_path / "bundle"))
-    engines = bundle / "engines" / "tensorrt-10.3.0-sm87-fp16"
-    engines.mkdir(parents=True)
-    (engines / "step.plan").write_bytes(b"plan")
-    (engines / "decoder.plan.partial").write_bytes(b"half")
+    engines = add_engines(bundle)
+    (engines.path / "decoder.plan.partial").write_bytes(b"half")
+    (engines.path / "notes.txt").write_text("mine")
     report = json.loads(done("triton", bundle, "--out", tmp_path / "a", "--json").stdout)
     assert report["kind"] == "gpu"
     (there,) = (tmp_path / "a").glob("bundle/*/bundle/engines/*")
-    assert [path.name for path in there.iterdir()] == ["step.plan"]
+    assert there.name == engines.path.name
+    assert tree(there) == {
+        name: data for name, data in tree(engines.path).items() if name in PUBLISHED
+    }
     on_cpu = ("--backend", "onnxruntime-cpu", "--json")
     report = json.loads(done("triton", bundle, "--out", tmp_path / "b", *on_cpu).stdout)
     assert report["kind"] == "cpu"
+
+
+PUBLISHED = ("engine.json", "step.plan", "decoder.plan", "timing.cache")
+
+
+def add_engines(bundle: Path) -> EngineFolder:
+    """Two plans and a timing cache."""
+    target = Target(library="tensorrt", version="10.3.0", device="Orin", sm=87, precision="fp16")
+    folder = engine_files.new_folder(bundle, target)
+    for graph in ("step", "decoder"):
+        plan = f"the plan of {graph}".encode()
+        record = EngineRecord(
+            **{"graph": graph, "file": f"{graph}.plan", "size": len(plan), "key": ""},
+            **{"sha256": engine_files.plan_sha256(plan), "seconds": 1.5, "profiles": 1},
+        )
+        folder = engine_files.add_engine(folder, plan, record)
+    return engine_files.add_timing_cache(folder, b"measured")
+
+
+def test_links_are_followed_for_their_content_alone(small: Path, tmp_path: Path) -> None:
+    """A link that leads to other bytes than the records say publishes nothing."""
+    bundle = Path(shutil.copytree(small, tmp_path / "bundle"))
+    engines = add_engines(bundle)
+    secret = tmp_path / "secret"
+    for name in ("timing.cache", "decoder.plan"):
+        path = engines.path / name
+        secret.write_bytes(b"s" * path.stat().st_size)
+        path.unlink()
+        path.symlink_to(secret)
+    moved = engines.path / "moved"
+    (engines.path / "step.plan").rename(moved)
+    (engines.path / "step.plan").symlink_to("moved")
+    done("triton", bundle, "--out", tmp_path / "a")
+    (there,) = (tmp_path / "a").glob("bundle/*/bundle/engines/*")
+    assert sorted(path.name for path in there.iterdir()) == ["engine.json", "step.plan"]
+    (copy,) = engine_files.engine_folders(there.parents[1])
+    assert list(copy.engines) == ["step"] and copy.timing_cache is None
+    assert copy.intact(copy.record("step"))
+    assert secret.read_bytes() not in tree(tmp_path / "a").values()
+
+
+def test_a_bundle_of_links(small: Path, tmp_path: Path) -> None:
+    """As the Hugging Face cache holds one: every file is a link to a blob of another name."""
+    bundle = Path(shutil.copytree(small, tmp_path / "bundle"))
+    (bundle / "blobs").mkdir()
+    listed = [*read_manifest(small).files, "manifest.json"]
+    for number, name in enumerate(listed):
+        (bundle / name).rename(bundle / "blobs" / str(number))
+        (bundle / name).symlink_to(bundle / "blobs" / str(number))
+    done("triton", bundle, "--out", tmp_path / "a")
+    (there,) = (tmp_path / "a").glob("bundle/*/bundle")
+    assert tree(there) == tree(small)
+    assert not [path for path in there.rglob("*") if path.is_symlink()]
 
 
 def parsed(config: Path) -> Any:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import textwrap
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.cli.outputs import STDOUT, refusal
 from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.errors import BackendError, UsageError, VarDeployError
-from var_deploy.images import check_writable
+from var_deploy.files import check_writable, whole_file
 
 if TYPE_CHECKING:
     from var_deploy.runtime.bench.report import Report, Result, Run
@@ -156,7 +159,6 @@ def bench(
     if figure is not None:
         from var_deploy.runtime.bench.figure import draw
 
-        figure.parent.mkdir(parents=True, exist_ok=True)
         draw(report, figure)
     _tell(report.to_json(), lambda: _as_text(report), json_out, target, quiet)
     if report.failed:
@@ -180,11 +182,20 @@ def _tell(
 ) -> None:
     """Write a report where it was asked for; `target` is the file of --json, if it is one."""
     text = json.dumps(data, indent=1, ensure_ascii=False)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text + "\n", encoding="utf-8")
-    if json_out == "-" or not quiet:
-        click.echo(text if json_out == "-" else as_text())
+    try:
+        if target is not None:
+            with _stream(target) as stream:
+                stream.write(f"{text}\n".encode())
+    finally:  # minutes went into it: it is told where the disk refuses as well
+        if json_out == "-" or not quiet:
+            click.echo(text if json_out == "-" else as_text())
+
+
+def _stream(target: Path) -> contextlib.AbstractContextManager[BinaryIO]:
+    """A file, whole or not at all; or a device or pipe, such as /dev/stdout, written as it is."""
+    if target.exists() and not target.is_file():
+        return target.open("wb")
+    return whole_file(target)
 
 
 def _known(option: str, text: str, known: Collection[str]) -> tuple[str, ...]:
@@ -208,9 +219,12 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _file(path: Path) -> Path:
     """The same path, once it is sure that a file can be written there."""
-    if path.is_dir():
+    if path in (Path(), Path(STDOUT)):
+        raise UsageError(refusal("" if path == Path() else STDOUT))
+    if os.path.isdir(path):  # unlike Path.is_dir, it takes a name that is too long
         raise UsageError(f"{path} is a folder; name a file")
-    check_writable(path)
+    if not (os.path.exists(path) and not os.path.isfile(path)):
+        check_writable(path)
     return path
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
@@ -15,7 +17,43 @@ import click
 from var_deploy.errors import VarDeployError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+SIGNALLED = 128  # plus its number: what shells report for a program that a signal ended
 WHOLE = 1000  # characters of a purpose, which click would else cut off at the end of a line
+
+
+class Terminated(BaseException):
+    """A signal asks the program to end, which cleans up as it does after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Raises Terminated in the main thread for SIGTERM (a service manager, a container that is
+    stopped) and SIGHUP (a terminal that is closed), which otherwise end a program at once.
+
+    The second of a kind does. A signal that is ignored or handled already stays as it is.
+    """
+    changed = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
+                changed.append(number)
+    try:
+        yield
+    finally:
+        for number in changed:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class Program(click.Group):
@@ -44,7 +82,10 @@ class Program(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         try:
-            code = super().main(args, prog_name, complete_var, False, **extra)
+            with raising_on_signals():
+                code = super().main(args, prog_name, complete_var, False, **extra)
+        except Terminated as end:
+            _fail(f"ended by {end.signal.name}", SIGNALLED + end.signal, prefix="")
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)

@@ -64,7 +64,7 @@ from var_deploy.sampling import check_seed, parse_seeds
     "--out",
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
-    help="x.png: one image, or a grid of several; a folder: single images.",
+    help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
 )
 @sampling_options
 @runtime_options
@@ -138,9 +138,9 @@ def edit(
 
     if as_json:
         done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
-        click.echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1))
+        target.tell(json.dumps({**done, "settings": written, "runtime": how}, indent=1))
     elif not quiet:
-        click.echo(f"wrote {target.path} ({drawn}, {seconds:.1f} s)")
+        target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
 
 
 def _seeds(text: str, count: int | None) -> list[int]:

@@ -11,7 +11,7 @@ import click
 from var_deploy import names
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
-from var_deploy.cli.outputs import output_file
+from var_deploy.cli.outputs import OUTPUT, output_file
 from var_deploy.cli.token_files import SUFFIX, save_tokens
 from var_deploy.manifest import read_manifest
 from var_deploy.pictures import read_pictures
@@ -22,7 +22,7 @@ from var_deploy.pictures import read_pictures
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     required=True,
     metavar="FILE.npz",
     help="An array [1, L_k] a scale: tokens_00, tokens_01, …",

@@ -6,7 +6,6 @@ No TensorRT is needed for it, and whether they run on this machine is not looked
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from var_deploy.manifest import Manifest
 
 if TYPE_CHECKING:
     from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
-    from var_deploy.runtime.tensorrt.target import Target
 
 READY, STALE, DAMAGED = "ready", "stale", "damaged"
 COLOURS = {READY: "green", STALE: "yellow", DAMAGED: "red"}
@@ -84,10 +82,14 @@ def read_all(bundle: Path, manifest: Manifest) -> list[Engines]:
 
 
 def _read(bundle: Path, manifest: Manifest, path: Path) -> Engines:
-    from var_deploy.runtime.tensorrt.engine_files import build_command, read_engines
+    from var_deploy.runtime.tensorrt.engine_files import (
+        build_command,
+        folder_target,
+        read_engines,
+    )
 
     try:
-        folder = read_engines(bundle, _target(path))
+        folder = read_engines(bundle, folder_target(path))
         if folder.path != path:
             raise BackendError(
                 f"{path} says that it was built for {folder.target.describe()}, whose folder is "
@@ -104,21 +106,6 @@ def _read(bundle: Path, manifest: Manifest, path: Path) -> Engines:
     )
     again = build_command(bundle, folder.target)
     return Engines(name=path.name, folder=folder, states=states, damage=damage, again=again)
-
-
-def _target(path: Path) -> Target:
-    """What the engine.json of a folder says it is for. Raises BackendError where it says nothing
-    that could be read."""
-    from var_deploy.runtime.tensorrt.engine_files import ENGINE_JSON
-    from var_deploy.runtime.tensorrt.target import Target
-
-    file = path / ENGINE_JSON
-    try:
-        return Target(**json.loads(file.read_text(encoding="utf-8"))["target"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BackendError(
-            f"{file} cannot be read ({error!r}); delete {path} and run var-deploy build"
-        ) from None
 
 
 def _state(manifest: Manifest, folder: EngineFolder, record: EngineRecord) -> str:

@@ -8,11 +8,11 @@ from typing import Literal
 
 import click
 
-from var_deploy import names
+from var_deploy.bundle_place import check_before_work
 from var_deploy.cli.console import Progress, human_bytes, needs_extra
 from var_deploy.cli.options import report_options
+from var_deploy.cli.outputs import OUTPUT
 from var_deploy.errors import UsageError
-from var_deploy.images import check_writable
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
@@ -22,8 +22,9 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 @click.argument("model", required=False)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OUTPUT,
     required=True,
+    metavar="FOLDER",
     help="Folder of the bundle.",
 )
 @click.option("--checkpoint", type=FILE, help="Transformer weights, .pth or .safetensors.")
@@ -79,7 +80,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     help=f"Images drawn to take int8's ranges from (default: {INT8_IMAGES}), and to warn of fp16 "
     f"values near overflow (default: {FP16_IMAGES}; 0 skips it).",
 )
-@click.option("--force", is_flag=True, help="Replace the bundle that OUT holds.")
+@click.option("--force", is_flag=True, help="Replace the bundle in --out; its engines stay.")
 @report_options
 def export(
     model: str | None,
@@ -111,7 +112,7 @@ def export(
     """
     if calibration == 0 and "int8" in precision:
         raise UsageError("--calibration must be at least 1 with int8, whose ranges it gives")
-    _check_target(out, force=force)
+    check_before_work(out, replace=force)
 
     with needs_extra("export", "export"):
         from var_deploy.export.presets import find_preset
@@ -138,7 +139,7 @@ def export(
                 heads=heads,
                 progress=lambda message: progress.update(message, 0.0),
             )
-            manifest = export_bundle(loaded, out, options, progress.update)
+            manifest = export_bundle(loaded, out, options, progress.update, replace=force)
             warning = ""
             if "fp16" in precision and calibration != 0:
                 from var_deploy.export.calibrate import calibrate
@@ -152,14 +153,3 @@ def export(
         click.echo(json.dumps(done, indent=1))
     elif not quiet:
         click.echo(f"wrote {out} ({len(manifest.files)} files, {human_bytes(size)})")
-
-
-def _check_target(out: Path, *, force: bool) -> None:
-    """Refuse what must not be replaced: a bundle without --force, anything else always."""
-    # a bundle is written beside its place, then renamed
-    check_writable(out.absolute().parent if out.exists() else out)
-    if (out / names.MANIFEST).exists():
-        if not force:
-            raise UsageError(f"{out} already holds a bundle; --force replaces it")
-    elif out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and holds no bundle; choose another folder")

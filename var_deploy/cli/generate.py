@@ -17,7 +17,7 @@ from var_deploy.cli.options import (
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import Drawn, image_target, known_labels, output_file
+from var_deploy.cli.outputs import OUTPUT, Drawn, image_target, known_labels, output_file
 from var_deploy.cli.story import MOST_IMAGES, Story
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
@@ -48,16 +48,16 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     "--out",
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
-    help="x.png: one image, or a grid of several; a folder: single images.",
+    help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
 )
 @click.option(
     "--preview",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     metavar="FILE.png",
     help="How they appear: a row an image, a column a scale.",
 )
 @click.option(
-    "--gif", type=click.Path(path_type=Path), metavar="FILE.gif", help="The same, moving."
+    "--gif", type=OUTPUT, metavar="FILE.gif", help="The same, moving."
 )
 @click.option(
     "--deadline",
@@ -156,13 +156,14 @@ def generate(
         done: dict[str, Any] = {**files, "count": count, "seconds": round(seconds, 3)}
         if drawn.scales_done is not None:
             done["scales_done"] = drawn.scales_done
-        click.echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1, default=str))
+        told = {**done, "settings": written, "runtime": how}
+        target.tell(json.dumps(told, indent=1, default=str))
     elif not quiet:
-        click.echo(f"wrote {target.path} ({drawn}, {seconds:.1f} s)")
+        target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:
-            click.echo(f"wrote {path} (after each of {manifest.model.scales} scales)")
+            target.tell(f"wrote {path} (after each of {manifest.model.scales} scales)")
         if drawn.scales_done is not None:
-            click.echo(drawn.stopped())
+            target.tell(drawn.stopped())
 
 
 def _story(

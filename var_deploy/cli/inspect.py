@@ -75,10 +75,12 @@ def _of_bundle(bundle: Path, manifest: Manifest) -> tuple[dict[str, Any], str, l
     engines = read_all(bundle, manifest)
     damage = [*files, *(problem for folder in engines for problem in folder.damage)]
     data: dict[str, Any] = json.loads(manifest.to_json())
-    data |= {"digest": manifest.digest(), "engines": [folder.to_json() for folder in engines]}
+    data |= {"digest": manifest.digest(), "parity_is_current": manifest.parity_is_current()}
+    data |= {"engines": [folder.to_json() for folder in engines]}
     parts = [_facts(bundle, manifest, files, engines), _graphs(manifest)]
     parts += [folder.text() for folder in engines]
-    parts.append(_parity_table(manifest.parity or {}))
+    if manifest.parity_is_current() is not False:
+        parts.append(_parity_table(manifest.parity or {}))
     return data, "\n\n".join(part for part in parts if part), damage
 
 
@@ -126,7 +128,7 @@ def _facts(
             ("engines", ", ".join(folder.name for folder in engines) or "none built"),
             ("size", human_bytes(sum(file.size for file in manifest.files.values()))),
             ("files", intact),
-            ("parity", _parity(manifest.parity)),
+            ("parity", _parity(manifest, intact=not damage)),
         ]
     )
 
@@ -140,12 +142,23 @@ def _graphs(manifest: Manifest) -> str:
     return table(rows, right=(2, 3))
 
 
-def _parity(report: Mapping[str, Any] | None) -> str:
+def _parity(manifest: Manifest, *, intact: bool) -> str:
+    """What the stored report of verify says of the files that are there now."""
+    report, current = manifest.parity, manifest.parity_is_current()
     if report is None:
         return "not verified yet; run var-deploy verify"
-    if report.get("passed"):
-        return paint("verified: agrees with the PyTorch model", "green")
-    return paint(f"verify failed: {report.get('failure') or 'a tolerance did not hold'}", "red")
+    again = "run var-deploy verify again"
+    if current is False:
+        return paint(f"not verified: the stored report is of other files; {again}", "yellow")
+    if not report.get("passed"):
+        failed = f"verify failed: {report.get('failure') or 'a tolerance did not hold'}"
+        return paint(failed, "red")
+    if current is None:
+        old = f"verified, but the report does not say of which files; {again}"
+        return paint(old, "yellow")
+    if not intact:
+        return paint("verified before the files were damaged", "yellow")
+    return paint("verified: agrees with the PyTorch model", "green")
 
 
 def _parity_table(report: Mapping[str, Any]) -> str:

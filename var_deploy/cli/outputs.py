@@ -1,28 +1,94 @@
-"""Where a command's images go: one PNG, a grid of several, or a folder of single ones."""
+"""Where a command's results go: files and folders that are checked before anything is computed.
+
+Images go into one PNG, a grid of several, or a folder of single ones. One PNG may go to standard
+output, written as "-"; what a command tells otherwise goes to stderr then.
+"""
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.errors import UsageError
-from var_deploy.images import check_writable, grid, label_text, save_folder, save_png
+from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.files import check_ordinary, check_writable
+from var_deploy.images import grid, label_text, save_folder, save_png, write_png
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
+
+STDOUT = "-"
+
+
+class OutputPath(click.Path):
+    """The type of options that name a file or folder to write: a Path that has a name.
+
+    An empty one would be the current folder, and "-" stands for standard output, to which most
+    commands have nothing to write.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        if value in ("", STDOUT):
+            self.fail(refusal(value), param, ctx)
+        return super().convert(value, param, ctx)
+
+
+OUTPUT = OutputPath()
+
+
+def refusal(name: str) -> str:
+    """What to say of an output that is called "" or "-"."""
+    if name == STDOUT:
+        return '"-" is standard output, which takes one PNG and nothing else; name a file or folder'
+    return "the name is empty; name a file or folder"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What --out asks for; `folder` for single images."""
+    """What --out asks for; `folder` for single images, `stdout` for one PNG on standard output."""
 
     path: Path
-    folder: bool
+    folder: bool = False
+    stdout: bool = False
+
+    def save_png(self, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+        """Write one image [H, W, C]. Raises VarDeployError where the disk or the pipe refuses."""
+        if not self.stdout:
+            save_png(self.path, image, text)
+            return
+        whole = io.BytesIO()
+        write_png(whole, image, text)
+        stream = sys.stdout.buffer
+        try:
+            stream.write(whole.getvalue())
+            stream.flush()
+        except OSError as error:
+            # what is left in its buffer would fail again when Python ends
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+            why = error.strerror or error
+            raise VarDeployError(f"standard output cannot be written: {why}") from None
+
+    def tell(self, text: str) -> None:
+        """Print a line about what was written where it does not mix with the image."""
+        click.echo(text, err=self.stdout)
+
+    def __str__(self) -> str:
+        return "standard output" if self.stdout else str(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +119,7 @@ class Drawn:
             save_folder(target.path, [self._file_name(n) for n in indices], self.images, texts)
         else:
             sheet = self.images[0] if len(self.images) == 1 else grid(self.images, columns)
-            save_png(target.path, sheet, whole)
+            target.save_png(sheet, whole)
         return whole
 
     def __str__(self) -> str:
@@ -101,15 +167,34 @@ class Drawn:
 def image_target(out: str) -> Target:
     """What `out` asks for, once it is sure that it can be written. Raises UsageError.
 
-    A trailing slash asks for a folder, and so does a name without a suffix.
+    A trailing slash asks for a folder, and so does a name without a suffix; "-" for one PNG on
+    standard output.
     """
+    if out == STDOUT:
+        return png_target(out)
+    if not out:
+        raise UsageError(f"--out: {refusal(out)}")
     path = Path(out)
+    check_writable(path)  # first, because looking at a name that is too long is an error
     if path.is_dir() or out.endswith(("/", "\\")) or not path.suffix:
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; name a .png file or a folder")
-        check_writable(path)
         return Target(path=path, folder=True)
-    return Target(path=output_file(path, ".png"), folder=False)
+    return Target(path=output_file(path, ".png"))
+
+
+def png_target(out: str) -> Target:
+    """One PNG, as a file or on standard output. Raises UsageError as `image_target`."""
+    if not out:
+        raise UsageError(f"--out: {refusal(out)}")
+    if out != STDOUT:
+        return Target(path=output_file(Path(out), ".png"))
+    if sys.stdout is None or sys.stdout.isatty():
+        raise UsageError(
+            "--out - writes a PNG to standard output, which is a terminal or closed: redirect it "
+            "to a file or a program, or name a file"
+        )
+    return Target(path=Path(out), stdout=True)
 
 
 def output_file(path: Path, suffix: str) -> Path:
@@ -120,9 +205,8 @@ def output_file(path: Path, suffix: str) -> Path:
     if path.suffix.lower() != suffix:
         what = "tokens" if suffix == ".npz" else "images"
         raise UsageError(f"{what} are written as {suffix}, found {path.name}")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not an ordinary file; choose another output")
     check_writable(path)
+    check_ordinary(path)
     return path
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from var_deploy import names
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
-from var_deploy.cli.outputs import output_file
+from var_deploy.cli.outputs import png_target
 from var_deploy.cli.token_files import SUFFIX, read_tokens
 from var_deploy.errors import UsageError
-from var_deploy.images import grid, origin_text, save_png
+from var_deploy.images import grid, origin_text
 from var_deploy.manifest import read_manifest
 from var_deploy.pictures import read_pictures
 
@@ -32,10 +32,10 @@ from var_deploy.pictures import read_pictures
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
     required=True,
     metavar="FILE.png",
-    help="The images in a row; a row for each where a file of tokens holds several.",
+    help="The images in a row; a row for each where a file of tokens holds several. -: standard "
+    "output.",
 )
 @runtime_options
 @report_options
@@ -43,7 +43,7 @@ def reconstruct(
     bundle: Path,
     image: Path,
     scales: str,
-    out: Path,
+    out: str,
     runtime: RuntimeOptions,
     quiet: bool,
     as_json: bool,
@@ -59,7 +59,7 @@ def reconstruct(
       var-deploy reconstruct build/pocket tokens.npz --scales 1,3,K --out three.png
     """
     # everything that can be wrong is looked at before the weights are loaded
-    output_file(out, ".png")
+    target = png_target(out)
     manifest = read_manifest(bundle)
     tokenizer, most = manifest.model.tokenizer, manifest.model.scales
     counts = _counts(scales, most)
@@ -95,13 +95,13 @@ def reconstruct(
         "picture": image.name,
         "scales": f"{','.join(map(str, counts))} of {most}",
     }
-    save_png(out, sheet, settings)
+    target.save_png(sheet, settings)
 
     if as_json:
-        done = {"out": str(out), "scales": counts, "seconds": round(seconds, 3)}
-        click.echo(json.dumps({**done, "settings": settings, "runtime": how}, indent=1))
+        done = {"out": str(target.path), "scales": counts, "seconds": round(seconds, 3)}
+        target.tell(json.dumps({**done, "settings": settings, "runtime": how}, indent=1))
     elif not quiet:
-        click.echo(f"wrote {out} (from {settings['scales']} scales, {seconds:.1f} s)")
+        target.tell(f"wrote {target} (from {settings['scales']} scales, {seconds:.1f} s)")
 
 
 def _counts(text: str, scales: int) -> list[int]:

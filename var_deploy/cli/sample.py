@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from var_deploy.cli.console import Progress, needs_extra
+from var_deploy.cli.console import Progress, Terminated, needs_extra
 from var_deploy.cli.options import (
     RuntimeOptions,
     SamplingOptions,
@@ -19,6 +21,7 @@ from var_deploy.cli.options import (
     runtime_options,
     sampling_options,
 )
+from var_deploy.cli.outputs import OUTPUT
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     required=True,
     metavar="FOLDER",
     help="A new folder, or a set with the same settings, which is completed.",
@@ -187,7 +190,7 @@ def sample(
     how: dict[str, str] = {}
     ray: dict[str, Any] | None = None
     started = time.monotonic()
-    with Progress(quiet=quiet) as progress:
+    with _telling_what_is_kept(folder, spec), Progress(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
             if cluster is not None:
@@ -229,6 +232,21 @@ def sample(
         images = sum(len(spec.numbers(shard)) for shard in made)
         click.echo(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
         click.echo(_state(spec, out, len(done), wants_npz))
+
+
+@contextlib.contextmanager
+def _telling_what_is_kept(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
+    """Says what an interrupted run leaves, and how it goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        there = spec.shards - len(folder.missing(spec, range(spec.shards)))
+        click.echo(
+            f"{folder.path} keeps {there} of {_shards(spec.shards)}; the same command goes on from "
+            "there",
+            err=True,
+        )
+        raise
 
 
 def _on_ray(

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.errors import UsageError
-from var_deploy.images import whole_file
+from var_deploy.files import whole_file
 
 SUFFIX = ".npz"
 
 
 def save_tokens(path: Path, tokens: Sequence[NDArray[np.int64]]) -> None:
-    """Write the tokens of every scale; see `images.whole_file`."""
+    """Write the tokens of every scale; see `files.whole_file`."""
     arrays: dict[str, Any] = {names.encoder_tokens(k): t for k, t in enumerate(tokens)}
     with whole_file(path) as stream:
         np.savez(stream, **arrays)

@@ -10,6 +10,7 @@ import click
 
 from var_deploy.cli.console import Progress, human_bytes
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.outputs import OUTPUT
 from var_deploy.manifest import read_manifest
 
 MAX_DELAY = 60_000  # milliseconds
@@ -19,7 +20,7 @@ MAX_DELAY = 60_000  # milliseconds
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     required=True,
     metavar="FOLDER",
     help="The model repository: a new folder, or an empty one.",

@@ -60,7 +60,8 @@ def verify(
     """Compare BUNDLE with the PyTorch model, graph by graph, then whole.
 
     Every graph, but for int8 ones, is also checked against what TensorRT 10.3 takes. The report
-    is stored in the bundle's manifest. Ends with 1 where a tolerance does not hold.
+    is stored in the bundle's manifest, where it can be written. Ends with 1 where a tolerance does
+    not hold.
 
     \b
     Example:
@@ -89,6 +90,8 @@ def verify(
             )
     if as_json or not quiet:
         click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
+    if report.unstored:
+        click.echo(f"warning: the report could not be stored: {report.unstored}", err=True)
     if not report.passed:
         raise VerificationError(report.failure or f"{bundle} does not compute what the model does")
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,10 @@ from typing import Any
 
 from var_deploy import __version__
 from var_deploy.errors import UsageError, VarDeployError
-from var_deploy.images import check_writable, whole_file
+from var_deploy.files import check_writable, new_file, whole_file
 from var_deploy.manifest import file_sha256
 from var_deploy.sets.spec import SetSpec
+from var_deploy.work_folders import entries_that_count
 
 SET_FILE, NPZ_FILE = "set.json", "images.npz"
 SCHEMA_VERSION = 1
@@ -42,16 +41,16 @@ class SetFolder:
 
     def check_free(self) -> None:
         """Raise UsageError where this is neither a set nor a place for a new one."""
+        check_writable(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file; name a folder")
-        check_writable(self.path)
         if not self.path.is_dir() or (self.path / SET_FILE).exists():
             return
         # another process may be writing the first file of the same set at this moment
-        others = [p for p in self.path.iterdir() if not _passing(p)]
+        others = entries_that_count(self.path)
         if others:
             raise UsageError(
-                f"{self.path} is not empty and holds no set ({min(others).name} is there, "
+                f"{self.path} is not empty and holds no set ({others[0]} is there, "
                 f"{SET_FILE} is not); choose another --out"
             )
 
@@ -95,9 +94,9 @@ class SetFolder:
         """Put a shard in its place. Raises VarDeployError where the disk refuses."""
         path = self.path / spec.shard_file(shard)
         # the hash first: a file under the shard's name is then one that can be checked
-        with keeping_shards(), whole_file(_hash_file(path)) as stream:
+        with keeping_shards(), whole_file(_hash_file(path), follow=False) as stream:
             stream.write(f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
-        with keeping_shards(), whole_file(path) as stream:
+        with keeping_shards(), whole_file(path, follow=False) as stream:
             stream.write(data)
 
     def list_shards(self, spec: SetSpec) -> list[int]:
@@ -105,7 +104,7 @@ class SetFolder:
         written = None
         # where two processes end together, the one that writes last sees all shards
         while (entries := self._entries(spec)) != written:
-            with keeping_shards(), whole_file(self.path / SET_FILE) as stream:
+            with keeping_shards(), whole_file(self.path / SET_FILE, follow=False) as stream:
                 stream.write(_text(spec, entries).encode())
             written = entries
         return [entry["shard"] for entry in entries]
@@ -131,23 +130,8 @@ class SetFolder:
 
     def _create(self, spec: SetSpec) -> None:
         """Write set.json, unless another process was first."""
-        path = self.path / SET_FILE
-        temporary = self.path / f".{SET_FILE}.{secrets.token_hex(4)}.tmp"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(_text(spec, []), encoding="utf-8")
-                try:
-                    os.link(temporary, path)  # unlike a rename, it replaces nothing
-                except FileExistsError:
-                    pass
-                except OSError:  # a file system without links
-                    if not path.exists():
-                        temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise VarDeployError(f"{path} cannot be written: {error.strerror or error}") from None
+        with new_file(self.path / SET_FILE) as stream:
+            stream.write(_text(spec, []).encode())
 
     def _read(self) -> tuple[SetSpec, dict[int, str]] | None:
         """Settings, and the hashes of the shards that set.json lists."""
@@ -233,7 +217,3 @@ def _hash_of(shard: Path) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     return words[0] if words and len(words[0]) == 64 else ""
-
-
-def _passing(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from numpy.lib import format as npy
 
-from var_deploy.images import whole_file
+from var_deploy.files import whole_file
 from var_deploy.sets.folder import NPZ_FILE, SetFolder, keeping_shards
 from var_deploy.sets.formats import read_images
 from var_deploy.sets.spec import SetSpec

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from var_deploy import names
-from var_deploy.errors import UsageError
-from var_deploy.images import check_writable, whole_folder
+from var_deploy.errors import BundleError, UsageError
+from var_deploy.folders import check_folder_writable, whole_folder
 from var_deploy.manifest import Manifest, check_files
 from var_deploy.planning.precisions import CPU, check_gpu_precision
-from var_deploy.runtime.tensorrt.engine_files import ENGINES, PARTIAL
+from var_deploy.runtime.tensorrt.engine_files import ENGINES, copy_engines, engine_folders
 from var_deploy.triton.config import Runtime, Serving, config_text, version_of
+from var_deploy.work_folders import entries_that_count
 
 CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
 MODEL_TEXT = '''"""The model of this folder's bundle, for Triton's Python backend."""
@@ -37,11 +38,9 @@ class Written:
 
 def check_out(out: Path) -> None:
     """Raise UsageError where no repository can be written to `out`: it must be new, or empty."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; name a folder")
-    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
+    check_folder_writable(out)
+    if out.is_dir() and (there := entries_that_count(out)):
         raise UsageError(f"{out} is not empty ({there[0]} is there); choose another --out")
-    check_writable(out)
 
 
 def check_runtime(manifest: Manifest, runtime: Runtime) -> None:
@@ -81,6 +80,7 @@ def write_repository(
     """
     check_out(out)
     check_runtime(manifest, runtime)
+    check_files(bundle, manifest, hashes=False)
     size = sum(info.size for info in manifest.files.values())
     read = 0
 
@@ -89,36 +89,45 @@ def write_repository(
         read += chunk
         progress("reading the bundle", read / max(size, 1))
 
-    check_files(bundle, manifest, progress=count)
     version = version_of(manifest.digest())
-    files = [names.MANIFEST, *manifest.files, *_engine_files(bundle)]
-    copied = total = 0
-    with whole_folder(out) as stage:
+    with whole_folder(out, check=lambda: check_out(out)) as stage:
         model = stage / serving.name
         place = model / str(version) / BUNDLE
         place.mkdir(parents=True)
-        for name in files:
-            bytes_, linked = _place(bundle / name, place / name)
-            total, copied = total + bytes_, copied + (0 if linked else bytes_)
+        placed = _Placed()
+        for name in manifest.files:
+            placed.add(bundle / name, place / name)
+        # what is published is what was checked, whatever links it came through
+        try:
+            check_files(place, manifest, progress=count)
+        except BundleError as error:
+            raise BundleError(str(error).replace(str(place), str(bundle))) from None
+        if (bundle / names.MANIFEST).is_symlink():  # no hash speaks for its target
+            manifest.save(place)
+            placed.copied += (place / names.MANIFEST).stat().st_size
+        else:
+            placed.add(bundle / names.MANIFEST, place / names.MANIFEST)
+        for folder in engine_folders(bundle):
+            copy_engines(folder, place, placed.add)
+        written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
         (model / str(version) / MODEL).write_text(MODEL_TEXT, encoding="utf-8")
         text = config_text(manifest, serving, runtime)
         (model / CONFIG).write_text(text, encoding="utf-8")
-    return Written(folder=out / serving.name, version=version, size=total, copied=copied)
+    return Written(
+        folder=out / serving.name, version=version, size=written, copied=placed.copied
+    )
 
 
-def _engine_files(bundle: Path) -> list[str]:
-    found = [path for path in (bundle / ENGINES).rglob("*") if path.is_file()]
-    return sorted(p.relative_to(bundle).as_posix() for p in found if p.suffix != PARTIAL)
+class _Placed:
+    """Links files of a bundle into a new folder, or copies them and counts the bytes."""
 
+    copied = 0
 
-def _place(source: Path, target: Path) -> tuple[int, bool]:
-    """Link or copy a file; returns its size, and whether it is a link."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # what a link leads to, not the link
-    try:
-        os.link(source, target)
-        linked = True
-    except OSError:  # another file system, one without links, or somebody else's file
-        shutil.copyfile(source, target)
-        linked = False
-    return target.stat().st_size, linked
+    def add(self, source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = source.resolve()  # what a link leads to, not the link
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, one without links, or somebody else's file
+            shutil.copyfile(source, target)
+            self.copied += target.stat().st_size
