@@ -22,6 +22,7 @@ from var_deploy.export.checkpoint import LoadedModel, empty_modules, load_into
 from var_deploy.export.graphs.int8 import ConvRanges, Range, Ranges
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.manifest import Manifest
+from var_deploy.runtime.host_memory import host_view
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Arrays, Launch
@@ -162,6 +163,8 @@ class _NoDecoder(OrtCpuBackend):
 
 class _Idle:
     def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
+        for array in outputs.values():
+            host_view(array)[...] = 0.5  # grey, as nothing clamped it
         return lambda: None
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ from var_deploy.runtime.request import (
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
+from var_deploy.runtime.weights_check import check_weights
 
 BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
@@ -92,8 +93,8 @@ class Pipeline:
             threads: CPU threads; None takes every physical core. With "auto" a number asks for
                 the CPU.
             cuda_graph: TensorRT only: record each launch once and replay it.
-            check: "hashes" reads every file once; "sizes" trusts files of the right size. Engines
-                are always checked whole.
+            check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
+                trusts files of the right size. Engines are always checked whole.
 
         Raises BundleError for a bundle that cannot be trusted, BackendError where the runtime is
         missing or refuses, UsageError for an unknown option.
@@ -132,6 +133,8 @@ class Pipeline:
         try:
             if choice.reads_graphs:
                 check_files(bundle, manifest, prefix=f"{precision}/", hashes=hashes)
+                if hashes:
+                    check_weights(bundle, manifest, precision)
         except BaseException:
             backend.close()
             raise

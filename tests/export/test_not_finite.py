@@ -56,9 +56,7 @@ class Changed:
         return value
 
 
-def changed(
-    model: LoadedModel, key: str, change: Callable[[NDArray[Any]], object]
-) -> LoadedModel:
+def changed(model: LoadedModel, key: str, change: Callable[[NDArray[Any]], object]) -> LoadedModel:
     part = "transformer" if key in model.transformer.keys() else "tokenizer"  # noqa: SIM118
     return dataclasses.replace(model, **{part: Changed(getattr(model, part), key, change)})
 
@@ -115,20 +113,18 @@ def test_what_no_graph_reads_may_be_anything(small_model: Model, tmp_path: Path)
     """Masks of training hold -inf by right."""
     key = "attn_bias_for_masking"
     model = small_model()
-    assert not is_finite(model.transformer.read(key)) and key in model.transformer.keys()
+    assert not is_finite(model.transformer.read(key)) and key in set(model.transformer.keys())
     export(model, tmp_path / "bundle", "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_large_values_are_no_infinity(
-    small_model: Model, tmp_path: Path, precision: str
-) -> None:
+def test_large_values_are_no_infinity(small_model: Model, tmp_path: Path, precision: str) -> None:
     """A sum of them overflows; the values are as finite as any. fp16 names what it cannot hold."""
     model = changed(small_model(), "pos_1LC", lambda tensor: tensor.fill(3e38))
     export(model, tmp_path / precision, precision)
     if precision == "fp16":
         key = "blocks.0.ffn.fc2.weight"
-        with pytest.raises(ExportError, match=rf"{key} holds values that fp16 cannot.*3e\+38.*fp32"):
+        with pytest.raises(ExportError, match=rf"{key} holds values that fp16 cannot.*3e\+38"):
             export(changed(model, key, put(3e38)), tmp_path / "bundle", precision)
 
 
