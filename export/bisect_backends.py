@@ -20,6 +20,7 @@ from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.graph_runner import EXTERNAL_FOLDER
 from var_deploy.export.lint import values_of
 from var_deploy.export.torch_graph import TorchGraph
+from var_deploy.machine import usable_cores
 from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, load_library
 
 Values = Mapping[str, NDArray[Any]]
@@ -39,6 +40,7 @@ def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = usable_cores() or 0
     options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
     try:
         session = onnxruntime.InferenceSession(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from var_deploy import names
+from var_deploy.machine import usable_cores
 from var_deploy.manifest import GraphInfo, Manifest, TensorInfo
 from var_deploy.runtime.buffers import step_geometry, step_shapes
 
@@ -40,6 +41,7 @@ class GraphRunner:
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = usable_cores() or 0
         options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
         # with open sizes, planning which buffer may serve again takes longer than all the rest
         options.enable_mem_reuse = path.stem != names.STEP

@@ -10,7 +10,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from var_deploy import names
-from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.errors import BackendError, one_line
+from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.runtime.protocol import Arrays, Launch
 
@@ -57,23 +58,24 @@ class OrtCpuBackend(HostMemory):
     scratch memory from one arena, which stays with the process for the next loop.
 
     Args:
-        threads: for one graph; None takes every physical core.
+        threads: for one graph; None takes what the process may use, see `usable_cores`. Either
+            way ONNX Runtime is told a number: it would count every core of the machine itself, and
+            pin its threads to them.
 
-    Raises BackendError where onnxruntime is not installed, UsageError for threads below 1.
+    Raises BackendError where onnxruntime is not installed, UsageError for threads out of range.
     """
 
     name = "onnxruntime-cpu"
 
     def __init__(self, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads must be at least 1, found {threads}")
+        threads = check_threads(threads, machine=Machine())
         try:
             import onnxruntime
         except ImportError:
             raise BackendError(
                 'onnxruntime is not installed; run pip install "var-deploy[cpu]"'
             ) from None
-        self._ort, self._threads = onnxruntime, threads
+        self._ort, self._threads = onnxruntime, threads or usable_cores()
 
     def open(self, graph: Path) -> OrtSession:
         with _opening:

@@ -80,8 +80,11 @@ class FakeMachine(Machine):
     def platform(self) -> str:
         return self.kind
 
-    def threads(self) -> int:
+    def total_processors(self) -> int:
         return self.processors
+
+    def affinity(self) -> frozenset[int]:
+        return frozenset(range(self.processors))
 
 
 def meminfo(total: int, available: int) -> str:

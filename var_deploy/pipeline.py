@@ -90,8 +90,8 @@ class Pipeline:
                 TensorRT what was built, and by free memory where both were. Pipelines of one
                 bundle in one process share weights on a CPU, where threads and layout agree;
                 elsewhere each has its own.
-            threads: CPU threads; None takes every physical core. With "auto" a number asks for
-                the CPU.
+            threads: CPU threads; None takes one for each physical core that the process may use,
+                within the quota of its control groups. With "auto" a number asks for the CPU.
             cuda_graph: TensorRT only: record each launch once and replay it.
             check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
                 trusts files of the right size. Engines are always checked whole.

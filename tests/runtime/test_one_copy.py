@@ -110,7 +110,7 @@ def test_pipelines_share_sessions_while_they_live(export_to: ExportTo, tmp_path:
     bundle = tmp_path / "bundle"
     shutil.copytree(export_to(), bundle)
     graph = bundle / "fp32" / "step.onnx"
-    backend, other = OrtCpuBackend(), OrtCpuBackend(1)
+    backend, other = OrtCpuBackend(), OrtCpuBackend(7)
     first, second = backend.open(graph), OrtCpuBackend().open(graph)
     assert second._session is first._session
     assert other.open(graph)._session is not first._session, "another number of threads"
