@@ -155,6 +155,11 @@ class Machine:
             return Driver(gpus=listed, problem=problem)
         return Driver(cuda=data.get("cuda", ""), gpus=gpus, problem=problem)
 
+    def int8(self) -> Answer:
+        """What is wrong with int8 on ONNX Runtime here, "" where it is right; asked in a process
+        of its own."""
+        return self.run(sys.executable, "-m", "var_deploy.runtime.int8_check")
+
     def _listed_gpus(self) -> tuple[Gpu, ...]:
         query = "--query-gpu=name,memory.total,compute_cap"
         answer = self.run("nvidia-smi", query, "--format=csv,noheader,nounits")
@@ -173,6 +178,13 @@ def jetson_model(machine: Machine) -> str | None:
     if "Jetson" in model or "Orin" in model:
         return model
     return "unknown Jetson" if machine.read(TEGRA_RELEASE) else None
+
+
+def processor_name(machine: Machine) -> str:
+    """What the kernel calls the processor; on Arm, where it gives numbers alone, the platform."""
+    text = machine.read("/proc/cpuinfo") or ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return name[1].strip() if name else machine.platform()
 
 
 def memory_of(machine: Machine) -> tuple[int, int] | None:
