@@ -59,7 +59,8 @@ def weights(count: int) -> NDArray[np.int64]:
 
 def column_scales(columns: int) -> NDArray[np.float32]:
     """Powers of two."""
-    return np.exp2(-4.0 - np.arange(columns) % 3).astype(np.float32)
+    found: NDArray[np.float32] = np.exp2(-4.0 - np.arange(columns) % 3).astype(np.float32)
+    return found
 
 
 def bias(columns: int) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ CHUNK = 1 << 20  # bytes at a time: they stay in a processor's cache
 _GRAPH, _INITIALIZER = 7, 5
 _DATA_TYPE, _NAME, _EXTERNAL = 2, 8, 13
 _KEY, _VALUE = 1, 2
-_FLOATS = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
+_FLOATS: dict[int, np.dtype[Any]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class StoredWeight:
     """Where a floating-point weight lies in weights.bin, in bytes."""
 
     name: str
-    dtype: np.dtype[np.floating]
+    dtype: np.dtype[Any]
     offset: int
     length: int
 

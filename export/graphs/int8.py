@@ -149,7 +149,9 @@ def static_conv(
         # the bias is counted in steps of the products: where a channel's weights are next to
         # nothing (pruned ones are zero), int32 would not hold it in steps as small as they ask for
         least = np.abs(read(f"{key}.bias")) / np.float32(ranges.input.scale * BIAS_LIMIT)
-        return np.maximum(weight_scale(kernel_rows(kernel.make(read))), least.astype(np.float32))
+        plain = weight_scale(kernel_rows(kernel.make(read)))
+        scale: NDArray[np.float32] = np.maximum(plain, least.astype(np.float32))
+        return scale
 
     def values(read: ReadKey) -> NDArray[Any]:
         rows = round_rows(kernel_rows(kernel.make(read)), scales(read))
