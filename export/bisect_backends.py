@@ -22,6 +22,7 @@ from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.lint import values_of
 from var_deploy.export.torch_graph import TorchGraph
 from var_deploy.held_files import HeldFile
+from var_deploy.machine import usable_cores
 from var_deploy.runtime.ort_session import EXTERNAL_FOLDER, SILENT, quiet
 from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, load_library
 
@@ -42,6 +43,7 @@ def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = SILENT
+    options.intra_op_num_threads = usable_cores() or 0
     quiet(onnxruntime)
     try:
         weights = HeldFile(path.with_name(names.WEIGHTS))

@@ -27,7 +27,12 @@ from var_deploy.export.graphs.codec import build_decoder, build_encoder
 from var_deploy.export.graphs.condition import build_condition
 from var_deploy.export.graphs.int8 import Ranges
 from var_deploy.export.graphs.scale import build_scale, build_step
-from var_deploy.export.weights_bin import WeightLayout, plan_layout, write_weights
+from var_deploy.export.weights_bin import (
+    WeightLayout,
+    check_weights,
+    plan_layout,
+    write_weights,
+)
 from var_deploy.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.spec import ModelSpec
@@ -173,6 +178,7 @@ def _calibrate(
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
         report("rounding to int8", 0.0)
+        check_weights(decoder, read)  # before it is watched at work
         found = plan.write(scratch, "int8", _manifest(model, shared), read, lambda count: None)
         # the decoder is named, and never opened
         graphs = {**found.graphs["int8"], decoder.name: _info(decoder, "int8")}

@@ -23,6 +23,8 @@ from var_deploy.export.checkpoint import LoadedModel, empty_modules, load_into
 from var_deploy.export.graphs.int8 import ConvRanges, Range, Ranges
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.manifest import Manifest
+from var_deploy.runtime.host_memory import host_view
+from var_deploy.runtime.int8_check import check_int8
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Arrays, Launch
@@ -59,7 +61,8 @@ def decoder_ranges(
 ) -> Ranges:
     """Draw `images` images with the int8 graphs in `folder` and watch the decoder.
 
-    A convolution that int8 would hurt too much has no range, and stays in fp32.
+    A convolution that int8 would hurt too much has no range, and stays in fp32. Raises BackendError
+    where this machine computes int8 wrongly.
 
     Args:
         manifest: of the folder; of its graphs all but the decoder are needed.
@@ -72,7 +75,9 @@ def decoder_ranges(
         if key in seen:
             module.register_forward_hook(seen[key])
     batches = -(-images // manifest.batch)
-    loop = ScaleLoop(folder, manifest, _NoDecoder(), "int8", "shared")
+    backend = _NoDecoder()
+    check_int8(backend)  # ranges of noise would be another model's
+    loop = ScaleLoop(folder, manifest, backend, "int8", "shared")
     try:
         for number in range(batches):
             tokens = _draw(loop, manifest, number)
@@ -163,6 +168,8 @@ class _NoDecoder(OrtCpuBackend):
 
 class _Idle:
     def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
+        for array in outputs.values():
+            host_view(array)[...] = 0.5  # grey, as nothing clamped it
         return lambda: None
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from onnx import helper
 from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
+from var_deploy.machine import usable_cores
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.buffers import step_geometry, step_shapes
 from var_deploy.runtime.ort_session import open_session, quiet
@@ -37,6 +38,7 @@ class GraphRunner:
             )
         quiet(onnxruntime)
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = usable_cores() or 0
         # with open sizes, planning which buffer may serve again takes longer than all the rest
         options.enable_mem_reuse = graph.stem != names.STEP
         self._name = graph.stem

@@ -27,6 +27,7 @@ from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.published_path import Mark, generate_as_published
 from var_deploy.export.torch_peers import Compiler, Peer, random_modules
 from var_deploy.labels import spread_labels
+from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
 from var_deploy.runtime.measure import WallClock, launch_names
@@ -46,7 +47,7 @@ class TorchContender:
     Args:
         name: one of CONTENDERS.
         images: of one generation.
-        threads: 0 leaves it to PyTorch.
+        threads: 0 takes every core that the process may use.
         compiler: the backend of torch.compile for `torch-compile`.
 
     Attributes:
@@ -68,7 +69,8 @@ class TorchContender:
         if name not in CONTENDERS:
             raise UsageError(f"contender must be one of {', '.join(CONTENDERS)}, found {name!r}")
         if threads < 0:
-            raise UsageError(f"threads must be 0 (PyTorch's choice) or more, found {threads}")
+            raise UsageError(f"threads must be 0 (every core) or more, found {threads}")
+        threads = check_threads(threads or None, machine=Machine()) or usable_cores() or 0
         self._manifest = manifest = read_manifest(bundle)
         self._name, self._clock = name, WallClock(lambda: None)
         if threads:
@@ -187,7 +189,9 @@ def _line(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = contender_parser("var_deploy.export.torch_bench", threads="PyTorch's choice")
+    parser = contender_parser(
+        "var_deploy.export.torch_bench", threads="every core that the process may use"
+    )
     parser.add_argument("--contender", choices=CONTENDERS, default="torch")
     given: Any = parser.parse_args(arguments)
 

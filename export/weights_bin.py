@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.errors import ExportError
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey, Weight
+from var_deploy.finite import describe_not_finite, is_finite
 from var_deploy.manifest import FileInfo
 
 PAGE = 4096  # a runtime maps a tensor straight from the file where it starts on a page
@@ -56,14 +57,15 @@ def write_weights(
 ) -> FileInfo:
     """Write the file tensor by tensor; `progress` gets the bytes written.
 
-    Raises ExportError where a weight does not fit fp16 or the disk is full.
+    Raises ExportError where a tensor is not finite, a weight does not fit its type or the disk is
+    full.
     """
     digest, position = hashlib.sha256(), 0
     try:
         with path.open("wb") as stream:
             for weight in layout.weights.values():
                 gap = bytes(layout.offsets[weight.name] - position)
-                data = _cast(weight, weight.make(read))
+                data = make_weight(weight, read)
                 for piece in (gap, data.reshape(-1).view(np.uint8).data):
                     stream.write(piece)
                     digest.update(piece)
@@ -79,14 +81,52 @@ def write_weights(
     return FileInfo(size=position, sha256=digest.hexdigest())
 
 
+def make_weight(weight: Weight, read: ReadKey) -> NDArray[Any]:
+    """The values of a weight in its type.
+
+    Raises ExportError where a tensor that it is made of is not finite, which rounding to int8 would
+    hide, or where a value does not fit the type.
+    """
+
+    def read_finite(key: str) -> NDArray[Any]:
+        value = read(key)
+        if not is_finite(value):
+            made = "" if key == weight.name else f", of which {weight.name} is made,"
+            raise ExportError(
+                f"the checkpoint's {key}{made} holds {describe_not_finite(value)}; training "
+                "diverged or the file is damaged: export another checkpoint"
+            )
+        return value
+
+    return _cast(weight, weight.make(read_finite))
+
+
+def check_weights(graph: GraphBuilder, read: ReadKey) -> None:
+    """Raise the ExportError that writing the weights of a graph would raise, and write nothing."""
+    for weight in graph.weights.values():
+        make_weight(weight, read)
+
+
 def _cast(weight: Weight, value: NDArray[Any]) -> NDArray[Any]:
     if value.size != np.prod(weight.shape, dtype=np.int64):
         raise ExportError(f"{weight.name} is {list(value.shape)}, expected {list(weight.shape)}")
+    if weight.dtype.kind == "i":
+        limits = np.iinfo(weight.dtype)
+        if value.size and not limits.min <= value.min() <= value.max() <= limits.max:
+            raise ExportError(
+                f"{weight.name} holds values that {weight.dtype} cannot (largest magnitude "
+                f"{np.abs(value).max():.3g}); export with --precision fp32"
+            )
     with np.errstate(over="ignore"):
         data = np.ascontiguousarray(value, dtype=weight.dtype).reshape(weight.shape)
-    if weight.dtype == np.float16 and not np.isfinite(data).all():
+    if not is_finite(data):
         raise ExportError(
-            f"{weight.name} holds values that fp16 cannot (largest magnitude "
+            f"{weight.name} holds values that {_short(weight.dtype)} cannot (largest magnitude "
             f"{np.abs(value).max():.3g}); export with --precision fp32"
         )
     return data
+
+
+def _short(dtype: np.dtype[Any]) -> str:
+    """ "fp16" for float16."""
+    return f"fp{dtype.itemsize * 8}"

@@ -48,8 +48,8 @@ def choose_backend(
     """Set up `backend`, or the best that there is: engines, then ONNX Runtime on a GPU, then on a
     CPU. The caller closes it.
 
-    Raises BackendError or BundleError where a backend that was asked for cannot run this bundle,
-    UsageError for threads or int8 with a GPU.
+    Raises BackendError or BundleError where a backend that was asked for cannot run this bundle, or
+    where int8 is computed wrongly here, UsageError for threads or int8 with a GPU.
     """
     if backend == "auto":
         return _best(bundle, manifest, precision, layout, threads, cuda_graph)
@@ -91,14 +91,20 @@ def _best(
 def _on_cpu(
     manifest: Manifest, precision: str, layout: str, threads: int | None, reason: str
 ) -> Choice:
+    from var_deploy.runtime.int8_check import check_int8, int8_problem
     from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
+    chosen = OrtCpuBackend(threads)
     if precision == "auto":
         precision = cpu_precision(manifest.graphs)
         if precision == "int8" and len(manifest.graphs) > 1:
-            reason = "; ".join(filter(None, (reason, "the bundle was exported with int8")))
+            why = int8_problem(chosen) or "the bundle was exported with int8"
+            precision = cpu_precision(manifest.graphs, int8=not int8_problem(chosen))
+            reason = "; ".join(filter(None, (reason, why)))
+    if precision == "int8":
+        check_int8(chosen)
     return Choice(
-        backend=OrtCpuBackend(threads),
+        backend=chosen,
         precision=precision,
         layout=_onnx_layout(manifest, precision, layout),
         reason=reason,

@@ -80,8 +80,8 @@ class LoopBuffers:
     """Inputs and outputs of every launch, by tensor name.
 
     Four blocks cross between host and backend, each in one copy: `given` before a generation,
-    `made` after it, `latent` where an f_hat is brought from elsewhere, and the geometry of `step`
-    once. Everything else stays with the backend.
+    `made` and `latent` after it (f_hat is looked at, and may be brought from elsewhere), and the
+    geometry of `step` once. Everything else stays with the backend.
     """
 
     def __init__(self, manifest: Manifest, cache_dtype: DTypeLike, memory: Memory) -> None:

@@ -16,6 +16,7 @@ from var_deploy.editing import Kept
 from var_deploy.errors import BackendError, CancelledError
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.buffers import LoopBuffers
+from var_deploy.runtime.plausible import check_f_hat, check_image, check_tokens
 from var_deploy.runtime.protocol import Arrays, Backend, Launch, Session
 from var_deploy.sampling import Sampling
 
@@ -44,6 +45,8 @@ class ScaleLoop:
         layout: Layout,
     ) -> None:
         self._manifest, self._spec, self._backend = manifest, manifest.model, backend
+        self._half = precision == "fp16"
+        self._scale_names = _scale_graphs(self._spec.scales, layout)
         self._opened: dict[str, Session] = {}
         self._launches: Sequence[Launch] = ()  # all but the decoder
         self._decoders: Sequence[Launch] = ()  # the last one reads what the last scale leaves
@@ -55,8 +58,8 @@ class ScaleLoop:
             files = self._own_files = BundleFiles(bundle, manifest, precision)
         try:
             graphs = self._graphs(precision, layout)
-            half = precision == "fp16"
-            self._buffers = LoopBuffers(manifest, np.float16 if half else np.float32, backend)
+            cache = np.float16 if self._half else np.float32
+            self._buffers = LoopBuffers(manifest, cache, backend)
             # the decoder first: its weights are reordered while it loads, and that passing second
             # copy should not come on top of everything else
             for name in sorted(graphs, key=lambda name: name != names.DECODER):
@@ -97,8 +100,8 @@ class ScaleLoop:
             noise: of a bundle with `more_smooth`, `sampling.gumbel` of each image [T, V]. Without
                 it codes are mixed by their likelihood alone, for what only wants the work done.
 
-        Raises BackendError where the model's logits are not numbers, and CancelledError where
-        `cancelled` says True; the loop can be used again after both.
+        Raises BackendError where logits, tokens, f_hat or image are not what a model can give, and
+        CancelledError where `cancelled` says True; the loop can be used again after both.
         """
         self._check_open()
         buffers, backend = self._buffers, self._backend
@@ -113,13 +116,16 @@ class ScaleLoop:
                 backend.synchronize()
                 on_step(self._spec.scales + 1)
             buffers.made.download()
+            buffers.latent.download()
         except BaseException:
             with contextlib.suppress(BackendError):
                 backend.synchronize()  # nothing may still read what the next run is given
             raise
         backend.synchronize()
-        self._check_tokens()
-        return buffers.image()
+        for scale in range(self._done):
+            self._check_tokens(scale)
+        self._check_f_hat()
+        return self._checked_image(self._done)
 
     @property
     def scales_done(self) -> int:
@@ -127,9 +133,13 @@ class ScaleLoop:
         return self._done
 
     def drawn(self, scale: int) -> NDArray[np.int64]:
-        """A copy of the tokens [B, L_k] of a scale that is done, also from within `on_step`."""
+        """A copy of the tokens [B, L_k] of a scale that is done, also from within `on_step`.
+
+        Raises BackendError where they are no codes.
+        """
         self._buffers.made.download()
         self._backend.synchronize()
+        self._check_tokens(scale)
         tokens: NDArray[np.int64] = self._buffers.tokens(scale).copy()
         return tokens
 
@@ -143,21 +153,29 @@ class ScaleLoop:
     def preview(self) -> NDArray[np.float32]:
         """What the scales that are done look like, decoded [B, side, side, channels] in [0, 1].
 
-        For use within `on_step`. The returned array is overwritten by the next one.
+        For use within `on_step`. The returned array is overwritten by the next one. Raises
+        BackendError where f_hat or the image are not what a model can give.
         """
         self._check_open()
         self._decode()
-        return self._image()
+        self._buffers.made.download()
+        self._buffers.latent.download()
+        self._backend.synchronize()
+        self._check_f_hat()
+        return self._checked_image(self._done)
 
     def decode(self, f_hat: NDArray[np.float32]) -> NDArray[np.float32]:
         """f_hat [B, Cv, p_K, p_K] → images [B, side, side, channels] in [0, 1], not during a run.
 
-        The returned array is overwritten by the next one.
+        The returned array is overwritten by the next one. Raises BackendError where the image is
+        not what a decoder can give.
         """
         self._check_open()
         self._buffers.fill_f_hat(f_hat)
         self._decoders[-1]()
-        return self._image()
+        self._buffers.made.download()
+        self._backend.synchronize()
+        return self._checked_image(None)
 
     def _draw(
         self, on_step: Callable[[int], object] | None, cancelled: Callable[[], bool] | None
@@ -179,23 +197,23 @@ class ScaleLoop:
         """Start the decoder on f_hat as it is after the last scale that is done."""
         self._decoders[-1 - (self._spec.scales - self._done) % 2]()
 
-    def _image(self) -> NDArray[np.float32]:
-        self._buffers.made.download()
-        self._backend.synchronize()
-        return self._buffers.image()
-
     def _check_open(self) -> None:
         if not self._launches:
             raise BackendError("this scale loop is closed")
 
-    def _check_tokens(self) -> None:
-        """The graphs give V, which is no code, for logits that are not numbers."""
-        for scale in range(self._done):
-            if (self._buffers.tokens(scale) >= self._spec.tokenizer.vocab_size).any():
-                raise BackendError(
-                    f"the logits of scale {scale} are not numbers: fp16 overflowed, or the weights "
-                    "hold such values; try precision fp32, and var-deploy verify names the layer"
-                )
+    def _check_tokens(self, scale: int) -> None:
+        codes, graph = self._spec.tokenizer.vocab_size, self._scale_names[scale]
+        check_tokens(self._buffers.tokens(scale), codes, scale, graph)
+
+    def _check_f_hat(self) -> None:
+        """f_hat after the last scale that is done; valid after `latent.download()`."""
+        last = self._done - 1
+        check_f_hat(self._buffers.f_hat(self._done), last, self._scale_names[last])
+
+    def _checked_image(self, scales: int | None) -> NDArray[np.float32]:
+        image = self._buffers.image()
+        check_image(image, scales, self._half)
+        return image
 
     def tokens(self) -> list[NDArray[np.int64]]:
         """Copies of the last run's tokens, [B, L_k] a scale that it came to."""

@@ -10,7 +10,8 @@ from weakref import WeakValueDictionary
 
 from var_deploy import names
 from var_deploy.bundle_files import GraphFile
-from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.errors import BackendError, one_line
+from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.runtime.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.protocol import Arrays, Launch
@@ -63,16 +64,17 @@ class OrtCpuBackend(HostMemory):
     loop.
 
     Args:
-        threads: for one graph; None takes every physical core.
+        threads: for one graph; None takes what the process may use, see `usable_cores`. Either
+            way ONNX Runtime is told a number: it would count every core of the machine itself, and
+            pin its threads to them.
 
-    Raises BackendError where onnxruntime is not installed, UsageError for threads below 1.
+    Raises BackendError where onnxruntime is not installed, UsageError for threads out of range.
     """
 
     name = "onnxruntime-cpu"
 
     def __init__(self, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads must be at least 1, found {threads}")
+        threads = check_threads(threads, machine=Machine())
         try:
             import onnxruntime
         except ImportError:
@@ -80,7 +82,7 @@ class OrtCpuBackend(HostMemory):
                 'onnxruntime is not installed; run pip install "var-deploy[cpu]"'
             ) from None
         quiet(onnxruntime)
-        self._ort, self._threads = onnxruntime, threads
+        self._ort, self._threads = onnxruntime, threads or usable_cores()
 
     def open(self, graph: GraphFile) -> OrtSession:
         graph.read()  # whatever is wrong with the file is found before a session is looked up

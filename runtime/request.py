@@ -265,7 +265,7 @@ class _Watch:
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """[0, 1] to 0 … 255, rounded."""
+    """[0, 1] to 0 … 255, rounded; what is not a number was refused by the loop."""
     return np.rint(images * 255).astype(np.uint8)
 
 

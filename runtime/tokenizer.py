@@ -13,6 +13,7 @@ from var_deploy.bundle_files import BundleFiles
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.blocks import Fields, SharedBlock
+from var_deploy.runtime.plausible import check_encoded, check_f_hat
 from var_deploy.runtime.protocol import Backend
 from var_deploy.spec import ModelSpec
 
@@ -77,16 +78,20 @@ class TokenizerGraphs:
     def encode(self, images: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
         """uint8 [N, side, side, channels] → tokens [N, L_k] of every scale.
 
-        Raises BundleError where the bundle has no encoder, BackendError where the runtime fails.
+        Raises BundleError where the bundle has no encoder, BackendError where the runtime fails or
+        gives what no encoder can.
         """
         scales = range(self._manifest.model.scales)
+        codes = self._manifest.model.tokenizer.vocab_size
         lengths = self._manifest.model.scale_lengths
         tokens = [np.empty((len(images), length), np.int64) for length in lengths]
         for rows, padded in self._batches(len(images)):
             pixels = images[padded].astype(np.float32) / 255
             found = self._graph(names.ENCODER)({names.IMAGE: pixels})
+            made = [found[names.encoder_tokens(k)][: len(rows)] for k in scales]
+            check_encoded(made, codes, self._precision == "fp16")
             for k in scales:
-                tokens[k][rows] = found[names.encoder_tokens(k)][: len(rows)]
+                tokens[k][rows] = made[k]
         return tokens
 
     def f_hats(
@@ -95,7 +100,7 @@ class TokenizerGraphs:
         """f_hat of the first `scales` scales, batch by batch: (rows, [B, Cv, p_K, p_K]).
 
         `tokens` has [N, L_k] for these scales at least. Raises BundleError where the bundle has
-        no graph for it.
+        no graph for it, BackendError where f_hat is not finite.
         """
         lengths = self._manifest.model.scale_lengths
         for rows, padded in self._batches(len(tokens[0])):
@@ -104,7 +109,9 @@ class TokenizerGraphs:
                 # what later scales hold does not matter to the sum of the earlier ones
                 known = tokens[k][padded] if k < scales else np.zeros((len(padded), length))
                 given[names.encoder_tokens(k)] = known
-            yield rows, self._graph(names.ACCUMULATE)(given)[names.F_HATS][scales - 1]
+            f_hat = self._graph(names.ACCUMULATE)(given)[names.F_HATS][scales - 1]
+            check_f_hat(f_hat, scales - 1, names.ACCUMULATE)
+            yield rows, f_hat
 
     def close(self) -> None:
         """Release both graphs; safe to call twice."""

@@ -53,6 +53,7 @@ class FakeMachine(Machine):
     modules: Mapping[str, Answer] = field(default_factory=dict)
     cuda: Driver = field(default_factory=lambda: Driver(problem=NO_DRIVER))
     version: tuple[int, int, int] = (3, 10, 12)
+    int8_answer: Answer = field(default_factory=Answer)
     processors: int = 6
     kind: str = "Linux aarch64"
 
@@ -74,14 +75,20 @@ class FakeMachine(Machine):
     def driver(self) -> Driver:
         return self.cuda
 
+    def int8(self) -> Answer:
+        return self.int8_answer
+
     def python(self) -> tuple[int, int, int]:
         return self.version
 
     def platform(self) -> str:
         return self.kind
 
-    def threads(self) -> int:
+    def total_processors(self) -> int:
         return self.processors
+
+    def affinity(self) -> frozenset[int]:
+        return frozenset(range(self.processors))
 
 
 def meminfo(total: int, available: int) -> str:

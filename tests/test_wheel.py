@@ -82,6 +82,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     }
     weights = {f"var_deploy/export/pocket/{name}" for name in WEIGHTS}
     probes = {f"var_deploy/runtime/bench/{name}.onnx" for name in PROBES}
+    probes.add("var_deploy/runtime/int8_probe.onnx")
     page = {str(path.relative_to(ROOT)) for path in PAGE.iterdir() if path.suffix in PAGE_FILES}
     assert len(page) > 5
     assert names == modules | weights | probes | page | {"var_deploy/py.typed"}

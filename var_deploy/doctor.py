@@ -90,6 +90,7 @@ def examine(machine: Machine) -> Report:
         findings += [_jetpack(machine), _power(machine)]
     cuda, gpus = _driver(machine, driver, jetson is not None), _gpus(driver)
     onnxruntime = _onnxruntime(machine)
+    int8 = [_int8(machine)] if onnxruntime.state == "ok" else []
     tensorrt = _tensorrt(machine, jetson is not None)
     bindings = _bindings(machine, driver)
     training = [
@@ -100,7 +101,7 @@ def examine(machine: Machine) -> Report:
         _package(machine, "huggingface_hub", hub, INSTALL.format("export")),
         _package(machine, "polygraphy", "look into graphs and engines", "pip install polygraphy"),
     ]
-    findings += [cuda, *gpus, onnxruntime, tensorrt, bindings, *training, *optional]
+    findings += [cuda, *gpus, onnxruntime, *int8, tensorrt, bindings, *training, *optional]
     engines = _lacking([tensorrt, bindings, cuda, *gpus[:1]])
     return Report(
         findings=tuple(findings),
@@ -234,6 +235,17 @@ def _onnxruntime(machine: Machine) -> Finding:
     # the two packages overwrite each other's files: the last one installed is what runs
     remedy = f"pip uninstall {' '.join(held)}, then {remedy}"
     return _ok(name, f"{found}, from one of {' and '.join(held)}", purpose, remedy)
+
+
+def _int8(machine: Machine) -> Finding:
+    """int8 has kernels of its own for each instruction set, which are tried on known numbers."""
+    name, purpose = "int8", "bundles exported with --precision int8, on the CPU"
+    answer = machine.int8()
+    problem = answer.problem or answer.output.strip()
+    if problem:
+        remedy = f"--precision fp32, or another version: {INSTALL.format('cpu')} --upgrade"
+        return _problem(name, problem, purpose, remedy)
+    return _ok(name, "computed correctly", purpose)
 
 
 def _tensorrt(machine: Machine, jetson: bool) -> Finding:

@@ -17,9 +17,9 @@ from typing import Any
 
 from var_deploy import names
 from var_deploy.errors import BundleError, UsageError, one_line
+from var_deploy.files import whole_file
 from var_deploy.held_files import HeldFile
 from var_deploy.json_values import DamagedError, Value, read_json, shown
-from var_deploy.files import whole_file
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 

@@ -33,6 +33,7 @@ from var_deploy.runtime.request import (
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
+from var_deploy.runtime.weights_check import check_weights
 
 BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("auto", "fp32", "fp16", "int8")
@@ -92,11 +93,11 @@ class Pipeline:
                 TensorRT what was built, and by free memory where both were. Pipelines of one
                 bundle in one process share weights on a CPU, where threads and layout agree;
                 elsewhere each has its own.
-            threads: CPU threads; None takes every physical core. With "auto" a number asks for
-                the CPU.
+            threads: CPU threads; None takes one for each physical core that the process may use,
+                within the quota of its control groups. With "auto" a number asks for the CPU.
             cuda_graph: TensorRT only: record each launch once and replay it.
-            check: "hashes" reads every file once; "sizes" trusts files of the right size. Engines
-                are always checked whole.
+            check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
+                trusts files of the right size. Engines are always checked whole.
 
         A bundle that is replaced meanwhile is loaded once more from the beginning. Afterwards the
         pipeline stays with the files that it has checked: a call that needs another graph of a
@@ -148,6 +149,8 @@ class Pipeline:
             try:
                 if choice.reads_graphs:
                     files.check()
+                    if hashes:
+                        check_weights(bundle, manifest, precision)
             except BaseException:
                 backend.close()
                 raise

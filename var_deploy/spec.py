@@ -156,6 +156,11 @@ class ModelSpec:
     tokenizer: TokenizerSpec
     transformer: TransformerSpec
 
+    def __post_init__(self) -> None:
+        if self.transformer.family == "gpt2" and self.scales < 2:
+            # it embeds a scale's tokens for the next one: with one scale there is no such table
+            raise UsageError(f"next-scale prediction needs two scales, found {self.patch_nums}")
+
     @property
     def patch_nums(self) -> tuple[int, ...]:
         return self.tokenizer.patch_nums

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 
 LIMIT = 127
+BIAS_LIMIT = 2.0**30  # of a convolution's bias in int32, which leaves room for the sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,12 @@ def weight_scale(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return scale
 
 
-def round_rows(rows: NDArray[np.float32]) -> NDArray[np.int8]:
-    """q of [out, in], as int8."""
-    q: NDArray[np.int8] = np.rint(rows / weight_scale(rows)[:, None]).astype(np.int8)
+def round_rows(
+    rows: NDArray[np.float32], scale: NDArray[np.float32] | None = None
+) -> NDArray[np.int8]:
+    """q of [out, in], as int8; `scale` [out] takes the place of `weight_scale`."""
+    scale = weight_scale(rows) if scale is None else scale
+    q: NDArray[np.int8] = np.rint(rows / scale[:, None]).astype(np.int8)
     return q
 
 
@@ -142,10 +146,15 @@ def static_conv(
     zeros = b.constant(np.zeros(channels, np.int8))
 
     def scales(read: ReadKey) -> NDArray[Any]:
-        return weight_scale(kernel_rows(kernel.make(read)))
+        # the bias is counted in steps of the products: where a channel's weights are next to
+        # nothing (pruned ones are zero), int32 would not hold it in steps as small as they ask for
+        least = np.abs(read(f"{key}.bias")) / np.float32(ranges.input.scale * BIAS_LIMIT)
+        plain = weight_scale(kernel_rows(kernel.make(read)))
+        scale: NDArray[np.float32] = np.maximum(plain, least.astype(np.float32))
+        return scale
 
     def values(read: ReadKey) -> NDArray[Any]:
-        rows = round_rows(kernel_rows(kernel.make(read)))
+        rows = round_rows(kernel_rows(kernel.make(read)), scales(read))
         out, width, *sides = kernel.shape
         rounded: NDArray[Any] = rows.reshape(out, *sides, width).transpose(0, 3, 1, 2)
         return rounded

@@ -73,6 +73,8 @@ def build_step(
     # the rows of this scale start after the past; its length is that of the input. At scale 0,
     # where the past is a placeholder, what comes out is not used
     start = b.op("Shape", names.past_key(0), start=0, end=1)
+    if spec.scales == 1:  # there is no row behind the placeholder: not one row would be left
+        start = b.ints(0)
     stop = b.op("Add", start, b.op("Shape", names.INPUT, start=1, end=2))
     position = b.op("Slice", _positions(b, spec), start, stop, b.ints(0))
     level = b.op("Gather", _levels(b, spec), scale, axis=0)

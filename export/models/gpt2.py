@@ -84,8 +84,6 @@ class Gpt2Transformer(nn.Module):
                 "the GPT-2 form needs family gpt2 with 0 classes, no qk_l2_norm and no "
                 f"shared_adaln, found {t}"
             )
-        if spec.scales < 2:
-            raise UsageError(f"next-scale prediction needs two scales, found {spec.patch_nums}")
         self.spec = spec
         self.dropout = _real("dropout", dropout, 0.0, below=1.0)
         self.start = nn.Parameter(torch.zeros(1, 1, t.width))

@@ -24,6 +24,7 @@ from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.labels import spread_labels
+from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import check_files, read_manifest
 from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
 from var_deploy.runtime.host_memory import HostMemory, host_view
@@ -71,10 +72,10 @@ class OpenVinoBackend(HostMemory):
     Args:
         hint: precision to compute in, "f32" or "bf16". OpenVINO takes f32 without a word where
             the CPU has no bf16; `describe` tells.
-        threads: for one graph; 0 takes every physical core.
+        threads: for one graph; 0 takes every core that the process may use.
 
-    Raises BackendError where openvino is not installed, UsageError for an unknown hint or fewer
-    than 0 threads.
+    Raises BackendError where openvino is not installed, UsageError for an unknown hint or threads
+    out of range.
     """
 
     name = "openvino"
@@ -84,6 +85,7 @@ class OpenVinoBackend(HostMemory):
             raise UsageError(f"hint must be one of {', '.join(HINTS)}, found {hint!r}")
         if threads < 0:
             raise UsageError(f"threads must be 0 (every core) or more, found {threads}")
+        threads = check_threads(threads or None, machine=Machine()) or usable_cores() or 0
         try:
             import openvino
         except ImportError:
@@ -214,7 +216,7 @@ class OpenVinoContender:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = contender_parser(
-        "var_deploy.runtime.bench.openvino_peer", threads="every physical core"
+        "var_deploy.runtime.bench.openvino_peer", threads="every core that the process may use"
     )
     parser.add_argument("--precision", default="fp32", help="of the bundle's graphs")
     parser.add_argument("--hint", choices=HINTS, default="f32", help="what they are computed in")

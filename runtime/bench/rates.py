@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from var_deploy.bundle_files import GraphFile
-from var_deploy.machine import Machine
+from var_deploy.machine import Machine, usable_cores
 from var_deploy.runtime.bench.contender import Sample, serve
 from var_deploy.runtime.host_memory import host_view
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
@@ -103,12 +103,12 @@ class RateProbes:
     """Every probe, ready to run: a `Contender` whose launches are the probes.
 
     Args:
-        threads: 0 takes what ONNX Runtime takes by itself, and copies on every processor.
+        threads: 0 takes every core that the process may use.
     """
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads or Machine().threads()
-        self._backend = OrtCpuBackend(threads or None)
+        self._threads = threads or usable_cores() or Machine().threads()
+        self._backend = OrtCpuBackend(self._threads)
         self._probes: dict[str, Callable[[], object]] = {}
         for kind in (GEMM_FP32, GEMM_INT8):
             graph = self._open(kind)

@@ -13,7 +13,7 @@ from typing import cast
 
 from var_deploy import names
 from var_deploy.errors import UsageError
-from var_deploy.machine import Machine
+from var_deploy.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.planning.costs import Precision, graph_weights
 from var_deploy.planning.devices import Device, find_device
@@ -76,7 +76,7 @@ class Settings:
         batches: images of a generation; a run for each.
         precisions: of our own contenders.
         against: names of PEERS.
-        threads: for everything; None leaves it to each library.
+        threads: for everything; None is a thread for each core that the process may use.
         repeat: rounds that count; `warm_up`: rounds before, that do not.
     """
 
@@ -87,6 +87,9 @@ class Settings:
     threads: int | None = None
     repeat: int = 10
     warm_up: int = 2
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads, machine=Machine())
 
 
 def bench(

@@ -11,6 +11,7 @@ from pathlib import Path
 from var_deploy import names
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.int8_check import check_int8
 from var_deploy.runtime.loop import Layout, ScaleLoop
 from var_deploy.runtime.measure import ClockedBackend, CudaClock, WallClock
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
@@ -87,6 +88,8 @@ def opened(
     clock: WallClock | CudaClock
     if variant.backend == ORT_CPU:
         backend = OrtCpuBackend()
+        if variant.precision == "int8":
+            check_int8(backend)
         clock = WallClock(backend.synchronize)
     else:
         cuda = Cuda()

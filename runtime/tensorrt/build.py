@@ -24,6 +24,7 @@ from var_deploy.runtime.tensorrt.job import Job, open_folder, run_in_child, run_
 from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, Library, load_library
 from var_deploy.runtime.tensorrt.monitor import Progress
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
+from var_deploy.runtime.weights_check import check_weights
 
 Layout = Literal["shared", "per-scale", "both"]
 FindDevice = Callable[[], tuple[str, int]]
@@ -246,6 +247,7 @@ def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Pro
         report("checking the bundle", done / max(total, 1))
 
     check_files(bundle, manifest, prefix=prefix, progress=advance)
+    check_weights(bundle, manifest, precision)
 
 
 def _version_notes(library: Library, layout: Layout) -> list[str]:

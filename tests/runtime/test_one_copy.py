@@ -113,7 +113,7 @@ def test_pipelines_share_sessions_while_they_live(export_to: ExportTo, tmp_path:
     def graph() -> GraphFile:
         return BundleFiles(bundle, read_manifest(bundle), "fp32").graph("step")
 
-    backend, other = OrtCpuBackend(), OrtCpuBackend(1)
+    backend, other = OrtCpuBackend(), OrtCpuBackend(7)
     first, second = backend.open(graph()), OrtCpuBackend().open(graph())
     assert second._session is first._session
     assert other.open(graph())._session is not first._session, "another number of threads"

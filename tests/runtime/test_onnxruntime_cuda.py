@@ -149,8 +149,8 @@ def test_images_are_those_of_the_cpu(bundle: Path, ort: Any, layout: Layout) -> 
     expected, _ = images(bundle, OrtCpuBackend(1), layout)
     found, calls = images(bundle, OrtCudaBackend(ort, Cuda(cudart)), layout)
     np.testing.assert_array_equal(found, expected)
-    # one copy in, one out, and nobody waits but at the end
-    assert calls == ["cudaMemcpyAsync", "cudaMemcpyAsync", "cudaStreamSynchronize"]
+    # one copy in, two out (images with tokens, and f_hat), and nobody waits but at the end
+    assert calls == [*["cudaMemcpyAsync"] * 3, "cudaStreamSynchronize"]
 
 
 def test_settings_of_the_provider(bundle: Path, ort: Any) -> None:

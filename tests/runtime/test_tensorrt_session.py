@@ -215,7 +215,7 @@ def test_tensorrt_rtx_makes_its_kernels_before_they_are_recorded(bundle: Bundle)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_generation_is_one_copy_each_way_and_one_call_a_launch(
+def test_a_generation_is_one_copy_in_two_out_and_one_call_a_launch(
     bundle: Bundle, layout: Layout
 ) -> None:
     folder = bundle(2, True)
@@ -225,7 +225,7 @@ def test_a_generation_is_one_copy_each_way_and_one_call_a_launch(
     assert cudart.calls()[before:] == [
         "cudaMemcpyAsync",
         *["cudaGraphLaunch"] * 5,  # condition, three scales, decoder
-        "cudaMemcpyAsync",
+        *["cudaMemcpyAsync"] * 2,  # images with tokens, and f_hat
         "cudaStreamSynchronize",
     ]
     loop.close()
@@ -240,7 +240,7 @@ def test_rows_that_are_not_aligned_are_copied_after_each_launch(bundle: Bundle) 
     run = [name for name in cudart.calls()[before:] if name != "cudaStreamSynchronize"]
     launch, copy = "execute_async_v3", "cudaMemcpyAsync"
     misaligned = [copy] * 4  # keys and values of two layers
-    assert run == [copy, launch, launch, launch, *misaligned, launch, launch, copy]
+    assert run == [copy, launch, launch, launch, *misaligned, launch, launch, copy, copy]
     loop.close()
 
 

@@ -112,7 +112,7 @@ def runtime_options(command: Command) -> Command:
         click.option(
             "--threads",
             type=click.IntRange(1),
-            show_default="all cores",
+            show_default="every core that it may use",
             help="CPU threads.",
         ),
         click.option(

@@ -8,6 +8,7 @@ from typing import Any, cast
 import ray
 
 from var_deploy.errors import UsageError
+from var_deploy.machine import check_threads
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import BACKENDS
 from var_deploy.planning.costs import Precision
@@ -68,7 +69,10 @@ def device_of(
 
     Memory is the peak that `plan` gives, with `images` that are held and the worker itself. On a
     GPU it is the same of the host, which holds an engine no longer than it takes to load it.
+
+    Raises UsageError for threads out of range. A worker has as many as it has CPUs of the cluster.
     """
+    threads = check_threads(threads)
     on_gpu = backend in GPU_BACKENDS or (
         backend == "auto"
         and threads is None  # who names CPU threads wants the CPU

@@ -35,6 +35,10 @@ def gpu_precision(held: Collection[str], runner: str) -> str:
     )
 
 
-def cpu_precision(held: Collection[str]) -> str:
-    """The same on a CPU, which runs them all."""
-    return next((p for p in ON_CPU if p in held), next(iter(held)))
+def cpu_precision(held: Collection[str], *, int8: bool = True) -> str:
+    """The precision that ONNX Runtime on a CPU takes of those that a bundle holds.
+
+    `int8` is whether the processor computes it correctly; without it int8 comes last.
+    """
+    order = ON_CPU if int8 else (*(p for p in ON_CPU if p != "int8"), "int8")
+    return next((p for p in order if p in held), next(iter(held)))

@@ -15,6 +15,7 @@ from typing import Any
 
 from var_deploy import __version__
 from var_deploy.errors import UsageError
+from var_deploy.machine import check_threads
 from var_deploy.manifest import Manifest
 
 LABEL, SEED, NUMBER, IMAGE = "LABEL", "SEED", "NUMBER", "IMAGE"
@@ -38,6 +39,9 @@ class Runtime:
     backend: str = "auto"
     threads: int | None = None
     cuda_graph: bool = True
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)  # the server may be another machine, which looks again
 
     def parameters(self) -> dict[str, str]:
         """As texts; what is None is left out."""

@@ -1,0 +1,98 @@
+"""Whether what the graphs gave is something that a model can give.
+
+The checks look at tokens, f_hat and image from outside, so they hold for every backend. They cost
+a few passes over arrays that are small beside the work that made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.errors import BackendError
+from var_deploy.finite import describe_not_finite, is_finite
+
+ROUNDING = 1e-3  # an image may leave [0, 1] by: less than would round to another grey level
+SAMPLED = 8  # rows and columns of an image that are looked at first
+ADVICE = (
+    "fp16 overflowed, or the weights hold such values; try precision fp32, and var-deploy verify "
+    "names the layer"
+)
+
+
+def check_tokens(tokens: NDArray[np.int64], codes: int, scale: int, graph: str) -> None:
+    """Raise BackendError where tokens [B, L_k] are no codes; `graph` made them.
+
+    The sampler gives `codes` where the logits are not numbers.
+    """
+    if not tokens.size or 0 <= tokens.min() <= tokens.max() < codes:
+        return
+    if (tokens[(tokens < 0) | (tokens >= codes)] == codes).all():
+        raise BackendError(f"the logits of scale {scale} are not numbers (graph {graph}): {ADVICE}")
+    wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+    raise BackendError(
+        f"graph {graph} gave token {wrong} at scale {scale}, expected 0 to {codes - 1}: the "
+        "library computes it wrongly here; try another --backend or --precision, and var-deploy "
+        "verify"
+    )
+
+
+def check_f_hat(f_hat: NDArray[np.float32], scale: int, graph: str) -> None:
+    """Raise BackendError where f_hat after `scale`, which `graph` made, is not finite."""
+    if not is_finite(f_hat):
+        raise BackendError(
+            f"f_hat after scale {scale} (graph {graph}) holds {describe_not_finite(f_hat)}: "
+            f"{ADVICE}"
+        )
+
+
+def check_image(image: NDArray[np.float32], scales: int | None, half: bool) -> None:
+    """Raise BackendError where images [B, side, side, channels] are not what a decoder gives.
+
+    Args:
+        scales: how many scales of a run are in them; None where their f_hat came from elsewhere.
+        half: whether the decoder computes in fp16. It clamps, and on some devices clamping makes
+            a number of NaN: an image without a value between 0 and 1 is then taken for one that
+            overflowed. In fp32 it is believed.
+    """
+    after = "" if scales is None else f" decoded after scale {scales - 1}"
+    where = f"the image{after} (graph {names.DECODER})"
+    with np.errstate(invalid="ignore"):
+        low, high = image.min(), image.max()
+    if not np.isfinite((low, high)).all():
+        raise BackendError(f"{where} holds {describe_not_finite(image)}: {ADVICE}")
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise BackendError(
+            f"{where} reaches from {low:.3g} to {high:.3g}, expected 0 to 1: the library computes "
+            "it wrongly here; try another --backend or --precision, and var-deploy verify"
+        )
+    if half and any(_all_clamped(one) for one in image):
+        raise BackendError(
+            f"{where} is clamped to 0 or 1 at every value, as fp16 leaves it where it overflows; "
+            "try precision fp32, and var-deploy verify names the layer"
+        )
+
+
+def check_encoded(tokens: Sequence[NDArray[np.int64]], codes: int, half: bool) -> None:
+    """Raise BackendError where tokens [B, L_k] of every scale are not what an encoder gives.
+
+    The nearest code to NaN is the first one: in fp16, where the encoder may overflow, an image of
+    nothing but first codes is not believed.
+    """
+    for scale, found in enumerate(tokens):
+        check_tokens(found, codes, scale, names.ENCODER)
+    if half and codes > 1 and not np.any([found.any(axis=1) for found in tokens], axis=0).all():
+        raise BackendError(
+            f"graph {names.ENCODER} gave the first code alone at every scale, as fp16 leaves it "
+            "where it overflows; try precision fp32, and var-deploy verify names the layer"
+        )
+
+
+def _all_clamped(image: NDArray[np.float32]) -> bool:
+    """Whether each value of an image [side, side, channels] is exactly 0 or exactly 1."""
+    step = max(len(image) // SAMPLED, 1)
+    parts = (image[::step, ::step], image)  # a look at a few settles it for most images
+    return all(bool(((part == 0) | (part == 1)).all()) for part in parts)

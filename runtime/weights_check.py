@@ -1,0 +1,122 @@
+"""Whether the weights of a bundle are numbers, looked at before a graph runs.
+
+`export` refuses weights that are not finite, so a bundle of its own holds none. Of a bundle from
+elsewhere the images would not always tell: rounding to int8 and clamping hide such values, and the
+encoder answers them with the first code.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from var_deploy import names
+from var_deploy.errors import BundleError
+from var_deploy.finite import is_finite
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.protobuf import fields
+
+CHUNK = 1 << 20  # bytes at a time: they stay in a processor's cache
+# numbers of fields and types in onnx.proto
+_GRAPH, _INITIALIZER = 7, 5
+_DATA_TYPE, _NAME, _EXTERNAL = 2, 8, 13
+_KEY, _VALUE = 1, 2
+_FLOATS: dict[int, np.dtype[Any]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """Where a floating-point weight lies in weights.bin, in bytes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    offset: int
+    length: int
+
+
+def check_weights(bundle: Path, manifest: Manifest, precision: str) -> None:
+    """Look for weights of a precision that are NaN or infinite, in all of its graphs.
+
+    Raises BundleError that names the first one, or a file that cannot be read.
+    """
+    weights: dict[tuple[int, int], StoredWeight] = {}
+    path = bundle / precision / names.WEIGHTS
+    for graph in manifest.graphs.get(precision, {}).values():
+        file = bundle / graph.file
+        try:
+            weights |= {(w.offset, w.length): w for w in stored_weights(file.read_bytes())}
+        except OSError as error:
+            raise BundleError(f"{file} cannot be read: {error.strerror or error}") from None
+        except ValueError as error:
+            raise BundleError(f"{file} is damaged ({error}); export the bundle again") from None
+    if not weights:
+        return
+    try:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held,
+        ):
+            for place in sorted(weights):
+                _check(path, held, weights[place])
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+
+
+def stored_weights(model: bytes) -> Iterator[StoredWeight]:
+    """The fp32 and fp16 weights that an ONNX file keeps in weights.bin.
+
+    Raises ValueError where the file is malformed.
+    """
+    for number, graph in fields(memoryview(model)):
+        if number == _GRAPH and isinstance(graph, memoryview):
+            for kind, tensor in fields(graph):
+                if kind == _INITIALIZER and isinstance(tensor, memoryview):
+                    weight = _stored(tensor)
+                    if weight is not None:
+                        yield weight
+
+
+def _stored(tensor: memoryview) -> StoredWeight | None:
+    name, kind, place = "", 0, dict[str, str]()
+    for number, value in fields(tensor):
+        if number == _DATA_TYPE and isinstance(value, int):
+            kind = value
+        elif number == _NAME and isinstance(value, memoryview):
+            name = bytes(value).decode(errors="replace")
+        elif number == _EXTERNAL and isinstance(value, memoryview):
+            pair = {
+                field: bytes(text).decode(errors="replace")
+                for field, text in fields(value)
+                if isinstance(text, memoryview)
+            }
+            place[pair.get(_KEY, "")] = pair.get(_VALUE, "")
+    if not place or kind not in _FLOATS:
+        return None
+    offset, length = int(place.get("offset", "0")), int(place.get("length", "0"))
+    return StoredWeight(name=name, dtype=_FLOATS[kind], offset=offset, length=length)
+
+
+def _check(path: Path, held: mmap.mmap, weight: StoredWeight) -> None:
+    end = weight.offset + weight.length
+    if weight.offset < 0 or weight.length < 0 or end > len(held):
+        raise ValueError(f"{weight.name} lies beyond its end")
+    for first in range(weight.offset, end, CHUNK):
+        size = min(CHUNK, end - first)
+        values = np.frombuffer(held, weight.dtype, size // weight.dtype.itemsize, first)
+        wrong = None
+        if not is_finite(values):
+            number = int(np.argmin(np.isfinite(values)))
+            wrong = (float(values[number]), (first - weight.offset) // values.itemsize + number)
+        del values  # a map cannot be closed while an array looks at it
+        if wrong:
+            raise BundleError(
+                f"{path}: value {wrong[1]} of {weight.name} is {wrong[0]}, which var-deploy export "
+                "refuses; export the bundle again from a healthy checkpoint"
+            )

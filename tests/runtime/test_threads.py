@@ -1,0 +1,65 @@
+"""Threads of a pipeline: as many as the process may use, and where it may run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from var_deploy.errors import UsageError
+from var_deploy.machine import usable_cores
+from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.bench.run import Settings
+
+ExportTo = Callable[..., Path]
+
+SCRIPT = """
+import glob, json, os, sys
+os.sched_setaffinity(0, {int(sys.argv[2])})
+from var_deploy.pipeline import Pipeline
+found = []
+for threads in (None, 3):
+    with Pipeline.load(sys.argv[1], threads=threads) as pipe:
+        pipe.generate([0])
+        masks = set()
+        for path in glob.glob("/proc/self/task/*/status"):
+            with open(path) as status:
+                masks |= {line.split()[1] for line in status if line.startswith("Cpus_allowed_l")}
+        found.append([pipe.describe()["threads"], sorted(masks)])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="masks are Linux's")
+def test_no_thread_runs_outside_of_the_mask(export_to: ExportTo) -> None:
+    """On each processor by itself: ONNX Runtime's own choice is pinned to all but the first."""
+    for number in sorted(os.sched_getaffinity(0))[:2]:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, export_to(batch=2), str(number)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert json.loads(done.stdout) == [["1", [str(number)]], ["3", [str(number)]]]
+        assert done.stderr == ""
+
+
+def test_the_number_is_told(export_to: ExportTo) -> None:
+    with Pipeline.load(export_to(batch=2)) as pipe:
+        assert pipe.describe()["threads"] == str(usable_cores() or "all cores")
+
+
+@pytest.mark.parametrize("number", [100_000, 10**30, -1, True, 1.5])
+def test_absurd_numbers_are_refused_at_once(export_to: ExportTo, number: Any) -> None:
+    for start in (
+        lambda: Pipeline.load(export_to(batch=2), threads=number),
+        lambda: Settings(threads=number),
+    ):
+        with pytest.raises(UsageError, match="threads must be"):
+            start()
