@@ -16,7 +16,12 @@ from torch import nn
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import hub
-from var_deploy.export.checkpoint_files import Part, WeightSource, open_checkpoint
+from var_deploy.export.checkpoint_files import (
+    DERIVED_BUFFERS,
+    Part,
+    WeightSource,
+    open_checkpoint,
+)
 from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
@@ -39,9 +44,6 @@ __all__ = [
     "open_checkpoint",
 ]
 
-# Buffers that follow from the sizes. Checkpoints may hold none of them, or (the statistic
-# ema_vocab_hit_SV) that of another number of scales: they are computed and never read.
-DERIVED_BUFFERS = frozenset({"lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV"})
 MAX_LISTED = 8
 
 
