@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from var_deploy.export.checkpoint_files import (
     Part,
     WeightSource,
     open_checkpoint,
+    shorten,
 )
+from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
@@ -32,6 +35,7 @@ from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
 __all__ = [
+    "Hints",
     "LoadedModel",
     "WeightSource",
     "as_loaded_model",
@@ -45,6 +49,7 @@ __all__ = [
 ]
 
 MAX_LISTED = 8
+MAX_LINE = 800  # characters of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +157,8 @@ def load_model(
     checkpoint: Path | None = None,
     tokenizer: Path | None = None,
     random_weights: int | None = None,
-    heads: int | None = None,
+    hints: Hints = NO_HINTS,
+    fallback: Hints = NO_HINTS,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Open the weights of a preset, of files, or random ones, and check them against the model.
@@ -163,7 +169,8 @@ def load_model(
         checkpoint: file with the transformer.
         tokenizer: file with the tokenizer (may be the same one, where it holds both).
         random_weights: a seed; no file is read.
-        heads: number of heads, where a checkpoint does not tell it.
+        hints: what the user tells of the files; must not contradict them.
+        fallback: taken where neither the files nor the hints tell.
         progress: called with what takes long.
 
     Nothing but metadata is read here. Raises UsageError for arguments that do not go together and
@@ -175,6 +182,8 @@ def load_model(
             raise UsageError("--random-weights needs a preset, which tells the sizes")
         if checkpoint is not None or tokenizer is not None:
             raise UsageError("--random-weights and checkpoint files exclude each other")
+        if dataclasses.replace(hints, heads=None) != NO_HINTS:
+            raise UsageError("--random-weights reads no file, which --key and --patch-nums tell of")
         return random_model(known.spec, random_weights, **_named(preset, known))
     if known is None and (checkpoint is None or tokenizer is None):
         lacking = "--checkpoint" if checkpoint is None else "--tokenizer"
@@ -182,14 +191,29 @@ def load_model(
             f"a model that is no preset needs --checkpoint and --tokenizer; {lacking} is missing "
             "(one file that holds both may be given twice)"
         )
-    opened_tokenizer = _open(known, "tokenizer", tokenizer, progress)
-    opened_transformer = _open(known, "transformer", checkpoint, progress)
+    asked = hints.patch_nums
+    if known is not None and asked not in (None, known.spec.patch_nums):
+        raise UsageError(
+            f"--patch-nums {asked} contradicts preset {preset}, which has {known.spec.patch_nums}"
+        )
+    opened_tokenizer = open_checkpoint(
+        tokenizer or _own_file(known, "tokenizer", progress),
+        "tokenizer",
+        hints.tokenizer_key,
+        fallback.tokenizer_key,
+    )
+    opened_transformer = open_checkpoint(
+        checkpoint or _own_file(known, "transformer", progress),
+        "transformer",
+        hints.key,
+        fallback.key,
+    )
     if known is None:
-        spec = recognise(opened_tokenizer, opened_transformer, heads=heads)
+        spec = recognise(opened_tokenizer, opened_transformer, hints, fallback)
         return assemble(spec, opened_tokenizer, opened_transformer)
     model = assemble(known.spec, opened_tokenizer, opened_transformer, **_named(preset, known))
     # equal shapes leave open which side lengths add up to the same number of tokens
-    found = recognise(opened_tokenizer, opened_transformer, heads=heads).patch_nums
+    found = recognise(opened_tokenizer, opened_transformer, hints, fallback).patch_nums
     if found != known.spec.patch_nums:
         raise CheckpointError(
             f"{opened_transformer} does not fit preset {preset}: lvl_1L has patch_nums {found}, "
@@ -264,24 +288,22 @@ def _named(name: str | None, preset: Preset) -> dict[str, Any]:
     return {"preset": name, "labels": preset.labels, "defaults": preset.defaults}
 
 
-def _open(
-    preset: Preset | None, part: Part, path: Path | None, progress: Callable[[str], None] | None
-) -> WeightSource:
-    """The given file, or the preset's own."""
-    if path is None:
-        assert preset is not None  # load_model asked for both files otherwise
-        option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
-        name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
-        if preset.repo:
-            path = hub.fetch(preset.repo, name, progress, option=option)
-        else:
-            path = POCKET_FOLDER / name
-            if not path.is_file():
-                raise CheckpointError(
-                    f"pocket's {part} ({name}) is not in this installation; reinstall var-deploy, "
-                    f"train it with `make train`, or give a file with {option}"
-                )
-    return open_checkpoint(path, part)
+def _own_file(
+    preset: Preset | None, part: Part, progress: Callable[[str], None] | None
+) -> Path:
+    """The file of a preset, fetched where it is not at hand."""
+    assert preset is not None  # load_model asked for both files otherwise
+    option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
+    name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
+    if preset.repo:
+        return hub.fetch(preset.repo, name, progress, option=option)
+    path = POCKET_FOLDER / name
+    if not path.is_file():
+        raise CheckpointError(
+            f"pocket's {part} ({name}) is not in this installation; reinstall var-deploy, "
+            f"train it with `make train`, or give a file with {option}"
+        )
+    return path
 
 
 def check_state(
@@ -325,7 +347,8 @@ def _check_fit(
     ]
     if problems:
         more = len(problems) - MAX_LISTED
-        listed = "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        listed = shorten("; ".join(problems[:MAX_LISTED]), MAX_LINE)
+        listed += f"; and {more} more" if more > 0 else ""
         raise CheckpointError(f"{source} does not fit {what}: {listed}")
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from var_deploy.errors import CheckpointError
 from var_deploy.export.checkpoint_formats import Contents, StoredTensor, open_contents
+from var_deploy.export.checkpoint_pickle import MAX_DIMENSIONS
 from var_deploy.manifest import file_sha256
 
 Part = Literal["transformer", "tokenizer"]
@@ -54,8 +55,9 @@ INTEGERS = frozenset(["int64", "int32", "int16", "int8", "uint8"])
 
 MAX_NESTING = 8
 MAX_ENTRIES = 100_000  # of all dicts; a training checkpoint has some thousands
-MAX_NAME = 1000  # characters
+MAX_NAME = 200  # characters, as it is shown
 MAX_CANDIDATES = 16
+MAX_LISTED = 600  # characters of a list in a message
 MAX_EXCESS = 16 << 20  # bytes beyond those of the file, of tensors that repeat their values
 
 
@@ -112,7 +114,7 @@ class _CheckpointFile:
 
 
 def open_checkpoint(
-    path: Path, part: Part, key: str | None = None, *, default_key: str | None = None
+    path: Path, part: Part, key: str | None = None, default_key: str | None = None
 ) -> WeightSource:
     """Open a released or a training checkpoint and find the weights of `part` in it.
 
@@ -150,7 +152,7 @@ def _choose(
     path: Path, part: Part, places: list[str], key: str | None, default_key: str | None
 ) -> str:
     """One of the places at which the part was found."""
-    listed = ", ".join(place or TOP for place in places)
+    listed = shorten(", ".join(place or TOP for place in places), MAX_LISTED)
     if key is not None:
         wanted = "" if key == TOP else key
         matching = [place for place in places if place == wanted] or [
@@ -160,7 +162,8 @@ def _choose(
             return matching[0]
         holds = f"{len(matching)} {part}s" if matching else f"no {part}"
         raise CheckpointError(
-            f"{path} holds {holds} under {KEY_OPTION[part]} {_shown(key)}, expected one of {listed}"
+            f"{path} holds {holds} under {KEY_OPTION[part]} {_shown(key[:MAX_NAME])}, "
+            f"expected one of {listed}"
         )
     if len(places) == 1:
         return places[0]
@@ -185,6 +188,11 @@ def _check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         )
         if tensor.kind:
             raise CheckpointError(f"{path}: {name} is a {tensor.kind} tensor, expected a dense one")
+        if len(tensor.shape) > MAX_DIMENSIONS:
+            raise CheckpointError(
+                f"{path}: {name} has {len(tensor.shape)} dimensions, expected at most "
+                f"{MAX_DIMENSIONS}"
+            )
         if tensor.dtype not in accepted:
             raise CheckpointError(f"{path}: {name} is {_shown(tensor.dtype)}, expected {expected}")
         excess += tensor.excess
@@ -250,11 +258,13 @@ class _Entries:
 
     def _name(self, key: str) -> str:
         """A name of the file as it can be shown: no control characters and the like."""
-        if len(key) > MAX_NAME:
+        shown = _shown(key[: MAX_NAME + 1])
+        if len(shown) > MAX_NAME:
             raise CheckpointError(
-                f"{self._path} has a name of {len(key)} characters, at most {MAX_NAME} expected"
+                f"{self._path} has a name of {len(key)} characters ({shown[:40]}…), expected at "
+                f"most {MAX_NAME}"
             )
-        return _shown(key)
+        return shown
 
     def _without_wrappers(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         plain: dict[str, Any] = {}
@@ -264,6 +274,11 @@ class _Entries:
                 raise CheckpointError(f"{self._path} holds {name} twice, once as {key}")
             plain[name] = stored
         return plain
+
+
+def shorten(text: str, limit: int) -> str:
+    """The beginning of a text that is too long for a line."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _shown(name: str) -> str:

@@ -120,7 +120,9 @@ def open_contents(path: Path) -> Contents:
         raise CheckpointError(
             f"{path} is no safetensors file: expected its header's length, then a JSON object"
         )
-    raise CheckpointError(f"{path} is no checkpoint: expected a PyTorch .pth or a .safetensors file")
+    raise CheckpointError(
+        f"{path} is no checkpoint: expected a PyTorch .pth or a .safetensors file"
+    )
 
 
 def _open(path: Path) -> BinaryIO:

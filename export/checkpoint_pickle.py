@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 MAX_OPCODES = 500_000  # a training checkpoint of the largest released model has about 50 000
-MAX_DIMENSIONS = 16
+MAX_DIMENSIONS = 8
 MAX_ARGUMENTS = 9  # one more than any of the functions takes
 MAX_NUMBER = 2**62  # of sizes, strides and offsets
 
@@ -128,8 +128,8 @@ _MARK = object()
 class PickleReader:
     """Reads one pickle after another from bytes, at most MAX_OPCODES opcodes in all.
 
-    `position` is where the next pickle begins, `storages` are those named so far. Dicts have text as keys: numbers become their
-    digits, and entries under any other key are left out.
+    `position` is where the next pickle begins, `storages` are those named so far. Dicts have text
+    as keys: numbers become their digits, and entries under any other key are left out.
     """
 
     def __init__(self, data: bytes) -> None:

@@ -111,7 +111,7 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelSpec], dict[str, Pa
         for source in sources:
             source.sides = spec.patch_nums
         by_name = {s.name: s for s in sources}
-        monkeypatch.setattr(checkpoints, "open_checkpoint", lambda path, _: by_name[path.name])
+        monkeypatch.setattr(checkpoints, "open_checkpoint", lambda path, *_: by_name[path.name])
         return {"tokenizer": Path("vae"), "checkpoint": Path("var")}
 
     return prepare

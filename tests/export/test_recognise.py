@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint import build_modules, load_model, open_checkpoint
+from var_deploy.export.hints import Hints
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.presets import PRESETS
@@ -90,20 +91,20 @@ def test_heads_come_from_the_option_where_nothing_tells_them(
     spec = family_member(qk_l2_norm=False, width=96, heads=3)
     tokenizer_file, transformer_file = save_both(spec, tmp_path, ".pth")
     files = {"checkpoint": transformer_file, "tokenizer": tokenizer_file}
-    assert load_model(None, **files, heads=3).spec == spec
+    assert load_model(None, **files, hints=Hints(heads=3)).spec == spec
     with pytest.raises(UsageError, match=r"width 96 is no multiple of 64; give it with --heads"):
         load_model(None, **files)
     for wrong in (5, 0, -3):
         with pytest.raises(UsageError, match=rf"must divide the width 96, found {wrong}"):
-            load_model(None, **files, heads=wrong)
+            load_model(None, **files, hints=Hints(heads=wrong))
 
 
 def test_heads_that_contradict_the_checkpoint(tmp_path: Path, family_member: Member) -> None:
     tokenizer_file, transformer_file = save_both(family_member(), tmp_path, ".pth")
     files = {"checkpoint": transformer_file, "tokenizer": tokenizer_file}
-    assert load_model(None, **files, heads=2).spec.transformer.heads == 2
+    assert load_model(None, **files, hints=Hints(heads=2)).spec.transformer.heads == 2
     with pytest.raises(UsageError, match=r"--heads 4 contradicts .*scale_mul_1H11 has 2 heads"):
-        load_model(None, **files, heads=4)
+        load_model(None, **files, hints=Hints(heads=4))
 
 
 def edited(spec: ModelSpec, edit: Callable[[dict[str, torch.Tensor]], object], path: Path) -> Path:

@@ -10,11 +10,10 @@ import click
 
 from var_deploy import names
 from var_deploy.cli.console import Progress, human_bytes, needs_extra
-from var_deploy.cli.options import report_options
+from var_deploy.cli.options import CheckpointOptions, checkpoint_options, report_options
 from var_deploy.errors import UsageError
 from var_deploy.images import check_writable
 
-FILE = click.Path(path_type=Path, dir_okay=False)
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 
 
@@ -26,8 +25,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     required=True,
     help="Folder of the bundle.",
 )
-@click.option("--checkpoint", type=FILE, help="Transformer weights, .pth or .safetensors.")
-@click.option("--tokenizer", type=FILE, help="Tokenizer (VQVAE) weights, .pth or .safetensors.")
+@checkpoint_options
 @click.option(
     "--random-weights",
     type=click.IntRange(0),
@@ -84,8 +82,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 def export(
     model: str | None,
     out: Path,
-    checkpoint: Path | None,
-    tokenizer: Path | None,
+    weights: CheckpointOptions,
     random_weights: int | None,
     heads: int | None,
     precision: tuple[Literal["fp32", "fp16", "int8"], ...],
@@ -132,10 +129,10 @@ def export(
         with Progress(quiet=quiet) as progress:
             loaded = load_model(
                 model,
-                checkpoint=checkpoint,
-                tokenizer=tokenizer,
+                checkpoint=weights.checkpoint,
+                tokenizer=weights.tokenizer,
                 random_weights=random_weights,
-                heads=heads,
+                hints=weights.hints(heads),
                 progress=lambda message: progress.update(message, 0.0),
             )
             manifest = export_bundle(loaded, out, options, progress.update)
