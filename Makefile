@@ -16,7 +16,7 @@ BUNDLE := build/pocket
 EXPORTER := $(wildcard export/*.py export/graphs/*.py export/models/*.py \
 	export/pocket/*.safetensors var_deploy/*.py)
 
-.PHONY: demo test lint types wheel train clean
+.PHONY: demo test fuzz lint types wheel train clean
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/manifest.json
@@ -31,6 +31,10 @@ $(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
 # Two processes, each with files of its own: in one it takes nearly twice as long.
 test: $(CHECKS) $(TRITON_READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The damaged inputs of tests/fuzz, twenty times as many as in the tests; prints what became of them
+fuzz: $(CHECKS)
+	VAR_DEPLOY_FUZZ=20 $(BIN)/python -m pytest tests/fuzz -q -s
 
 # TensorRT for RTX and the like: 100 MB, for x86-64 only, and needed by some tests alone. Without
 # them those tests say that they were skipped, and the next run tries again.

@@ -30,7 +30,7 @@ from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
 from var_deploy.export.random_weights import RandomWeights
-from var_deploy.export.recognise import recognise
+from var_deploy.export.recognise import recognise, typed
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
@@ -194,7 +194,8 @@ def load_model(
     asked = hints.patch_nums
     if known is not None and asked not in (None, known.spec.patch_nums):
         raise UsageError(
-            f"--patch-nums {asked} contradicts preset {preset}, which has {known.spec.patch_nums}"
+            f"--patch-nums {typed(asked)} contradicts preset {preset}, which has "
+            f"{typed(known.spec.patch_nums)}"
         )
     opened_tokenizer = open_checkpoint(
         tokenizer or _own_file(known, "tokenizer", progress),
@@ -288,9 +289,7 @@ def _named(name: str | None, preset: Preset) -> dict[str, Any]:
     return {"preset": name, "labels": preset.labels, "defaults": preset.defaults}
 
 
-def _own_file(
-    preset: Preset | None, part: Part, progress: Callable[[str], None] | None
-) -> Path:
+def _own_file(preset: Preset | None, part: Part, progress: Callable[[str], None] | None) -> Path:
     """The file of a preset, fetched where it is not at hand."""
     assert preset is not None  # load_model asked for both files otherwise
     option = "--tokenizer" if part == "tokenizer" else "--checkpoint"

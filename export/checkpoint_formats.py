@@ -26,10 +26,11 @@ from torch import Tensor
 from var_deploy.errors import CheckpointError, one_line
 from var_deploy.export.checkpoint_pickle import (
     DTYPES,
-    BadPickleError,
+    BadFileError,
     ForbiddenNameError,
     PickledTensor,
     PickleReader,
+    RefusedFileError,
 )
 
 MAX_PICKLE = 16 << 20  # bytes; the largest released model has 100 kB, a training checkpoint 1 MB
@@ -167,7 +168,7 @@ class _Mapped:
         return _Seekable(self._map)
 
     def tensor(self, storage: tuple[int, int], said: PickledTensor) -> StoredTensor:
-        """A tensor in the bytes of its storage. Raises BadPickleError where it exceeds them."""
+        """A tensor in the bytes of its storage. Raises BadFileError where it exceeds them."""
         if said.kind or said.dtype is None or said.storage is None:
             return StoredTensor(said.shape, str(said.dtype), 0, torch.Tensor, said.kind)
         size = said.dtype.itemsize
@@ -176,7 +177,7 @@ class _Mapped:
         start, end = storage
         start += said.storage.first * unit
         if start + stored > end:
-            raise BadPickleError(
+            raise BadFileError(
                 f"storage {said.storage.key[:20]!r} has {end - storage[0]} bytes, expected {stored}"
             )
         span = 0
@@ -184,7 +185,7 @@ class _Mapped:
             steps = zip(said.shape, said.stride, strict=True)
             span = 1 + sum((n - 1) * stride for n, stride in steps)
             if (said.offset + span) * size > stored:
-                raise BadPickleError(f"{list(said.shape)} lies outside its storage")
+                raise BadFileError(f"{list(said.shape)} lies outside its storage")
         read = partial(self._read, start + said.offset * size, span, said)
         return StoredTensor(said.shape, str(said.dtype).removeprefix("torch."), stored, read)
 
@@ -224,7 +225,9 @@ class _Seekable:
     def read(self, count: int = -1) -> bytes:
         end = len(self._map) if count < 0 else min(self._at + count, len(self._map))
         if end - self._at > MAX_DIRECTORY:
-            raise zipfile.BadZipFile(f"its directory has more than {MAX_DIRECTORY >> 20} MB")
+            raise RefusedFileError(
+                f"a directory of more than {MAX_DIRECTORY >> 20} MB; save the state_dict() alone"
+            )
         taken = self._map[self._at : end]
         self._at += len(taken)
         return taken
@@ -235,19 +238,18 @@ class _Seekable:
 
 def _zipped(mapped: _Mapped) -> Contents:
     path, stream = mapped.path, mapped.seekable()
-    if not zipfile.is_zipfile(stream):
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({mapped.size} bytes, the archive's directory at its "
-            "end is missing); download it again"
-        )
     try:
-        with zipfile.ZipFile(stream) as archive:  # type: ignore[call-overload]
+        if not zipfile.is_zipfile(stream):
+            raise BadFileError(
+                f"{mapped.size} bytes, the archive's directory at its end is missing"
+            )
+        with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
     except Exception as error:  # garbage makes zipfile fail in many ways
         raise _damaged(path, error) from None
     records = {entry.filename: entry for entry in entries}
     if len(records) < len(entries):
-        raise _damaged(path, BadPickleError("several records of one name"))
+        raise _damaged(path, BadFileError("several records of one name"))
     pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise CheckpointError(
@@ -269,9 +271,9 @@ def _zipped(mapped: _Mapped) -> Contents:
                 ranges[key] = _stored_record(mapped, records[f"{folder}data/{key}"])
             return mapped.tensor(ranges[key], said)
         except KeyError:
-            raise _misses(path, name, f"no record data/{key[:20]}") from None
-        except (BadPickleError, struct.error) as error:
-            raise _misses(path, name, one_line(error)) from None
+            raise _damaged(path, BadFileError(f"no record data/{key[:20]}"), name) from None
+        except BadFileError as error:
+            raise _damaged(path, error, name) from None
 
     order = records.get(f"{folder}byteorder")
     data = _pickled(path, lambda: _small_record(mapped, records[pickles[0]], MAX_PICKLE))
@@ -285,22 +287,23 @@ def _record(mapped: _Mapped, entry: zipfile.ZipInfo) -> tuple[int, int]:
     """Where the bytes of a record lie, as they are stored."""
     header = mapped.bytes(entry.header_offset, entry.header_offset + LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or header[:4] != ZIP_SIGNATURE:
-        raise BadPickleError(f"record {entry.filename[:40]!r} does not begin where it should")
+        raise BadFileError(f"record {entry.filename[:40]!r} does not begin where it should")
     name, extra = struct.unpack("<HH", header[26:30])
     start = entry.header_offset + LOCAL_HEADER + name + extra
     end = start + entry.compress_size
     if end > mapped.size:
-        raise BadPickleError(f"record {entry.filename[:40]!r} ends behind the file")
+        raise BadFileError(f"record {entry.filename[:40]!r} ends after the file does")
     if entry.flag_bits & ENCRYPTED:
-        raise BadPickleError(f"record {entry.filename[:40]!r} is encrypted")
+        raise RefusedFileError(f"record {entry.filename[:40]!r} is encrypted")
     return start, end
 
 
 def _stored_record(mapped: _Mapped, entry: zipfile.ZipInfo) -> tuple[int, int]:
     """A record that can be mapped."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-        raise BadPickleError(
-            "its record is compressed, torch.save stores them as they are: load and save it again"
+        raise RefusedFileError(
+            f"record {entry.filename[:40]!r} is compressed, which torch.save never does; load the "
+            "file with torch and save it again"
         )
     return _record(mapped, entry)
 
@@ -315,9 +318,9 @@ def _small_record(mapped: _Mapped, entry: zipfile.ZipInfo, limit: int) -> bytes:
     elif entry.compress_type == zipfile.ZIP_STORED:
         content = mapped.bytes(start, min(end, start + limit + 1))
     else:
-        raise BadPickleError(f"record {entry.filename[:40]!r} is packed by an unknown method")
+        raise RefusedFileError(f"record {entry.filename[:40]!r} is packed by an unknown method")
     if len(content) > limit:
-        raise BadPickleError(
+        raise RefusedFileError(
             f"record {entry.filename[:40]!r} has more than {limit} bytes; save the state_dict() "
             "alone"
         )
@@ -347,12 +350,12 @@ def _legacy(mapped: _Mapped) -> Contents:
         count = int.from_bytes(mapped.bytes(at, at + 8), "little")
         unit = units.get(key) if isinstance(key, str) else None
         if unit is None:
-            raise _damaged(path, BadPickleError("a storage that no tensor lies in"))
+            raise _damaged(path, BadFileError("a storage that no tensor lies in"))
         ranges[key] = (at + 8, at + 8 + count * unit)
         at = ranges[key][1]
         if at > mapped.size:
             raise _damaged(
-                path, BadPickleError(f"{mapped.size} bytes, its tensors need {at} or more")
+                path, BadFileError(f"{mapped.size} bytes, its tensors need {at} or more")
             )
 
     def tensor(name: str, said: PickledTensor) -> StoredTensor:
@@ -360,9 +363,9 @@ def _legacy(mapped: _Mapped) -> Contents:
             place = (0, 0) if said.storage is None else ranges[said.storage.key]
             return mapped.tensor(place, said)
         except KeyError:
-            raise _misses(path, name, "its storage is missing") from None
-        except BadPickleError as error:
-            raise _misses(path, name, one_line(error)) from None
+            raise _damaged(path, BadFileError("its storage is missing"), name) from None
+        except BadFileError as error:
+            raise _damaged(path, error, name) from None
 
     return Contents(tree, lambda leaf: isinstance(leaf, PickledTensor), tensor)
 
@@ -376,16 +379,16 @@ def _pickled(path: Path, read: Callable[[], Any]) -> Any:
             f"{path} is refused: loading it would run {error}, and only tensors are accepted; "
             "save its state_dict() alone and give that"
         ) from None
-    except (BadPickleError, struct.error, zlib.error) as error:
+    except (BadFileError, struct.error, zlib.error) as error:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is truncated or damaged ({one_line(error)}); download it again")
-
-
-def _misses(path: Path, name: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is truncated or damaged ({name}: {reason}); download it again")
+def _damaged(path: Path, error: Exception, name: str = "") -> CheckpointError:
+    """The error in words about the file, and about the tensor of that name."""
+    reason = f"{name}: {one_line(error)}" if name else one_line(error)
+    if isinstance(error, RefusedFileError):
+        return CheckpointError(f"{path} is refused: {reason}")
+    return CheckpointError(f"{path} is truncated or damaged ({reason}); download it again")
 
 
 # safetensors

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 MAX_OPCODES = 500_000  # a training checkpoint of the largest released model has about 50 000
+STOP = 0x2E
 MAX_DIMENSIONS = 8
 MAX_ARGUMENTS = 9  # one more than any of the functions takes
 MAX_NUMBER = 2**62  # of sizes, strides and offsets
@@ -69,8 +70,12 @@ OTHER_NAMES = frozenset(
 )
 
 
-class BadPickleError(Exception):
-    """The bytes are not a pickle that torch.save writes; the message says what was found."""
+class BadFileError(Exception):
+    """The bytes are not what torch.save writes; the message says what was found."""
+
+
+class RefusedFileError(BadFileError):
+    """The bytes may be sound, and are not taken; the message says what was found and what helps."""
 
 
 class ForbiddenNameError(Exception):
@@ -141,30 +146,35 @@ class PickleReader:
         self._memo: dict[int, Any] = {}
 
     def read(self) -> Any:
-        """The next object. Raises BadPickleError or ForbiddenNameError."""
+        """The next object. Raises BadFileError or ForbiddenNameError."""
         self._stack, self._memo = [], {}
+        data, steps = self._data, _STEPS
         try:
             while True:
-                self._spend(1)
-                code = self._take(1)[0]
-                if code == 0x2E:  # STOP
+                code = data[self.position]
+                self.position += 1
+                self._left -= 1
+                if code == STOP:
                     return self._pop()
-                step = _STEPS.get(code)
-                if step is None:
-                    raise BadPickleError(f"opcode {code:#04x} at byte {self.position - 1}")
-                step(self)
+                if self._left < 0:
+                    self._spend(0)
+                if code not in steps:
+                    raise BadFileError(f"opcode {code:#04x} at byte {self.position - 1}")
+                steps[code](self)
         except (IndexError, KeyError, UnicodeDecodeError) as error:
-            raise BadPickleError(f"{type(error).__name__} before byte {self.position}") from None
+            raise BadFileError(f"{type(error).__name__} before byte {self.position}") from None
 
     def _spend(self, steps: int) -> None:
         self._left -= steps
         if self._left < 0:
-            raise BadPickleError(f"a pickle of more than {MAX_OPCODES} opcodes")
+            raise RefusedFileError(
+                f"a pickle of more than {MAX_OPCODES} opcodes; save the state_dict() alone"
+            )
 
     def _take(self, count: int) -> bytes:
         end = self.position + count
         if end > len(self._data):
-            raise BadPickleError(f"the pickle ends after {len(self._data)} bytes")
+            raise BadFileError(f"the pickle ends after {len(self._data)} bytes")
         taken = self._data[self.position : end]
         self.position = end
         return taken
@@ -175,19 +185,19 @@ class PickleReader:
     def _line(self) -> str:
         end = self._data.find(b"\n", self.position, self.position + 1000)
         if end < 0:
-            raise BadPickleError(f"no line ends after byte {self.position}")
+            raise BadFileError(f"no line ends after byte {self.position}")
         return self._take(end + 1 - self.position)[:-1].decode()
 
     def _pop(self) -> Any:
         value = self._stack.pop()
         if value is _MARK:
-            raise BadPickleError(f"nothing after a mark before byte {self.position}")
+            raise BadFileError(f"nothing after a mark before byte {self.position}")
         return value
 
     def _top(self, kind: type) -> Any:
         value = self._stack[-1]
         if type(value) is not kind:
-            raise BadPickleError(f"{type(value).__name__} instead of {kind.__name__}")
+            raise BadFileError(f"{type(value).__name__} instead of {kind.__name__}")
         return value
 
     def _since_mark(self) -> list[Any]:
@@ -196,7 +206,7 @@ class PickleReader:
         while stack[at] is not _MARK:  # IndexError below the lowest
             at -= 1
             if at < 0:
-                raise BadPickleError(f"no mark before byte {self.position}")
+                raise BadFileError(f"no mark before byte {self.position}")
         items = stack[at + 1 :]
         del stack[at:]
         return items
@@ -237,7 +247,7 @@ class PickleReader:
     def memoize(self, form: str = "") -> None:
         index = self._number(form) if form else len(self._memo)
         if self._stack[-1] is _MARK:
-            raise BadPickleError(f"a mark is stored before byte {self.position}")
+            raise BadFileError(f"a mark is stored before byte {self.position}")
         self._memo[index] = self._stack[-1]
 
     def append(self) -> None:
@@ -256,7 +266,7 @@ class PickleReader:
         items = self._since_mark()
         target = self._top(dict)
         if len(items) % 2:
-            raise BadPickleError(f"a key without a value before byte {self.position}")
+            raise BadFileError(f"a key without a value before byte {self.position}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             _set(target, key, value)
 
@@ -270,19 +280,19 @@ class PickleReader:
     def name_stack(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise BadPickleError(f"a name that is not text before byte {self.position}")
+            raise BadFileError(f"a name that is not text before byte {self.position}")
         self.push(_named(f"{module}.{name}"))
 
     def call(self) -> None:
         arguments, function = self._pop(), self._pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise BadPickleError(f"a call of no function before byte {self.position}")
+            raise BadFileError(f"a call of no function before byte {self.position}")
         self.push(self._called(function.name, arguments))
 
     def build(self) -> None:
         self._pop()  # attributes such as a state dict's versions
         if self._stack[-1] is _MARK or isinstance(self._stack[-1], _Name):
-            raise BadPickleError(f"attributes of nothing before byte {self.position}")
+            raise BadFileError(f"attributes of nothing before byte {self.position}")
 
     def storage(self) -> None:
         self.storages.append(_storage(self._pop()))
@@ -304,7 +314,7 @@ class PickleReader:
         try:
             return _TENSORS[name](*arguments[:MAX_ARGUMENTS])
         except TypeError:
-            raise BadPickleError(f"{name.rpartition('.')[2]} with wrong arguments") from None
+            raise BadFileError(f"{name.rpartition('.')[2]} with wrong arguments") from None
 
     def _dict(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
         """Of nothing, of a dict, or as Python 2 wrote it, of pairs."""
@@ -312,12 +322,12 @@ class PickleReader:
         if isinstance(first, dict):
             return first
         if not isinstance(first, (list, tuple)):
-            raise BadPickleError(f"a dict of {type(first).__name__}")
+            raise BadFileError(f"a dict of {type(first).__name__}")
         self._spend(len(first))  # the same pairs can be named again and again
         made: dict[str, Any] = {}
         for pair in first:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise BadPickleError("a dict of something else than pairs")
+                raise BadFileError("a dict of something else than pairs")
             _set(made, *pair)
         return made
 
@@ -346,18 +356,18 @@ def _named(name: str) -> _Name | torch.dtype:
 def _storage(pid: object) -> PickledStorage:
     """("storage", class, key, device, length), then in old files (view key, first, length)."""
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-        raise BadPickleError("a reference to something else than a storage")
+        raise BadFileError("a reference to something else than a storage")
     _, kind, key, _, length, *view = pid
     if isinstance(kind, _Name) and (kind.name in STORAGE_TYPES or kind.name in UNTYPED):
         dtype = STORAGE_TYPES.get(kind.name)
     else:
-        raise BadPickleError("a storage of no type")
+        raise BadFileError("a storage of no type")
     if not isinstance(key, str) or not _is_size(length):
-        raise BadPickleError("a storage without a name or a size")
+        raise BadFileError("a storage without a name or a size")
     if not view or view[0] is None:
         return PickledStorage(key, dtype, length)
     if not isinstance(view[0], tuple) or len(view[0]) != 3 or not all(map(_is_size, view[0][1:])):
-        raise BadPickleError("a view of a storage without a size")
+        raise BadFileError("a view of a storage without a size")
     _, first, length = view[0]
     return PickledStorage(key, dtype, length, first)
 
@@ -368,7 +378,7 @@ def _is_size(value: object) -> bool:
 
 def _sizes(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple) or len(value) > MAX_DIMENSIONS or not all(map(_is_size, value)):
-        raise BadPickleError("a tensor whose sizes are not a few whole numbers")
+        raise BadFileError("a tensor whose sizes are not a few whole numbers")
     return value
 
 
@@ -384,7 +394,7 @@ def _dense_untyped(
     requires_grad: object, hooks: object, dtype: object, metadata: object = None,
 ) -> Any:  # fmt: skip
     if not isinstance(dtype, torch.dtype):
-        raise BadPickleError("a tensor of no type")
+        raise BadFileError("a tensor of no type")
     return _strided(storage, offset, size, stride, metadata, dtype)
 
 
@@ -393,13 +403,13 @@ def _strided(
     metadata: object, dtype: torch.dtype | None,
 ) -> PickledTensor:  # fmt: skip
     if not isinstance(storage, PickledStorage) or not _is_size(offset):
-        raise BadPickleError("a tensor without a storage")
+        raise BadFileError("a tensor without a storage")
     dtype = dtype or storage.dtype
     if dtype is None:
-        raise BadPickleError("a tensor of no type")
+        raise BadFileError("a tensor of no type")
     shape, steps = _sizes(size), _sizes(stride)
     if len(shape) != len(steps):
-        raise BadPickleError(f"a tensor of {len(shape)} dimensions with {len(steps)} strides")
+        raise BadFileError(f"a tensor of {len(shape)} dimensions with {len(steps)} strides")
     assert isinstance(offset, int)
     kind = "lazily conjugated or negated" if metadata else ""
     return PickledTensor(shape, steps, offset, dtype, storage, kind)
@@ -407,7 +417,7 @@ def _strided(
 
 def _parameter(data: object, *_: object) -> PickledTensor:
     if not isinstance(data, PickledTensor):
-        raise BadPickleError("a parameter without a tensor")
+        raise BadFileError("a parameter without a tensor")
     return data
 
 

@@ -120,8 +120,7 @@ def _patch_nums(
     if stored is not None:
         if asked not in (None, stored):
             raise UsageError(
-                f"--patch-nums {_typed(asked)} contradicts {transformer}: lvl_1L has "
-                f"{_typed(stored)}"
+                f"--patch-nums {typed(asked)} contradicts {transformer}: lvl_1L has {typed(stored)}"
             )
         return stored
     place = (
@@ -133,7 +132,7 @@ def _patch_nums(
         tokens = sum(side * side for side in asked)
         if (tokens, len(asked)) != (total, scales):
             raise UsageError(
-                f"--patch-nums {_typed(asked)} has {tokens} tokens in {len(asked)} scales, "
+                f"--patch-nums {typed(asked)} has {tokens} tokens in {len(asked)} scales, "
                 f"expected {total} in {scales}, as {transformer} has ({place})"
             )
         return asked
@@ -151,7 +150,7 @@ def _patch_nums(
 def _check_growing(patch_nums: tuple[int, ...]) -> None:
     if not patch_nums or patch_nums[0] != 1 or list(patch_nums) != sorted(set(patch_nums)):
         raise UsageError(
-            f"--patch-nums must grow from 1, as 1,2,3,5,8 do, found {_typed(patch_nums)}"
+            f"--patch-nums must grow from 1, as 1,2,3,5,8 do, found {typed(patch_nums)}"
         )
 
 
@@ -167,9 +166,14 @@ def _stored_patch_nums(
             f"{transformer}: lvl_1L is {_listed(shape)}, expected at most {MAX_TOKENS} tokens"
         )
     levels = transformer.read("lvl_1L").ravel()
-    # a number that is no scale would make as many counts as it says
-    sensible = levels.size > 0 and levels.min() >= 0 and levels.max() < MAX_SCALES
-    lengths = np.bincount(levels) if sensible else np.zeros(0, np.int64)
+    if not levels.size or levels.min() < 0 or levels.max() >= MAX_SCALES:
+        # counting a number makes as many counts as it says
+        found = f"numbers from {levels.min()} to {levels.max()}" if levels.size else "no numbers"
+        raise CheckpointError(
+            f"{transformer}: lvl_1L does not list square token maps scale by scale ({found}, "
+            f"expected scales from 0 to {scales - 1})"
+        )
+    lengths = np.bincount(levels)
     sides = tuple(math.isqrt(int(n)) for n in lengths)
     squares = [side * side for side in sides]
     if not np.array_equal(levels, np.repeat(np.arange(len(sides)), squares)):
@@ -255,9 +259,7 @@ def _check_fit(tokenizer: WeightSource, transformer: WeightSource, spec: Tokeniz
             )
     scales = _size(transformer, "lvl_embed.weight", 0)
     if spec.codebook_per_scale:
-        codebooks = _count(
-            tokenizer, r"quantize\.embedding\.(\d+)\.", "codebooks", MAX_SCALES
-        )
+        codebooks = _count(tokenizer, r"quantize\.embedding\.(\d+)\.", "codebooks", MAX_SCALES)
         if codebooks != scales:
             problems.append(f"{scales} scales, expected {codebooks} (quantize.embedding.k)")
     if problems:
@@ -309,6 +311,6 @@ def _listed(shape: Sequence[int]) -> str:
     return str(list(shape))
 
 
-def _typed(patch_nums: tuple[int, ...] | None) -> str:
-    """As --patch-nums takes them."""
+def typed(patch_nums: tuple[int, ...] | None) -> str:
+    """Side lengths as --patch-nums takes them."""
     return ",".join(map(str, patch_nums or ()))

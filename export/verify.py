@@ -188,6 +188,12 @@ def load_bundle_model(
             heads=manifest.model.transformer.heads,
         ),
     )
+    for option, told, source, place in (
+        ("--key", hints.key, model.transformer, places["transformer"]),
+        ("--tokenizer-key", hints.tokenizer_key, model.tokenizer, places["tokenizer"]),
+    ):
+        if told is not None and source.description.get("key", TOP) != place:
+            raise UsageError(f"{option} {told}: this bundle was made from {place}")
     if model.spec != manifest.model:
         raise UsageError("these checkpoints are of another architecture than the bundle")
     return model
