@@ -16,19 +16,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from var_deploy.errors import CheckpointError, UsageError
-from var_deploy.export import hub
 from var_deploy.export.checkpoint_files import (
     DERIVED_BUFFERS,
-    Part,
     WeightSource,
     open_checkpoint,
-    shorten,
 )
+from var_deploy.export.checkpoint_formats import shown
 from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
-from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
+from var_deploy.export.presets import Preset, find_preset, own_file
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.recognise import recognise, typed
 from var_deploy.sampling import Sampling
@@ -198,13 +196,13 @@ def load_model(
             f"{typed(known.spec.patch_nums)}"
         )
     opened_tokenizer = open_checkpoint(
-        tokenizer or _own_file(known, "tokenizer", progress),
+        tokenizer or own_file(known, "tokenizer", progress),
         "tokenizer",
         hints.tokenizer_key,
         fallback.tokenizer_key,
     )
     opened_transformer = open_checkpoint(
-        checkpoint or _own_file(known, "transformer", progress),
+        checkpoint or own_file(known, "transformer", progress),
         "transformer",
         hints.key,
         fallback.key,
@@ -289,22 +287,6 @@ def _named(name: str | None, preset: Preset) -> dict[str, Any]:
     return {"preset": name, "labels": preset.labels, "defaults": preset.defaults}
 
 
-def _own_file(preset: Preset | None, part: Part, progress: Callable[[str], None] | None) -> Path:
-    """The file of a preset, fetched where it is not at hand."""
-    assert preset is not None  # load_model asked for both files otherwise
-    option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
-    name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
-    if preset.repo:
-        return hub.fetch(preset.repo, name, progress, option=option)
-    path = POCKET_FOLDER / name
-    if not path.is_file():
-        raise CheckpointError(
-            f"pocket's {part} ({name}) is not in this installation; reinstall var-deploy, "
-            f"train it with `make train`, or give a file with {option}"
-        )
-    return path
-
-
 def check_state(
     source: WeightSource, expected: Mapping[str, tuple[int, ...]], optional: Collection[str]
 ) -> None:
@@ -346,7 +328,7 @@ def _check_fit(
     ]
     if problems:
         more = len(problems) - MAX_LISTED
-        listed = shorten("; ".join(problems[:MAX_LISTED]), MAX_LINE)
+        listed = shown("; ".join(problems[:MAX_LISTED]), MAX_LINE)
         listed += f"; and {more} more" if more > 0 else ""
         raise CheckpointError(f"{source} does not fit {what}: {listed}")
 

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from var_deploy.errors import CheckpointError
-from var_deploy.export.checkpoint_formats import Contents, StoredTensor, open_contents
-from var_deploy.export.checkpoint_pickle import MAX_DIMENSIONS
+from var_deploy.export.checkpoint_formats import Contents, check_names, open_contents, shown
+from var_deploy.export.mapped_file import StoredTensor
+from var_deploy.export.pickled_names import MAX_DIMENSIONS
 from var_deploy.manifest import file_sha256
 
 Part = Literal["transformer", "tokenizer"]
@@ -54,7 +55,6 @@ FLOATS = frozenset(
 INTEGERS = frozenset(["int64", "int32", "int16", "int8", "uint8"])
 
 MAX_NESTING = 8
-MAX_ENTRIES = 100_000  # of all dicts; a training checkpoint has some thousands
 MAX_NAME = 200  # characters, as it is shown
 MAX_CANDIDATES = 16
 MAX_LISTED = 600  # characters of a list in a message
@@ -152,7 +152,7 @@ def _choose(
     path: Path, part: Part, places: list[str], key: str | None, default_key: str | None
 ) -> str:
     """One of the places at which the part was found."""
-    listed = shorten(", ".join(place or TOP for place in places), MAX_LISTED)
+    listed = shown(", ".join(place or TOP for place in places), MAX_LISTED)
     if key is not None:
         wanted = "" if key == TOP else key
         matching = [place for place in places if place == wanted] or [
@@ -162,7 +162,7 @@ def _choose(
             return matching[0]
         holds = f"{len(matching)} {part}s" if matching else f"no {part}"
         raise CheckpointError(
-            f"{path} holds {holds} under {KEY_OPTION[part]} {_shown(key[:MAX_NAME])}, "
+            f"{path} holds {holds} under {KEY_OPTION[part]} {shown(key, MAX_NAME)}, "
             f"expected one of {listed}"
         )
     if len(places) == 1:
@@ -194,7 +194,9 @@ def _check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
                 f"{MAX_DIMENSIONS}"
             )
         if tensor.dtype not in accepted:
-            raise CheckpointError(f"{path}: {name} is {_shown(tensor.dtype)}, expected {expected}")
+            raise CheckpointError(
+                f"{path}: {name} is {shown(tensor.dtype, MAX_NAME)}, expected {expected}"
+            )
         excess += tensor.excess
         if excess > MAX_EXCESS:
             raise CheckpointError(
@@ -204,7 +206,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 class _Entries:
-    """The entries of the nested dicts of a file, of which no more than MAX_ENTRIES are seen.
+    """The entries of the nested dicts of a file, of which no more than MAX_NAMES are seen.
 
     A dict that holds itself, or the same dict again and again, is no trap then.
     """
@@ -230,11 +232,7 @@ class _Entries:
         if not isinstance(node, dict) or len(parents) > MAX_NESTING or id(node) in parents:
             return
         self._seen += len(node)
-        if self._seen > MAX_ENTRIES:
-            raise CheckpointError(
-                f"{self._path} lists more than {MAX_ENTRIES} names, expected a model's; save its "
-                "state_dict() alone"
-            )
+        check_names(self._path, self._seen)
         is_tensor = self._contents.is_tensor
         tensors = {self._name(key): value for key, value in node.items() if is_tensor(value)}
         prefixes = _prefixes(tensors, part)
@@ -258,13 +256,13 @@ class _Entries:
 
     def _name(self, key: str) -> str:
         """A name of the file as it can be shown: no control characters and the like."""
-        shown = _shown(key[: MAX_NAME + 1])
-        if len(shown) > MAX_NAME:
+        name = shown(key, MAX_NAME + 1)
+        if len(name) > MAX_NAME:
             raise CheckpointError(
-                f"{self._path} has a name of {len(key)} characters ({shown[:40]}…), expected at "
-                f"most {MAX_NAME}"
+                f"{self._path} has a name of {len(key)} characters ({shown(name, 40)}), expected "
+                f"at most {MAX_NAME}"
             )
-        return shown
+        return name
 
     def _without_wrappers(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         plain: dict[str, Any] = {}
@@ -274,15 +272,6 @@ class _Entries:
                 raise CheckpointError(f"{self._path} holds {name} twice, once as {key}")
             plain[name] = stored
         return plain
-
-
-def shorten(text: str, limit: int) -> str:
-    """The beginning of a text that is too long for a line."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
 
 
 def _prefixes(keys: Collection[str], part: Part) -> list[str]:

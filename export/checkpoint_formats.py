@@ -7,35 +7,34 @@ that a file claims are held against its length before anything is made of them.
 
 from __future__ import annotations
 
-import mmap
 import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from var_deploy.errors import CheckpointError, one_line
-from var_deploy.export.checkpoint_pickle import (
-    DTYPES,
+from var_deploy.export.checkpoint_pickle import PickleReader
+from var_deploy.export.mapped_file import ITEM_SIZES, MappedFile, StoredTensor
+from var_deploy.export.pickled_names import (
     BadFileError,
     ForbiddenNameError,
     PickledTensor,
-    PickleReader,
     RefusedFileError,
 )
 
 MAX_PICKLE = 16 << 20  # bytes; the largest released model has 100 kB, a training checkpoint 1 MB
-MAX_DIRECTORY = 4 << 20  # bytes of a zip file's directory, some 50 000 records
-MAX_HEADER = 8 << 20  # bytes of a safetensors header, some 100 000 tensors
+MAX_HEADER = 8 << 20  # bytes of a safetensors header
+MAX_NAMES = 50_000  # of tensors and whatever else; a training checkpoint has some thousands
+
+MAX_REASON = 300  # characters of a library's words
 
 ZIP_SIGNATURE = b"PK\x03\x04"
 PICKLE_SIGNATURE = b"\x80"
@@ -61,32 +60,6 @@ SAFETENSORS_TYPES: Mapping[str, str] = {
     "BOOL": "bool",
     "C64": "complex64",
 }
-ITEM_SIZES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a file.
-
-    Attributes:
-        dtype: as torch spells it; what the file says where torch does not know it.
-        kind: "" for an ordinary tensor, else such as "sparse"; then it cannot be read.
-        stored: bytes that it lies in; fewer than its own where values are repeated by strides.
-        read: makes the tensor, as a view of the mapped file where it can.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    stored: int
-    read: Callable[[], Tensor]
-    kind: str = ""
-
-    @property
-    def excess(self) -> int:
-        """Bytes that reading takes beyond those of the file."""
-        if self.kind or self.dtype not in ITEM_SIZES:
-            return 0
-        return max(0, prod(self.shape) * ITEM_SIZES[self.dtype] - self.stored)
 
 
 @dataclass(frozen=True)
@@ -105,7 +78,7 @@ class Contents:
 def open_contents(path: Path) -> Contents:
     """The contents of a checkpoint file. Raises CheckpointError for whatever else it may be."""
     with _open(path) as stream:
-        mapped = _Mapped(path, stream)
+        mapped = MappedFile(path, stream)
     head = mapped.bytes(0, len(LFS_SIGNATURE))
     if head == LFS_SIGNATURE:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
@@ -124,6 +97,21 @@ def open_contents(path: Path) -> Contents:
     raise CheckpointError(
         f"{path} is no checkpoint: expected a PyTorch .pth or a .safetensors file"
     )
+
+
+def shown(text: str, limit: int) -> str:
+    """A text of a file as it can be shown: no control characters, and not too long."""
+    if not text.isprintable():
+        text = text[: limit + 1].encode("unicode_escape").decode("ascii")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def check_names(path: Path, count: int) -> None:
+    """Raise CheckpointError for more names than any model has."""
+    if count > MAX_NAMES:
+        raise CheckpointError(
+            f"{path} is refused: it lists more than {MAX_NAMES} names; save the state_dict() alone"
+        )
 
 
 def _open(path: Path) -> BinaryIO:
@@ -148,95 +136,10 @@ _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device"}
 _KINDS[stat.S_IFBLK] = _KINDS[stat.S_IFCHR]
 
 
-class _Mapped:
-    """A file in memory whose pages are read when they are touched; writing never reaches it."""
-
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
-        self.path = path
-        try:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        except ValueError:
-            raise CheckpointError(f"{path} is empty; download it again") from None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be mapped: {error.strerror}") from None
-        self.size = len(self._map)
-
-    def bytes(self, start: int, end: int) -> bytes:
-        return self._map[start:end]
-
-    def seekable(self) -> _Seekable:
-        return _Seekable(self._map)
-
-    def tensor(self, storage: tuple[int, int], said: PickledTensor) -> StoredTensor:
-        """A tensor in the bytes of its storage. Raises BadFileError where it exceeds them."""
-        if said.kind or said.dtype is None or said.storage is None:
-            return StoredTensor(said.shape, str(said.dtype), 0, torch.Tensor, said.kind)
-        size = said.dtype.itemsize
-        unit = 1 if said.storage.dtype is None else said.storage.dtype.itemsize
-        stored = said.storage.length * unit
-        start, end = storage
-        start += said.storage.first * unit
-        if start + stored > end:
-            raise BadFileError(
-                f"storage {said.storage.key[:20]!r} has {end - storage[0]} bytes, expected {stored}"
-            )
-        span = 0
-        if 0 not in said.shape:
-            steps = zip(said.shape, said.stride, strict=True)
-            span = 1 + sum((n - 1) * stride for n, stride in steps)
-            if (said.offset + span) * size > stored:
-                raise BadFileError(f"{list(said.shape)} lies outside its storage")
-        read = partial(self._read, start + said.offset * size, span, said)
-        return StoredTensor(said.shape, str(said.dtype).removeprefix("torch."), stored, read)
-
-    def _read(self, start: int, span: int, said: PickledTensor) -> Tensor:
-        """`span` elements from a byte on, seen with the strides of the tensor."""
-        assert said.dtype is not None
-        if not span:
-            return torch.empty(said.shape, dtype=said.dtype)
-        buffer: Any = self._map
-        if start % said.dtype.itemsize:  # old files know no alignment
-            buffer = bytearray(self._map[start : start + span * said.dtype.itemsize])
-            start = 0
-        flat = torch.frombuffer(buffer, dtype=said.dtype, count=span, offset=start)
-        return flat.as_strided(said.shape, said.stride, 0)
-
-
-@dataclass
-class _Seekable:
-    """A mapped file for `zipfile`, which would read a directory of any size that is claimed."""
-
-    _map: mmap.mmap
-    _at: int = field(default=0)
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        to = offset + (0, self._at, len(self._map))[whence]
-        if to < 0:
-            raise OSError(f"a record before the file's beginning ({to})")
-        self._at = to
-        return to
-
-    def read(self, count: int = -1) -> bytes:
-        end = len(self._map) if count < 0 else min(self._at + count, len(self._map))
-        if end - self._at > MAX_DIRECTORY:
-            raise RefusedFileError(
-                f"a directory of more than {MAX_DIRECTORY >> 20} MB; save the state_dict() alone"
-            )
-        taken = self._map[self._at : end]
-        self._at += len(taken)
-        return taken
-
-
 # zip, what torch.save writes
 
 
-def _zipped(mapped: _Mapped) -> Contents:
+def _zipped(mapped: MappedFile) -> Contents:
     path, stream = mapped.path, mapped.seekable()
     try:
         if not zipfile.is_zipfile(stream):
@@ -283,7 +186,7 @@ def _zipped(mapped: _Mapped) -> Contents:
     return Contents(tree, lambda leaf: isinstance(leaf, PickledTensor), tensor)
 
 
-def _record(mapped: _Mapped, entry: zipfile.ZipInfo) -> tuple[int, int]:
+def _record(mapped: MappedFile, entry: zipfile.ZipInfo) -> tuple[int, int]:
     """Where the bytes of a record lie, as they are stored."""
     header = mapped.bytes(entry.header_offset, entry.header_offset + LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or header[:4] != ZIP_SIGNATURE:
@@ -298,7 +201,7 @@ def _record(mapped: _Mapped, entry: zipfile.ZipInfo) -> tuple[int, int]:
     return start, end
 
 
-def _stored_record(mapped: _Mapped, entry: zipfile.ZipInfo) -> tuple[int, int]:
+def _stored_record(mapped: MappedFile, entry: zipfile.ZipInfo) -> tuple[int, int]:
     """A record that can be mapped."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise RefusedFileError(
@@ -308,7 +211,7 @@ def _stored_record(mapped: _Mapped, entry: zipfile.ZipInfo) -> tuple[int, int]:
     return _record(mapped, entry)
 
 
-def _small_record(mapped: _Mapped, entry: zipfile.ZipInfo, limit: int) -> bytes:
+def _small_record(mapped: MappedFile, entry: zipfile.ZipInfo, limit: int) -> bytes:
     """The content of a record; packed again with another tool it may be deflated."""
     start, end = _record(mapped, entry)
     # one byte more than is allowed, so that nothing larger is ever made
@@ -330,7 +233,7 @@ def _small_record(mapped: _Mapped, entry: zipfile.ZipInfo, limit: int) -> bytes:
 # the format of before PyTorch 1.6
 
 
-def _legacy(mapped: _Mapped) -> Contents:
+def _legacy(mapped: MappedFile) -> Contents:
     """Five pickles one after another, then the storages in the order of the fifth."""
     path = mapped.path
     reader = PickleReader(mapped.bytes(0, MAX_PICKLE))
@@ -376,7 +279,7 @@ def _pickled(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except ForbiddenNameError as error:
         raise CheckpointError(
-            f"{path} is refused: loading it would run {error}, and only tensors are accepted; "
+            f"{path} is refused: loading it would run {shown(str(error), 100)}, and only tensors are accepted; "
             "save its state_dict() alone and give that"
         ) from None
     except (BadFileError, struct.error, zlib.error) as error:
@@ -385,7 +288,7 @@ def _pickled(path: Path, read: Callable[[], Any]) -> Any:
 
 def _damaged(path: Path, error: Exception, name: str = "") -> CheckpointError:
     """The error in words about the file, and about the tensor of that name."""
-    reason = f"{name}: {one_line(error)}" if name else one_line(error)
+    reason = shown(f"{name}: {one_line(error)}" if name else one_line(error), MAX_REASON)
     if isinstance(error, RefusedFileError):
         return CheckpointError(f"{path} is refused: {reason}")
     return CheckpointError(f"{path} is truncated or damaged ({reason}); download it again")
@@ -403,7 +306,11 @@ def _safetensors(path: Path, header: int, size: int) -> Contents:
         )
     try:
         handle: Any = safe_open(path, framework="pt")
-        tensors = {key: _sliced(handle, key) for key in handle.keys()}  # noqa: SIM118 (no dict)
+        keys: list[str] = handle.keys()
+        check_names(path, len(keys))
+        tensors = {key: _sliced(handle, key) for key in keys}
+    except CheckpointError:
+        raise
     except Exception as error:  # of the library's own kinds, and of Python's
         raise CheckpointError(
             f"{path} is no safetensors file or is truncated ({_sentence(error)}); download it again"
@@ -421,4 +328,4 @@ def _sliced(handle: Any, key: str) -> StoredTensor:
 
 
 def _sentence(error: Exception) -> str:
-    return one_line(error).split(". ")[0].rstrip(".")[:200]
+    return shown(one_line(error).split(". ")[0].rstrip("."), MAX_REASON)

@@ -291,7 +291,7 @@ def odd_keys(chance: random.Random) -> bytes:
             state = {"a": state, 3: [state], "model": state, None: 1}
             break
         elif change == 8 and kind != "safetensors":
-            for _ in range(chance.choice([2, 8, 9, 500])):
+            for _ in range(chance.choice([2, 8, 9, 60])):
                 state = {"inner": state}
             break
     return packed(state, kind)
@@ -431,11 +431,18 @@ def write_attacks(folder: Path) -> list[Path]:
     zipped("blocks.pth", transformer_state() | many)
     some = {f"blocks.{n}.attn.q_bias": one for n in range(5_000)}
     zipped("fewer_blocks.pth", transformer_state() | some)
-    spread = {f"blocks.{n}.attn.q_bias": torch.zeros(1) for n in range(50_000)}
-    (folder / "blocks.safetensors").write_bytes(save(transformer_state() | spread))
+    content = valid("safetensors")
+    size = int.from_bytes(content[:8], "little")
+    listed, end = json.loads(content[8 : 8 + size]), len(content) - 8 - size
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
+    listed |= {f"blocks.{n}.attn.q_bias": empty for n in range(2, 80_000)}
+    header = json.dumps(listed, separators=(",", ":")).encode()
+    (folder / "blocks.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + content[8 + size :]
+    )
     header = json.dumps({"__metadata__": {"x": "y" * (20 << 20)}}).encode()
     (folder / "header.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    (folder / "directory.pth").write_bytes(pack([Record(f"a/{n}", b"") for n in range(90_000)]))
+    (folder / "directory.pth").write_bytes(pack([Record(f"a/{n:060}", b"") for n in range(60_000)]))
     text = b"X" + struct.pack("<I", 4 << 20) + b"y" * (4 << 20)
     grown = (
         b"\x80\x02"

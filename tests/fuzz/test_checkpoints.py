@@ -17,11 +17,11 @@ SECONDS, MEGABYTES = 20.0, 300.0  # 2 s are meant, on a machine with nothing els
 
 
 def test_damaged_checkpoints_are_refused_in_one_line() -> None:
-    cases = [(name, seed) for seed in range(scaled(30)) for name in MUTATIONS]
+    cases = [(name, seed) for seed in range(scaled(20)) for name in MUTATIONS]
     counts = run_cases("checkpoints", cases, load, SECONDS, MEGABYTES, valid=("valid", 0))
     assert counts.failures == []
-    assert counts.refused > counts.tried / 3
-    assert counts.accepted > 0
+    assert counts.refused > counts.tried / 2
+    assert counts.accepted > counts.tried / 20
 
 
 def test_small_files_that_ask_for_much(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "folder.pth").mkdir()
     cases = [str(tmp_path / name) for name in ("pipe", "loop", "folder.pth", "socket", "absent")]
-    cases += ["/dev/zero", "/dev/null", "/proc/self/status", "/proc/self/mem", "a\0b", "x" * 5000]
+    cases += ["/dev/zero", "/dev/null", "/proc/self/status", "/proc/self/mem", "a\0b", "x" * 300]
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
         counts = run_cases("places", cases, load_file, SECONDS, MEGABYTES, valid=str(valid))
