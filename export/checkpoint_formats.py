@@ -30,7 +30,7 @@ from var_deploy.export.pickled_names import (
     RefusedFileError,
 )
 
-MAX_PICKLE = 16 << 20  # bytes; the largest released model has 100 kB, a training checkpoint 1 MB
+MAX_PICKLE = 16 << 20  # bytes; the largest released model has 50 kB, its training some hundred
 MAX_HEADER = 8 << 20  # bytes of a safetensors header
 MAX_NAMES = 50_000  # of tensors and whatever else; a training checkpoint has some thousands
 
@@ -279,8 +279,8 @@ def _pickled(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except ForbiddenNameError as error:
         raise CheckpointError(
-            f"{path} is refused: loading it would run {shown(str(error), 100)}, and only tensors are accepted; "
-            "save its state_dict() alone and give that"
+            f"{path} is refused: loading it would run {shown(str(error), 100)}, and only tensors "
+            "are accepted; save its state_dict() alone and give that"
         ) from None
     except (BadFileError, struct.error, zlib.error) as error:
         raise _damaged(path, error) from None

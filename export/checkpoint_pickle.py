@@ -26,7 +26,7 @@ from var_deploy.export.pickled_names import (
     find_storage,
 )
 
-MAX_OPCODES = 500_000  # a training checkpoint of the largest released model has about 50 000
+MAX_OPCODES = 500_000  # the largest released model has 13 000, its training some 50 000
 STOP = 0x2E
 MAX_ARGUMENTS = 9  # one more than any of the functions takes
 
