@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from fuzz.raw_zip import DEFLATED, Record, pack, unpack, zeros
-from var_deploy.export.checkpoint import build_modules, load_model
+from var_deploy.export.checkpoint import build_modules, empty_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
@@ -427,6 +428,10 @@ def write_attacks(folder: Path) -> list[Path]:
     state["pos_1LC"] = torch.zeros(1 << 20).as_strided((10_000, 1 << 20), (0, 1))
     zipped("overlapping.pth", state)
     one = torch.zeros(1)
+    wide = dataclasses.replace(SPEC.transformer, width=8192, depth=4, ffn_width=32768)
+    _, module = empty_modules(ModelSpec(tokenizer=SPEC.tokenizer, transformer=wide))
+    everything = {key: one.expand(tensor.shape) for key, tensor in module.state_dict().items()}
+    zipped("one_value.pth", everything | {"lvl_1L": _transformer()["lvl_1L"]})
     many = {f"blocks.{n}.attn.q_bias": one for n in range(200_000)}
     zipped("blocks.pth", transformer_state() | many)
     some = {f"blocks.{n}.attn.q_bias": one for n in range(5_000)}

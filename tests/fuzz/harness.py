@@ -147,6 +147,7 @@ def _verdict(
     attempt: Callable[[Any], object], case: Any, megabytes: float, noise: int
 ) -> tuple[str, str]:
     os.ftruncate(noise, 0)
+    os.lseek(noise, 0, os.SEEK_SET)
     # resets the peak, so that it is this case's
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
