@@ -30,6 +30,7 @@ from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.bisect_backends import RUNNERS, Runner
 from var_deploy.export.difference import largest_error
 from var_deploy.export.graph_runner import complete_step
+from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.lint import values_of
 from var_deploy.export.reference import Reference, trace_reference
 from var_deploy.export.verify import BOUNDS, COIN_TOSS, load_bundle_model, run_order, widest_first
@@ -142,6 +143,7 @@ def bisect_bundle(
     *,
     checkpoint: Path | None = None,
     tokenizer: Path | None = None,
+    hints: Hints = NO_HINTS,
     graph: str | None = None,
     progress: Progress | None = None,
 ) -> Bisection:
@@ -153,7 +155,7 @@ def bisect_bundle(
     check_files(bundle, manifest)
     sides = parse_sides(backends, manifest)
     _choose(manifest, sides, graph)  # a wrong name is told before the model is run
-    model = load_bundle_model(manifest, checkpoint, tokenizer)
+    model = load_bundle_model(manifest, checkpoint, tokenizer, hints)
     if progress:
         progress("PyTorch reference", 0.0)
     reference = trace_reference(model, manifest, seed=0)

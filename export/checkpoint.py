@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,18 +16,24 @@ from numpy.typing import NDArray
 from torch import nn
 
 from var_deploy.errors import CheckpointError, UsageError
-from var_deploy.export import hub
-from var_deploy.export.checkpoint_files import Part, WeightSource, open_checkpoint
+from var_deploy.export.checkpoint_files import (
+    DERIVED_BUFFERS,
+    WeightSource,
+    open_checkpoint,
+)
+from var_deploy.export.checkpoint_formats import shown
+from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
-from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
+from var_deploy.export.presets import Preset, find_preset, own_file
 from var_deploy.export.random_weights import RandomWeights
-from var_deploy.export.recognise import recognise
+from var_deploy.export.recognise import recognise, typed
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
 __all__ = [
+    "Hints",
     "LoadedModel",
     "WeightSource",
     "as_loaded_model",
@@ -39,10 +46,8 @@ __all__ = [
     "open_checkpoint",
 ]
 
-# Buffers that follow from the sizes. Checkpoints may hold none of them, or (the statistic
-# ema_vocab_hit_SV) that of another number of scales: they are computed and never read.
-DERIVED_BUFFERS = frozenset({"lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV"})
 MAX_LISTED = 8
+MAX_LINE = 800  # characters of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +155,8 @@ def load_model(
     checkpoint: Path | None = None,
     tokenizer: Path | None = None,
     random_weights: int | None = None,
-    heads: int | None = None,
+    hints: Hints = NO_HINTS,
+    fallback: Hints = NO_HINTS,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Open the weights of a preset, of files, or random ones, and check them against the model.
@@ -161,7 +167,8 @@ def load_model(
         checkpoint: file with the transformer.
         tokenizer: file with the tokenizer (may be the same one, where it holds both).
         random_weights: a seed; no file is read.
-        heads: number of heads, where a checkpoint does not tell it.
+        hints: what the user tells of the files; must not contradict them.
+        fallback: taken where neither the files nor the hints tell.
         progress: called with what takes long.
 
     Nothing but metadata is read here. Raises UsageError for arguments that do not go together and
@@ -173,6 +180,8 @@ def load_model(
             raise UsageError("--random-weights needs a preset, which tells the sizes")
         if checkpoint is not None or tokenizer is not None:
             raise UsageError("--random-weights and checkpoint files exclude each other")
+        if dataclasses.replace(hints, heads=None) != NO_HINTS:
+            raise UsageError("--random-weights reads no file, which --key and --patch-nums tell of")
         return random_model(known.spec, random_weights, **_named(preset, known))
     if known is None and (checkpoint is None or tokenizer is None):
         lacking = "--checkpoint" if checkpoint is None else "--tokenizer"
@@ -180,14 +189,30 @@ def load_model(
             f"a model that is no preset needs --checkpoint and --tokenizer; {lacking} is missing "
             "(one file that holds both may be given twice)"
         )
-    opened_tokenizer = _open(known, "tokenizer", tokenizer, progress)
-    opened_transformer = _open(known, "transformer", checkpoint, progress)
+    asked = hints.patch_nums
+    if known is not None and asked not in (None, known.spec.patch_nums):
+        raise UsageError(
+            f"--patch-nums {typed(asked)} contradicts preset {preset}, which has "
+            f"{typed(known.spec.patch_nums)}"
+        )
+    opened_tokenizer = open_checkpoint(
+        tokenizer or own_file(known, "tokenizer", progress),
+        "tokenizer",
+        hints.tokenizer_key,
+        fallback.tokenizer_key,
+    )
+    opened_transformer = open_checkpoint(
+        checkpoint or own_file(known, "transformer", progress),
+        "transformer",
+        hints.key,
+        fallback.key,
+    )
     if known is None:
-        spec = recognise(opened_tokenizer, opened_transformer, heads=heads)
+        spec = recognise(opened_tokenizer, opened_transformer, hints, fallback)
         return assemble(spec, opened_tokenizer, opened_transformer)
     model = assemble(known.spec, opened_tokenizer, opened_transformer, **_named(preset, known))
     # equal shapes leave open which side lengths add up to the same number of tokens
-    found = recognise(opened_tokenizer, opened_transformer, heads=heads).patch_nums
+    found = recognise(opened_tokenizer, opened_transformer, hints, fallback).patch_nums
     if found != known.spec.patch_nums:
         raise CheckpointError(
             f"{opened_transformer} does not fit preset {preset}: lvl_1L has patch_nums {found}, "
@@ -262,26 +287,6 @@ def _named(name: str | None, preset: Preset) -> dict[str, Any]:
     return {"preset": name, "labels": preset.labels, "defaults": preset.defaults}
 
 
-def _open(
-    preset: Preset | None, part: Part, path: Path | None, progress: Callable[[str], None] | None
-) -> WeightSource:
-    """The given file, or the preset's own."""
-    if path is None:
-        assert preset is not None  # load_model asked for both files otherwise
-        option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
-        name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
-        if preset.repo:
-            path = hub.fetch(preset.repo, name, progress, option=option)
-        else:
-            path = POCKET_FOLDER / name
-            if not path.is_file():
-                raise CheckpointError(
-                    f"pocket's {part} ({name}) is not in this installation; reinstall var-deploy, "
-                    f"train it with `make train`, or give a file with {option}"
-                )
-    return open_checkpoint(path, part)
-
-
 def check_state(
     source: WeightSource, expected: Mapping[str, tuple[int, ...]], optional: Collection[str]
 ) -> None:
@@ -323,7 +328,8 @@ def _check_fit(
     ]
     if problems:
         more = len(problems) - MAX_LISTED
-        listed = "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        listed = shown("; ".join(problems[:MAX_LISTED]), MAX_LINE)
+        listed += f"; and {more} more" if more > 0 else ""
         raise CheckpointError(f"{source} does not fit {what}: {listed}")
 
 

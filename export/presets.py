@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from var_deploy import imagenet
-from var_deploy.errors import UsageError
+from var_deploy.errors import CheckpointError, UsageError
+from var_deploy.export import hub
 from var_deploy.export.pocket.drawings import CLASS_NAMES
 from var_deploy.export.pocket.recipe import POCKET
 from var_deploy.sampling import Sampling
@@ -93,3 +95,23 @@ def find_preset(name: str) -> Preset:
         f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)} (a model that is no "
         "preset is given by --checkpoint and --tokenizer alone)"
     )
+
+
+def own_file(
+    preset: Preset | None,
+    part: Literal["transformer", "tokenizer"],
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """A preset's file, fetched where it is not at hand. Raises CheckpointError without it."""
+    assert preset is not None  # both files are asked for otherwise
+    option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
+    name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
+    if preset.repo:
+        return hub.fetch(preset.repo, name, progress, option=option)
+    path = POCKET_FOLDER / name
+    if not path.is_file():
+        raise CheckpointError(
+            f"pocket's {part} ({name}) is not in this installation; reinstall var-deploy, "
+            f"train it with `make train`, or give a file with {option}"
+        )
+    return path

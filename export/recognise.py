@@ -10,44 +10,63 @@ import numpy as np
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint_files import WeightSource
+from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.presets import PRESETS
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
 RELEASED_HEAD_WIDTH = 64  # every released VAR has heads of this width
 CODEBOOK_PER_SCALE = "quantize.embedding.0.weight"
 
+# Far beyond the models there are (36 blocks, 10 scales, 2240 tokens, 5 levels of 2 blocks), and
+# small enough that a model of names alone costs nothing.
+MAX_DEPTH = 256
+MAX_SCALES = 64
+MAX_TOKENS = 1 << 14
+MAX_LEVELS = 8
+MAX_RES_BLOCKS = 16
+MAX_SIZE = 1 << 24  # of any other dimension
+
 
 def recognise(
-    tokenizer: WeightSource, transformer: WeightSource, *, heads: int | None = None
+    tokenizer: WeightSource,
+    transformer: WeightSource,
+    hints: Hints = NO_HINTS,
+    fallback: Hints = NO_HINTS,
 ) -> ModelSpec:
     """Sizes of any member of the family, released or not.
 
-    `heads` is needed only where nothing in the state dict tells it: without L2-normalised
-    attention, and at a width that is no multiple of 64 (the head width of the released models).
-    `norm_eps` and `phi_ratio` leave no trace in a state dict; the published values are assumed.
+    Hints are needed only where nothing in the state dict tells: heads without L2-normalised
+    attention, at a width that is no multiple of 64 (the head width of the released models);
+    patch_nums without the buffer lvl_1L, where they are not those of a preset. `norm_eps` and
+    `phi_ratio` leave no trace in a state dict; the published values are assumed.
+
+    Args:
+        hints: must not contradict the state dicts.
+        fallback: taken where neither they nor the hints tell.
 
     Raises CheckpointError where a state dict is not of this family, is incomplete, or the two do
-    not belong together; UsageError where `heads` is needed or contradicts the checkpoint.
+    not belong together; UsageError where hints are needed or contradict the checkpoint.
     """
     _refuse_swapped(tokenizer, transformer)
-    head_count = _heads(transformer, heads)
-    patch_nums = _patch_nums(transformer)
+    head_count = _heads(transformer, hints.heads, fallback.heads)
+    patch_nums = _patch_nums(transformer, hints.patch_nums, fallback.patch_nums)
     tokenizer_spec = _tokenizer(tokenizer, patch_nums)
     _check_fit(tokenizer, transformer, tokenizer_spec)
-    width = _size(transformer, "pos_start", 2, rank=3)
-    shared = _has(transformer, "shared_ada_lin.1.weight")
-    return ModelSpec(
-        tokenizer=tokenizer_spec,
-        transformer=TransformerSpec(
-            depth=_count(transformer, r"blocks\.(\d+)\."),
-            width=width,
-            heads=head_count,
-            classes=_size(transformer, "class_emb.weight", 0) - 1,
-            ffn_width=_size(transformer, "blocks.0.ffn.fc1.weight", 0),
-            shared_adaln=shared,
-            qk_l2_norm=_has_l2_norm(transformer),
-        ),
-    )
+    try:
+        return ModelSpec(
+            tokenizer=tokenizer_spec,
+            transformer=TransformerSpec(
+                depth=_count(transformer, r"blocks\.(\d+)\.", "blocks", MAX_DEPTH),
+                width=_size(transformer, "pos_start", 2, rank=3),
+                heads=head_count,
+                classes=_classes(transformer),
+                ffn_width=_size(transformer, "blocks.0.ffn.fc1.weight", 0),
+                shared_adaln=_has(transformer, "shared_ada_lin.1.weight"),
+                qk_l2_norm=_has_l2_norm(transformer),
+            ),
+        )
+    except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
+        raise CheckpointError(f"{transformer} is no transformer of this family: {error}") from None
 
 
 def _refuse_swapped(tokenizer: WeightSource, transformer: WeightSource) -> None:
@@ -58,7 +77,7 @@ def _refuse_swapped(tokenizer: WeightSource, transformer: WeightSource) -> None:
         )
 
 
-def _heads(transformer: WeightSource, asked: int | None) -> int:
+def _heads(transformer: WeightSource, asked: int | None, fallback: int | None) -> int:
     width = _size(transformer, "pos_start", 2, rank=3)
     if _has_l2_norm(transformer):
         key = "blocks.0.attn.scale_mul_1H11"
@@ -66,6 +85,7 @@ def _heads(transformer: WeightSource, asked: int | None) -> int:
         if asked not in (None, stored):
             raise UsageError(f"--heads {asked} contradicts {transformer}: {key} has {stored} heads")
         return stored
+    asked = fallback if asked is None else asked
     if asked is None and width % RELEASED_HEAD_WIDTH == 0:
         return width // RELEASED_HEAD_WIDTH
     if asked is None:
@@ -78,24 +98,82 @@ def _heads(transformer: WeightSource, asked: int | None) -> int:
     return asked
 
 
+def _classes(transformer: WeightSource) -> int:
+    rows = _size(transformer, "class_emb.weight", 0)
+    if rows < 2:
+        raise CheckpointError(
+            f"{transformer}: class_emb.weight has {rows} row, expected one per class and one more"
+        )
+    return rows - 1
+
+
 def _has_l2_norm(transformer: WeightSource) -> bool:
     return _has(transformer, "blocks.0.attn.scale_mul_1H11")
 
 
-def _patch_nums(transformer: WeightSource) -> tuple[int, ...]:
-    total = _size(transformer, "pos_1LC", 1, rank=3)
-    scales = _size(transformer, "lvl_embed.weight", 0)
+def _patch_nums(
+    transformer: WeightSource, asked: tuple[int, ...] | None, fallback: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    total = _size(transformer, "pos_1LC", 1, rank=3, limit=MAX_TOKENS)
+    scales = _size(transformer, "lvl_embed.weight", 0, limit=MAX_SCALES)
+    stored = _stored_patch_nums(transformer, total, scales)
+    if stored is not None:
+        if asked not in (None, stored):
+            raise UsageError(
+                f"--patch-nums {typed(asked)} contradicts {transformer}: lvl_1L has {typed(stored)}"
+            )
+        return stored
+    place = (
+        f"pos_1LC {_listed(transformer.shape('pos_1LC'))}, "
+        f"lvl_embed.weight {_listed(transformer.shape('lvl_embed.weight'))}"
+    )
+    if asked is not None:
+        _check_growing(asked)
+        tokens = sum(side * side for side in asked)
+        if (tokens, len(asked)) != (total, scales):
+            raise UsageError(
+                f"--patch-nums {typed(asked)} has {tokens} tokens in {len(asked)} scales, "
+                f"expected {total} in {scales}, as {transformer} has ({place})"
+            )
+        return asked
+    known = [fallback] if fallback else {p.spec.patch_nums for p in PRESETS.values()}
+    fitting = [s for s in known if sum(n * n for n in s) == total and len(s) == scales]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise CheckpointError(
+        f"{transformer} lacks lvl_1L, which tells the side lengths of its {scales} scales, and "
+        f"no preset has {total} tokens; give them with --patch-nums, such as 1,2,3 "
+        f"({scales} numbers that grow from 1 and whose squares add up to {total})"
+    )
+
+
+def _check_growing(patch_nums: tuple[int, ...]) -> None:
+    if not patch_nums or patch_nums[0] != 1 or list(patch_nums) != sorted(set(patch_nums)):
+        raise UsageError(
+            f"--patch-nums must grow from 1, as 1,2,3,5,8 do, found {typed(patch_nums)}"
+        )
+
+
+def _stored_patch_nums(
+    transformer: WeightSource, total: int, scales: int
+) -> tuple[int, ...] | None:
+    """What lvl_1L, the scale of each token, says of the side lengths; None where it is missing."""
     if not _has(transformer, "lvl_1L"):
-        known = {p.spec.patch_nums for p in PRESETS.values()}
-        fitting = [s for s in known if sum(n * n for n in s) == total and len(s) == scales]
-        if len(fitting) == 1:
-            return fitting[0]
+        return None
+    shape = transformer.shape("lvl_1L")
+    if math.prod(shape) > MAX_TOKENS:
         raise CheckpointError(
-            f"{transformer} lacks lvl_1L, which tells the side lengths of its {scales} scales, and "
-            f"no preset has {total} tokens; save the checkpoint with its buffers"
+            f"{transformer}: lvl_1L is {_listed(shape)}, expected at most {MAX_TOKENS} tokens"
         )
     levels = transformer.read("lvl_1L").ravel()
-    lengths = np.bincount(levels) if levels.size and levels.min() >= 0 else np.zeros(0, np.int64)
+    if not levels.size or levels.min() < 0 or levels.max() >= MAX_SCALES:
+        # counting a number makes as many counts as it says
+        found = f"numbers from {levels.min()} to {levels.max()}" if levels.size else "no numbers"
+        raise CheckpointError(
+            f"{transformer}: lvl_1L does not list square token maps scale by scale ({found}, "
+            f"expected scales from 0 to {scales - 1})"
+        )
+    lengths = np.bincount(levels)
     sides = tuple(math.isqrt(int(n)) for n in lengths)
     squares = [side * side for side in sides]
     if not np.array_equal(levels, np.repeat(np.arange(len(sides)), squares)):
@@ -114,7 +192,7 @@ def _patch_nums(transformer: WeightSource) -> tuple[int, ...]:
 
 def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSpec:
     base = _size(source, "encoder.conv_in.weight", 0, rank=4)
-    levels = _count(source, r"encoder\.down\.(\d+)\.")
+    levels = _count(source, r"encoder\.down\.(\d+)\.", "encoder levels", MAX_LEVELS)
     widths = [_size(source, f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
     if base < 1 or any(width % base for width in widths):
         raise CheckpointError(
@@ -130,7 +208,9 @@ def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSp
             code_width=_size(source, codebook, 1),
             base_width=base,
             width_multipliers=tuple(width // base for width in widths),
-            res_blocks=_count(source, r"encoder\.down\.0\.block\.(\d+)\."),
+            res_blocks=_count(
+                source, r"encoder\.down\.0\.block\.(\d+)\.", "residual blocks", MAX_RES_BLOCKS
+            ),
             shared_phi=shared_phi,
             phi_ratio=phi_ratio,
             codebook_per_scale=codebook == CODEBOOK_PER_SCALE,
@@ -144,9 +224,10 @@ def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
     """(shared_phi, phi_ratio)."""
     if _has(source, "quantize.quant_resi.qresi.weight"):
         return 1, 0.5
-    if shared := _count(source, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."):
+    shared = _count(source, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "φ", MAX_SCALES)
+    if shared:
         return shared, 0.5
-    count = _count(source, r"quantize\.quant_resi\.(\d+)\.")
+    count = _count(source, r"quantize\.quant_resi\.(\d+)\.", "φ", MAX_SCALES)
     if count == 0:
         return 0, 0.0
     if count != scales:
@@ -178,7 +259,7 @@ def _check_fit(tokenizer: WeightSource, transformer: WeightSource, spec: Tokeniz
             )
     scales = _size(transformer, "lvl_embed.weight", 0)
     if spec.codebook_per_scale:
-        codebooks = _count(tokenizer, r"quantize\.embedding\.(\d+)\.")
+        codebooks = _count(tokenizer, r"quantize\.embedding\.(\d+)\.", "codebooks", MAX_SCALES)
         if codebooks != scales:
             problems.append(f"{scales} scales, expected {codebooks} (quantize.embedding.k)")
     if problems:
@@ -194,7 +275,9 @@ def _has(source: WeightSource, key: str) -> bool:
     return key in keys
 
 
-def _size(source: WeightSource, key: str, axis: int, rank: int | None = None) -> int:
+def _size(
+    source: WeightSource, key: str, axis: int, rank: int | None = None, limit: int = MAX_SIZE
+) -> int:
     """One dimension of a tensor that must be there, with a sensible rank."""
     if not _has(source, key):
         raise CheckpointError(f"{source} lacks {key}: it is incomplete or of another family")
@@ -203,18 +286,31 @@ def _size(source: WeightSource, key: str, axis: int, rank: int | None = None) ->
         raise CheckpointError(
             f"{source}: {key} is {_listed(shape)}, expected {rank or 'at least 2'} dimensions"
         )
+    if not 1 <= shape[axis] <= limit:
+        raise CheckpointError(
+            f"{source}: {key} is {_listed(shape)}, expected 1 to {limit} in dimension {axis}"
+        )
     return shape[axis]
 
 
-def _count(source: WeightSource, pattern: str) -> int:
+def _count(source: WeightSource, pattern: str, what: str, limit: int) -> int:
     """Number of consecutive indices from 0 that `pattern` captures from the keys."""
-    matches = map(re.compile(pattern).match, source.keys())
-    found = {int(match[1]) for match in matches if match}
+    matches = map(re.compile(pattern, re.ASCII).match, source.keys())
+    found = {match[1] for match in matches if match}
     count = 0
-    while count in found:
+    while str(count) in found:
         count += 1
+        if count > limit:
+            raise CheckpointError(
+                f"{source} lists more than {limit} {what}, expected a model of this family"
+            )
     return count
 
 
 def _listed(shape: Sequence[int]) -> str:
     return str(list(shape))
+
+
+def typed(patch_nums: tuple[int, ...] | None) -> str:
+    """Side lengths as --patch-nums takes them."""
+    return ",".join(map(str, patch_nums or ()))

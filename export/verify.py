@@ -15,6 +15,8 @@ from pathlib import Path
 from var_deploy import names
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.export.checkpoint import LoadedModel, load_model
+from var_deploy.export.checkpoint_files import TOP
+from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.reference import trace_reference
 from var_deploy.export.report import Check, Report
 from var_deploy.export.sample_study import (
@@ -53,6 +55,7 @@ def verify_bundle(
     *,
     checkpoint: Path | None = None,
     tokenizer: Path | None = None,
+    hints: Hints = NO_HINTS,
     precision: str | None = None,
     seed: int = 0,
     samples: int = SAMPLES,
@@ -66,6 +69,7 @@ def verify_bundle(
     report, and so is why it could not be stored, where the bundle cannot be written.
 
     Args:
+        hints: what the files do not tell, where it is not as the manifest says.
         precision: these graphs alone; None takes all.
         samples: images a set that int8 is judged by, where there is a judge of the model; 0 draws
             none.
@@ -73,7 +77,7 @@ def verify_bundle(
     check_count(samples)
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
-    model = load_bundle_model(manifest, checkpoint, tokenizer)
+    model = load_bundle_model(manifest, checkpoint, tokenizer, hints)
     return verify_model(
         bundle, model, precision=precision, seed=seed, samples=samples, progress=progress
     )
@@ -178,10 +182,14 @@ def run_order(graph: str) -> tuple[int, str]:
 
 
 def load_bundle_model(
-    manifest: Manifest, checkpoint: Path | None = None, tokenizer: Path | None = None
+    manifest: Manifest,
+    checkpoint: Path | None = None,
+    tokenizer: Path | None = None,
+    hints: Hints = NO_HINTS,
 ) -> LoadedModel:
     """The model that the manifest names, or the one in the files that are given.
 
+    What the files do not tell is as the manifest says, unless the hints say something else.
     Raises UsageError where files are needed, are not those that the manifest names, or are of
     another architecture.
     """
@@ -196,10 +204,25 @@ def load_bundle_model(
             "this bundle was made from checkpoint files: give the same ones to verify with "
             "--checkpoint and --tokenizer"
         )
-    heads = manifest.model.transformer.heads
+    places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
     model = load_model(
-        manifest.preset or None, checkpoint=checkpoint, tokenizer=tokenizer, heads=heads
+        manifest.preset or None,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        hints=hints,
+        fallback=Hints(
+            key=places["transformer"],
+            tokenizer_key=places["tokenizer"],
+            patch_nums=manifest.model.patch_nums,
+            heads=manifest.model.transformer.heads,
+        ),
     )
+    for option, told, source, place in (
+        ("--key", hints.key, model.transformer, places["transformer"]),
+        ("--tokenizer-key", hints.tokenizer_key, model.tokenizer, places["tokenizer"]),
+    ):
+        if told is not None and source.description.get("key", TOP) != place:
+            raise UsageError(f"{option} {told}: this bundle was made from {place}")
     if model.spec != manifest.model:
         raise UsageError("these checkpoints are of another architecture than the bundle")
     return model

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import checkpoint as checkpoints
-from var_deploy.export import hub
+from var_deploy.export import hub, presets
 from var_deploy.export.checkpoint import (
     build_modules,
     check_state,
@@ -111,7 +111,7 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelSpec], dict[str, Pa
         for source in sources:
             source.sides = spec.patch_nums
         by_name = {s.name: s for s in sources}
-        monkeypatch.setattr(checkpoints, "open_checkpoint", lambda path, _: by_name[path.name])
+        monkeypatch.setattr(checkpoints, "open_checkpoint", lambda path, *_: by_name[path.name])
         return {"tokenizer": Path("vae"), "checkpoint": Path("var")}
 
     return prepare
@@ -216,7 +216,7 @@ def test_arguments_that_do_not_go_together(states: tuple[State, State]) -> None:
 
 
 def test_pocket_without_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checkpoints, "POCKET_FOLDER", tmp_path)
+    monkeypatch.setattr(presets, "POCKET_FOLDER", tmp_path)
     with pytest.raises(CheckpointError, match=r"tokenizer.safetensors.* is not in this install"):
         load_model("pocket")
 

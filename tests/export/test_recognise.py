@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint import build_modules, load_model, open_checkpoint
+from var_deploy.export.hints import Hints
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.presets import PRESETS
@@ -90,20 +92,20 @@ def test_heads_come_from_the_option_where_nothing_tells_them(
     spec = family_member(qk_l2_norm=False, width=96, heads=3)
     tokenizer_file, transformer_file = save_both(spec, tmp_path, ".pth")
     files = {"checkpoint": transformer_file, "tokenizer": tokenizer_file}
-    assert load_model(None, **files, heads=3).spec == spec
+    assert load_model(None, **files, hints=Hints(heads=3)).spec == spec
     with pytest.raises(UsageError, match=r"width 96 is no multiple of 64; give it with --heads"):
         load_model(None, **files)
     for wrong in (5, 0, -3):
         with pytest.raises(UsageError, match=rf"must divide the width 96, found {wrong}"):
-            load_model(None, **files, heads=wrong)
+            load_model(None, **files, hints=Hints(heads=wrong))
 
 
 def test_heads_that_contradict_the_checkpoint(tmp_path: Path, family_member: Member) -> None:
     tokenizer_file, transformer_file = save_both(family_member(), tmp_path, ".pth")
     files = {"checkpoint": transformer_file, "tokenizer": tokenizer_file}
-    assert load_model(None, **files, heads=2).spec.transformer.heads == 2
+    assert load_model(None, **files, hints=Hints(heads=2)).spec.transformer.heads == 2
     with pytest.raises(UsageError, match=r"--heads 4 contradicts .*scale_mul_1H11 has 2 heads"):
-        load_model(None, **files, heads=4)
+        load_model(None, **files, hints=Hints(heads=4))
 
 
 def edited(spec: ModelSpec, edit: Callable[[dict[str, torch.Tensor]], object], path: Path) -> Path:
@@ -134,6 +136,71 @@ def test_scales_without_lvl_1l(tmp_path: Path, family_member: Member) -> None:
     file = edited(strange, drop, tmp_path / "strange.pth")
     with pytest.raises(CheckpointError, match=r"lacks lvl_1L.*3 scales.*no preset has 30 tokens"):
         load_model(None, checkpoint=file, tokenizer=tokenizer_file)
+    with pytest.raises(CheckpointError, match=r"--patch-nums, such as 1,2,3 .* add up to 30"):
+        load_model(None, checkpoint=file, tokenizer=tokenizer_file)
+
+
+PARAMETERS_ONLY = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
+
+
+@pytest.fixture
+def parameters_only(tmp_path: Path, family_member: Member) -> dict[str, Path]:
+    """Files of a model of sizes of its own, without buffers."""
+    spec = family_member(patch_nums=(1, 2, 3, 5, 8))
+    tokenizer_file, _ = save_both(spec, tmp_path, ".pth")
+
+    def drop(state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in state if key.endswith(PARAMETERS_ONLY)]:
+            del state[key]
+
+    return {"checkpoint": edited(spec, drop, tmp_path / "x.pth"), "tokenizer": tokenizer_file}
+
+
+def test_patch_nums_that_are_told(parameters_only: dict[str, Path]) -> None:
+    told = Hints(patch_nums=(1, 2, 3, 5, 8))
+    assert load_model(None, **parameters_only, hints=told).spec.patch_nums == (1, 2, 3, 5, 8)
+    assert load_model(None, **parameters_only, fallback=told).spec.patch_nums == (1, 2, 3, 5, 8)
+    for wrong in ((1, 2, 3, 5, 9), (1, 2, 3, 5), (1, 3, 2, 5, 8), (), (2, 3)):
+        with pytest.raises(UsageError, match=r"^--patch-nums .*found|^--patch-nums .*expected 103"):
+            load_model(None, **parameters_only, hints=Hints(patch_nums=wrong))
+    with pytest.raises(CheckpointError, match="lacks lvl_1L"):
+        load_model(None, **parameters_only, fallback=Hints(patch_nums=(1, 2, 4)))
+
+
+def test_patch_nums_that_contradict_the_checkpoint(tmp_path: Path, family_member: Member) -> None:
+    tokenizer_file, transformer_file = save_both(family_member(), tmp_path, ".pth")
+    files = {"checkpoint": transformer_file, "tokenizer": tokenizer_file}
+    assert load_model(None, **files, hints=Hints(patch_nums=(1, 2, 4))).spec == family_member()
+    assert load_model(None, **files, fallback=Hints(patch_nums=(1, 3))).spec == family_member()
+    with pytest.raises(UsageError, match=r"--patch-nums 1,3,4 contradicts .*: lvl_1L has 1,2,4$"):
+        load_model(None, **files, hints=Hints(patch_nums=(1, 3, 4)))
+    with pytest.raises(
+        UsageError, match=r"--patch-nums 1,2,4 contradicts preset pocket, .* 1,2,3,"
+    ):
+        load_model("pocket", hints=Hints(patch_nums=(1, 2, 4)))
+
+
+def test_sums_that_fit_several_scales_are_told_apart(tmp_path: Path, family_member: Member) -> None:
+    """As many tokens in as many scales: without a word it is the preset's, with one it is not."""
+    preset = PRESETS["var-d16"].spec.patch_nums
+    candidates = ((1, *rest) for rest in combinations(range(2, 17), len(preset) - 1))
+    twin = next(c for c in candidates if c != preset and sum(n * n for n in c) == 680)
+    spec = family_member(patch_nums=twin)
+    tokenizer_file, _ = save_both(spec, tmp_path, ".pth")
+    file = edited(spec, lambda state: state.pop("lvl_1L"), tmp_path / "twin.pth")
+    files = {"checkpoint": file, "tokenizer": tokenizer_file}
+    assert load_model(None, **files).spec.patch_nums == preset
+    for told in ({"hints": Hints(patch_nums=twin)}, {"fallback": Hints(patch_nums=twin)}):
+        assert load_model(None, **files, **told).spec.patch_nums == twin
+
+
+def test_heads_of_the_bundle_come_before_a_guess(tmp_path: Path, family_member: Member) -> None:
+    spec = family_member(qk_l2_norm=False, width=128, heads=4)
+    tokenizer_file, transformer_file = save_both(spec, tmp_path, ".pth")
+    files = {"checkpoint": transformer_file, "tokenizer": tokenizer_file}
+    assert load_model(None, **files).spec.transformer.heads == 2
+    assert load_model(None, **files, fallback=Hints(heads=4)).spec == spec
+    assert load_model(None, **files, fallback=Hints(heads=4), hints=Hints(heads=8)).spec != spec
 
 
 @pytest.mark.parametrize(
@@ -141,7 +208,10 @@ def test_scales_without_lvl_1l(tmp_path: Path, family_member: Member) -> None:
     [
         ([0, 1, 1, 1], r"does not list square token maps"),
         ([1] * 21, r"does not list square token maps"),
-        ([0, -1, 1, 1, 1], r"does not list square token maps"),
+        ([0, -1, 1, 1, 1], r"numbers from -1 to 1, expected scales from 0 to 2"),
+        ([0, 1, 1, 1, 3 * 10**8], r"numbers from 0 to 300000000, expected scales from 0 to 2"),
+        ([0] * 20_000, r"lvl_1L is \[1, 20000\], expected at most 16384 tokens"),
+        ([], r"no numbers, expected scales from 0 to 2"),
         ([0, 1, 1, 1, 1], r"5 tokens in 2 scales, expected 21 \(pos_1LC \[1, 21, 64\]\) in 3"),
     ],
 )
@@ -150,7 +220,9 @@ def test_damaged_lvl_1l(
 ) -> None:
     tokenizer_file, _ = save_both(family_member(), tmp_path, ".pth")
     file = edited(
-        family_member(), lambda s: s.update(lvl_1L=torch.tensor([levels])), tmp_path / "x.pth"
+        family_member(),
+        lambda s: s.update(lvl_1L=torch.tensor([levels]).long()),
+        tmp_path / "x.pth",
     )
     with pytest.raises(CheckpointError, match=message):
         load_model(None, checkpoint=file, tokenizer=tokenizer_file)
@@ -183,6 +255,55 @@ def test_a_codebook_per_scale_must_suit_the_scales(tmp_path: Path, family_member
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"2 scales, expected 3 \(quantize.embedding.k\)"):
         load_model(None, checkpoint=transformer_file, tokenizer=tokenizer_file)
+
+
+NAMES_ALONE = {
+    "transformer": [
+        ("blocks.{}.attn.q_bias", r"lists more than 256 blocks, expected a model of this family"),
+    ],
+    "tokenizer": [
+        ("encoder.down.{}.block.0.conv1.weight", r"lists more than 8 encoder levels"),
+        ("encoder.down.0.block.{}.conv1.weight", r"lists more than 16 residual blocks"),
+        ("quantize.quant_resi.qresi_ls.{}.weight", r"lists more than 64 φ"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [(part, *case) for part, cases in NAMES_ALONE.items() for case in cases],
+)
+def test_models_of_names_alone(
+    part: str, name: str, message: str, tmp_path: Path, family_member: Member
+) -> None:
+    paths = save_both(family_member(), tmp_path, ".pth")
+    files = dict(zip(("tokenizer", "checkpoint"), paths, strict=True))
+    file = files["tokenizer" if part == "tokenizer" else "checkpoint"]
+    state = torch.load(file, weights_only=True)
+    state = {name.format(n): torch.zeros(32, 32, 3, 3) for n in range(300)} | state
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(None, **files)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("pos_1LC", (1, 20_000, 64), r"pos_1LC is \[1, 20000, 64\], expected 1 to 16384 in dimen"),
+        ("lvl_embed.weight", (65, 64), r"expected 1 to 64 in dimension 0"),
+        ("class_emb.weight", (0, 64), r"expected 1 to 16777216 in dimension 0"),
+        ("class_emb.weight", (1, 64), r"class_emb.weight has 1 row, expected one per class and"),
+        ("class_emb.weight", (10**15, 0), r"expected 1 to 16777216 in dimension 0"),
+        ("blocks.0.attn.scale_mul_1H11", (1, 3, 1, 1), r"64 is not divisible by 3 heads"),
+    ],
+)
+def test_sizes_that_no_model_has(
+    key: str, shape: tuple[int, ...], message: str, tmp_path: Path, family_member: Member
+) -> None:
+    tokenizer_file, _ = save_both(family_member(), tmp_path, ".pth")
+    file = edited(family_member(), lambda s: s.update({key: torch.zeros(shape)}), tmp_path / "x")
+    with pytest.raises(CheckpointError, match=message):
+        load_model(None, checkpoint=file, tokenizer=tokenizer_file)
 
 
 def test_swapped_sources(family_member: Member) -> None:

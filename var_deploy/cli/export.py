@@ -10,11 +10,10 @@ import click
 
 from var_deploy.bundle_place import check_before_work
 from var_deploy.cli.console import Progress, human_bytes, needs_extra
-from var_deploy.cli.options import report_options
+from var_deploy.cli.options import CheckpointOptions, checkpoint_options, report_options
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.errors import UsageError
 
-FILE = click.Path(path_type=Path, dir_okay=False)
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 
 
@@ -27,8 +26,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     metavar="FOLDER",
     help="Folder of the bundle.",
 )
-@click.option("--checkpoint", type=FILE, help="Transformer weights, .pth or .safetensors.")
-@click.option("--tokenizer", type=FILE, help="Tokenizer (VQVAE) weights, .pth or .safetensors.")
+@checkpoint_options
 @click.option(
     "--random-weights",
     type=click.IntRange(0),
@@ -85,8 +83,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 def export(
     model: str | None,
     out: Path,
-    checkpoint: Path | None,
-    tokenizer: Path | None,
+    weights: CheckpointOptions,
     random_weights: int | None,
     heads: int | None,
     precision: tuple[Literal["fp32", "fp16", "int8"], ...],
@@ -133,10 +130,10 @@ def export(
         with Progress(quiet=quiet) as progress:
             loaded = load_model(
                 model,
-                checkpoint=checkpoint,
-                tokenizer=tokenizer,
+                checkpoint=weights.checkpoint,
+                tokenizer=weights.tokenizer,
                 random_weights=random_weights,
-                heads=heads,
+                hints=weights.hints(heads),
                 progress=lambda message: progress.update(message, 0.0),
             )
             manifest = export_bundle(loaded, out, options, progress.update, replace=force)

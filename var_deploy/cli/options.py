@@ -1,7 +1,8 @@
 """Options that several commands share, and what is made of them.
 
 Each decorator adds its options to a command. `sampling_options` hands them over as one argument
-`sampling`, `runtime_options` as one argument `runtime`, `report_options` as `quiet` and `as_json`.
+`sampling`, `runtime_options` as one argument `runtime`, `checkpoint_options` as one argument
+`weights`, `report_options` as `quiet` and `as_json`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling, parse_setting
 
 if TYPE_CHECKING:
+    from var_deploy.export.hints import Hints
     from var_deploy.pipeline import Pipeline
 
 Command = Callable[..., None]
@@ -123,6 +125,73 @@ def runtime_options(command: Command) -> Command:
         ),
     ]
     return _added(options, _gathered(command, "runtime", RuntimeOptions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Checkpoint files, and what they may not tell themselves."""
+
+    checkpoint: Path | None
+    tokenizer: Path | None
+    key: str | None
+    tokenizer_key: str | None
+    patch_nums: tuple[int, ...] | None
+
+    def hints(self, heads: int | None = None) -> Hints:
+        """The same for the half that reads the files."""
+        from var_deploy.export.hints import Hints
+
+        return Hints(
+            key=self.key,
+            tokenizer_key=self.tokenizer_key,
+            patch_nums=self.patch_nums,
+            heads=heads,
+        )
+
+
+def checkpoint_options(command: Command) -> Command:
+    """--checkpoint --tokenizer --key --tokenizer-key --patch-nums, as a `CheckpointOptions`."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    options = [
+        click.option("--checkpoint", type=file, help="Transformer weights, .pth or .safetensors."),
+        click.option(
+            "--tokenizer", type=file, help="Tokenizer (VQVAE) weights, .pth or .safetensors."
+        ),
+        click.option(
+            "--key",
+            metavar="NAME",
+            help="Where the transformer lies in a file that holds several, such as ema or "
+            "trainer.var_wo_ddp; a dot is the top level.",
+        ),
+        click.option(
+            "--tokenizer-key", metavar="NAME", help="Where the tokenizer lies in its file."
+        ),
+        click.option(
+            "--patch-nums",
+            metavar="SIDES",
+            callback=_patch_nums,
+            help="Side length of each scale's token map, such as 1,2,3,5,8, for a checkpoint that "
+            "lacks the buffer lvl_1L.",
+        ),
+    ]
+    return _added(options, _gathered(command, "weights", CheckpointOptions))
+
+
+def _patch_nums(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        numbers = tuple(map(int, parts))
+        if numbers[0] == 1 and list(numbers) == sorted(set(numbers)):
+            return numbers
+    raise click.BadParameter(
+        f"expected numbers that grow from 1, such as 1,2,3,5,8, found {text[:80]!r}",
+        context,
+        option,
+    )
 
 
 def report_options(command: Command) -> Command:

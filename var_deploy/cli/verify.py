@@ -8,15 +8,13 @@ from pathlib import Path
 import click
 
 from var_deploy.cli.console import Progress, needs_extra
+from var_deploy.cli.options import CheckpointOptions, checkpoint_options
 from var_deploy.errors import UsageError, VerificationError
-
-FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--checkpoint", type=FILE, help="Transformer weights the bundle was made from.")
-@click.option("--tokenizer", type=FILE, help="Tokenizer weights the bundle was made from.")
+@checkpoint_options
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
@@ -48,8 +46,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def verify(
     bundle: Path,
-    checkpoint: Path | None,
-    tokenizer: Path | None,
+    weights: CheckpointOptions,
     precision: str | None,
     backends: str | None,
     graph: str | None,
@@ -72,7 +69,7 @@ def verify(
     if backends is not None:
         if precision is not None:
             raise UsageError("--bisect takes the precision behind each backend, not --precision")
-        _bisect(bundle, backends, checkpoint, tokenizer, graph, quiet, as_json)
+        _bisect(bundle, backends, weights, graph, quiet, as_json)
         return
     if graph is not None:
         raise UsageError("--graph goes with --bisect")
@@ -82,8 +79,9 @@ def verify(
         with Progress(quiet=quiet) as progress:
             report = verify_bundle(
                 bundle,
-                checkpoint=checkpoint,
-                tokenizer=tokenizer,
+                checkpoint=weights.checkpoint,
+                tokenizer=weights.tokenizer,
+                hints=weights.hints(),
                 precision=precision,
                 samples=samples,
                 progress=progress.update,
@@ -99,8 +97,7 @@ def verify(
 def _bisect(
     bundle: Path,
     backends: str,
-    checkpoint: Path | None,
-    tokenizer: Path | None,
+    weights: CheckpointOptions,
     graph: str | None,
     quiet: bool,
     as_json: bool,
@@ -112,8 +109,9 @@ def _bisect(
             result = bisect_bundle(
                 bundle,
                 backends,
-                checkpoint=checkpoint,
-                tokenizer=tokenizer,
+                checkpoint=weights.checkpoint,
+                tokenizer=weights.tokenizer,
+                hints=weights.hints(),
                 graph=graph,
                 progress=progress.update,
             )

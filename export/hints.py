@@ -1,0 +1,25 @@
+"""What is told of checkpoint files beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hints:
+    """What checkpoint files may not tell themselves; None where nothing is told.
+
+    Attributes:
+        key, tokenizer_key: where the transformer and the tokenizer lie in their files, such as
+            "trainer.var_wo_ddp"; "." is the top level.
+        patch_nums: side length of each scale's token map, for a file without the buffer lvl_1L.
+        heads: attention heads, for a model without L2 norm.
+    """
+
+    key: str | None = None
+    tokenizer_key: str | None = None
+    patch_nums: tuple[int, ...] | None = None
+    heads: int | None = None
+
+
+NO_HINTS = Hints()
