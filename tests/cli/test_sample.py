@@ -45,7 +45,7 @@ def some(made_set: Path, tmp_path: Path) -> Path:
     out = tmp_path / "some"
     out.mkdir()
     for path in made_set.iterdir():
-        if not path.name.startswith("000002"):
+        if "000002" not in path.name:
             (out / path.name).write_bytes(path.read_bytes())
     return out
 
@@ -324,7 +324,12 @@ def test_interrupted(
     monkeypatch.setattr(Pipeline, "draw", interrupted)
     result = run("sample", made, *ARGUMENTS, "--out", out)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
-    assert set(os.listdir(out)) == {"set.json", "000000.tar", "000000.tar.sha256"}
+    assert set(os.listdir(out)) == {
+        ".huggingface.yaml",
+        "set.json",
+        "000000.tar",
+        ".000000.tar.sha256",
+    }
     done("sample", made, *ARGUMENTS, "--out", out)
     assert tree(out) == tree(made_set)
 
