@@ -116,9 +116,7 @@ def test_datasets_loads_what_an_older_version_began(
 
 
 @pytest.mark.filterwarnings("ignore")  # of the library's own
-def test_webdataset_reads_the_shards(
-    folder: SetFolder, complete: Callable[[str], SetSpec]
-) -> None:
+def test_webdataset_reads_the_shards(folder: SetFolder, complete: Callable[[str], SetSpec]) -> None:
     needs("webdataset")
     import webdataset
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.cli.console import Progress, echo, echo_json, human_bytes, table
 from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.images import check_writable
@@ -183,8 +183,10 @@ def _tell(
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text + "\n", encoding="utf-8")
-    if json_out == "-" or not quiet:
-        click.echo(text if json_out == "-" else as_text())
+    if json_out == "-":
+        echo_json(data)
+    elif not quiet:
+        echo(as_text())
 
 
 def _known(option: str, text: str, known: Collection[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from var_deploy.cli.console import Progress, human_bytes, needs_extra, table
+from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, table
 from var_deploy.cli.options import report_options
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def build(
                 progress=progress.update,
             )
     if as_json or not quiet:
-        click.echo(json.dumps(report.to_json(), indent=1) if as_json else _as_text(report))
+        echo(json.dumps(report.to_json(), indent=1) if as_json else _as_text(report))
 
 
 def _as_text(report: BuildReport) -> str:

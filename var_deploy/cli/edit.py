@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from var_deploy import names
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, echo, say
 from var_deploy.cli.options import (
     RuntimeOptions,
     SamplingOptions,
@@ -138,9 +138,9 @@ def edit(
 
     if as_json:
         done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
-        click.echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1))
+        echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1))
     elif not quiet:
-        click.echo(f"wrote {target.path} ({drawn}, {seconds:.1f} s)")
+        say(f"wrote {target.path} ({drawn}, {seconds:.1f} s)")
 
 
 def _seeds(text: str, count: int | None) -> list[int]:

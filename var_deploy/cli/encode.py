@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from var_deploy import names
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, echo, say
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
 from var_deploy.cli.outputs import output_file
 from var_deploy.cli.token_files import SUFFIX, save_tokens
@@ -67,7 +67,7 @@ def encode(
     lengths = [found.shape[1] for found in tokens]
     if as_json:
         done = {"out": str(out), "tokens": lengths, "seconds": round(seconds, 3), "runtime": how}
-        click.echo(json.dumps(done, indent=1))
+        echo(json.dumps(done, indent=1))
     elif not quiet:
         what = f"{sum(lengths)} tokens of {len(lengths)} scales"
-        click.echo(f"wrote {out} ({what}, {seconds:.1f} s)")
+        say(f"wrote {out} ({what}, {seconds:.1f} s)")

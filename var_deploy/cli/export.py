@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from var_deploy import names
-from var_deploy.cli.console import Progress, human_bytes, needs_extra
+from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, say
 from var_deploy.cli.options import report_options
 from var_deploy.errors import UsageError
 from var_deploy.images import check_writable
@@ -145,13 +145,13 @@ def export(
 
                 warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
     if warning:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     size = sum(file.size for file in manifest.files.values())
     if as_json:
         done = {"out": str(out), "digest": manifest.digest(), "bytes": size, "warning": warning}
-        click.echo(json.dumps(done, indent=1))
+        echo(json.dumps(done, indent=1))
     elif not quiet:
-        click.echo(f"wrote {out} ({len(manifest.files)} files, {human_bytes(size)})")
+        say(f"wrote {out} ({len(manifest.files)} files, {human_bytes(size)})")
 
 
 def _check_target(out: Path, *, force: bool) -> None:

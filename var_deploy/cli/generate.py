@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, echo, say
 from var_deploy.cli.options import (
     RuntimeOptions,
     SamplingOptions,
@@ -156,13 +156,13 @@ def generate(
         done: dict[str, Any] = {**files, "count": count, "seconds": round(seconds, 3)}
         if drawn.scales_done is not None:
             done["scales_done"] = drawn.scales_done
-        click.echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1, default=str))
+        echo(json.dumps({**done, "settings": written, "runtime": how}, indent=1, default=str))
     elif not quiet:
-        click.echo(f"wrote {target.path} ({drawn}, {seconds:.1f} s)")
+        say(f"wrote {target.path} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:
-            click.echo(f"wrote {path} (after each of {manifest.model.scales} scales)")
+            say(f"wrote {path} (after each of {manifest.model.scales} scales)")
         if drawn.scales_done is not None:
-            click.echo(drawn.stopped())
+            say(drawn.stopped())
 
 
 def _story(

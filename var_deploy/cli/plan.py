@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
-from var_deploy.cli.console import facts, human_bytes, needs_extra, table
+from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table
 from var_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ def plan(
         manifest=manifest,
     )
     if kubernetes:
-        click.echo(_as_manifest(found, image))
+        echo(_as_manifest(found, image))
     else:
-        click.echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
+        echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
 
 
 def _workload(

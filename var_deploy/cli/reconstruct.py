@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from var_deploy import names
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, echo, say
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
 from var_deploy.cli.outputs import output_file
 from var_deploy.cli.token_files import SUFFIX, read_tokens
@@ -99,9 +99,9 @@ def reconstruct(
 
     if as_json:
         done = {"out": str(out), "scales": counts, "seconds": round(seconds, 3)}
-        click.echo(json.dumps({**done, "settings": settings, "runtime": how}, indent=1))
+        echo(json.dumps({**done, "settings": settings, "runtime": how}, indent=1))
     elif not quiet:
-        click.echo(f"wrote {out} (from {settings['scales']} scales, {seconds:.1f} s)")
+        say(f"wrote {out} (from {settings['scales']} scales, {seconds:.1f} s)")
 
 
 def _counts(text: str, scales: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from var_deploy.cli.console import Progress, needs_extra
+from var_deploy.cli.console import Progress, echo, needs_extra, say
 from var_deploy.cli.options import (
     RuntimeOptions,
     SamplingOptions,
@@ -224,11 +224,11 @@ def sample(
             "runtime": how,
             "ray": ray,
         }
-        click.echo(json.dumps(report, indent=1))
+        echo(json.dumps(report, indent=1))
     elif not quiet:
         images = sum(len(spec.numbers(shard)) for shard in made)
-        click.echo(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
-        click.echo(_state(spec, out, len(done), wants_npz))
+        say(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
+        say(_state(spec, out, len(done), wants_npz))
 
 
 def _on_ray(
@@ -293,7 +293,7 @@ def _check(folder: SetFolder, spec: SetSpec, *, quiet: bool, as_json: bool) -> N
     missing = folder.missing(spec, range(spec.shards))
     if as_json:
         report = {"shards": spec.shards, "damaged": damaged, "missing": missing}
-        click.echo(json.dumps({"out": str(folder.path), **report}, indent=1))
+        echo(json.dumps({"out": str(folder.path), **report}, indent=1))
     if damaged:
         others = f" (and {_shards(len(damaged) - 1)} more)" if len(damaged) > 1 else ""
         raise VarDeployError(damage(folder.path / spec.shard_file(damaged[0])) + others)
@@ -303,7 +303,7 @@ def _check(folder: SetFolder, spec: SetSpec, *, quiet: bool, as_json: bool) -> N
             "damaged; run the command that began it again"
         )
     if not quiet and not as_json:
-        click.echo(_state(spec, folder.path, spec.shards, False))
+        say(_state(spec, folder.path, spec.shards, False))
 
 
 def _state(spec: SetSpec, out: Path, there: int, wants_npz: bool) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from var_deploy.cli.console import Progress, human_bytes
+from var_deploy.cli.console import Progress, echo, human_bytes, say
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
 from var_deploy.manifest import read_manifest
 
@@ -98,10 +98,10 @@ def triton(
             "bytes_copied": written.copied,
             "runtime": dataclasses.asdict(options),
         }
-        click.echo(json.dumps(report, indent=1))
+        echo(json.dumps(report, indent=1))
     elif not quiet:
         how = f"{human_bytes(written.copied)} copied" if written.copied else "linked"
-        click.echo(
+        say(
             f"wrote {written.folder}: version {written.version}, up to {manifest.batch} a batch, "
             f"{human_bytes(written.size)} ({how})"
         )

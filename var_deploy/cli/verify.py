@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from var_deploy.cli.console import Progress, needs_extra
+from var_deploy.cli.console import Progress, echo, needs_extra
 from var_deploy.errors import UsageError, VerificationError
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -88,7 +88,7 @@ def verify(
                 progress=progress.update,
             )
     if as_json or not quiet:
-        click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
+        echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
     if not report.passed:
         raise VerificationError(report.failure or f"{bundle} does not compute what the model does")
 
@@ -115,6 +115,6 @@ def _bisect(
                 progress=progress.update,
             )
     if as_json or not quiet:
-        click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+        echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
     if result.divergence:
         raise VerificationError(result.headline)
