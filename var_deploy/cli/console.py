@@ -130,7 +130,8 @@ def _traceback_wanted() -> bool:
 
 
 def _fail(message: str, code: int, prefix: str = "error: ") -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more: the exit code still tells
+    # where nobody can read it any more, the exit code still tells
+    with contextlib.suppress(OSError, VarDeployError):
         echo(paint(prefix, "red") + visible(" ".join(message.split())), err=True)
     sys.exit(code)
 
@@ -143,16 +144,27 @@ def say(line: str, *, err: bool = False) -> None:
 def echo(text: str, *, err: bool = False) -> None:
     """Print lines of text. What steers a terminal is made visible, all but the colours of `paint`,
     which are left out where no terminal is written to."""
-    click.echo(COLOUR.sub(_escape_sequence, visible(text, lines=True)), err=err)
+    _write(COLOUR.sub(_escape_sequence, visible(text, lines=True)), err)
+
+
+def _write(text: str, err: bool = False) -> None:
+    try:
+        # the stream by name: by itself click writes UTF-8 where it finds ASCII
+        click.echo(text, file=sys.stderr if err else sys.stdout)
+    except BrokenPipeError:  # `| head`: click ends the process without a word
+        raise
+    except OSError as error:
+        what = "standard error" if err else "standard output"
+        raise VarDeployError(f"{what} cannot be written: {error.strerror or error}") from None
 
 
 def echo_json(data: Any) -> None:
     """Print JSON whose texts are to be read: in characters of their own where stdout has them."""
     text = json.dumps(data, indent=1, ensure_ascii=False)
     if (sys.stdout.encoding or "").lower().startswith("utf"):
-        click.echo(visible_json(text))
+        _write(visible_json(text))
     else:
-        click.echo(json.dumps(data, indent=1))
+        _write(json.dumps(data, indent=1))
 
 
 def paint(text: str, colour: str) -> str:
