@@ -270,6 +270,24 @@ def test_bad_requests(
     refused(2, command, made, image, *options, parts=(part,))
 
 
+@pytest.mark.parametrize("options", [(), ("--keep-pixels",), ("--count", "2")])
+def test_an_edit_that_changes_no_token(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unchanged: Callable[[], None],
+    unloaded: None,
+    options: tuple[str, ...],
+) -> None:
+    """Two of four pixels of a token are not more than half."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (SIDE, SIDE), "red").save("p.png")
+    unchanged()
+    where = ("--box", "2,2,3,4", "--out", "e.png")
+    said = refused(1, "edit", made, "p.png", *where, *options)
+    assert "too small to change anything" in said and "2 × 2 pixels" in said
+
+
 @pytest.mark.parametrize(
     ("graph", "commands"),
     [("encoder", ("encode", "reconstruct", "edit")), ("accumulate", ("reconstruct",))],

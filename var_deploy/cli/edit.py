@@ -21,7 +21,7 @@ from var_deploy.cli.options import (
     sampling_options,
 )
 from var_deploy.cli.outputs import Drawn, image_target, known_labels
-from var_deploy.editing import box_mask
+from var_deploy.editing import box_mask, keep_masks
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
 from var_deploy.manifest import read_manifest
@@ -36,7 +36,8 @@ from var_deploy.sampling import check_seed, parse_seeds
     "--mask",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="An image as large as IMAGE: new where it is white, or where it is transparent.",
+    help="An image as large as IMAGE: new where it is white (of 0 and one other number, where it "
+    "is not 0), or where it is transparent.",
 )
 @click.option("--box", metavar="X0,Y0,X1,Y1", help="New from (X0, Y0) up to (X1, Y1), in pixels.")
 @click.option("--outside", is_flag=True, help="Draw what lies outside of the mask or box.")
@@ -90,7 +91,8 @@ def edit(
     Tokens stay where the mask leaves at least half of their area, so the rest is kept as the
     tokenizer reconstructs it, and near the edge it changes a little; --keep-pixels puts it back as
     it was, with a soft seam. IMAGE may have any size, see encode; mask and box are resized and
-    cropped with it. For a SETTING see generate.
+    cropped with it. A mask or box that is too small to change a token ends with 1, and nothing is
+    written. For a SETTING see generate.
 
     \b
     Example:
@@ -107,6 +109,7 @@ def edit(
     tokenizer = manifest.model.tokenizer
     picture = upright(image, tokenizer.image_channels)
     new = _new(picture, mask, box, outside, tokenizer.image_side)
+    keep_masks(new, tokenizer.patch_nums)  # which refuses an edit that changes no token
     pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)[0]
     runtime.check_graphs(manifest, names.ENCODER)
 

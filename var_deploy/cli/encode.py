@@ -40,7 +40,8 @@ def encode(
     """Write the tokens of IMAGE: what the model says it in, scale by scale.
 
     The image may have any size and mode: it is turned as its EXIF tag says, put on white where it
-    is transparent, resized and cropped to the middle as in the model's training.
+    is transparent, resized and cropped to the middle as in the model's training. Of an animation
+    the first frame is taken. Grey pictures may have 16 bits, or floats from 0 to 1.
 
     \b
     Example:
