@@ -183,6 +183,9 @@ def test_a_class_by_name(named: Path, tmp_path: Path) -> None:
     assert path.name == f"000_{name}.png"
     assert read_settings(path)["labels"] == f"4 {name}"
     np.testing.assert_array_equal(pixels(path), pixels(tmp_path / "number.png"))
+    done(*request, "--label", "none", "--out", tmp_path / "none.png")
+    done(*request, "--out", tmp_path / "left-out.png")
+    assert (tmp_path / "none.png").read_bytes() == (tmp_path / "left-out.png").read_bytes()
     said = refused(2, *request, "--label", name + "s", "--out", tmp_path / "x.png")
     assert f"did you mean {name}" in said
 

@@ -15,6 +15,7 @@ import pytest
 from cli_steps import ONE_THREAD, SIDE, done, export, pixels, process, refused, tree
 from var_deploy.images import read_settings
 from var_deploy.manifest import read_manifest
+from var_deploy.pipeline import Pipeline
 
 pytest.importorskip("torch")
 
@@ -139,6 +140,27 @@ def test_labels_by_name(named: Path, tmp_path: Path) -> None:
     text = read_settings(tmp_path / "numbers.png")
     assert text["labels"] == f"3 {classes[3]}, 0 {classes[0]}"
     assert text["model"] == "pocket"
+
+
+def test_images_without_a_class_among_others(named: Path, tmp_path: Path) -> None:
+    name, out = read_manifest(named).labels[3], tmp_path / "many"
+    done("generate", named, "--labels", "3,none", "--count", 4, "--seed", 2, "--out", out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        f"000_{name}.png",
+        "001.png",
+        f"002_{name}.png",
+        "003.png",
+    ]
+    text = read_settings(out / "001.png")
+    assert (text["labels"], text["image"]) == ("none", "1 of 4")
+    with Pipeline.load(named) as pipe:
+        mixed = pipe.generate([3, None, name, None], seed=2)
+        np.testing.assert_array_equal(pipe.generate(None, seed=[2])[0], pipe.generate([None], 2)[0])
+    for n, path in enumerate(sorted(out.iterdir())):
+        np.testing.assert_array_equal(pixels(path), mixed[n])
+    assert (mixed[1] != mixed[0]).any()
+    done("generate", named, "--labels", "none", "--seed", 2, "--out", tmp_path / "one.png")
+    assert read_settings(tmp_path / "one.png")["labels"] == "none"
 
 
 def test_random_weights_are_verified_without_files(named: Path) -> None:

@@ -45,7 +45,7 @@ from var_deploy.sampling import check_seed, parse_seeds
     "--label",
     metavar="NAME",
     show_default="none: what is around decides",
-    help="What to draw there, a name or number.",
+    help="What to draw there: a name, a number, or none.",
 )
 @click.option(
     "--seed", metavar="N[,N,…]", default="0", show_default=True, help="0 to 2⁶⁴-1; one an image."

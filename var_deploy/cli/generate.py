@@ -32,7 +32,8 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 @click.option(
     "--labels",
     metavar="LIST",
-    help='Names or numbers, as in "star,3"; repeated in order to fill --count.',
+    help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
+    "order to fill --count.",
 )
 @click.option(
     "--count", type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
@@ -123,7 +124,7 @@ def generate(
         progress.update("loading", 0.0)
         with runtime.load(bundle) as pipe:
             images = pipe.generate(
-                [0 if label is None else label for label in wanted],
+                wanted,
                 seed=seeds if len(seeds) > 1 else seeds[0],
                 **vars(settings),
                 on_progress=progress.step,
@@ -196,7 +197,7 @@ def _labels(text: str | None, manifest: Manifest) -> list[int | None]:
     """Labels to cycle through. A model without classes takes none: one None stands in."""
     transformer = manifest.model.transformer
     if text is not None:
-        return [*known_labels(text, manifest, "--labels")]
+        return known_labels(text, manifest, "--labels")
     if not transformer.conditional:
         return [None]
     if transformer.classes > FEW_CLASSES:

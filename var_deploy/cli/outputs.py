@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from var_deploy.errors import UsageError
 from var_deploy.images import check_writable, grid, label_text, save_folder, save_png
-from var_deploy.labels import resolve_labels
+from var_deploy.labels import resolve_labels_or_none
 from var_deploy.manifest import Manifest
 
 
@@ -126,9 +126,14 @@ def output_file(path: Path, suffix: str) -> Path:
     return path
 
 
-def known_labels(text: str | Sequence[str], manifest: Manifest, option: str) -> list[int]:
-    """Class numbers of labels as people write them. Raises UsageError (LabelError)."""
+def known_labels(text: str | Sequence[str], manifest: Manifest, option: str) -> list[int | None]:
+    """Class numbers of labels as people write them, None for "none". Raises UsageError
+    (LabelError)."""
     transformer = manifest.model.transformer
-    if not transformer.conditional:
-        raise UsageError(f"this model has no classes: leave {option} out")
-    return resolve_labels(text, manifest.labels, transformer.classes)
+    classes = transformer.classes if transformer.conditional else 0
+    try:
+        return resolve_labels_or_none(text, manifest.labels, classes)
+    except UsageError:
+        if transformer.conditional:
+            raise
+        raise UsageError(f"this model has no classes: leave {option} out") from None
