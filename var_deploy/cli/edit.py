@@ -20,7 +20,7 @@ from var_deploy.cli.options import (
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import Drawn, image_target, known_labels
+from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels
 from var_deploy.editing import box_mask, keep_masks
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
@@ -102,8 +102,9 @@ def edit(
     """
     # everything that can be wrong is looked at before the weights are loaded
     target = image_target(out)
-    seeds = _seeds(seed, count)
     manifest = read_manifest(bundle)
+    check_at_once(count or 1, manifest.model.tokenizer.image_side)
+    seeds = _seeds(seed, count)
     settings = sampling.over(manifest)
     chosen = None if label is None else known_labels([label], manifest, "--label")[0]
     tokenizer = manifest.model.tokenizer

@@ -15,6 +15,9 @@ from var_deploy.errors import UsageError
 from var_deploy.images import check_writable, grid, label_text, save_folder, save_png
 from var_deploy.labels import resolve_labels_or_none
 from var_deploy.manifest import Manifest
+from var_deploy.pictures import MAX_PIXELS
+
+MOST_FILES = 100_000  # that `generate` writes into a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,30 @@ def image_target(out: str) -> Target:
         check_writable(path)
         return Target(path=path, folder=True)
     return Target(path=output_file(path, ".png"), folder=False)
+
+
+def most_at_once(side: int) -> int:
+    """Images of side × side pixels that are kept in memory together, and that a grid may have."""
+    return max(1, MAX_PIXELS // side**2)
+
+
+def check_at_once(count: int, side: int, hint: str = "") -> None:
+    """Raise UsageError for more images than are kept in memory together."""
+    if count > (most := most_at_once(side)):
+        raise UsageError(
+            f"{count:,} images of {side} × {side} are too many for one grid or one request, which "
+            f"have at most {MAX_PIXELS // 10**6} million pixels, {most:,} images: ask for fewer"
+            f"{hint}"
+        )
+
+
+def check_files(count: int) -> None:
+    """Raise UsageError for more images than a folder of single ones gets."""
+    if count > MOST_FILES:
+        raise UsageError(
+            f"a folder gets at most {MOST_FILES:,} images, found {count:,}: make a set with "
+            "var-deploy sample, which also goes on where it was stopped"
+        )
 
 
 def output_file(path: Path, suffix: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 from var_deploy import names
 from var_deploy.cli.console import Progress, echo, say
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
-from var_deploy.cli.outputs import output_file
+from var_deploy.cli.outputs import check_at_once, output_file
 from var_deploy.cli.token_files import SUFFIX, read_tokens
 from var_deploy.errors import UsageError
 from var_deploy.images import grid, origin_text, save_png
@@ -71,6 +71,8 @@ def reconstruct(
     else:
         pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
         runtime.check_graphs(manifest, names.ENCODER)
+    shown = len(counts) * (1 if tokens is None else len(tokens[0]))
+    check_at_once(shown, tokenizer.image_side)
     runtime.check_graphs(manifest, names.ACCUMULATE)
 
     started = time.monotonic()
