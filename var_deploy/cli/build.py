@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--workspace",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1 << 20),
     metavar="MB",
     show_default="all of the device",
     help="Most memory a layer may use for itself.",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--compute-capability",
-    type=click.IntRange(75),
+    type=click.IntRange(75, 999),
     metavar="NN",
     help="tensorrt_rtx only: build ahead of time for this one, 86 for 8.6; no GPU is needed.",
 )

@@ -33,6 +33,7 @@ from var_deploy.terminal import (
 
 MARK = secrets.token_hex(8)  # stands for the escape character of our own colours
 COLOUR = re.compile(rf"<{MARK}:([a-z]*)>")
+LONGEST = 4000  # characters of an error
 WHOLE = 1000  # characters of a purpose, which click would else cut off at the end of a line
 
 
@@ -130,9 +131,12 @@ def _traceback_wanted() -> bool:
 
 
 def _fail(message: str, code: int, prefix: str = "error: ") -> None:
+    message = " ".join(message.split())
+    if len(message) > LONGEST:  # of an argument or a name that goes on and on
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
     # where nobody can read it any more, the exit code still tells
     with contextlib.suppress(OSError, VarDeployError):
-        echo(paint(prefix, "red") + visible(" ".join(message.split())), err=True)
+        echo(paint(prefix, "red") + visible(message), err=True)
     sys.exit(code)
 
 

@@ -10,9 +10,10 @@ import click
 
 from var_deploy import names
 from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, say
-from var_deploy.cli.options import report_options
+from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS, report_options
 from var_deploy.errors import UsageError
 from var_deploy.images import check_writable
+from var_deploy.sampling import MAX_SEED
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
@@ -30,13 +31,13 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 @click.option("--tokenizer", type=FILE, help="Tokenizer (VQVAE) weights, .pth or .safetensors.")
 @click.option(
     "--random-weights",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_SEED),
     metavar="SEED",
     help="Draw the weights of a preset instead of loading them, for benchmarks.",
 )
 @click.option(
     "--heads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 4096),
     help="Attention heads, for a model without L2 norm: its weights do not tell.",
 )
 @click.option(
@@ -49,7 +50,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--batch",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_BATCH),
     default=1,
     show_default=True,
     help="Images a launch; fixed in the graphs.",
@@ -74,7 +75,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--calibration",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_ROUNDS),
     metavar="N",
     help=f"Images drawn to take int8's ranges from (default: {INT8_IMAGES}), and to warn of fp16 "
     f"values near overflow (default: {FP16_IMAGES}; 0 skips it).",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import click
 
 from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table
+from var_deploy.cli.options import MOST_BATCH
 from var_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="orin-nano-8gb, orin-nx-16gb, agx-orin-64gb, thor, h200, rtx-4090, … or this, or cpu "
     "(its processor); a wrong name lists all.",
 )
-@click.option("--batch", type=click.IntRange(1), show_default="1", help="Images a launch.")
+@click.option(
+    "--batch", type=click.IntRange(1, MOST_BATCH), show_default="1", help="Images a launch."
+)
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),

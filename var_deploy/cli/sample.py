@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from var_deploy.sets.work import Tell
 
 
+MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
@@ -169,6 +172,8 @@ def sample(
     )
     if there is not None:
         folder.check_same(spec)
+    else:
+        _check_shard_size(spec, manifest.model.tokenizer.image_side)
     if check:
         if there is None:
             raise UsageError(f"{out} holds no set: there is nothing to check")
@@ -262,6 +267,17 @@ def _share(text: str) -> tuple[int, int]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"--shards {text!r} is no share; write 2/4 for the second of four")
     return int(found[1]) - 1, int(found[2])
+
+
+def _check_shard_size(spec: SetSpec, side: int) -> None:
+    """Raise UsageError where a shard, which is packed in memory, would be too large."""
+    images, most = min(spec.shard_size, spec.images), max(1, MOST_SHARD_PIXELS // side**2)
+    if images > most:
+        raise UsageError(
+            f"a shard is packed in memory and has at most {MOST_SHARD_PIXELS // 10**6} million "
+            f"pixels, {most:,} images of {side} × {side}, found {images:,}: give a smaller "
+            "--shard-size"
+        )
 
 
 def _per_class(given: int | None, recipe: str | None) -> int:

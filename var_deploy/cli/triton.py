@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from var_deploy.cli.console import Progress, echo, human_bytes, say
-from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.options import MOST_BATCH, RuntimeOptions, report_options, runtime_options
 from var_deploy.manifest import read_manifest
 
 MAX_DELAY = 60_000  # milliseconds
@@ -27,7 +27,7 @@ MAX_DELAY = 60_000  # milliseconds
 @click.option("--name", show_default="the bundle's folder", help="What Triton calls the model.")
 @click.option(
     "--instances",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_BATCH),
     default=1,
     show_default=True,
     metavar="N",
@@ -35,7 +35,7 @@ MAX_DELAY = 60_000  # milliseconds
 )
 @click.option(
     "--queue",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1_000_000),
     metavar="N",
     show_default="any number",
     help="Requests that may wait; the next one is refused. See docs/TRITON.md for the price.",

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from var_deploy.cli.console import Progress, echo, needs_extra
+from var_deploy.cli.options import MOST_ROUNDS
 from var_deploy.errors import UsageError, VerificationError
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -37,7 +38,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--samples",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_ROUNDS),
     default=500,
     show_default=True,
     metavar="N",
