@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from var_deploy import names
 from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.paths import utf8_path
 from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.runtime.protocol import Arrays, Launch
 
@@ -111,9 +112,10 @@ class OrtCpuBackend(HostMemory):
             # K sessions would hold K packed copies of the same weights; unpacked they read the one
             # that is mapped from weights.bin, at 1.2 to 1.6 times the time
             options.add_session_config_entry("session.disable_prepacking", "1")
+        path = utf8_path(graph, "ONNX Runtime")
         try:
             return self._ort.InferenceSession(
-                str(graph), options, providers=["CPUExecutionProvider"]
+                path, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             raise BackendError(f"ONNX Runtime refuses {graph.name}: {one_line(error)}") from error

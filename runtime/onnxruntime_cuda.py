@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy.errors import BackendError, one_line
+from var_deploy.paths import utf8_path
 from var_deploy.runtime.cuda import DEVICE, Cuda, CudaMemory
 from var_deploy.runtime.protocol import Arrays, Launch
 
@@ -105,9 +106,10 @@ class OrtCudaBackend(CudaMemory):
         options.enable_cpu_mem_arena = False
         opened, problem = OrtCudaSession(self._cuda, self._run_options, graph.stem), None
         self._sessions.append(opened)
+        path = utf8_path(graph, "ONNX Runtime")
         try:
             opened.session = self._ort.InferenceSession(
-                str(graph), options, providers=[(PROVIDER, self._settings())], enable_fallback=0
+                path, options, providers=[(PROVIDER, self._settings())], enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             problem = one_line(error)

@@ -82,11 +82,13 @@ def read_mask(
         new = mask
     else:
         name = "the mask" if isinstance(mask, Image.Image) else os.fspath(mask)
-        image, new = _opened(mask), None
+        image = _opened(mask)
+        alpha = None
         if _has_alpha(image):
             alpha = np.asarray(_in_8_bits(image, name).convert("RGBA"))[..., 3]
-            new = alpha < 128 if alpha.min() < 255 else None
-        if new is None:
+        if alpha is not None and alpha.min() < 255:
+            new = alpha < 128
+        else:
             new = _bright(image, name)
             if not new.any() and not outside:
                 brightest = np.asarray(upright(image, 1)).max()

@@ -16,6 +16,7 @@ from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS
 from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.images import check_writable
+from var_deploy.terminal import visible_json
 
 if TYPE_CHECKING:
     from var_deploy.runtime.bench.report import Report, Result, Run
@@ -189,7 +190,7 @@ def _tell(
     text = json.dumps(data, indent=1, ensure_ascii=False)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text + "\n", encoding="utf-8")
+        target.write_text(visible_json(text) + "\n", encoding="utf-8")
     if json_out == "-":
         echo_json(data)
     elif not quiet:

@@ -13,6 +13,7 @@ from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, say
 from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS, report_options
 from var_deploy.errors import UsageError
 from var_deploy.images import check_writable
+from var_deploy.paths import utf8_path
 from var_deploy.sampling import MAX_SEED
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -159,6 +160,7 @@ def _check_target(out: Path, *, force: bool) -> None:
     """Refuse what must not be replaced: a bundle without --force, anything else always."""
     # a bundle is written beside its place, then renamed
     check_writable(out.absolute().parent if out.exists() else out)
+    utf8_path(out.absolute(), "the library of ONNX")
     if (out / names.MANIFEST).exists():
         if not force:
             raise UsageError(f"{out} already holds a bundle; --force replaces it")
