@@ -45,6 +45,22 @@ def test_a_closed_stream_changes_no_file(pocket_bundle: Path, tmp_path: Path, cl
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
+def test_what_a_library_writes_to_a_closed_descriptor_is_in_no_file(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from var_deploy.terminal import open_standard_streams
+open_standard_streams()
+with open(sys.argv[1], "wb") as file:
+    for descriptor in (1, 2):
+        os.write(descriptor, b"a word of a library")
+"""
+    for closing in CLOSED.values():
+        shell = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", code]
+        ended = subprocess.run([*shell, str(tmp_path / "f")], capture_output=True, timeout=60)
+        assert (ended.returncode, (tmp_path / "f").read_bytes()) == (0, b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
 @pytest.mark.parametrize("words", ["plan pocket --device thor", "inspect none", "--help"])
 def test_exit_codes_do_not_need_streams(words: str) -> None:
     expected = program(*words.split()).returncode
