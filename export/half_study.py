@@ -33,6 +33,7 @@ from var_deploy.files import whole_file
 from var_deploy.images import psnr
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
+from var_deploy.terminal import is_terminal
 
 SHOWN_LAYERS = 12
 
@@ -205,7 +206,7 @@ def _decibels(values: tuple[float, ...]) -> str:
 @click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False))
 def main(bundle: Path, images: int, seed: int, out: Path | None) -> None:
     """Compare the fp16 graphs of BUNDLE with its fp32 graphs; print tables in Markdown."""
-    shown = sys.stderr.isatty()
+    shown = is_terminal(sys.stderr)
 
     def progress(message: str, fraction: float) -> None:
         if shown:

@@ -307,9 +307,16 @@ def settings(manifest: Manifest, cfg: Any, top_k: Any, top_p: Any, temperature: 
     return sampling
 
 
-def label_numbers(manifest: Manifest, labels: Sequence[int | str]) -> list[int]:
-    """Class numbers of names and numbers; 0 for each where the model has no classes."""
+def label_numbers(manifest: Manifest, labels: Sequence[int | str | None]) -> list[int]:
+    """Class numbers of names and numbers; 0 for each where the model has no classes.
+
+    None stands for an image without a class, whose number is the count of the classes.
+    """
     transformer = manifest.model.transformer
     if not transformer.conditional:
         return [0] * len(labels)
-    return resolve_labels(labels, manifest.labels, transformer.classes)
+    given = [label for label in labels if label is not None]
+    if not given and len(labels):
+        return [transformer.classes] * len(labels)
+    numbers = iter(resolve_labels(given, manifest.labels, transformer.classes))
+    return [transformer.classes if label is None else next(numbers) for label in labels]

@@ -20,7 +20,7 @@ else:
 ROOT = Path(__file__).parents[1]
 HALVES = {"var_deploy.export": "export", "var_deploy.runtime": "runtime"}
 BUILD_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub")
-RUNTIME_MODULES = "var_deploy, var_deploy.pipeline, var_deploy.runtime, var_deploy.cli"
+RUNTIME_MODULES = "var_deploy, var_deploy.pipeline, var_deploy.runtime, var_deploy.cli.program"
 
 
 def package_of(folder: Path) -> str:
@@ -88,7 +88,7 @@ def broken_rules(path: Path, source: str) -> list[str]:
         return sorted(n for n in everywhere if within(n, "var_deploy.cli"))
     if top == "runtime":
         wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}
-    elif path.parts[1] == "cli" or name == "__init__.py":
+    elif path.parts[1] == "cli" or name in ("__init__.py", "__main__.py"):
         wrong = {n for n in at_import if within(n, *HALVES, "var_deploy.pipeline")}
     elif name == "pipeline.py" or path.parts[1] in ("cluster", "serving", "sets", "triton"):
         wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.errors import UsageError
+from var_deploy.errors import UnchangedError, UsageError
 from var_deploy.resize import area_matrix
 
 THRESHOLD = 0.5
@@ -47,6 +47,8 @@ def keep_masks(
     """[L_k] a scale, True where the token stays: at most `threshold` of its cell is new.
 
     `new` is [side, side], True where the image is to be new. Scale 0 stays unless all is new.
+
+    Raises UnchangedError where every token stays, so that the edit would change nothing.
     """
     share = new.astype(np.float32)
     masks = []
@@ -55,6 +57,13 @@ def keep_masks(
         cells = matrix @ share @ matrix.T
         masks.append(cells.reshape(-1) <= threshold + 1e-6)  # rounding must not decide
     masks[0][...] = not new.all()
+    if all(mask.all() for mask in masks):
+        cell = len(new) / patch_nums[-1]
+        raise UnchangedError(
+            "the mask is too small to change anything: a token of the finest scale stands for "
+            f"{cell:g} × {cell:g} pixels of the model's {len(new)} × {len(new)}, and is drawn anew "
+            f"where more than {threshold:.0%} of them are marked; at most {cells.max():.0%} are"
+        )
     return masks
 
 

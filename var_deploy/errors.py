@@ -2,7 +2,8 @@
 
     VarDeployError
     ├── UsageError            a wrong argument: the caller can mend it (exit code 2)
-    │   └── LabelError        a label that the model does not have
+    │   ├── LabelError        a label that the model does not have
+    │   └── UnchangedError    an edit that would change nothing (exit code 1)
     ├── CheckpointError       a file that is no checkpoint, or does not fit the model
     ├── BundleError           a bundle that is damaged, too new, or incomplete
     │   └── BundleChangedError    it was replaced or overwritten while it was in use
@@ -41,6 +42,12 @@ class UsageError(VarDeployError, ValueError):
 
 class LabelError(UsageError):
     """A class label is unknown; the message suggests close matches."""
+
+
+class UnchangedError(UsageError):
+    """An edit is well formed, but its mask is too small to change a token."""
+
+    exit_code = 1
 
 
 class CheckpointError(VarDeployError):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from var_deploy.errors import LabelError
 
 SHOWN = 60  # characters of a name that a message repeats
+NO_CLASS = "none"  # on the command line, the image without a class
 STRIDE = 7  # coprime to the class counts of ImageNet and pocket
 
 
@@ -114,3 +115,21 @@ def _synonyms(name: str) -> list[str]:
     """What else a name is matched by: each part between commas, with and without its note."""
     parts = [_fold(part) for part in name.split(",") if part.strip()]
     return [*parts, *(re.sub(r" \([^()]*\)$", "", part) for part in parts)]
+
+
+def resolve_labels_or_none(
+    text_or_items: str | Iterable[str], names: Sequence[str], classes: int
+) -> list[int | None]:
+    """Class numbers as `resolve_labels` gives them, with None for each label "none": the image
+    without a class. Where a class is called "none", that class is meant.
+
+    Raises LabelError as `resolve_labels` does. A model without classes takes "none" alone.
+    """
+    texts = _split(text_or_items, names) if isinstance(text_or_items, str) else [*text_or_items]
+    called = {synonym for name in names for synonym in (_fold(name), *_synonyms(name))}
+    empty = [_fold(text) == NO_CLASS and NO_CLASS not in called for text in texts]
+    if texts and all(empty):
+        return [None] * len(texts)
+    others = [text for text, without in zip(texts, empty, strict=True) if not without]
+    numbers = iter(resolve_labels(others, names, classes))
+    return [None if without else next(numbers) for without in empty]

@@ -49,14 +49,15 @@ def read_pictures(
 def upright(picture: Picture, channels: int = 3) -> Image.Image:
     """A picture in RGB (or grey, for one channel): turned as its EXIF tag says, alpha over white.
 
-    Raises UsageError as `read_pictures` does.
+    Of an animation, or of a file with several pages, the first is taken. Grey pictures may have 16
+    bits, or floats from 0 (black) to 1 (white).
+
+    Raises UsageError as `read_pictures` does, and for 32-bit pixels whose white is not known.
     """
-    image = _opened(picture)
+    image = _in_8_bits(_opened(picture), _name(picture))
     if _has_alpha(image):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    elif image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
-        image = Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) // 257).astype("u1"))
     return image.convert("RGB" if channels == 3 else "L")
 
 
@@ -67,7 +68,8 @@ def read_mask(
 
     Args:
         mask: bool [H, W]; or an image, new where it is white (brighter than half), or, where parts
-            of it are transparent, where it is transparent.
+            of it are transparent, where it is transparent. Of an image whose pixels are 0 and one
+            other number, such as 0 and 1, new where it is not 0.
         width, height: of the picture that it belongs to, upright. The mask has this size, or
             already the side × side pixels of the model.
         outside: turn it around, so that the image is to be new where the mask says it is not.
@@ -79,12 +81,21 @@ def read_mask(
             raise UsageError(f"a mask is bool [H, W], found {mask.dtype} {list(mask.shape)}")
         new = mask
     else:
+        name = "the mask" if isinstance(mask, Image.Image) else os.fspath(mask)
         image = _opened(mask)
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-        if _has_alpha(image) and alpha.min() < 255:
+        alpha = None
+        if _has_alpha(image):
+            alpha = np.asarray(_in_8_bits(image, name).convert("RGBA"))[..., 3]
+        if alpha is not None and alpha.min() < 255:
             new = alpha < 128
         else:
-            new = np.asarray(upright(image, 1)) >= 128
+            new = _bright(image, name)
+            if not new.any() and not outside:
+                brightest = np.asarray(upright(image, 1)).max()
+                raise UsageError(
+                    f"{name} marks nothing: its brightest pixel is {brightest} of 255, and white, "
+                    "brighter than half, is what marks"
+                )
     rows, columns = new.shape
     if (columns, rows) not in ((width, height), (side, side)):
         raise UsageError(
@@ -97,6 +108,50 @@ def read_mask(
     if not found.any():
         raise UsageError("the mask marks nothing that could be drawn anew")
     return found
+
+
+def _bright(image: Image.Image, name: str) -> NDArray[np.bool_]:
+    """Where an image of a mask is white. Masks of other programs have 0 and 1, or 0 and the number
+    of a class, which would all be black as a picture."""
+    deep = image.mode.startswith("I") or image.mode == "F"
+    values = np.asarray(image if deep else upright(image, 1))
+    marked: NDArray[np.bool_] = values > 0
+    if values.min() >= 0 and marked.any() and (values[marked] == values.max()).all():
+        two = not marked.all()  # 0 and one other number
+        if two or values.max() == 1:
+            return marked
+    found: NDArray[np.bool_] = np.asarray(_in_8_bits(image, name).convert("L")) >= 128
+    return found
+
+
+def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """An image whose channels have 8 bits; grey ones with more are scaled, where `convert` would
+    cut them off at 255. Raises UsageError where it is not known what white is."""
+    if image.mode == "La":  # no other mode can be made of it
+        return image.convert("LA")
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 1:  # nor where one is not a number
+            raise UsageError(
+                f"{name} has floating-point pixels from {low:g} to {high:g}, expected 0 (black) to "
+                "1 (white): scale them, or save the picture with 8 bits a channel"
+            )
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, np.int64)
+    # Pillow before 11 gives the 16 bits of a PNG as 32
+    if image.mode == "I" and (image.format != "PNG" or values.min() < 0 or values.max() > 65535):
+        raise UsageError(
+            f"{name} has 32-bit pixels from {values.min()} to {values.max()}, of which white is "
+            "not known: save the picture with 8 or 16 bits a channel"
+        )
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # the number of 16 bits that is transparent
+        grey.putalpha(Image.fromarray(255 * (values != clear).astype(np.uint8)))
+    return grey
 
 
 def fit(
@@ -134,7 +189,7 @@ def _opened(picture: Picture | Mask) -> Image.Image:
                 f"{list(picture.shape)}"
             )
         return Image.fromarray(np.ascontiguousarray(array))
-    named = "the picture" if isinstance(picture, Image.Image) else picture
+    named = _name(picture)
     try:
         if isinstance(picture, Image.Image):
             return _turned(picture)
@@ -152,11 +207,20 @@ def _opened(picture: Picture | Mask) -> Image.Image:
         raise UsageError(f"{named} cannot be read: {why}") from None
 
 
+def _name(picture: Picture | Mask) -> str:
+    """What a message calls it."""
+    if isinstance(picture, (Image.Image, np.ndarray)):
+        return "the picture"
+    return os.fspath(picture)
+
+
 def _turned(image: Image.Image) -> Image.Image:
     """A copy in memory."""
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
-    return ImageOps.exif_transpose(image)
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format  # which says of some modes how they are meant
+    return turned
 
 
 def _has_alpha(image: Image.Image) -> bool:

@@ -176,7 +176,7 @@ class Pipeline:
 
     def generate(
         self,
-        labels: Sequence[int | str] | None = None,
+        labels: Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] = 0,
         cfg: float | Sequence[float] | None = None,
         top_k: int | Sequence[int] | None = None,
@@ -192,8 +192,8 @@ class Pipeline:
         Image n depends on (seed, n, its label and the settings) alone, not on the batch size.
 
         Args:
-            labels: class numbers or names; None is one image without a class (one a seed). An
-                unconditional model takes the count from the length alone.
+            labels: class numbers, names, or None for an image without a class; None alone is one
+                of those (one a seed). An unconditional model takes the count from the length alone.
             seed: 0 … 2⁶⁴-1; or one a label, and image n is the one that its label and its seed
                 give alone.
             cfg, top_k, top_p, temperature: see `Sampling`; None takes the bundle's default.

@@ -32,6 +32,7 @@ from var_deploy.runtime.device_check.bundle_check import NO_GPU, BundleCheck, He
 from var_deploy.runtime.device_check.measure import BUDGET
 from var_deploy.runtime.device_check.report import Found, NotRunError, Report, latency_table
 from var_deploy.runtime.tensorrt.library import load_library
+from var_deploy.terminal import open_standard_streams, visible
 
 DEFAULT_BUNDLE = Path("build/pocket")
 DEFAULT_OUT = Path("device-report.json")
@@ -86,7 +87,7 @@ def _check_bundle(bundle: Path, name: str, report: Report, here: Here, options: 
         check.run()
         report.step("PyTorch", partial(_peers, bundle, check, here, options))
         for line in latency_table([step for step in report.steps if step.bundle == name]):
-            print(line)
+            print(visible(line))
 
 
 def _names(bundles: Sequence[Path]) -> dict[Path, str]:
@@ -262,6 +263,7 @@ def _peers(bundle: Path, check: BundleCheck, here: Here, options: Options) -> Fo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where nothing failed, 1 where a step did, 2 for bad usage, 130 after Ctrl-C."""
+    open_standard_streams()
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -277,12 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
         )
     except VarDeployError as error:
-        print("error:", one_line(error), file=sys.stderr)
+        print("error:", visible(one_line(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"interrupted; what was found is in {given.out}", file=sys.stderr)
+        print(visible(f"interrupted; what was found is in {given.out}"), file=sys.stderr)
         return INTERRUPTED
-    print(f"\n{_verdict(report)}; the report: {given.out}")
+    print(f"\n{_verdict(report)}; the report: {visible(str(given.out))}")
     return 1 if report.failed else 0
 
 

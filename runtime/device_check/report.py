@@ -18,6 +18,7 @@ from typing import Any, Literal
 from var_deploy import __version__
 from var_deploy.errors import BackendError, VarDeployError, one_line
 from var_deploy.files import whole_file
+from var_deploy.terminal import is_terminal, visible
 
 SCHEMA_VERSION = 1
 State = Literal["running", "done", "failed", "not run"]
@@ -82,7 +83,7 @@ class Report:
         self.steps: list[Step] = []
         self.finished = False
         self._out, self._say, self._bundle = out, say, ""
-        self._shown, self._shown_at = sys.stderr.isatty(), 0.0
+        self._shown, self._shown_at = is_terminal(sys.stderr), 0.0
         # the longest first: a folder before the one that it lies in
         self._private = sorted(private.items(), key=lambda item: -len(item[0]))
 
@@ -93,7 +94,7 @@ class Report:
     def start_bundle(self, name: str) -> None:
         """The steps from here on are about this bundle."""
         self._bundle = name
-        self._say(f"\n{name}")
+        self._say(f"\n{visible(name)}")
 
     def step(self, name: str, work: Callable[[], Found]) -> Found | None:
         """Run one step; None where it was not run or did not come to a result.
@@ -124,7 +125,7 @@ class Report:
             step.reason = self._clean(step.reason)
             self.save()
         self._wipe()
-        self._say(_line(step, found.headline if found else ""))
+        self._say(visible(_line(step, found.headline if found else "")))
         return found
 
     def progress(self, message: str, fraction: float | None = None) -> None:
@@ -133,7 +134,7 @@ class Report:
         if self._shown and (fraction is None or now - self._shown_at > PAUSE):
             self._shown_at = now
             part = "" if fraction is None else f"{fraction:4.0%} "
-            print(f"\r\x1b[K  {part}{message[:70]}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K  {part}{visible(message)[:70]}", end="", file=sys.stderr, flush=True)
 
     def _wipe(self) -> None:
         if self._shown:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy.errors import BackendError, one_line
+from var_deploy.paths import utf8_path
 from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.monitor import Progress, build_monitor, held_interrupt
 from var_deploy.runtime.tensorrt.target import BuildOptions
@@ -97,7 +98,7 @@ def _parse(library: Library, builder: Any, path: Path) -> tuple[Any, Any]:
         raise BackendError(f"{_name(library)} made no network for {graph}: {library.words()}")
     parser = trt.OnnxParser(network, library.logger)
     # from the file, so that weights.bin is found beside it
-    parsed = parser.parse_from_file(str(path))
+    parsed = parser.parse_from_file(utf8_path(Path(path), _name(library)))
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     if errors or not parsed:
         told = [_parser_error(error) for error in errors[:SHOWN_ERRORS]]

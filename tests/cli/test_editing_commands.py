@@ -183,6 +183,9 @@ def test_a_class_by_name(named: Path, tmp_path: Path) -> None:
     assert path.name == f"000_{name}.png"
     assert read_settings(path)["labels"] == f"4 {name}"
     np.testing.assert_array_equal(pixels(path), pixels(tmp_path / "number.png"))
+    done(*request, "--label", "none", "--out", tmp_path / "none.png")
+    done(*request, "--out", tmp_path / "left-out.png")
+    assert (tmp_path / "none.png").read_bytes() == (tmp_path / "left-out.png").read_bytes()
     said = refused(2, *request, "--label", name + "s", "--out", tmp_path / "x.png")
     assert f"did you mean {name}" in said
 
@@ -268,6 +271,24 @@ def test_bad_requests(
     unchanged()
     command, image, *options = arguments
     refused(2, command, made, image, *options, parts=(part,))
+
+
+@pytest.mark.parametrize("options", [(), ("--keep-pixels",), ("--count", "2")])
+def test_an_edit_that_changes_no_token(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unchanged: Callable[[], None],
+    unloaded: None,
+    options: tuple[str, ...],
+) -> None:
+    """Two of four pixels of a token are not more than half."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (SIDE, SIDE), "red").save("p.png")
+    unchanged()
+    where = ("--box", "2,2,3,4", "--out", "e.png")
+    said = refused(1, "edit", made, "p.png", *where, *options)
+    assert "too small to change anything" in said and "2 × 2 pixels" in said
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cli_steps import ONE_THREAD, SIDE, done, edit, export, pixels, process, refused, tree
+from cli_steps import ONE_THREAD, SIDE, done, edit, export, pixels, process, refused, run, tree
+from var_deploy import images
+from var_deploy.cli import outputs
 from var_deploy.images import read_settings
 from var_deploy.manifest import read_manifest
+from var_deploy.pipeline import Pipeline
 
 pytest.importorskip("torch")
 
@@ -141,6 +146,27 @@ def test_labels_by_name(named: Path, tmp_path: Path) -> None:
     assert text["model"] == "pocket"
 
 
+def test_images_without_a_class_among_others(named: Path, tmp_path: Path) -> None:
+    name, out = read_manifest(named).labels[3], tmp_path / "many"
+    done("generate", named, "--labels", "3,none", "--count", 4, "--seed", 2, "--out", out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        f"000_{name}.png",
+        "001.png",
+        f"002_{name}.png",
+        "003.png",
+    ]
+    text = read_settings(out / "001.png")
+    assert (text["labels"], text["image"]) == ("none", "1 of 4")
+    with Pipeline.load(named) as pipe:
+        mixed = pipe.generate([3, None, name, None], seed=2)
+        np.testing.assert_array_equal(pipe.generate(None, seed=[2])[0], pipe.generate([None], 2)[0])
+    for n, path in enumerate(sorted(out.iterdir())):
+        np.testing.assert_array_equal(pixels(path), mixed[n])
+    assert (mixed[1] != mixed[0]).any()
+    done("generate", named, "--labels", "none", "--seed", 2, "--out", tmp_path / "one.png")
+    assert read_settings(tmp_path / "one.png")["labels"] == "none"
+
+
 def test_random_weights_are_verified_without_files(named: Path) -> None:
     done("verify", named, "--precision", "fp32")
 
@@ -231,3 +257,89 @@ def test_an_empty_folder_is_filled_and_any_other_kept(files: Path, tmp_path: Pat
     assert (result.exit_code, result.stdout) == (2, "")
     assert "holds no bundle" in result.stderr
     assert tree(tmp_path / "other") == {"thesis.tex": b"x"}
+
+
+# more than fits into memory
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four images of the small model are kept in memory together."""
+    monkeypatch.setattr(outputs, "MAX_PIXELS", 4 * SIDE**2)
+
+
+@pytest.mark.parametrize("seeds", ["7", "7,8,9,1,2,3,4"])
+def test_a_folder_of_more_than_memory_holds(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: str
+) -> None:
+    """The same files as at once; not more than a batch is drawn before it is written."""
+    request = ("generate", made, "--labels", "1,none,3", "--count", 7, "--seed", seeds)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done(*request, "--out", whole)
+    monkeypatch.setattr(outputs, "MAX_PIXELS", 4 * SIDE**2)
+    events: list[str] = []
+    draw, write = Pipeline.draw, images.write_png
+
+    def drawn(self: Pipeline, *arguments: Any) -> Any:
+        events.append("draw")
+        return draw(self, *arguments)
+
+    def written(*arguments: Any, **options: Any) -> None:
+        events.append("write")
+        write(*arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "draw", drawn)
+    monkeypatch.setattr(images, "write_png", written)
+    said = done(*request, "--out", parts).stdout
+    assert said.startswith(f"wrote {parts} (7 images of 8 × 8, ")
+    assert tree(parts) == tree(whole)
+    assert events == ["draw", "write", "write"] * 3 + ["draw", "write"]
+
+
+def test_a_stopped_folder_leaves_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little_memory: None
+) -> None:
+    draw, calls = Pipeline.draw, [0]
+
+    def interrupted(self: Pipeline, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Pipeline, "draw", interrupted)
+    result = run("generate", made, "--labels", 1, "--count", 9, "--out", tmp_path / "many")
+    assert (result.exit_code, tree(tmp_path)) == (130, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--count", 10**12, "--out", "x.png"), "1,000,000,000,000 images of 8 × 8 are too many"),
+        (("--count", 5, "--out", "x.png"), "4 images: ask for fewer, or name a folder"),
+        (("--count", 10**12, "--out", "many"), "at most 100,000 images, found 1,000,000,000,000"),
+        (("--count", 5, "--out", "many", "--deadline", 9), "is for at most 4 images, found 5"),
+    ],
+)
+def test_more_images_than_can_be_had(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    little_memory: None,
+    options: tuple[object, ...],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(2, "generate", made, "--labels", "1", *options, parts=(words,))
+    assert not tree(tmp_path)
+
+
+def test_more_edits_and_scales_than_can_be_had(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, little_memory: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (SIDE, SIDE)).save("p.png")
+    edit = ("edit", made, "p.png", "--box", "0,0,4,4", "--out", "many")
+    refused(2, *edit, "--count", 10**12, parts=("1,000,000,000,000 images of 8 × 8 are too",))
+    scales = ("reconstruct", made, "p.png", "--out", "s.png", "--scales", "1..K,1..K")
+    refused(2, *scales, parts=("6 images of 8 × 8 are too many for one grid",))

@@ -45,7 +45,7 @@ def some(made_set: Path, tmp_path: Path) -> Path:
     out = tmp_path / "some"
     out.mkdir()
     for path in made_set.iterdir():
-        if not path.name.startswith("000002"):
+        if "000002" not in path.name:
             (out / path.name).write_bytes(path.read_bytes())
     return out
 
@@ -303,6 +303,15 @@ def test_places_where_no_set_can_be(
         refused(2, "sample", made, "--per-class", 1, "--out", tmp_path / name, parts=(words,))
 
 
+def test_a_shard_that_memory_cannot_hold(
+    made: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ("sample", made, "--out", tmp_path / "set", "--shard-size", 10**9)
+    refused(2, *request, "--per-class", 10**8, parts=("at most 400 million pixels, 6,250,000 im",))
+    refused(2, *request, "--per-class", 10**12, parts=("a set has at most 1,000,000,000 images",))
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_bundle_that_cannot_be_loaded_leaves_no_folder(bundle: Path, tmp_path: Path) -> None:
     (bundle / "fp32" / "weights.bin").write_bytes(b"")
     out = tmp_path / "set"
@@ -327,7 +336,12 @@ def test_interrupted(
         130,
         f"{out} keeps 1 of 4 shards; the same command goes on from there\ninterrupted\n",
     )
-    assert set(os.listdir(out)) == {"set.json", "000000.tar", "000000.tar.sha256"}
+    assert set(os.listdir(out)) == {
+        ".huggingface.yaml",
+        "set.json",
+        "000000.tar",
+        ".000000.tar.sha256",
+    }
     done("sample", made, *ARGUMENTS, "--out", out)
     assert tree(out) == tree(made_set)
 

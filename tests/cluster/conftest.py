@@ -58,13 +58,28 @@ class Nodes:
 
 
 def processes() -> Mapping[int, tuple[int, str]]:
-    """pid → parent and command line of what runs."""
-    found = {}
+    """pid → parent and command line of this process and all that it started; what else runs on the
+    machine is nobody's business."""
+    children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            found[int(path.name)] = parent, (path / "cmdline").read_text().replace("\0", " ")
+            parent = int((path / "stat").read_bytes().rpartition(b")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.name))
+    found, left = {}, [(os.getppid(), os.getpid())]
+    while left:
+        parent, pid = left.pop()
+        found[pid] = parent, command_line(pid)
+        left += [(pid, child) for child in children.get(pid, [])]
     return found
+
+
+def command_line(pid: int) -> str:
+    """Of one process, whatever bytes it was given; "" where it has ended."""
+    try:
+        data = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return data.decode("utf-8", "backslashreplace").replace("\0", " ")
 
 
 def end(pids: list[int]) -> None:
@@ -95,16 +110,21 @@ def kill() -> Callable[[list[int]], None]:
     return end
 
 
+@pytest.fixture(scope="session", name="processes")
+def processes_fixture() -> Callable[[], Mapping[int, tuple[int, str]]]:
+    return processes
+
+
 @pytest.fixture(scope="session")
 def marked() -> Callable[[str], list[int]]:
-    """Processes whose environment holds a text."""
+    """Processes whose environment holds a text, orphans among them."""
 
     def find(text: str) -> list[int]:
         found = []
-        for pid in processes():
+        for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if text.encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                    found.append(pid)
+                if text.encode() in (path / "environ").read_bytes():
+                    found.append(int(path.name))
         return found
 
     return find

@@ -174,3 +174,34 @@ def test_interrupted_on_a_cluster_of_its_own(
         time.sleep(0.1)
     assert marked(str(tmp_path)) == []
     assert f'"shard": {len(list(out.glob("*.tar"))) - 1},' in (out / "set.json").read_text()
+
+
+def test_processes_of_strangers_are_left_alone(processes: Callable[[], Mapping[int, Any]]) -> None:
+    """Names that are not UTF-8 disturb nobody, and only what the tests started is looked at."""
+    name = b"\xff\xfe stranger"
+    command = [sys.executable.encode(), b"-c", b"import sys; sys.stdin.read()", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as own:
+        while own.pid not in processes() or "sys.stdin" not in processes()[own.pid][1]:
+            time.sleep(0.01)
+        found = processes()
+        assert found[own.pid][0] == os.getpid()
+        assert found[own.pid][1].endswith("\\xff\\xfe stranger ")
+        assert 1 not in found or os.getpid() == 1
+        assert os.getppid() not in found
+        assert own.stdin is not None
+        own.stdin.close()
+
+
+@pytest.mark.parametrize("error", [OSError("no socket"), PermissionError(13, "Permission denied")])
+def test_ray_that_raises_an_oserror(
+    command: list[Any], monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """As where its folder for sessions cannot be made."""
+    import ray
+
+    def init(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    words = error.strerror or "no socket"
+    refused(2, *command, "--ray", "local", parts=("Ray cannot be started here: ", words))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cluster.conftest import end, processes
+from cluster.conftest import command_line, end, processes
 from serving.client import PATIENCE, Client, Reply, picture, running
 
 from cli_steps import ONE_THREAD
@@ -216,4 +216,4 @@ def test_what_was_taken_is_finished_and_nothing_stays(served: Served, local: Cli
             assert (name, done["images"]) == ("done", expected)
     out, err = served.process.communicate(timeout=PATIENCE)
     assert (served.process.returncode, out, err) == (0, "", "")
-    assert not {pid: words for pid, (_, words) in processes().items() if pid in family and words}
+    assert not {pid: words for pid in family if (words := command_line(pid))}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from var_deploy.editing import Kept, blend, box_mask, feather, keep_masks
-from var_deploy.errors import UsageError
+from var_deploy.errors import UnchangedError, UsageError
 
 PATCHES = (1, 2, 4)
 
@@ -33,7 +33,17 @@ def test_the_tone_stays_unless_all_is_new() -> None:
     assert not any(mask.any() for mask in keep_masks(new, PATCHES))
     new[7, 7] = False
     assert [int(mask.sum()) for mask in keep_masks(new, PATCHES)] == [1, 0, 0]
-    assert all(mask.all() for mask in keep_masks(np.zeros((8, 8), np.bool_), PATCHES))
+
+
+@pytest.mark.parametrize(
+    ("box", "most"), [((3, 3, 5, 5), "25%"), ((4, 4, 5, 6), "50%"), ((0, 0, 1, 1), "25%")]
+)
+def test_a_mask_that_changes_no_token_is_refused(box: tuple[int, ...], most: str) -> None:
+    said = rf"stands for 2 × 2 pixels of the model's 8 × 8.*more than 50% .*at most {most} are"
+    with pytest.raises(UnchangedError, match=said) as refused:
+        keep_masks(box_mask(box, 8, 8), PATCHES)
+    assert refused.value.exit_code == 1 and isinstance(refused.value, UsageError)
+    assert not all(mask.all() for mask in keep_masks(box_mask((4, 4, 6, 6), 8, 8), PATCHES))
 
 
 def test_sizes_that_do_not_divide() -> None:

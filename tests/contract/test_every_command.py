@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from cli_steps import done, refused, run
 from var_deploy.cli import main
-from var_deploy.cli.console import paint, table
+from var_deploy.cli.console import paint, table, unpainted
 
 ORDER = ("export", "verify", "inspect", "generate")  # the way of a newcomer
 REPORTING = ("bench", "build", "doctor", "edit", "encode", "generate", "inspect", "plan")
@@ -90,6 +90,59 @@ def test_common_options_mean_the_same(command: click.Command) -> None:
     if "--threads" in options:
         assert isinstance(options["--threads"].type, click.IntRange)
         assert options["--threads"].type.min == 1
+
+
+# bounded where their values meet: with the bundle's sizes, or with other options
+BOUNDED_LATER = {
+    ("edit", "count"): "outputs.check_at_once",
+    ("generate", "count"): "outputs.check_at_once and check_files",
+    ("sample", "per_class"): "SetSpec",
+    ("sample", "shard_size"): "no shard is larger than the set, see _check_shard_size",
+    ("sample", "seed"): "SetSpec",
+    ("sample", "workers"): "no more than there are devices",
+    ("serve", "queue"): "a bound itself",
+    ("serve", "max_count"): "a bound itself",
+    ("serve", "max_pixels"): "a bound itself",
+    ("serve", "max_body"): "a bound itself",
+}
+
+
+def test_numbers_are_bounded(command: click.Command) -> None:
+    for option in command.params:
+        kind = option.type
+        if not isinstance(kind, click.types.IntParamType | click.types.FloatParamType):
+            continue
+        if option.name in ("threads", "deadline"):
+            continue  # bounded by the machine, and harmless
+        if (command.name, option.name) not in BOUNDED_LATER:
+            assert isinstance(kind, click.IntRange | click.FloatRange), option.name
+            assert kind.min is not None and kind.max is not None, option.name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export pocket --batch N --out b",
+        "export pocket --random-weights N --out b",
+        "verify b --samples N",
+        "plan pocket --batch N",
+        "bench b --repeat N",
+        "bench b --batch 1,N",
+        "bench http://127.0.0.1:9 --concurrency N",
+        "triton b --instances N --out t",
+        "generate b --seed N --out x.png",
+        "sample b --seed N --per-class 1 --out s",
+        "generate b --labels N --out x.png",
+    ],
+)
+@pytest.mark.parametrize("number", ["1" + 25 * "0", 6000 * "9"])
+def test_enormous_numbers_end_in_one_line(
+    pocket_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, number: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [pocket_bundle if w == "b" else w.replace("N", number) for w in words.split()]
+    assert len(refused(2, *given)) < 5000
+    assert not list(tmp_path.iterdir())
 
 
 def test_commands_come_in_the_order_of_use() -> None:
@@ -174,8 +227,8 @@ def test_colours_do_not_move_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [("a", "b"), ("red", "1"), ("x", "22")]
     monkeypatch.delenv("NO_COLOR", raising=False)
     painted = [tuple(paint(cell, "red") for cell in row) for row in rows]
-    assert "\x1b[31m" in table(painted)
-    assert click.unstyle(table(painted, right=(1,))) == table(rows, right=(1,))
+    assert table(painted) != table(rows)
+    assert unpainted(table(painted, right=(1,))) == table(rows, right=(1,))
 
 
 def test_nothing_is_painted_into_a_pipe(tmp_path: Path) -> None:

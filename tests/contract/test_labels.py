@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from var_deploy import imagenet
 from var_deploy.errors import LabelError
-from var_deploy.labels import resolve_labels
+from var_deploy.labels import resolve_labels, resolve_labels_or_none
 
 NAMES = ("star", "heart", "house", "tree", "Boat")
 IMAGENET = ("tench, Tinca tinca", "crane", "crane, machine", "ox")
@@ -159,3 +161,32 @@ def test_a_model_without_names_takes_numbers_only() -> None:
 def test_a_model_without_classes_takes_no_labels() -> None:
     with pytest.raises(LabelError, match="no classes"):
         resolve_labels("0", (), 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("none", [None]),
+        ("NONE, none", [None, None]),
+        ("star,none,1", [0, None, 1]),
+        (["none"], [None]),
+        (["b", "none"], [1, None]),
+    ],
+)
+def test_none_is_no_class(given: Any, expected: list[int | None]) -> None:
+    assert resolve_labels_or_none(given, ["star", "b"], 2) == expected
+
+
+def test_a_class_that_is_called_none_is_meant() -> None:
+    for name in ("None", "none, nothing", "none (of these)"):
+        assert resolve_labels_or_none("none,0", [name, "b"], 2) == [0, 0]
+
+
+def test_none_leaves_the_other_labels_to_be_checked() -> None:
+    with pytest.raises(LabelError, match="no class is called 'x'"):
+        resolve_labels_or_none("none,x", ["star"], 1)
+    with pytest.raises(LabelError, match="no label given"):
+        resolve_labels_or_none(" ", ["star"], 1)
+    assert resolve_labels_or_none("none", [], 0) == [None]
+    with pytest.raises(LabelError, match="has no classes"):
+        resolve_labels_or_none("none,3", [], 0)

@@ -74,6 +74,68 @@ def test_other_modes(mode: str) -> None:
     assert one(Image.fromarray(PIXELS).convert(mode)).std() > 10
 
 
+def saved(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_floats_from_black_to_white(tmp_path: Path) -> None:
+    grey = PIXELS[..., 0]
+    floats = Image.fromarray(grey.astype(np.float32) / 255)
+    for picture in (floats, saved(floats, tmp_path / "f.tif")):
+        np.testing.assert_array_equal(one(picture)[..., 2], grey)
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits(tmp_path: Path, order: str) -> None:
+    grey = PIXELS[..., 0]
+    deep = Image.fromarray((grey.astype(np.uint16) * 257).astype(order))
+    for picture in (deep, saved(deep, tmp_path / "d.tif")):
+        np.testing.assert_array_equal(one(picture)[..., 1], grey)
+    if order == "<u2":
+        np.testing.assert_array_equal(one(saved(deep, tmp_path / "d.png"))[..., 0], grey)
+
+
+def test_sixteen_bits_of_which_one_is_transparent(tmp_path: Path) -> None:
+    deep = np.full((SIDE, SIDE), 30_000, np.uint16)
+    deep[:, :32] = 500
+    path = saved(Image.fromarray(deep), tmp_path / "t.png", transparency=500)
+    found = one(path)
+    assert (found[:, :32] == 255).all() and (found[:, 32:] == 30_000 // 257).all()
+
+
+def test_premultiplied_grey() -> None:
+    assert (one(Image.new("La", (SIDE, SIDE), (100, 200))) > 100).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.linspace(0, 255, 4096, dtype=np.float32), "floating-point pixels from 0 to 255, exp"),
+        (np.linspace(-1, 1, 4096, dtype=np.float32), "floating-point pixels from -1 to 1, expect"),
+        (np.r_[np.zeros(4095), np.nan].astype(np.float32), "from nan to nan, expected 0"),
+        (np.r_[np.zeros(4095), np.inf].astype(np.float32), "from 0 to inf, expected 0"),
+        (np.arange(4096, dtype=np.int32) * 2**19, "32-bit pixels from 0 to 2146959360, of which"),
+        (np.arange(4096, dtype=np.int32) % 256, "32-bit pixels from 0 to 255, of which white is"),
+        (-np.arange(4096, dtype=np.int32), "32-bit pixels from -4095 to 0, of which white is not"),
+    ],
+)
+def test_pixels_whose_white_is_not_known(tmp_path: Path, array: Any, said: str) -> None:
+    picture = Image.fromarray(array.reshape(SIDE, SIDE))
+    for given, name in ((picture, "the picture"), (saved(picture, tmp_path / "p.tif"), "p.tif")):
+        with pytest.raises(UsageError, match=f"{name} has .*{said}"):
+            one(given)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])
+def test_the_first_frame_of_several(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
+    path = tmp_path / f"several.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert (one(path) == (255, 0, 0)).all()
+
+
 def test_a_photograph_is_turned_as_its_exif_tag_says(tmp_path: Path) -> None:
     sideways = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
     sideways[:, :SIDE] = 255
@@ -135,6 +197,44 @@ def test_masks_say_where_the_image_is_new(tmp_path: Path) -> None:
     for mask in (new, white, tmp_path / "mask.png", white.convert("1"), Image.fromarray(holes)):
         np.testing.assert_array_equal(read_mask(mask, 90, 70, SIDE), new)
         np.testing.assert_array_equal(read_mask(mask, 90, 70, SIDE, outside=True), ~new)
+
+
+@pytest.mark.parametrize("value", [1, 20, 127, 255])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32])
+def test_masks_of_two_values(tmp_path: Path, value: int, kind: Any) -> None:
+    """0 and the number of a class, as programs that segment pictures write them."""
+    new = np.zeros((SIDE, SIDE), np.bool_)
+    new[:, 40:] = True
+    image = Image.fromarray((value * new).astype(kind))
+    for mask in (image, saved(image, tmp_path / "mask.tif")):
+        np.testing.assert_array_equal(read_mask(mask, SIDE, SIDE, SIDE), new)
+        np.testing.assert_array_equal(read_mask(mask, SIDE, SIDE, SIDE, outside=True), ~new)
+
+
+def test_masks_of_a_palette(tmp_path: Path) -> None:
+    """Of which number 1 is dark red, as in the pictures of PASCAL VOC."""
+    new = np.zeros((SIDE, SIDE), np.uint8)
+    new[:, 40:] = 1
+    image = Image.fromarray(new)
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    path = saved(image, tmp_path / "mask.png")
+    np.testing.assert_array_equal(read_mask(path, SIDE, SIDE, SIDE), new > 0)
+
+
+def test_masks_of_one_value() -> None:
+    for value, kind in ((1, np.uint8), (255, np.uint8), (1, np.float32)):
+        image = Image.fromarray(np.full((SIDE, SIDE), value, kind))
+        assert read_mask(image, SIDE, SIDE, SIDE).all()
+    black = Image.new("L", (SIDE, SIDE))
+    assert read_mask(black, SIDE, SIDE, SIDE, outside=True).all()
+
+
+def test_a_mask_of_many_classes_is_refused(tmp_path: Path) -> None:
+    image = Image.fromarray((np.arange(SIDE * SIDE) % 21).reshape(SIDE, SIDE).astype(np.uint8))
+    with pytest.raises(UsageError, match=r"mask\.png marks nothing: its brightest pixel is 20 of"):
+        read_mask(saved(image, tmp_path / "mask.png"), SIDE, SIDE, SIDE)
+    with pytest.raises(UsageError, match="the mask has 32-bit pixels from 0 to 20"):
+        read_mask(Image.fromarray(np.asarray(image, np.int32)), SIDE, SIDE, SIDE)
 
 
 def test_a_mask_follows_its_picture() -> None:

@@ -10,6 +10,7 @@ import pytest
 from serving.client import Client, picture
 
 from var_deploy.editing import box_mask
+from var_deploy.errors import UnchangedError
 from var_deploy.pipeline import Pipeline
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
@@ -91,3 +92,13 @@ def test_what_cannot_be_edited_is_refused(
     assert reply.status == 400
     for part in parts:
         assert part in reply.error
+
+
+def test_a_mask_that_changes_no_token_is_refused(service: Client, pipe: Pipeline) -> None:
+    side = pipe.manifest.model.tokenizer.image_side
+    small = np.zeros((side, side, 3), np.uint8)
+    reply = service.post(ROUTE, {"image": picture(small), "box": [0, 0, 1, 1]})
+    assert reply.status == 400 and "too small to change anything" in reply.error
+    mask = box_mask((0, 0, 1, 1), side, side)
+    with pytest.raises(UnchangedError, match="too small to change anything"):
+        pipe.edit(small, mask)

@@ -38,6 +38,7 @@ def test_the_images_are_those_of_the_pipeline(service: Client, pipe: Pipeline) -
         ({"seed": [4, 9]}, {"seed": [4, 9]}),
         ({"labels": [1], "count": 3, "seed": 2}, {"labels": [1, 1, 1], "seed": 2}),
         ({"labels": [1, 2], "count": 3}, {"labels": [1, 2, 1]}),
+        ({"labels": [1, None], "count": 3}, {"labels": [1, None, 1]}),
         ({"labels": [0], "seed": [4, 9]}, {"labels": [0, 0], "seed": [4, 9]}),
         (
             {"labels": [0], "cfg": [0, 1, 3], "top_k": 7, "top_p": 0.5, "temperature": 2},

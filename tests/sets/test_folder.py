@@ -18,6 +18,7 @@ from var_deploy.sets.folder import SetFolder
 from var_deploy.sets.spec import SetSpec
 
 NewSpec = Callable[..., SetSpec]
+BEGUN = [".huggingface.yaml", "set.json"]
 
 
 def names(folder: SetFolder) -> list[str]:
@@ -35,7 +36,7 @@ def test_a_set_is_begun_once(folder: SetFolder, spec: SetSpec) -> None:
     before = (folder.path / "set.json").read_bytes()
     folder.begin(spec)
     assert folder.read() == spec
-    assert names(folder) == ["set.json"]
+    assert names(folder) == BEGUN
     assert (folder.path / "set.json").read_bytes() == before
 
 
@@ -80,7 +81,7 @@ def test_two_processes_begin_at_once(
         with pytest.raises(UsageError, match="seed is 1 and not 9"):
             folder.begin(spec)
     assert folder.read() == other
-    assert names(folder) == ["set.json"]
+    assert names(folder) == BEGUN
 
 
 def test_a_file_system_without_links(
@@ -92,7 +93,7 @@ def test_a_file_system_without_links(
     monkeypatch.setattr(os, "link", refuse)
     folder.begin(spec)
     assert folder.read() == spec
-    assert names(folder) == ["set.json"]
+    assert names(folder) == BEGUN
 
 
 def test_a_foreign_folder_is_left_alone(folder: SetFolder, spec: SetSpec) -> None:
@@ -133,13 +134,13 @@ def test_a_damaged_list(folder: SetFolder, text: str, words: str) -> None:
 def test_a_shard_is_listed_with_its_hash(folder: SetFolder, spec: SetSpec) -> None:
     folder.begin(spec)
     folder.write(spec, 2, b"two")
-    assert names(folder) == ["000002.tar", "000002.tar.sha256", "set.json"]
+    assert names(folder) == [".000002.tar.sha256", BEGUN[0], "000002.tar", BEGUN[1]]
     assert folder.missing(spec, range(4)) == [0, 1, 3]
     assert folder.list_shards(spec) == [2]
     digest = hashlib.sha256(b"two").hexdigest()
     entry = {"shard": 2, "file": "000002.tar", "images": 4, "sha256": digest}
     assert (saved(folder)["shards"], saved(folder)["complete"]) == ([entry], False)
-    assert (folder.path / "000002.tar.sha256").read_text() == f"{digest}  000002.tar\n"
+    assert (folder.path / ".000002.tar.sha256").read_text() == f"{digest}  000002.tar\n"
 
 
 def test_a_set_is_complete(folder: SetFolder, spec: SetSpec) -> None:
@@ -151,7 +152,39 @@ def test_a_set_is_complete(folder: SetFolder, spec: SetSpec) -> None:
     assert folder.read() == spec
 
 
-@pytest.mark.parametrize("lost", ["000001.tar", "000001.tar.sha256"])
+def visible_hashes(folder: SetFolder) -> None:
+    """Leave the set as older versions wrote it."""
+    for path in folder.path.glob(".*.sha256"):
+        path.rename(path.with_name(path.name[1:]))
+    (folder.path / BEGUN[0]).unlink()
+
+
+def test_a_set_of_an_older_version_goes_on(folder: SetFolder, spec: SetSpec) -> None:
+    folder.begin(spec)
+    for shard in range(3):
+        folder.write(spec, shard, b"%d" % shard)
+    listed = folder.list_shards(spec)
+    visible_hashes(folder)
+    assert folder.missing(spec, range(4)) == [3]
+    assert not any(bad for _, bad in folder.damaged(spec))
+    folder.whole_shard(spec, 1)
+    folder.begin(spec)
+    folder.write(spec, 3, b"3")
+    assert folder.list_shards(spec) == [*listed, 3]
+    assert (folder.path / BEGUN[0]).is_file()
+    (folder.path / "000001.tar").write_bytes(b"wrong")
+    assert [shard for shard, bad in folder.damaged(spec) if bad] == [1]
+
+
+def test_a_description_for_datasets_that_is_there_stays(folder: SetFolder, spec: SetSpec) -> None:
+    folder.begin(spec)
+    (folder.path / BEGUN[0]).write_text("mine")
+    folder.begin(spec)
+    folder.list_shards(spec)
+    assert (folder.path / BEGUN[0]).read_text() == "mine"
+
+
+@pytest.mark.parametrize("lost", ["000001.tar", ".000001.tar.sha256"])
 def test_half_a_shard_is_none(folder: SetFolder, spec: SetSpec, lost: str) -> None:
     folder.begin(spec)
     folder.write(spec, 1, b"one")

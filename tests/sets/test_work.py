@@ -59,7 +59,12 @@ def test_cut_short_and_resumed(
     folder.begin(spec)
     with pytest.raises(kind):
         make_missing(pipe, folder, spec, range(4), silent)
-    assert set(tree(folder.path)) == {"set.json", "000000.tar", "000000.tar.sha256"}
+    assert set(tree(folder.path)) == {
+        ".huggingface.yaml",
+        "set.json",
+        "000000.tar",
+        ".000000.tar.sha256",
+    }
     listed = json.loads((folder.path / "set.json").read_text())["shards"]
     assert [entry["shard"] for entry in listed] == [0]
     assert make_missing(new_pipe(), folder, spec, range(4), silent) == [1, 2, 3]

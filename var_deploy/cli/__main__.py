@@ -1,8 +1,8 @@
-"""`python -m var_deploy.cli`, for where the script's folder is not on the path."""
+"""`python -m var_deploy.cli`, which is the same program as `python -m var_deploy`."""
 
 from __future__ import annotations
 
-from var_deploy.cli import main
+from var_deploy.__main__ import main
 
 if __name__ == "__main__":
-    main(prog_name="var-deploy")
+    main()

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.cli.console import Progress, echo, echo_json, human_bytes, table
+from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS
 from var_deploy.cli.outputs import STDOUT, refusal
 from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.files import check_writable, whole_file
+from var_deploy.terminal import visible_json
 
 if TYPE_CHECKING:
     from var_deploy.runtime.bench.report import Report, Result, Run
@@ -82,9 +84,15 @@ class BundleOrUrl(click.Path):
     metavar="LIST",
     help="Clients of a service, each of which asks again once it was answered.",
 )
-@click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Rounds.")
 @click.option(
-    "--warm-up", type=click.IntRange(0), default=2, show_default=True, help="Rounds before those."
+    "--repeat", type=click.IntRange(1, MOST_ROUNDS), default=10, show_default=True, help="Rounds."
+)
+@click.option(
+    "--warm-up",
+    type=click.IntRange(0, MOST_ROUNDS),
+    default=2,
+    show_default=True,
+    help="Rounds before those.",
 )
 @click.option("--json", "json_out", metavar="FILE", help="The report as JSON; - is stdout.")
 @click.option("--plot", metavar="FILE.png", help="The report as a figure.")
@@ -185,10 +193,12 @@ def _tell(
     try:
         if target is not None:
             with _stream(target) as stream:
-                stream.write(f"{text}\n".encode())
+                stream.write(f"{visible_json(text)}\n".encode())
     finally:  # minutes went into it: it is told where the disk refuses as well
-        if json_out == "-" or not quiet:
-            click.echo(text if json_out == "-" else as_text())
+        if json_out == "-":
+            echo_json(data)
+        elif not quiet:
+            echo(as_text())
 
 
 def _stream(target: Path) -> contextlib.AbstractContextManager[BinaryIO]:
@@ -212,8 +222,10 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         numbers = (0,)
-    if min(numbers) < 1:
-        raise UsageError(f"{option} takes numbers from 1, as in 1,4; found {text!r}")
+    if min(numbers) < 1 or max(numbers) > MOST_BATCH:
+        raise UsageError(
+            f"{option} takes numbers from 1 to {MOST_BATCH}, as in 1,4; found {text!r}"
+        )
     return numbers
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from var_deploy.cli.console import Progress, human_bytes, needs_extra, table
+from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, table
 from var_deploy.cli.options import report_options
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--workspace",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1 << 20),
     metavar="MB",
     show_default="all of the device",
     help="Most memory a layer may use for itself.",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--compute-capability",
-    type=click.IntRange(75),
+    type=click.IntRange(75, 999),
     metavar="NN",
     help="tensorrt_rtx only: build ahead of time for this one, 86 for 8.6; no GPU is needed.",
 )
@@ -108,7 +108,7 @@ def build(
                 progress=progress.update,
             )
     if as_json or not quiet:
-        click.echo(json.dumps(report.to_json(), indent=1) if as_json else _as_text(report))
+        echo(json.dumps(report.to_json(), indent=1) if as_json else _as_text(report))
 
 
 def _as_text(report: BuildReport) -> str:

@@ -1,23 +1,40 @@
-"""What all commands share: errors in one line, progress on a terminal, tables."""
+"""What all commands share: what is printed, errors in one line, progress on a terminal, tables.
+
+Commands print with `say`, `echo` and `echo_json` alone. Texts may come from a bundle that a
+stranger made, from a file name or a picture: no character of them reaches a terminal that would
+steer it. Colours are ours, and are written as a mark that no such text can contain.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
+import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 import click
 
 from var_deploy.errors import VarDeployError
+from var_deploy.terminal import (
+    INTERRUPTED,
+    is_terminal,
+    open_standard_streams,
+    visible,
+    visible_json,
+)
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
 SIGNALLED = 128  # plus its number: what shells report for a program that a signal ended
+MARK = secrets.token_hex(8)  # stands for the escape character of our own colours
+COLOUR = re.compile(rf"<{MARK}:([a-z]*)>")
+LONGEST = 4000  # characters of an error
 WHOLE = 1000  # characters of a purpose, which click would else cut off at the end of a line
 
 
@@ -81,6 +98,7 @@ class Program(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
+        open_standard_streams()
         try:
             with raising_on_signals():
                 code = super().main(args, prog_name, complete_var, False, **extra)
@@ -94,7 +112,7 @@ class Program(click.Group):
             _fail(error.format_message().rstrip(".") + where, error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", INTERRUPTED, prefix="")
         except VarDeployError as error:
             if _traceback_wanted():
@@ -112,10 +130,39 @@ class Program(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.Abort() from None
+        with _noted_interrupts() as interrupted:
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise click.Abort() from None
+            except Exception:
+                # what is imported when Ctrl-C comes may turn it into an error of its own
+                if interrupted():
+                    raise click.Abort() from None
+                raise
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[Callable[[], bool]]:
+    """Within the block, the function that is given says whether Ctrl-C was pressed."""
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.default_int_handler(number, frame)
+
+    usual = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if usual:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _traceback_wanted() -> bool:
@@ -123,16 +170,62 @@ def _traceback_wanted() -> bool:
 
 
 def _fail(message: str, code: int, prefix: str = "error: ") -> None:
-    click.echo(paint(prefix, "red") + " ".join(message.split()), err=True)
+    message = " ".join(message.split())
+    if len(message) > LONGEST:  # of an argument or a name that goes on and on
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+    # where nobody can read it any more, the exit code still tells
+    with contextlib.suppress(OSError, VarDeployError):
+        echo(paint(prefix, "red") + visible(message), err=True)
     sys.exit(code)
 
 
+def say(line: str, *, err: bool = False) -> None:
+    """Print one line: newlines in it are made visible as well."""
+    echo(visible(line), err=err)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print lines of text. What steers a terminal is made visible, all but the colours of `paint`,
+    which are left out where no terminal is written to."""
+    _write(COLOUR.sub(_escape_sequence, visible(text, lines=True)), err)
+
+
+def _write(text: str, err: bool = False) -> None:
+    try:
+        # the stream by name: by itself click writes UTF-8 where it finds ASCII
+        click.echo(text, file=sys.stderr if err else sys.stdout)
+    except BrokenPipeError:  # `| head`: click ends the process without a word
+        raise
+    except OSError as error:
+        what = "standard error" if err else "standard output"
+        raise VarDeployError(f"{what} cannot be written: {error.strerror or error}") from None
+
+
+def echo_json(data: Any) -> None:
+    """Print JSON whose texts are to be read: in characters of their own where stdout has them."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    if (sys.stdout.encoding or "").lower().startswith("utf"):
+        _write(visible_json(text))
+    else:
+        _write(json.dumps(data, indent=1))
+
+
 def paint(text: str, colour: str) -> str:
-    """The text in a colour, which `click.echo` takes off again where it writes to no terminal.
+    """The text in a colour, for `echo`.
 
     NO_COLOR, not empty, takes it off everywhere (https://no-color.org).
     """
-    return text if os.environ.get("NO_COLOR") or not text else click.style(text, fg=colour)
+    if os.environ.get("NO_COLOR") or not text:
+        return text
+    return f"<{MARK}:{colour}>{text}<{MARK}:>"
+
+
+def unpainted(text: str) -> str:
+    return COLOUR.sub("", text)
+
+
+def _escape_sequence(found: re.Match[str]) -> str:
+    return click.style("", fg=found[1], reset=False) if found[1] else click.style("", reset=True)
 
 
 @contextlib.contextmanager
@@ -158,7 +251,7 @@ class Progress:
     WIDTH = 24
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._shown = not quiet and sys.stderr.isatty()
+        self._shown = not quiet and is_terminal(sys.stderr)
         self._drawn_at = 0.0
         self._message = ""
 
@@ -186,13 +279,14 @@ class Progress:
         self._drawn_at, self._message = now, message
         done = round(min(max(fraction, 0.0), 1.0) * self.WIDTH)
         bar = "█" * done + "·" * (self.WIDTH - done)
-        click.echo(f"\r\x1b[K{bar} {fraction:4.0%} {message[:60]}", nl=False, err=True)
+        click.echo(f"\r\x1b[K{bar} {fraction:4.0%} {visible(message)[:60]}", nl=False, err=True)
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """Columns aligned by two spaces; those in `right` are flush right. The first row is a head."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     columns = zip(*rows, strict=True)
-    widths = [max(len(click.unstyle(cell)) for cell in column) for column in columns]
+    widths = [max(len(unpainted(cell)) for cell in column) for column in columns]
     lines = [
         "  ".join(
             _padding(cell, width) + cell if n in right else cell + _padding(cell, width)
@@ -205,13 +299,13 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
 
 
 def _padding(cell: str, width: int) -> str:
-    return " " * (width - len(click.unstyle(cell)))
+    return " " * (width - len(unpainted(cell)))
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
     """A line each: a name, and what there is to say, all of it from one column on."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return "\n".join(f"{name.ljust(width)}  {visible(value)}" for name, value in rows)
 
 
 def human_bytes(size: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from var_deploy.cli.console import Progress, paint, table
+from var_deploy.cli.console import Progress, echo, paint, table
 
 if TYPE_CHECKING:
     from var_deploy.doctor import Report
@@ -31,7 +31,7 @@ def doctor(as_json: bool) -> None:
     with Progress() as progress:
         progress.update("looking", 0.0)
         report = examine(Machine())
-    click.echo(json.dumps(_as_json(report), indent=1) if as_json else _as_text(report))
+    echo(json.dumps(_as_json(report), indent=1) if as_json else _as_text(report))
     if not report.generates:
         raise click.exceptions.Exit(1)
 

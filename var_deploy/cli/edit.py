@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from var_deploy.cli.options import (
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import Drawn, image_target, known_labels
-from var_deploy.editing import box_mask
+from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels
+from var_deploy.editing import box_mask, keep_masks
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
 from var_deploy.manifest import read_manifest
@@ -36,7 +35,8 @@ from var_deploy.sampling import check_seed, parse_seeds
     "--mask",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="An image as large as IMAGE: new where it is white, or where it is transparent.",
+    help="An image as large as IMAGE: new where it is white (of 0 and one other number, where it "
+    "is not 0), or where it is transparent.",
 )
 @click.option("--box", metavar="X0,Y0,X1,Y1", help="New from (X0, Y0) up to (X1, Y1), in pixels.")
 @click.option("--outside", is_flag=True, help="Draw what lies outside of the mask or box.")
@@ -44,7 +44,7 @@ from var_deploy.sampling import check_seed, parse_seeds
     "--label",
     metavar="NAME",
     show_default="none: what is around decides",
-    help="What to draw there, a name or number.",
+    help="What to draw there: a name, a number, or none.",
 )
 @click.option(
     "--seed", metavar="N[,N,…]", default="0", show_default=True, help="0 to 2⁶⁴-1; one an image."
@@ -90,7 +90,8 @@ def edit(
     Tokens stay where the mask leaves at least half of their area, so the rest is kept as the
     tokenizer reconstructs it, and near the edge it changes a little; --keep-pixels puts it back as
     it was, with a soft seam. IMAGE may have any size, see encode; mask and box are resized and
-    cropped with it. For a SETTING see generate.
+    cropped with it. A mask or box that is too small to change a token ends with 1, and nothing is
+    written. For a SETTING see generate.
 
     \b
     Example:
@@ -100,13 +101,15 @@ def edit(
     """
     # everything that can be wrong is looked at before the weights are loaded
     target = image_target(out)
-    seeds = _seeds(seed, count)
     manifest = read_manifest(bundle)
+    check_at_once(count or 1, manifest.model.tokenizer.image_side)
+    seeds = _seeds(seed, count)
     settings = sampling.over(manifest)
     chosen = None if label is None else known_labels([label], manifest, "--label")[0]
     tokenizer = manifest.model.tokenizer
     picture = upright(image, tokenizer.image_channels)
     new = _new(picture, mask, box, outside, tokenizer.image_side)
+    keep_masks(new, tokenizer.patch_nums)  # which refuses an edit that changes no token
     pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)[0]
     runtime.check_graphs(manifest, names.ENCODER)
 
@@ -138,7 +141,7 @@ def edit(
 
     if as_json:
         done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
-        target.tell(json.dumps({**done, "settings": written, "runtime": how}, indent=1))
+        target.tell_json({**done, "settings": written, "runtime": how})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
 

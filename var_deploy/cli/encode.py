@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from var_deploy import names
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, echo, say
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
 from var_deploy.cli.outputs import OUTPUT, output_file
 from var_deploy.cli.token_files import SUFFIX, save_tokens
@@ -40,7 +40,8 @@ def encode(
     """Write the tokens of IMAGE: what the model says it in, scale by scale.
 
     The image may have any size and mode: it is turned as its EXIF tag says, put on white where it
-    is transparent, resized and cropped to the middle as in the model's training.
+    is transparent, resized and cropped to the middle as in the model's training. Of an animation
+    the first frame is taken. Grey pictures may have 16 bits, or floats from 0 to 1.
 
     \b
     Example:
@@ -67,7 +68,7 @@ def encode(
     lengths = [found.shape[1] for found in tokens]
     if as_json:
         done = {"out": str(out), "tokens": lengths, "seconds": round(seconds, 3), "runtime": how}
-        click.echo(json.dumps(done, indent=1))
+        echo(json.dumps(done, indent=1))
     elif not quiet:
         what = f"{sum(lengths)} tokens of {len(lengths)} scales"
-        click.echo(f"wrote {out} ({what}, {seconds:.1f} s)")
+        say(f"wrote {out} ({what}, {seconds:.1f} s)")

@@ -9,10 +9,18 @@ from typing import Literal
 import click
 
 from var_deploy.bundle_place import check_before_work
-from var_deploy.cli.console import Progress, human_bytes, needs_extra
-from var_deploy.cli.options import CheckpointOptions, checkpoint_options, report_options
+from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, say
+from var_deploy.cli.options import (
+    MOST_BATCH,
+    MOST_ROUNDS,
+    CheckpointOptions,
+    checkpoint_options,
+    report_options,
+)
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.errors import UsageError
+from var_deploy.paths import utf8_path
+from var_deploy.sampling import MAX_SEED
 
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 
@@ -29,13 +37,13 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 @checkpoint_options
 @click.option(
     "--random-weights",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_SEED),
     metavar="SEED",
     help="Draw the weights of a preset instead of loading them, for benchmarks.",
 )
 @click.option(
     "--heads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 4096),
     help="Attention heads, for a model without L2 norm: its weights do not tell.",
 )
 @click.option(
@@ -48,7 +56,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--batch",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_BATCH),
     default=1,
     show_default=True,
     help="Images a launch; fixed in the graphs.",
@@ -73,7 +81,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--calibration",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_ROUNDS),
     metavar="N",
     help=f"Images drawn to take int8's ranges from (default: {INT8_IMAGES}), and to warn of fp16 "
     f"values near overflow (default: {FP16_IMAGES}; 0 skips it).",
@@ -110,6 +118,7 @@ def export(
     if calibration == 0 and "int8" in precision:
         raise UsageError("--calibration must be at least 1 with int8, whose ranges it gives")
     check_before_work(out, replace=force)
+    utf8_path(out.absolute(), "the library of ONNX")
 
     with needs_extra("export", "export"):
         from var_deploy.export.presets import find_preset
@@ -143,10 +152,10 @@ def export(
 
                 warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
     if warning:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     size = sum(file.size for file in manifest.files.values())
     if as_json:
         done = {"out": str(out), "digest": manifest.digest(), "bytes": size, "warning": warning}
-        click.echo(json.dumps(done, indent=1))
+        echo(json.dumps(done, indent=1))
     elif not quiet:
-        click.echo(f"wrote {out} ({len(manifest.files)} files, {human_bytes(size)})")
+        say(f"wrote {out} ({len(manifest.files)} files, {human_bytes(size)})")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
@@ -17,12 +19,24 @@ from var_deploy.cli.options import (
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import OUTPUT, Drawn, image_target, known_labels, output_file
+from var_deploy.cli.outputs import (
+    OUTPUT,
+    Drawn,
+    check_at_once,
+    check_files,
+    image_target,
+    known_labels,
+    most_at_once,
+    output_file,
+)
 from var_deploy.cli.story import MOST_IMAGES, Story
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.sampling import parse_seeds
+from var_deploy.sampling import Sampling, parse_seeds
+
+if TYPE_CHECKING:
+    from var_deploy.pipeline import Pipeline
 
 FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 
@@ -32,7 +46,8 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 @click.option(
     "--labels",
     metavar="LIST",
-    help='Names or numbers, as in "star,3"; repeated in order to fill --count.',
+    help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
+    "order to fill --count.",
 )
 @click.option(
     "--count", type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
@@ -110,6 +125,14 @@ def generate(
     settings = sampling.over(manifest)
     chosen = _labels(labels, manifest)
     count = count or max(len(chosen), len(seeds))
+    side = manifest.model.tokenizer.image_side
+    if target.folder:
+        check_files(count)
+    else:
+        check_at_once(count, side, ", or name a folder")
+    at_once = most_at_once(side)
+    if deadline is not None and count > at_once:
+        raise UsageError(f"--deadline is for at most {at_once:,} images, found {count:,}")
     if len(seeds) not in (1, count):
         raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
     wanted = [chosen[n % len(chosen)] for n in range(count)]
@@ -118,30 +141,35 @@ def generate(
     if deadline is not None:
         watched["deadline"] = _deadline(deadline)
 
+    columns = _columns(len(chosen), count)
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with runtime.load(bundle) as pipe:
-            images = pipe.generate(
-                [0 if label is None else label for label in wanted],
-                seed=seeds if len(seeds) > 1 else seeds[0],
-                **vars(settings),
-                on_progress=progress.step,
-                **watched,
-            )
             how = pipe.describe()
-    seconds = time.monotonic() - started
-
-    drawn = Drawn(
-        manifest=manifest,
-        images=images,
-        labels=wanted,
-        seeds=seeds,
-        text=settings_text(manifest, how["precision"], settings, seeds),
-        scales_done=None if deadline is None else images.scales_done.tolist(),
-    )
-    columns = _columns(len(chosen), count)
-    written = drawn.save(target, columns)
+            images: Any
+            if count > at_once:
+                images = _OneByOne(pipe, wanted, seeds, settings, progress)
+            else:
+                images = pipe.generate(
+                    wanted if manifest.model.transformer.conditional else [0] * count,
+                    seed=seeds if len(seeds) > 1 else seeds[0],
+                    **vars(settings),
+                    on_progress=progress.step,
+                    **watched,
+                )
+            drawn = Drawn(
+                manifest=manifest,
+                images=images,
+                labels=wanted,
+                seeds=seeds,
+                text=settings_text(manifest, how["precision"], settings, seeds),
+                scales_done=None if deadline is None else images.scales_done.tolist(),
+            )
+            seconds = time.monotonic() - started
+            written = drawn.save(target, columns)
+            if count > at_once:  # they were drawn while they were written
+                seconds = time.monotonic() - started
     files = {"out": str(target.path)}
     if story is not None:
         story.finish(images)
@@ -156,14 +184,47 @@ def generate(
         done: dict[str, Any] = {**files, "count": count, "seconds": round(seconds, 3)}
         if drawn.scales_done is not None:
             done["scales_done"] = drawn.scales_done
-        told = {**done, "settings": written, "runtime": how}
-        target.tell(json.dumps(told, indent=1, default=str))
+        target.tell_json({**done, "settings": written, "runtime": how})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:
             target.tell(f"wrote {path} (after each of {manifest.model.scales} scales)")
         if drawn.scales_done is not None:
             target.tell(drawn.stopped())
+
+
+class _OneByOne:
+    """Images [N, H, W, C] that are drawn batch by batch while somebody goes through them: more of
+    them than are kept in memory. They are those that one call would give."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        labels: Sequence[int | None],
+        seeds: Sequence[int],
+        settings: Sampling,
+        progress: Progress,
+    ) -> None:
+        tokenizer = pipe.manifest.model.tokenizer
+        side = tokenizer.image_side
+        self.shape = (len(labels), side, side, tokenizer.image_channels)
+        self._pipe, self._labels, self._seeds = pipe, labels, seeds
+        self._settings, self._progress = settings, progress
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        from var_deploy.runtime.request import Request, label_numbers, streams
+
+        count, batch = len(self), self._pipe.manifest.batch
+        labels = label_numbers(self._pipe.manifest, self._labels)
+        drawn = streams(self._seeds if len(self._seeds) > 1 else self._seeds[0], count)
+        for first in range(0, count, batch):
+            self._progress.update(f"image {first} of {count}", first / count)
+            rows = slice(first, first + batch)
+            request = Request(labels=labels[rows], streams=drawn[rows], sampling=self._settings)
+            yield from self._pipe.draw(request)
 
 
 def _story(
@@ -197,7 +258,7 @@ def _labels(text: str | None, manifest: Manifest) -> list[int | None]:
     """Labels to cycle through. A model without classes takes none: one None stands in."""
     transformer = manifest.model.transformer
     if text is not None:
-        return [*known_labels(text, manifest, "--labels")]
+        return known_labels(text, manifest, "--labels")
     if not transformer.conditional:
         return [None]
     if transformer.classes > FEW_CLASSES:

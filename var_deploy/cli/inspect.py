@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from var_deploy.cli import tensors
-from var_deploy.cli.console import facts, human_bytes, paint, table
+from var_deploy.cli.console import echo, echo_json, facts, human_bytes, paint, table
 from var_deploy.cli.engines import Engines, read_all
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.manifest import Manifest, check_files, read_manifest
@@ -51,9 +51,9 @@ def inspect(
         data, text, damage = _of_bundle(bundle, manifest)
     if as_json:
         data |= {"intact": not damage, "damage": damage}
-        click.echo(json.dumps(data, indent=1, ensure_ascii=False))
+        echo_json(data)
     elif not quiet:
-        click.echo("\n".join([text, *(["", *damage] if damage else [])]))
+        echo("\n".join([text, *(["", *damage] if damage else [])]))
     if damage:
         rest = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         raise BundleError(damage[0] + rest)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 
+# far above what is of use; a slip of the finger ends before any work
+MOST_BATCH = 1024  # images a launch, clients of a service, processes of a model
+MOST_ROUNDS = 100_000  # of a measurement, images of a check
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import re
 import sys
@@ -20,11 +21,15 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.cli.console import echo, say
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.files import check_ordinary, check_writable
 from var_deploy.images import grid, label_text, save_folder, save_png, write_png
-from var_deploy.labels import resolve_labels
+from var_deploy.labels import resolve_labels_or_none
 from var_deploy.manifest import Manifest
+from var_deploy.pictures import MAX_PIXELS
+
+MOST_FILES = 100_000  # that `generate` writes into a folder
 
 STDOUT = "-"
 
@@ -83,9 +88,13 @@ class Target:
             why = error.strerror or error
             raise VarDeployError(f"standard output cannot be written: {why}") from None
 
-    def tell(self, text: str) -> None:
+    def tell(self, line: str) -> None:
         """Print a line about what was written where it does not mix with the image."""
-        click.echo(text, err=self.stdout)
+        say(line, err=self.stdout)
+
+    def tell_json(self, data: Mapping[str, Any]) -> None:
+        """Print what was done as JSON, likewise."""
+        echo(json.dumps(data, indent=1, default=str), err=self.stdout)
 
     def __str__(self) -> str:
         return "standard output" if self.stdout else str(self.path)
@@ -197,6 +206,30 @@ def png_target(out: str) -> Target:
     return Target(path=Path(out), stdout=True)
 
 
+def most_at_once(side: int) -> int:
+    """Images of side × side pixels that are kept in memory together, and that a grid may have."""
+    return max(1, MAX_PIXELS // side**2)
+
+
+def check_at_once(count: int, side: int, hint: str = "") -> None:
+    """Raise UsageError for more images than are kept in memory together."""
+    if count > (most := most_at_once(side)):
+        raise UsageError(
+            f"{count:,} images of {side} × {side} are too many for one grid or one request, which "
+            f"have at most {MAX_PIXELS // 10**6} million pixels, {most:,} images: ask for fewer"
+            f"{hint}"
+        )
+
+
+def check_files(count: int) -> None:
+    """Raise UsageError for more images than a folder of single ones gets."""
+    if count > MOST_FILES:
+        raise UsageError(
+            f"a folder gets at most {MOST_FILES:,} images, found {count:,}: make a set with "
+            "var-deploy sample, which also goes on where it was stopped"
+        )
+
+
 def output_file(path: Path, suffix: str) -> Path:
     """The same path, once it is sure that a file of this kind can be written there.
 
@@ -210,9 +243,14 @@ def output_file(path: Path, suffix: str) -> Path:
     return path
 
 
-def known_labels(text: str | Sequence[str], manifest: Manifest, option: str) -> list[int]:
-    """Class numbers of labels as people write them. Raises UsageError (LabelError)."""
+def known_labels(text: str | Sequence[str], manifest: Manifest, option: str) -> list[int | None]:
+    """Class numbers of labels as people write them, None for "none". Raises UsageError
+    (LabelError)."""
     transformer = manifest.model.transformer
-    if not transformer.conditional:
-        raise UsageError(f"this model has no classes: leave {option} out")
-    return resolve_labels(text, manifest.labels, transformer.classes)
+    classes = transformer.classes if transformer.conditional else 0
+    try:
+        return resolve_labels_or_none(text, manifest.labels, classes)
+    except UsageError:
+        if transformer.conditional:
+            raise
+        raise UsageError(f"this model has no classes: leave {option} out") from None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
-from var_deploy.cli.console import facts, human_bytes, needs_extra, table
+from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table
+from var_deploy.cli.options import MOST_BATCH
 from var_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="orin-nano-8gb, orin-nx-16gb, agx-orin-64gb, thor, h200, rtx-4090, … or this, or cpu "
     "(its processor); a wrong name lists all.",
 )
-@click.option("--batch", type=click.IntRange(1), show_default="1", help="Images a launch.")
+@click.option(
+    "--batch", type=click.IntRange(1, MOST_BATCH), show_default="1", help="Images a launch."
+)
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),
@@ -116,9 +119,9 @@ def plan(
         manifest=manifest,
     )
     if kubernetes:
-        click.echo(_as_manifest(found, image))
+        echo(_as_manifest(found, image))
     else:
-        click.echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
+        echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
 
 
 def _workload(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from var_deploy import names
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
-from var_deploy.cli.outputs import png_target
+from var_deploy.cli.outputs import check_at_once, png_target
 from var_deploy.cli.token_files import SUFFIX, read_tokens
 from var_deploy.errors import UsageError
 from var_deploy.images import grid, origin_text
@@ -71,6 +70,8 @@ def reconstruct(
     else:
         pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
         runtime.check_graphs(manifest, names.ENCODER)
+    shown = len(counts) * (1 if tokens is None else len(tokens[0]))
+    check_at_once(shown, tokenizer.image_side)
     runtime.check_graphs(manifest, names.ACCUMULATE)
 
     started = time.monotonic()
@@ -99,7 +100,7 @@ def reconstruct(
 
     if as_json:
         done = {"out": str(target.path), "scales": counts, "seconds": round(seconds, 3)}
-        target.tell(json.dumps({**done, "settings": settings, "runtime": how}, indent=1))
+        target.tell_json({**done, "settings": settings, "runtime": how})
     elif not quiet:
         target.tell(f"wrote {target} (from {settings['scales']} scales, {seconds:.1f} s)")
 

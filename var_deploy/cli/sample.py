@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from var_deploy.cli.console import Progress, Terminated, needs_extra
+from var_deploy.cli.console import Progress, Terminated, echo, needs_extra, say
 from var_deploy.cli.options import (
     RuntimeOptions,
     SamplingOptions,
@@ -40,6 +40,9 @@ from var_deploy.sets.spec import (
 if TYPE_CHECKING:
     from var_deploy.cluster.sets import Made
     from var_deploy.sets.work import Tell
+
+
+MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
 
 
 @click.command()
@@ -172,6 +175,8 @@ def sample(
     )
     if there is not None:
         folder.check_same(spec)
+    else:
+        _check_shard_size(spec, manifest.model.tokenizer.image_side)
     if check:
         if there is None:
             raise UsageError(f"{out} holds no set: there is nothing to check")
@@ -227,11 +232,11 @@ def sample(
             "runtime": how,
             "ray": ray,
         }
-        click.echo(json.dumps(report, indent=1))
+        echo(json.dumps(report, indent=1))
     elif not quiet:
         images = sum(len(spec.numbers(shard)) for shard in made)
-        click.echo(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
-        click.echo(_state(spec, out, len(done), wants_npz))
+        say(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
+        say(_state(spec, out, len(done), wants_npz))
 
 
 @contextlib.contextmanager
@@ -241,7 +246,7 @@ def _telling_what_is_kept(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Terminated):
         there = spec.shards - len(folder.missing(spec, range(spec.shards)))
-        click.echo(
+        say(
             f"{folder.path} keeps {there} of {_shards(spec.shards)}; the same command goes on from "
             "there",
             err=True,
@@ -282,6 +287,17 @@ def _share(text: str) -> tuple[int, int]:
     return int(found[1]) - 1, int(found[2])
 
 
+def _check_shard_size(spec: SetSpec, side: int) -> None:
+    """Raise UsageError where a shard, which is packed in memory, would be too large."""
+    images, most = min(spec.shard_size, spec.images), max(1, MOST_SHARD_PIXELS // side**2)
+    if images > most:
+        raise UsageError(
+            f"a shard is packed in memory and has at most {MOST_SHARD_PIXELS // 10**6} million "
+            f"pixels, {most:,} images of {side} × {side}, found {images:,}: give a smaller "
+            "--shard-size"
+        )
+
+
 def _per_class(given: int | None, recipe: str | None) -> int:
     if given is None and recipe is None:
         raise UsageError("how many images? give --per-class N, or --recipe fid")
@@ -311,7 +327,7 @@ def _check(folder: SetFolder, spec: SetSpec, *, quiet: bool, as_json: bool) -> N
     missing = folder.missing(spec, range(spec.shards))
     if as_json:
         report = {"shards": spec.shards, "damaged": damaged, "missing": missing}
-        click.echo(json.dumps({"out": str(folder.path), **report}, indent=1))
+        echo(json.dumps({"out": str(folder.path), **report}, indent=1))
     if damaged:
         others = f" (and {_shards(len(damaged) - 1)} more)" if len(damaged) > 1 else ""
         raise VarDeployError(damage(folder.path / spec.shard_file(damaged[0])) + others)
@@ -321,7 +337,7 @@ def _check(folder: SetFolder, spec: SetSpec, *, quiet: bool, as_json: bool) -> N
             "damaged; run the command that began it again"
         )
     if not quiet and not as_json:
-        click.echo(_state(spec, folder.path, spec.shards, False))
+        say(_state(spec, folder.path, spec.shards, False))
 
 
 def _state(spec: SetSpec, out: Path, there: int, wants_npz: bool) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from var_deploy.cli.console import Progress, needs_extra
+from var_deploy.cli.console import Progress, needs_extra, say
 from var_deploy.cli.options import RuntimeOptions, runtime_options
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.errors import UsageError
@@ -123,7 +123,7 @@ def serve(
             pipe = runtime.load(bundle)
         with pipe:
             if not quiet:
-                click.echo(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
+                say(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
             server = Server(create_app(pipe, settings, name=bundle.resolve().name))
             server.run([listening])
 
@@ -156,5 +156,5 @@ def _serve_on_ray(
         plan = plan_for(bundle, manifest, replicas, settings, dataclasses.asdict(runtime))
         with deployed(plan, host, port, alone=address == LOCAL) as handle:
             if not quiet:
-                click.echo(f"serving {bundle} on {url_of(host, port)} (Ctrl-C stops)")
+                say(f"serving {bundle} on {url_of(host, port)} (Ctrl-C stops)")
             until_stopped(handle)

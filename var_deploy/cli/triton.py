@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from var_deploy.cli.console import Progress, human_bytes
-from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.console import Progress, echo, human_bytes, say
+from var_deploy.cli.options import MOST_BATCH, RuntimeOptions, report_options, runtime_options
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.manifest import read_manifest
 
@@ -28,7 +28,7 @@ MAX_DELAY = 60_000  # milliseconds
 @click.option("--name", show_default="the bundle's folder", help="What Triton calls the model.")
 @click.option(
     "--instances",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_BATCH),
     default=1,
     show_default=True,
     metavar="N",
@@ -36,7 +36,7 @@ MAX_DELAY = 60_000  # milliseconds
 )
 @click.option(
     "--queue",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1_000_000),
     metavar="N",
     show_default="any number",
     help="Requests that may wait; the next one is refused. See docs/TRITON.md for the price.",
@@ -99,10 +99,10 @@ def triton(
             "bytes_copied": written.copied,
             "runtime": dataclasses.asdict(options),
         }
-        click.echo(json.dumps(report, indent=1))
+        echo(json.dumps(report, indent=1))
     elif not quiet:
         how = f"{human_bytes(written.copied)} copied" if written.copied else "linked"
-        click.echo(
+        say(
             f"wrote {written.folder}: version {written.version}, up to {manifest.batch} a batch, "
             f"{human_bytes(written.size)} ({how})"
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from var_deploy.cli.console import Progress, needs_extra
-from var_deploy.cli.options import CheckpointOptions, checkpoint_options
+from var_deploy.cli.console import Progress, echo, needs_extra, say
+from var_deploy.cli.options import MOST_ROUNDS, CheckpointOptions, checkpoint_options
 from var_deploy.errors import UsageError, VerificationError
 
 
@@ -35,7 +35,7 @@ from var_deploy.errors import UsageError, VerificationError
 )
 @click.option(
     "--samples",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_ROUNDS),
     default=500,
     show_default=True,
     metavar="N",
@@ -87,9 +87,9 @@ def verify(
                 progress=progress.update,
             )
     if as_json or not quiet:
-        click.echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
+        echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
     if report.unstored:
-        click.echo(f"warning: the report could not be stored: {report.unstored}", err=True)
+        say(f"warning: the report could not be stored: {report.unstored}", err=True)
     if not report.passed:
         raise VerificationError(report.failure or f"{bundle} does not compute what the model does")
 
@@ -116,6 +116,6 @@ def _bisect(
                 progress=progress.update,
             )
     if as_json or not quiet:
-        click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
+        echo(json.dumps(result.to_json(), indent=1) if as_json else result.text())
     if result.divergence:
         raise VerificationError(result.headline)

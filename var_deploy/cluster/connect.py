@@ -59,7 +59,7 @@ def connected(address: str) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
-        except (ConnectionError, RuntimeError, ValueError, SystemExit) as error:
+        except (OSError, RuntimeError, ValueError, SystemExit) as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
             raise UsageError(_refusal(address, error)) from None

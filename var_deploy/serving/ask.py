@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from var_deploy import names
-from var_deploy.editing import box_mask
+from var_deploy.editing import box_mask, keep_masks
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 from var_deploy.pictures import read_mask, read_pictures, upright
@@ -83,6 +83,7 @@ def _edit(body: EditBody, manifest: Manifest, limits: Settings) -> Edit:
     else:
         mask = open_picture(body.mask or "", "the mask", limits.pixels)
     new = read_mask(mask, width, height, side, body.outside)
+    keep_masks(new, tokenizer.patch_nums)  # which refuses an edit that changes no token
     pixels = read_pictures(picture, side, channels)
     return Edit(pixels=pixels, new=new, keep_pixels=body.keep_pixels)
 

@@ -35,8 +35,10 @@ class Body(BaseModel):
 class ImagesBody(Body):
     """Images to draw."""
 
-    labels: list[Label] | None = Field(
-        None, description="names or numbers, repeated to fill count; null draws without a class"
+    labels: list[Label | None] | None = Field(
+        None,
+        description="names or numbers, repeated to fill count; null, alone or among them, draws "
+        "without a class",
     )
     count: int | None = Field(None, description="images; without it one a label or one a seed")
 

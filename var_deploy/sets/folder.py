@@ -2,8 +2,13 @@
 
     set/
       set.json        what decides the set's bytes, and the shards that are whole
-      000000.tar  000000.tar.sha256  …          or .parquet
+      000000.tar  .000000.tar.sha256  …         or .parquet
       images.npz      where it was asked for
+      .huggingface.yaml   which files are data, for `datasets.load_dataset("set/")`
+
+`datasets` of Hugging Face takes every file whose name does not begin with a dot for data, and of a
+set with one tar it would read set.json instead. Sets of older versions have their hashes in
+000000.tar.sha256, which is read where the other is missing.
 
 A shard is there where both its files are. The hash is written first and each file by rename, so a
 shard appears whole or not at all. There are no claims that a dead process could leave behind:
@@ -28,7 +33,7 @@ from var_deploy.manifest import file_sha256
 from var_deploy.sets.spec import SetSpec
 from var_deploy.work_folders import entries_that_count
 
-SET_FILE, NPZ_FILE = "set.json", "images.npz"
+SET_FILE, NPZ_FILE, DATASETS_FILE = "set.json", "images.npz", ".huggingface.yaml"
 SCHEMA_VERSION = 1
 LOST = "put it back from a copy, or choose another --out"
 
@@ -69,6 +74,7 @@ class SetFolder:
             self.check_free()
             self._create(spec)
         self.check_same(spec)
+        self._describe_data(spec)
 
     def check_same(self, spec: SetSpec) -> None:
         """Raise UsageError where a set is here already whose settings are others."""
@@ -101,6 +107,7 @@ class SetFolder:
 
     def list_shards(self, spec: SetSpec) -> list[int]:
         """Bring the list in set.json up to date; returns the shards that are there."""
+        self._describe_data(spec)  # a set of an older version lacks it
         written = None
         # where two processes end together, the one that writes last sees all shards
         while (entries := self._entries(spec)) != written:
@@ -127,6 +134,15 @@ class SetFolder:
         if file_sha256(path) != _hash_of(path):
             raise VarDeployError(damage(path))
         return path
+
+    def _describe_data(self, spec: SetSpec) -> None:
+        """Tell `datasets` of Hugging Face which files of the set are data. A file that is there
+        stays as it is."""
+        path = self.path / DATASETS_FILE
+        if not path.exists():
+            with keeping_shards(), whole_file(path) as stream:
+                text = f'configs:\n- config_name: default\n  data_files: "*.{spec.format}"\n'
+                stream.write(text.encode())
 
     def _create(self, spec: SetSpec) -> None:
         """Write set.json, unless another process was first."""
@@ -206,14 +222,23 @@ def _text(spec: SetSpec, shards: Sequence[dict[str, Any]]) -> str:
 
 
 def _hash_file(shard: Path) -> Path:
-    """Beside the shard, as `sha256sum --check` reads it."""
+    """Beside the shard, as `sha256sum --check` reads it; hidden from what takes all files of a
+    folder for data."""
+    return shard.with_name(f".{shard.name}.sha256")
+
+
+def _old_hash_file(shard: Path) -> Path:
+    """Where older versions wrote it."""
     return shard.with_name(f"{shard.name}.sha256")
 
 
 def _hash_of(shard: Path) -> str:
     """The hash that was written with a shard; "" where there is none."""
-    try:
-        words = _hash_file(shard).read_text(encoding="ascii").split()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return words[0] if words and len(words[0]) == 64 else ""
+    for path in (_hash_file(shard), _old_hash_file(shard)):
+        try:
+            words = path.read_text(encoding="ascii").split()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if words and len(words[0]) == 64:
+            return words[0]
+    return ""

@@ -1,0 +1,26 @@
+"""Paths for libraries that take text: on Linux a name is bytes, which need not be UTF-8."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from var_deploy.errors import UsageError
+
+
+def utf8_path(path: Path, library: str) -> str:
+    """The path as a library that takes UTF-8 alone can open it: relative to the current folder
+    where the part that is not UTF-8 lies above it.
+
+    Raises UsageError where the path cannot be written in UTF-8.
+    """
+    for text in (os.fspath(path), os.path.relpath(path)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            continue
+        return text
+    raise UsageError(
+        f"{path} is not UTF-8, and {library} opens no such path: rename it, or change into the "
+        "folder and name it from there"
+    )
