@@ -52,7 +52,14 @@ def test_from_the_first_line_to_the_end(
     assert client.post("/v1/images", {"count": 3}).status == 400
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out) == (0, "")
+    asked = [re.sub(r"^\S+Z info | [0-9.]+ s [0-9]+ B", "", line) for line in err.splitlines()]
+    assert asked == [
+        "127.0.0.1 GET /v1/model 200",
+        "127.0.0.1 GET /v1/model 200",
+        "127.0.0.1 POST /v1/images 200 2 images",
+        "127.0.0.1 POST /v1/images 400",
+    ]
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(
