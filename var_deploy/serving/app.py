@@ -40,11 +40,11 @@ from var_deploy.serving.backend import (
     Work,
 )
 from var_deploy.serving.bodies import (
+    Body,
     BodyMemory,
     BodyTooLargeError,
     BodyTooSlowError,
     parse_body,
-    read_body,
 )
 from var_deploy.serving.docs import docs_page
 from var_deploy.serving.events import EventStream, GoneError, event, while_wanted
@@ -165,7 +165,7 @@ class Service:
         self.backend, self._settings, self._metrics = backend, settings, metrics
         self._manifest, self._how = backend.manifest, backend.describe()
         self._name = self._manifest.preset or name or "model"
-        self._memory = BodyMemory(settings.bodies)
+        self._memory = BodyMemory(settings)
         self._unpacking = asyncio.Semaphore(1)  # pictures are large once they are unpacked
 
     async def model(self) -> schemas.ModelAnswer:
@@ -225,13 +225,12 @@ class Service:
     async def _asked_images(
         self, request: Request, previews: bool = False
     ) -> tuple[schemas.ImagesBody, Work]:
-        def ask(data: bytearray) -> tuple[schemas.ImagesBody, Work]:
+        def ask(data: Body) -> tuple[schemas.ImagesBody, Work]:
             body = _validated(schemas.ImagesBody, data, self._settings)
             return body, ask_images(body, self._manifest, self._settings, previews)
 
-        with self._memory.share() as share:
-            limit = body_limit(request.scope, self._settings)
-            data = await read_body(request.receive, self._settings, share, limit)
+        limit = body_limit(request.scope, self._settings)
+        async with self._memory.read(request.receive, limit) as data:
             return await asyncio.to_thread(ask, data)
 
     async def _asked_edit(
@@ -239,16 +238,14 @@ class Service:
     ) -> tuple[str | None, Work]:
         """The format of the answer, and the work: the body itself is large, and goes."""
 
-        def ask(data: bytearray) -> tuple[str | None, Work]:
+        def ask(data: Body) -> tuple[str | None, Work]:
             body = _validated(schemas.EditBody, data, self._settings)
             how = (self._precision, previews)
             return body.format, ask_edit(body, self._manifest, self._settings, *how)
 
-        with self._memory.share() as share:
-            limit = body_limit(request.scope, self._settings)
-            data = await read_body(request.receive, self._settings, share, limit)
-            async with self._unpacking:
-                return await asyncio.to_thread(ask, data)
+        limit = body_limit(request.scope, self._settings)
+        async with self._memory.read(request.receive, limit) as data, self._unpacking:
+            return await asyncio.to_thread(ask, data)
 
     async def _answer(
         self, request: Request, answer_format: str | None, work: Work, came: float
@@ -347,7 +344,7 @@ async def _index() -> Response:
 B = TypeVar("B", bound=schemas.Body)
 
 
-def _validated(kind: type[B], data: bytearray, settings: Settings) -> B:
+def _validated(kind: type[B], data: Body, settings: Settings) -> B:
     """A body. Raises UsageError with the first thing that is wrong with it."""
     fields = parse_body(data, settings, schemas.PICTURES)
     try:

@@ -13,10 +13,11 @@ import binascii
 import contextlib
 import io
 import json
+import mmap
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.types import Message, Receive
@@ -47,63 +48,81 @@ class BodiesFullError(RefusedError):
     """Other bodies take the memory that there is for them."""
 
 
+class Body:
+    """The bytes of one body. Large ones lie in pages of their own, which go back at once."""
+
+    def __init__(self, small: int, limit: int) -> None:
+        self._small, self._limit, self._length = small, limit, 0
+        self._data: bytearray | mmap.mmap = bytearray()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, part: bytes) -> None:
+        """Raises BodyTooLargeError."""
+        end = self._length + len(part)
+        if end > self._limit:
+            raise too_large(self._limit)
+        if end > self._small and isinstance(self._data, bytearray):
+            pages = mmap.mmap(-1, self._limit)
+            pages[: self._length] = bytes(self._data)
+            self._data = pages
+        self._data[self._length : end] = part
+        self._length = end
+
+    def find(self, byte: bytes, start: int) -> int:
+        """Where `byte` stands from `start` on; -1 where it does not."""
+        return self._data.find(byte, start, self._length)
+
+    def part(self, start: int, end: int) -> bytes:
+        """A copy."""
+        return bytes(self._data[start : min(end, self._length)])
+
+    def close(self) -> None:
+        """Give the memory back, whoever still has the body."""
+        if isinstance(self._data, mmap.mmap):
+            self._data.close()
+        self._data, self._length = bytearray(), 0
+
+
 class BodyMemory:
-    """The bytes that the bodies of all requests may hold together."""
+    """The bytes that the bodies of all requests may hold together, beyond `plain_body` of each."""
 
-    def __init__(self, size: int) -> None:
-        self._size, self.held = size, 0
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._held = settings, 0
 
-    @contextlib.contextmanager
-    def share(self) -> Iterator[BodyShare]:
-        """A share of one request, which is given back at the end of the block."""
-        share = BodyShare(self)
+    @contextlib.asynccontextmanager
+    async def read(self, receive: Receive, limit: int) -> AsyncIterator[Body]:
+        """The body of a request, until the end of the block.
+
+        Raises BodyTooLargeError beyond `limit` bytes, BodyTooSlowError where it comes too slowly,
+        BodiesFullError where all bodies together are too large, and GoneError.
+        """
+        settings, taken = self._settings, 0
+        body = Body(settings.plain_body, limit)
+        began = time.monotonic()
         try:
-            yield share
+            more = True
+            while more:
+                end = began + settings.body_seconds + len(body) / settings.body_rate
+                message = await _within(receive, end - time.monotonic(), settings)
+                if message["type"] != "http.request":
+                    raise GoneError
+                part, more = message.get("body", b""), message.get("more_body", False)
+                needed = max(len(body) + len(part) - settings.plain_body, 0)
+                if needed > taken and len(body) + len(part) <= limit:
+                    self._take(needed - taken)
+                    taken = needed
+                body.append(part)
+            yield body
         finally:
-            self.held -= share.taken
+            self._held -= taken
+            body.close()
 
-    def take(self, count: int) -> None:
-        if self.held + count > self._size:
+    def _take(self, count: int) -> None:
+        if self._held + count > self._settings.bodies:
             raise BodiesFullError("the service is busy with other pictures; come back later", 2)
-        self.held += count
-
-
-class BodyShare:
-    """What one request has taken of a `BodyMemory`."""
-
-    def __init__(self, memory: BodyMemory) -> None:
-        self._memory, self.taken = memory, 0
-
-    def take(self, count: int) -> None:
-        """Take `count` bytes more. Raises BodiesFullError."""
-        self._memory.take(count)
-        self.taken += count
-
-
-async def read_body(
-    receive: Receive, settings: Settings, share: BodyShare, limit: int
-) -> bytearray:
-    """The body of a request.
-
-    Raises BodyTooLargeError beyond `limit` bytes, BodyTooSlowError where it comes too slowly,
-    BodiesFullError where all bodies together are too large, and GoneError.
-    """
-    body = bytearray()
-    began = time.monotonic()
-    while True:
-        end = began + settings.body_seconds + len(body) / settings.body_rate
-        message = await _within(receive, end - time.monotonic(), settings)
-        if message["type"] != "http.request":
-            raise GoneError
-        part = message.get("body", b"")
-        if len(body) + len(part) > limit:
-            raise too_large(limit)
-        beyond = len(body) + len(part) - settings.plain_body  # small bodies are always taken
-        if beyond > share.taken:
-            share.take(beyond - share.taken)
-        body += part
-        if not message.get("more_body", False):
-            return body
+        self._held += count
 
 
 def too_large(limit: int) -> BodyTooLargeError:
@@ -126,24 +145,24 @@ async def _within(receive: Receive, seconds: float, settings: Settings) -> Messa
 class EncodedText:
     """A text of a JSON body as it lies there: without its quotes, escapes not yet resolved."""
 
-    def __init__(self, raw: memoryview) -> None:
-        self._raw = raw
+    def __init__(self, body: Body, start: int, end: int) -> None:
+        self._body, self._start, self._end = body, start, end
 
     def __len__(self) -> int:
-        return len(self._raw)
+        return self._end - self._start
 
     def base64(self) -> io.BytesIO:
         """The bytes that it encodes; the head of a data: URL is skipped. Raises ValueError."""
         start, decoded, rest = self._payload(), io.BytesIO(), b""
-        while start < len(self._raw):
-            part = bytes(self._raw[start : start + PIECE])
+        while start < self._end:
+            part = self._body.part(start, min(start + PIECE, self._end))
             cut = part.rfind(b"\\", max(len(part) - 6, 1))  # an escape stays in one piece
-            if cut > 0 and start + len(part) < len(self._raw):
+            if cut > 0 and start + len(part) < self._end:
                 part = part[:cut]
             start += len(part)
             text = part.decode("ascii")
             rest += (json.loads(f'"{text}"') if "\\" in text else text).encode("ascii")
-            whole = len(rest) if start >= len(self._raw) else (len(rest) - 1) // 4 * 4
+            whole = len(rest) if start >= self._end else (len(rest) - 1) // 4 * 4
             now, rest = rest[:whole], rest[whole:]
             if rest and b"=" in now:
                 raise binascii.Error("padding before the end")
@@ -152,21 +171,21 @@ class EncodedText:
         return decoded
 
     def _payload(self) -> int:
-        head = bytes(self._raw[:DATA_URL])
+        head = self._body.part(self._start, min(self._start + DATA_URL, self._end))
         if not head.startswith(b"data:"):
-            return 0
+            return self._start
         comma = head.find(b",")
-        return comma + 1 if comma >= 0 else len(self._raw)
+        return self._start + comma + 1 if comma >= 0 else self._end
 
 
-def parse_body(body: bytearray, settings: Settings, texts: frozenset[str]) -> Any:
+def parse_body(body: Body, settings: Settings, texts: frozenset[str]) -> Any:
     """The JSON value in a body. Texts of the fields `texts` become EncodedText.
 
     Raises UsageError for what is not JSON, and for what is longer or nested deeper than any request
     needs to be.
     """
-    raw, most = memoryview(body), max(SHORTEST_LIST, settings.count)
-    outline, long = _outline(body, raw, settings.plain_body)
+    most = max(SHORTEST_LIST, settings.count)
+    outline, long = _outline(body, settings.plain_body)
     try:
         text = outline.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
@@ -185,9 +204,10 @@ def parse_body(body: bytearray, settings: Settings, texts: frozenset[str]) -> An
             raise UsageError(f"the body: a field has a name of {len(long[name])} bytes")
         if name in fields:
             raise UsageError(f"{_short(name)}: the field is there twice")
-        fields[name] = _bounded(name, item, long, most)
         if name in texts and isinstance(item, str):
-            fields[name] = long.get(item) or EncodedText(memoryview(_escaped(item)))
+            fields[name] = long.get(item) or _encoded(item)
+        else:
+            fields[name] = _bounded(name, item, long, most)
     return fields
 
 
@@ -195,9 +215,7 @@ class _Pairs(list[tuple[str, Any]]):
     """An object, its names not yet compared."""
 
 
-def _outline(
-    body: bytearray, raw: memoryview, limit: int
-) -> tuple[bytearray, dict[str, EncodedText]]:
+def _outline(body: Body, limit: int) -> tuple[bytearray, dict[str, EncodedText]]:
     """The body with a short name in place of every long text, and these texts by their names."""
     mark = f"text-{secrets.token_hex(8)}-"  # which nobody can have sent
     outline, long = bytearray(), dict[str, EncodedText]()
@@ -206,26 +224,26 @@ def _outline(
         start = body.find(b'"', end) + 1
         if not start:
             break
-        end = _end_of_text(body, raw, start, limit)
+        end = _end_of_text(body, start, limit)
         if end - start > LONG:
             name = f"{mark}{len(long)}"
-            long[name] = EncodedText(raw[start:end])
-            _copy(outline, raw[kept:start], limit)
+            long[name] = EncodedText(body, start, end)
+            _copy(outline, body, kept, start, limit)
             outline += name.encode()
             kept = end
         end += 1
-    _copy(outline, raw[kept:], limit)
+    _copy(outline, body, kept, len(body), limit)
     return outline, long
 
 
-def _end_of_text(body: bytearray, raw: memoryview, start: int, limit: int) -> int:
+def _end_of_text(body: Body, start: int, limit: int) -> int:
     """Where the quote is that ends the text from `start` on."""
     end = start
     for _ in range(limit):
         end = body.find(b'"', end)
         if end < 0:
             raise UsageError("the body is not JSON")
-        before = bytes(raw[max(start, end - ESCAPES) : end])
+        before = body.part(max(start, end - ESCAPES), end)
         escapes = len(before) - len(before.rstrip(b"\\"))
         if escapes == ESCAPES:
             break
@@ -235,13 +253,13 @@ def _end_of_text(body: bytearray, raw: memoryview, start: int, limit: int) -> in
     raise UsageError("the body: a text has more quotes or backslashes than this service takes")
 
 
-def _copy(outline: bytearray, part: memoryview, limit: int) -> None:
-    if len(outline) + len(part) > limit:
+def _copy(outline: bytearray, body: Body, start: int, end: int, limit: int) -> None:
+    if len(outline) + end - start > limit:
         raise BodyTooLargeError(
             f"the request has more than {limit} bytes besides its pictures, which is more than "
             "this service takes"
         )
-    outline += part
+    outline += body.part(start, end)
 
 
 def _bounded(name: str, item: Any, long: dict[str, EncodedText], most: int) -> Any:
@@ -254,15 +272,18 @@ def _bounded(name: str, item: Any, long: dict[str, EncodedText], most: int) -> A
             raise UsageError(f"{_short(name)}: expected values or one list, found {_kind(one)}")
         if items is item and one is None:
             raise UsageError(f"{_short(name)}: the list holds null, which is no value of its own")
-        if isinstance(one, str) and one in long and items is item:
-            raise UsageError(f"{_short(name)}: the list holds a text of {len(long[one])} bytes")
-    if isinstance(item, str) and item in long:
-        return long[item]
+        if isinstance(one, str) and one in long:
+            raise UsageError(
+                f"{_short(name)}: a text of {len(long[one])} bytes, where at most {LONG} are taken"
+            )
     return item
 
 
-def _escaped(text: str) -> bytes:
-    return json.dumps(text).encode()[1:-1]
+def _encoded(text: str) -> EncodedText:
+    raw = json.dumps(text).encode()[1:-1]
+    body = Body(len(raw), len(raw))
+    body.append(raw)
+    return EncodedText(body, 0, len(raw))
 
 
 def _kind(value: Any) -> str:
