@@ -20,7 +20,7 @@ from PIL import Image
 Headers = Mapping[str, str]
 
 JSON: Headers = {"Content-Type": "application/json"}
-PATIENCE = 20  # seconds, for a machine that is busy with something else
+PATIENCE = 300  # seconds, for a machine that is busy with something else
 
 
 @dataclass(frozen=True, kw_only=True)

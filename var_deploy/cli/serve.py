@@ -74,7 +74,6 @@ FORMATS = ("text", "json")
 )
 @click.option(
     "--allowed-host",
-    "hosts",
     multiple=True,
     metavar="NAME",
     help="A name by which the service is called, as in images.example.org; *.example.org for all "
@@ -127,7 +126,7 @@ def serve(
     max_pixels: int,
     max_body: int,
     max_connections: int,
-    hosts: tuple[str, ...],
+    allowed_host: tuple[str, ...],
     root_path: str,
     log_level: str | None,
     log_format: str,
@@ -167,7 +166,7 @@ def serve(
         pixels=max_pixels,
         body=max_body,
         connections=max_connections,
-        hosts=(*hosts, *own_names(host)),
+        hosts=(*allowed_host, *own_names(host)),
         root_path=root_path.rstrip("/"),
     )
     manifest = read_manifest(bundle)
