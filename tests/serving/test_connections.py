@@ -182,6 +182,16 @@ def test_what_is_no_http(service: Client, opens: Opens, sent: bytes) -> None:
     assert service.get("/health").status == 200
 
 
+def test_nonsense_behind_a_request(service: Client, opens: Opens) -> None:
+    """It is refused in the place of the answer, which for HEAD has no body."""
+    for method, has_body in (("HEAD", False), ("GET", True)):
+        connection = opens(service)
+        head = f"{method} /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall(f"{head}\r\nno size\r\n".encode())
+        status, _, body = answer(connection)
+        assert (status, bool(body)) == (400, has_body)
+
+
 def test_an_upgrade_is_not_one(service: Client) -> None:
     headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     assert service.ask("GET", "/health", None, headers).json == {"status": "ok"}

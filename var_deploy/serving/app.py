@@ -351,7 +351,7 @@ def _validated(kind: type[B], data: Body, settings: Settings) -> B:
         return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = str(first["loc"][0]) if first["loc"] else "the body"
+    where = (str(first["loc"][0]) or "''") if first["loc"] else "the body"
     what = "Input should be base64" if first["type"] == "is_instance_of" else first["msg"]
     raise UsageError(f"{where}: {what}")
 

@@ -194,7 +194,9 @@ class Connection(asyncio.BufferedProtocol, H11Protocol):
             headers["Retry-After"] = str(RETRY_AFTER)
         phrase = HTTPStatus(status).phrase
         head = h11.Response(status_code=status, headers=list(headers.items()), reason=phrase)
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+        # what follows a HEAD request may be refused before that is answered
+        bare = self._phase is not h11.IDLE and self.scope["method"] == "HEAD"
+        for event in (head, *([] if bare else [h11.Data(data=body)]), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         # closing for good now would discard the answer where the client still sends
         self.flow.resume_reading()
