@@ -72,3 +72,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         refused(2, "serve", small_bundle, "--port", port, parts=parts)
     refused(2, "serve", small_bundle, "--port", 65536, parts=("--port",))
     refused(2, "serve", small_bundle, "--queue", 0, parts=("--queue",))
+    host = ("--allowed-host", "http://a")
+    refused(2, "serve", small_bundle, *host, parts=("found 'http://a'",))
+    refused(2, "serve", small_bundle, "--root-path", "images", parts=("found 'images'",))
+    refused(2, "serve", small_bundle, "--log-level", "loud", parts=("--log-level",))

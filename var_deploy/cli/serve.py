@@ -68,8 +68,7 @@ FORMATS = ("text", "json")
 @click.option(
     "--max-connections",
     type=click.IntRange(1),
-    default=512,
-    show_default=True,
+    show_default="512",
     help="That are open at a time; the next one gets 503.",
 )
 @click.option(
@@ -89,15 +88,13 @@ FORMATS = ("text", "json")
 @click.option(
     "--log-level",
     type=click.Choice(LEVELS),
-    help="What is logged on stderr; info has one line per request.  [default: info; with --quiet "
-    "warning]",
-    show_default=False,
+    show_default="info; with --quiet warning",
+    help="What is logged on stderr; info has one line per request.",
 )
 @click.option(
     "--log-format",
     type=click.Choice(FORMATS),
-    default="text",
-    show_default=True,
+    show_default="text",
     help="Of the log: text, or a JSON object per line.",
 )
 @click.option(
@@ -125,11 +122,11 @@ def serve(
     max_count: int,
     max_pixels: int,
     max_body: int,
-    max_connections: int,
+    max_connections: int | None,
     allowed_host: tuple[str, ...],
     root_path: str,
     log_level: str | None,
-    log_format: str,
+    log_format: str | None,
     address: str | None,
     replicas: str | None,
     runtime: RuntimeOptions,
@@ -165,12 +162,19 @@ def serve(
         count=max_count,
         pixels=max_pixels,
         body=max_body,
-        connections=max_connections,
+        connections=max_connections or Settings.connections,
         hosts=(*allowed_host, *own_names(host)),
         root_path=root_path.rstrip("/"),
     )
     manifest = read_manifest(bundle)
     if address is not None:
+        for name, value in (
+            ("--max-connections", max_connections),
+            ("--log-level", log_level),
+            ("--log-format", log_format),
+        ):
+            if value is not None:
+                raise UsageError(f"{name} is of one process: with --ray, Ray's proxies see to it")
         many = Replicas.parse("1" if replicas is None else replicas)
         _serve_on_ray(bundle, manifest, address, many, host, port, settings, runtime, quiet)
         return
@@ -185,7 +189,7 @@ def serve(
                 click.echo(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
             server = Server(create_app(pipe, settings, name=bundle.resolve().name))
             level = log_level or ("warning" if quiet else "info")
-            with logging_to_stderr(level, log_format):
+            with logging_to_stderr(level, log_format or "text"):
                 server.run([listening])
 
 

@@ -47,7 +47,7 @@ class _Parser(h11.Connection):
         return event
 
 
-class Connection(asyncio.BufferedProtocol, H11Protocol):
+class Connection(H11Protocol, asyncio.BufferedProtocol):
     """One connection. The class attribute is set on a subclass, see `protocol_for`."""
 
     settings = Settings()
@@ -55,7 +55,7 @@ class Connection(asyncio.BufferedProtocol, H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _Parser(h11.SERVER)
+        self.conn = self._parser = _Parser(h11.SERVER)
         self._phase: object = h11.IDLE  # what h11 says of the client
         self._since = time.monotonic()  # beginning of the phase
         self._received = 0  # bytes of the phase
@@ -85,7 +85,7 @@ class Connection(asyncio.BufferedProtocol, H11Protocol):
         self._received += len(data)
         super().data_received(data)
         self._look_at_phase()
-        if self.conn.pieces > CHUNKS + self._received // SPARSE:
+        if self._parser.pieces > CHUNKS + self._received // SPARSE:
             self._refuse(400, "the body comes in too many small chunks")
 
     # of uvicorn
@@ -148,7 +148,7 @@ class Connection(asyncio.BufferedProtocol, H11Protocol):
         phase = self.conn.their_state
         if phase is not self._phase or answered:
             self._phase, self._since, self._received = phase, time.monotonic(), 0
-            self.conn.pieces = 0
+            self._parser.pieces = 0
 
     def _reads_too_slowly(self, now: float) -> bool:
         """Whether what waits to be sent, all of an answer's rest, does not become less in time."""
