@@ -98,10 +98,11 @@ def request(number: int) -> bytes:
                 whole[place] = chance.randrange(256)
             case 1:
                 del whole[place : place + chance.choice((1, 2, 50))]
+                whole += b"\n"
             case 2:
                 whole[place:place] = chance.randbytes(chance.choice((1, 4, 3000)))
             case 3:
-                del whole[place:]
+                del whole[max(place, 1) :]
     return bytes(whole)
 
 
@@ -142,7 +143,8 @@ def attempt(bundle: Path, number: int | None) -> None:
         raise UsageError("closed without an answer")
     if status < 400:
         return
-    assert status < 500, f"{status}: {body[:300]!r}"
+    # some ask for more haste than is possible
+    assert status < 500 or status == 504, f"{status}: {body[:300]!r}"
     if data.startswith(b"HEAD"):
         raise UsageError(f"status {status}")
     said = json.loads(body)
