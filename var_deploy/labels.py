@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import numbers
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from var_deploy.errors import LabelError
 
 SHOWN = 60  # characters of a name that a message repeats
 NO_CLASS = "none"  # on the command line, the image without a class
+LONGEST = 1000  # characters of a text that may be a name
 STRIDE = 7  # coprime to the class counts of ImageNet and pocket
 
 
@@ -64,28 +67,73 @@ def _resolve(item: object, names: Sequence[str], classes: int) -> int:
         return _in_range(int(item), classes)
     if not isinstance(item, str):
         raise LabelError(f"a label is a name or a whole number, found {item!r}")
+    if len(item) > LONGEST and len(item) > 2 * max(map(len, names), default=0):
+        raise LabelError(f"no class is called {_short(item)!r}; {_choices(names, classes)}")
     wanted = _fold(item)
     if re.fullmatch(r"[+-]?[0-9]{1,18}", wanted):
         return _in_range(int(wanted), classes)
-    whole = [n for n, name in enumerate(names) if _fold(name) == wanted]
-    found = whole or [n for n, name in enumerate(names) if wanted in _synonyms(name)]
+    spellings = _spellings(tuple(names))
+    found = spellings.whole.get(wanted) or spellings.synonyms.get(wanted, ())
     if len(found) == 1:
         return found[0]
     if found:
         numbered = ", ".join(f"{n} ({names[n]})" for n in found)
         raise LabelError(f"label {item!r} names several classes, give the number: {numbered}")
-    close = _close(wanted, names)
+    close = _close(wanted, spellings)
     hint = f"did you mean {' or '.join(close)}?" if close else _choices(names, classes)
     raise LabelError(f"no class is called {_short(item.strip())!r}; {hint}")
 
 
-def _close(wanted: str, names: Sequence[str]) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class _Spellings:
+    """What class names are matched by: the numbers of the classes, by folded text."""
+
+    whole: Mapping[str, Sequence[int]]
+    synonyms: Mapping[str, Sequence[int]]
+    names: Mapping[str, str]  # every text above, and the name that it stands for
+
+
+@functools.lru_cache(maxsize=4)
+def _spellings(names: tuple[str, ...]) -> _Spellings:
+    whole: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
+    meant: dict[str, str] = {}
+    for n, name in enumerate(names):
+        whole.setdefault(_fold(name), []).append(n)
+        meant[_fold(name)] = name
+        for synonym in dict.fromkeys(_synonyms(name)):
+            synonyms.setdefault(synonym, []).append(n)
+            meant[synonym] = name
+    return _Spellings(whole=whole, synonyms=synonyms, names=meant)
+
+
+def _close(wanted: str, spellings: _Spellings) -> list[str]:
     """Up to four names that may be meant: such as have the wanted text as one of their words
     ("panda" → "giant panda"), else such as are spelled much like it."""
-    spellings = {synonym: name for name in names for synonym in (_fold(name), *_synonyms(name))}
-    found = [s for s in spellings if re.search(rf"\b{re.escape(wanted)}\b", s)] if wanted else []
-    found = found or difflib.get_close_matches(wanted[:SHOWN], spellings, n=3)
-    return list(dict.fromkeys(spellings[f] for f in found))[:4]
+    names = spellings.names
+    found = [s for s in names if _has_words(s, wanted)] if wanted else []
+    found = found or difflib.get_close_matches(wanted[:SHOWN], names, n=3)
+    return list(dict.fromkeys(names[f] for f in found))[:4]
+
+
+def _has_words(text: str, words: str) -> bool:
+    """Whether `words` stands in `text`, and not as a part of longer words."""
+    start = text.find(words)
+    while start >= 0:
+        if _word_ends(text, start) and _word_ends(text, start + len(words)):
+            return True
+        start = text.find(words, start + 1)
+    return False
+
+
+def _word_ends(text: str, place: int) -> bool:
+    """Whether a word begins or ends before the character at `place`."""
+    before, after = text[max(place - 1, 0) : place], text[place : place + 1]
+    return _in_word(before) != _in_word(after)
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _short(text: str) -> str:

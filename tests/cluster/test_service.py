@@ -119,6 +119,18 @@ def test_pages_are_those_of_the_local_service(served: Served, local: Client, pat
     assert said(served.client.get(path)) == said(local.get(path))
 
 
+def test_what_the_application_checks_is_checked_here_too(served: Served) -> None:
+    client = served.client
+    foreign = client.ask("GET", "/health", None, {"Host": "evil.example"})
+    assert foreign.status == 403 and "--allowed-host" in foreign.error
+    assert client.ask("GET", "/health", None, {"Host": "localhost:8000"}).status == 200
+    head = client.ask("HEAD", "/v1/model", None, {})
+    assert head.status == 200 and head.data == b""
+    large = client.ask("POST", ROUTE, b'{"labels": [' + b"null, " * 20_000 + b"null]}")
+    assert large.status == 413 and "65536" in large.error
+    assert client.ask("POST", ROUTE, b'{"seed": 1, "seed": 2}').status == 400
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

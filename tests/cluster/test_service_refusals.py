@@ -20,6 +20,9 @@ def test_replicas_that_make_no_sense(pocket_bundle: Path, replicas: str) -> None
 
 def test_options_that_do_not_go_together(pocket_bundle: Path) -> None:
     refused(2, "serve", pocket_bundle, "--replicas", 2, parts=("--replicas needs --ray",))
+    for option in (("--log-level", "info"), ("--log-format", "json"), ("--max-connections", 9)):
+        given = ("--ray", "local", *option)
+        refused(2, "serve", pocket_bundle, *given, parts=(f"{option[0]} is of one process",))
     given = ("--ray", "auto", "--port", 0)
     refused(2, "serve", pocket_bundle, *given, parts=("--port 0 needs --ray local",))
 

@@ -48,7 +48,7 @@ def start(pipe: Pipeline) -> Iterator[Start]:
 
     with ExitStack() as stack:
 
-        def begin(**limits: int) -> Client:
+        def begin(**limits: Any) -> Client:
             app = create_app(pipe, Settings(**{**LIMITS, **limits}))
             return stack.enter_context(running(app))
 

@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 from serving.client import Client, running
 
+from var_deploy.errors import BackendError, BundleError
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+
+FAILURES = {
+    90: BackendError("step, scale 3: the logits are not finite; try --precision fp32"),
+    91: BackendError("cannot run '/srv/models/d16/fp32/step.onnx': C:\\x\\y.dll is missing"),
+    92: BundleError("/srv/models/d16: encoder.onnx changed while it was read"),
+}
 
 
 class Elsewhere:
@@ -38,6 +46,8 @@ class Elsewhere:
             yield Queued(position=3)
             if work.request.streams[0][0] == 99:
                 raise ZeroDivisionError("nobody thought of this")
+            if error := FAILURES.get(work.request.streams[0][0]):
+                raise error
             values = [seed + number for seed, number in work.request.streams]
             images = np.array(values, np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
             yield Drawn(images=images, scales_done=np.full(work.count, 3))
@@ -90,3 +100,23 @@ def test_what_nobody_thought_of_tells_no_secrets(elsewhere: tuple[Client, Elsewh
         assert [name for name, _ in events] == ["queued", "error"]
     assert client.post("/v1/images", {"seed": 1}).status == 200
     assert backend.closed == 3
+
+
+@pytest.mark.parametrize(
+    ("seed", "reason"),
+    [
+        (90, "step, scale 3: the logits are not finite; try --precision fp32"),
+        (91, "cannot run 'step.onnx': y.dll is missing"),
+        (92, "the bundle cannot be used as it is; the server's log says more"),
+    ],
+)
+def test_a_failure_is_told_without_paths(
+    elsewhere: tuple[Client, Elsewhere], seed: int, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, _ = elsewhere
+    reply = client.post("/v1/images", {"seed": seed})
+    assert (reply.status, reply.error) == (500, reason)
+    with client.stream("/v1/images/stream", {"seed": seed}) as events:
+        assert list(events)[-1] == ("error", {"error": reason})
+    assert client.post("/v1/images", {"seed": 1}).status == 200
+    assert str(FAILURES[seed]) in caplog.text  # all of it is in the log

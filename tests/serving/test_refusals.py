@@ -16,6 +16,7 @@ from serving.client import JSON, Client, picture
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 ROUTE = "/v1/images"
+BODIES = {ROUTE: 65536, f"{ROUTE}/stream": 65536, "/v1/edit": 100_000, "/v1/edit/stream": 100_000}
 TINY = picture(np.zeros((8, 8, 3), np.uint8))
 
 
@@ -95,17 +96,21 @@ def test_what_a_form_of_another_site_could_send(service: Client, kind: str) -> N
     assert reply.status == 415 and "application/json" in reply.error
 
 
-def test_a_body_that_says_to_be_too_large_is_not_read(service: Client) -> None:
-    reply = service.ask("POST", ROUTE, None, {**JSON, "Content-Length": "100001"})
-    assert reply.status == 413 and "100000 bytes" in reply.error
+@pytest.mark.parametrize(("route", "most"), BODIES.items())
+def test_a_body_that_says_to_be_too_large_is_not_read(
+    service: Client, route: str, most: int
+) -> None:
+    reply = service.ask("POST", route, None, {**JSON, "Content-Length": str(most + 1)})
+    assert reply.status == 413 and f"the {most} bytes" in reply.error
 
 
-def test_a_body_of_unknown_length_is_bounded_too(service: Client) -> None:
+@pytest.mark.parametrize(("route", "most"), BODIES.items())
+def test_a_body_of_unknown_length_is_bounded_too(service: Client, route: str, most: int) -> None:
     connection = service.connect()
     parts = [b'{"labels": ["', *[b"x" * 50_000] * 3, b'"]}']
-    connection.request("POST", ROUTE, iter(parts), JSON, encode_chunked=True)
+    connection.request("POST", route, iter(parts), JSON, encode_chunked=True)
     reply = connection.getresponse()
-    assert reply.status == 413 and "100000 bytes" in json.loads(reply.read())["error"]
+    assert reply.status == 413 and f"the {most} bytes" in json.loads(reply.read())["error"]
     connection.close()
 
 

@@ -52,7 +52,14 @@ def test_from_the_first_line_to_the_end(
     assert client.post("/v1/images", {"count": 3}).status == 400
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out) == (0, "")
+    asked = [re.sub(r"^\S+Z info | [0-9.]+ s [0-9]+ B", "", line) for line in err.splitlines()]
+    assert asked == [
+        "127.0.0.1 GET /v1/model 200",
+        "127.0.0.1 GET /v1/model 200",
+        "127.0.0.1 POST /v1/images 200 2 images",
+        "127.0.0.1 POST /v1/images 400",
+    ]
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(
@@ -65,3 +72,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         refused(2, "serve", small_bundle, "--port", port, parts=parts)
     refused(2, "serve", small_bundle, "--port", 65536, parts=("--port",))
     refused(2, "serve", small_bundle, "--queue", 0, parts=("--queue",))
+    host = ("--allowed-host", "http://a")
+    refused(2, "serve", small_bundle, *host, parts=("found 'http://a'",))
+    refused(2, "serve", small_bundle, "--root-path", "images", parts=("found 'images'",))
+    refused(2, "serve", small_bundle, "--log-level", "loud", parts=("--log-level",))

@@ -17,6 +17,9 @@ from var_deploy.manifest import Manifest, read_manifest
 if TYPE_CHECKING:
     from var_deploy.serving.settings import Settings
 
+LEVELS = ("critical", "error", "warning", "info", "debug")
+FORMATS = ("text", "json")
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; 0.0.0.0 lets other machines in, and nobody is asked who he is.",
+    help="Address to listen on; 0.0.0.0 lets other machines in, :: those with IPv6 as well. There "
+    "is no authentication.",
 )
 @click.option(
     "--port",
@@ -59,7 +63,39 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=32_000_000,
     show_default=True,
-    help="Bytes of a request.",
+    help="Bytes of a request with a picture; others may have 65536.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    show_default="512",
+    help="That are open at a time; the next one gets 503.",
+)
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="NAME",
+    help="A name by which the service is called, as in images.example.org; *.example.org for all "
+    "names below it, * for every name. May be given several times; IP addresses, localhost and the "
+    "name of --host are always answered.",
+)
+@click.option(
+    "--root-path",
+    default="",
+    metavar="PATH",
+    help="Where a proxy has put the service, as in /images; it may take the path away or leave it.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    show_default="info; with --quiet warning",
+    help="What is logged on stderr; info has one line per request.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    show_default="text",
+    help="Of the log: text, or a JSON object per line.",
 )
 @click.option(
     "--ray",
@@ -75,7 +111,9 @@ if TYPE_CHECKING:
     help="With --ray: pipelines that draw; MIN:MAX lets their number follow the load.",
 )
 @runtime_options
-@click.option("--quiet", is_flag=True, help="Do not say where the service is.")
+@click.option(
+    "--quiet", is_flag=True, help="Do not say where the service is, and log no requests."
+)
 def serve(
     bundle: Path,
     host: str,
@@ -84,6 +122,11 @@ def serve(
     max_count: int,
     max_pixels: int,
     max_body: int,
+    max_connections: int | None,
+    allowed_host: tuple[str, ...],
+    root_path: str,
+    log_level: str | None,
+    log_format: str | None,
     address: str | None,
     replicas: str | None,
     runtime: RuntimeOptions,
@@ -92,26 +135,46 @@ def serve(
     """Serve BUNDLE over HTTP, with a page to draw and edit in the browser.
 
     /docs describes the routes, /metrics is for Prometheus. Ctrl-C or SIGTERM finishes what was
-    taken and refuses the rest; a second one drops it. With --ray each replica takes a GPU, or as
-    many CPUs as --threads says, one without it.
+    taken and refuses the rest; a second one drops it. A request that names the service otherwise
+    than by an IP address, localhost or --allowed-host is refused: a web page of a stranger could
+    have sent it (DNS rebinding). With --ray each replica takes a GPU, or as many CPUs as --threads
+    says, one without it, and Ray keeps the log.
 
     \b
     Example:
       var-deploy serve build/pocket
       var-deploy serve build/d16 --port 8080 --queue 16 --threads 4
+      var-deploy serve build/d16 --host 0.0.0.0 --allowed-host images.example.org
       var-deploy serve build/d16 --ray auto --replicas 1:8
       curl http://127.0.0.1:8000/v1/images -H 'Content-Type: application/json' \\
            -H 'Accept: image/png' -d '{"labels": ["star"], "seed": 7}' -o star.png
     """
     with needs_extra("serve", "serve"):
         from var_deploy.serving.app import create_app
+        from var_deploy.serving.hosts import own_names
+        from var_deploy.serving.log import logging_to_stderr
         from var_deploy.serving.server import Server, address_of, listen
         from var_deploy.serving.settings import Settings
 
     # everything that can be wrong is looked at before the weights are loaded
-    settings = Settings(queue=queue, count=max_count, pixels=max_pixels, body=max_body)
+    settings = Settings(
+        queue=queue,
+        count=max_count,
+        pixels=max_pixels,
+        body=max_body,
+        connections=max_connections or Settings.connections,
+        hosts=(*allowed_host, *own_names(host)),
+        root_path=root_path.rstrip("/"),
+    )
     manifest = read_manifest(bundle)
     if address is not None:
+        for name, value in (
+            ("--max-connections", max_connections),
+            ("--log-level", log_level),
+            ("--log-format", log_format),
+        ):
+            if value is not None:
+                raise UsageError(f"{name} is of one process: with --ray, Ray's proxies see to it")
         many = Replicas.parse("1" if replicas is None else replicas)
         _serve_on_ray(bundle, manifest, address, many, host, port, settings, runtime, quiet)
         return
@@ -125,7 +188,9 @@ def serve(
             if not quiet:
                 say(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
             server = Server(create_app(pipe, settings, name=bundle.resolve().name))
-            server.run([listening])
+            level = log_level or ("warning" if quiet else "info")
+            with logging_to_stderr(level, log_format or "text"):
+                server.run([listening])
 
 
 def _serve_on_ray(

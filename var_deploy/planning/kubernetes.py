@@ -150,6 +150,8 @@ def _serve(plan: Plan, image: str, cpus: int) -> dict[str, Any]:
         "layout": plan.layout,
         "queue": str(QUEUE),
         **({} if gpu else {"threads": str(cpus)}),  # all cores of the node otherwise
+        # what other pods call it; nobody else can own names below these two
+        "allowed_host": f"{_name(plan.name)} *.svc *.svc.cluster.local",
     }
     starts = math.ceil((SHORTEST + _stored(plan) / READ) / PERIOD)
     return {

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from var_deploy import __version__
-from var_deploy.errors import BackendError, CancelledError, UsageError, VarDeployError
+from var_deploy.errors import (
+    BackendError,
+    BundleError,
+    CancelledError,
+    UsageError,
+    VarDeployError,
+    one_line,
+)
 from var_deploy.pipeline import Pipeline
 from var_deploy.serving import schemas
 from var_deploy.serving.answers import as_json, as_png, as_text, plain_settings, png
@@ -30,9 +39,17 @@ from var_deploy.serving.backend import (
     ScaleDone,
     Work,
 )
+from var_deploy.serving.bodies import (
+    Body,
+    BodyMemory,
+    BodyTooLargeError,
+    BodyTooSlowError,
+    parse_body,
+)
 from var_deploy.serving.docs import docs_page
 from var_deploy.serving.events import EventStream, GoneError, event, while_wanted
-from var_deploy.serving.guard import Guard
+from var_deploy.serving.guard import GONE, IMAGES, Guard, body_limit
+from var_deploy.serving.log import log
 from var_deploy.serving.metrics import MEDIA_TYPE, Metrics
 from var_deploy.serving.queue import LocalQueue
 from var_deploy.serving.settings import Settings
@@ -62,6 +79,9 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     **FAILED,
 }
 BROKEN = "internal error; the server's log says more"
+UNUSABLE = "the bundle cannot be used as it is; the server's log says more"
+# from a slash or a drive on, where a word begins; what stands behind the last slash is kept
+PATH = re.compile(r"""(?<![^\s'"(\[=:,])(?:[A-Za-z]:)?[\\/](?:[^\s'":,;]*[\\/])?""")
 
 
 def create_app(
@@ -93,30 +113,41 @@ def create_app(
         description="Images from a VAR bundle. The same seed gives the same image.",
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
+        openapi_url=None,  # served below, built once
+        redirect_slashes=False,  # to an address made of the request's Host; see Guard
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
         lifespan=lifespan,
     )
-    app.state.backend = backend
+    app.state.backend, app.state.settings = backend, settings
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     add = app.add_api_route
     add("/v1/model", service.model, responses=FAILED, summary="What is served")
-    for path, post, streamed, what in (
-        ("/v1/images", service.images, service.images_stream, "Draw images"),
-        ("/v1/edit", service.edit, service.edit_stream, "Draw a part of a picture anew"),
+    edit = "Draw a part of a picture anew"
+    for path, post, streamed, body, what in (
+        ("/v1/images", service.images, service.images_stream, schemas.ImagesBody, "Draw images"),
+        ("/v1/edit", service.edit, service.edit_stream, schemas.EditBody, edit),
     ):
         options: dict[str, Any] = {"methods": ["POST"], "response_model": None}
+        options["openapi_extra"] = _described_body(body)
         add(path, post, responses=DRAWN, summary=what, **options)
         options |= {"responses": STREAMED, "response_class": EventStream, "status_code": 200}
         add(f"{path}/stream", streamed, summary=f"{what}, and watch", **options)
     add("/health", service.health, response_model=None, summary="Whether new work is taken")
     add("/metrics", service.metrics_page, response_model=None, summary="For Prometheus")
     hidden: dict[str, Any] = {"include_in_schema": False, "response_model": None}
-    add("/docs", lambda: HTMLResponse(docs_page(app.openapi())), **hidden)
+    openapi = _openapi(app)
+    app.openapi = lambda: openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    html, description = docs_page(openapi, settings.root_path), json.dumps(openapi)
+    add("/docs", lambda: HTMLResponse(html), **hidden)
+    add(
+        "/openapi.json", lambda: Response(description, media_type="application/json"), **hidden
+    )
     add("/", _index, **hidden)
     if PAGE.is_dir():
         app.mount("/page", StaticFiles(directory=PAGE))
     handlers: tuple[tuple[type[Exception], Any], ...] = (
         (VarDeployError, _refused),
-        (RequestValidationError, _malformed),
+        (GoneError, _gone),
         (HTTPException, _http_error),
         (Exception, _broken),
     )
@@ -134,6 +165,7 @@ class Service:
         self.backend, self._settings, self._metrics = backend, settings, metrics
         self._manifest, self._how = backend.manifest, backend.describe()
         self._name = self._manifest.preset or name or "model"
+        self._memory = BodyMemory(settings)
         self._unpacking = asyncio.Semaphore(1)  # pictures are large once they are unpacked
 
     async def model(self) -> schemas.ModelAnswer:
@@ -158,23 +190,25 @@ class Service:
             editing=can_edit(manifest, self._precision),
         )
 
-    async def images(self, request: Request, body: schemas.ImagesBody) -> Response:
+    async def images(self, request: Request) -> Response:
         came = time.perf_counter()
-        work = ask_images(body, self._manifest, self._settings)
-        return await self._answer(request, body, work, came)
+        body, work = await self._asked_images(request)
+        return await self._answer(request, body.format, work, came)
 
-    async def images_stream(self, body: schemas.ImagesBody) -> Response:
+    async def images_stream(self, request: Request) -> Response:
         came = time.perf_counter()
-        work = ask_images(body, self._manifest, self._settings, previews=True)
-        return await self._stream(work, came)
+        _, work = await self._asked_images(request, previews=True)
+        return await self._stream(request, work, came)
 
-    async def edit(self, request: Request, body: schemas.EditBody) -> Response:
+    async def edit(self, request: Request) -> Response:
         came = time.perf_counter()
-        return await self._answer(request, body, await self._ask_edit(body), came)
+        answer_format, work = await self._asked_edit(request)
+        return await self._answer(request, answer_format, work, came)
 
-    async def edit_stream(self, body: schemas.EditBody) -> Response:
+    async def edit_stream(self, request: Request) -> Response:
         came = time.perf_counter()
-        return await self._stream(await self._ask_edit(body, previews=True), came)
+        _, work = await self._asked_edit(request, previews=True)
+        return await self._stream(request, work, came)
 
     async def health(self) -> Response:
         if self.backend.stopping:
@@ -188,36 +222,57 @@ class Service:
     def _precision(self) -> str:
         return self._how["precision"]
 
-    async def _ask_edit(self, body: schemas.EditBody, previews: bool = False) -> Work:
-        async with self._unpacking:
-            return await asyncio.to_thread(
-                ask_edit, body, self._manifest, self._settings, self._precision, previews
-            )
+    async def _asked_images(
+        self, request: Request, previews: bool = False
+    ) -> tuple[schemas.ImagesBody, Work]:
+        def ask(data: Body) -> tuple[schemas.ImagesBody, Work]:
+            body = _validated(schemas.ImagesBody, data, self._settings)
+            return body, ask_images(body, self._manifest, self._settings, previews)
+
+        limit = body_limit(request.scope, self._settings)
+        async with self._memory.read(request.receive, limit) as data:
+            return await asyncio.to_thread(ask, data)
+
+    async def _asked_edit(
+        self, request: Request, previews: bool = False
+    ) -> tuple[str | None, Work]:
+        """The format of the answer, and the work: the body itself is large, and goes."""
+
+        def ask(data: Body) -> tuple[str | None, Work]:
+            body = _validated(schemas.EditBody, data, self._settings)
+            how = (self._precision, previews)
+            return body.format, ask_edit(body, self._manifest, self._settings, *how)
+
+        limit = body_limit(request.scope, self._settings)
+        async with self._memory.read(request.receive, limit) as data, self._unpacking:
+            return await asyncio.to_thread(ask, data)
 
     async def _answer(
-        self, request: Request, body: schemas.Body, work: Work, came: float
+        self, request: Request, answer_format: str | None, work: Work, came: float
     ) -> Response:
         try:
             drawn = await while_wanted(request.receive, self._drawn(work))
         except GoneError:
-            return Response(status_code=499)  # which nobody reads
+            return Response(status_code=GONE)  # which nobody reads
         except RefusedError as error:
             self._count(error)
             raise
         accepts_png = "image/png" in request.headers.get("accept", "")
-        if body.format == "png" or (body.format is None and accepts_png):
+        request.scope[IMAGES] = work.count
+        if answer_format == "png" or (answer_format is None and accepts_png):
             data = await asyncio.to_thread(as_png, self._manifest, self._precision, work, drawn)
             return Response(data, media_type="image/png", headers=_headers(work, drawn))
-        answer = await self._answered(work, drawn, came)
-        return Response(answer.model_dump_json(), media_type="application/json")
+        answer = await asyncio.to_thread(self._answered, work, drawn, came)
+        return Response(answer, media_type="application/json")
 
-    async def _stream(self, work: Work, came: float) -> Response:
+    async def _stream(self, request: Request, work: Work, came: float) -> Response:
         events = self.backend.draw(work)
         try:
             first = await anext(events)  # a refusal is an answer of its own, with its status
         except RefusedError as error:
             self._count(error)
             raise
+        request.scope[IMAGES] = work.count
         return EventStream(self._told(first, events, work, came))
 
     async def _told(
@@ -225,32 +280,29 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         async with contextlib.aclosing(events):
             try:
-                yield event("queued", await self._message(first, work, came))
+                yield self._event(first, work, came)
                 async for one in events:
-                    kind = {Queued: "queued", ScaleDone: "scale", Drawn: "done"}[type(one)]
-                    yield event(kind, await self._message(one, work, came))
+                    yield await asyncio.to_thread(self._event, one, work, came)
             except VarDeployError as error:
                 if isinstance(error, RefusedError):
                     self._count(error)
-                yield event("error", schemas.ErrorAnswer(error=_line(error)))
+                yield event("error", schemas.ErrorAnswer(error=_reason(error)).model_dump_json())
             except Exception:
-                yield event("error", schemas.ErrorAnswer(error=BROKEN))
+                yield event("error", schemas.ErrorAnswer(error=BROKEN).model_dump_json())
                 raise  # for the log
 
-    async def _message(
-        self, one: Event, work: Work, came: float
-    ) -> schemas.QueuedEvent | schemas.ScaleDoneEvent | schemas.Answer:
+    def _event(self, one: Event, work: Work, came: float) -> bytes:
+        """Makes PNGs, which takes a while: not for the event loop, but for Queued."""
         if isinstance(one, Queued):
-            return schemas.QueuedEvent(position=one.position)
+            return event("queued", schemas.QueuedEvent(position=one.position).model_dump_json())
         if isinstance(one, ScaleDone):
-            return await asyncio.to_thread(_previews, one)
-        return await self._answered(work, one, came)
+            return event("scale", _previews(one).model_dump_json())
+        return event("done", self._answered(work, one, came))
 
-    async def _answered(self, work: Work, drawn: Drawn, came: float) -> schemas.Answer:
+    def _answered(self, work: Work, drawn: Drawn, came: float) -> str:
+        """JSON of an `Answer`."""
         seconds = time.perf_counter() - came
-        return await asyncio.to_thread(
-            as_json, self._manifest, self._precision, work, drawn, seconds
-        )
+        return as_json(self._manifest, self._precision, work, drawn, seconds).model_dump_json()
 
     async def _drawn(self, work: Work) -> Drawn:
         async with contextlib.aclosing(self.backend.draw(work)) as events:
@@ -286,40 +338,88 @@ async def _index() -> Response:
     return FileResponse(PAGE / "index.html")
 
 
+# what comes in
+
+
+B = TypeVar("B", bound=schemas.Body)
+
+
+def _validated(kind: type[B], data: Body, settings: Settings) -> B:
+    """A body. Raises UsageError with the first thing that is wrong with it."""
+    fields = parse_body(data, settings, schemas.PICTURES)
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = (str(first["loc"][0]) or "''") if first["loc"] else "the body"
+    what = "Input should be base64" if first["type"] == "is_instance_of" else first["msg"]
+    raise UsageError(f"{where}: {what}")
+
+
+# what is said of it
+
+
+def _described_body(body: type[schemas.Body]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI with the bodies, which FastAPI does not see, since it does not read them."""
+    openapi = app.openapi()
+    known = openapi["components"]["schemas"]
+    for body in (schemas.ImagesBody, schemas.EditBody):
+        known[body.__name__] = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    openapi["components"]["schemas"] = dict(sorted(known.items()))
+    return openapi
+
+
 # errors
 
 
-def _line(error: object) -> str:
-    text = " ".join(str(error).split())
+def _line(text: str) -> str:
+    """One short line of printable characters: it may repeat what was sent, and meet a terminal."""
+    text = " ".join(text.split())
     text = text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + "…"
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _status(error: VarDeployError) -> int:
+    if isinstance(error, RefusedError):
+        return error.status
+    if isinstance(error, (TooLargeError, BodyTooLargeError)):
+        return 413
+    if isinstance(error, BodyTooSlowError):
+        return 408
+    if isinstance(error, UsageError):
+        return 400
+    return 503 if isinstance(error, CancelledError) else 500
+
+
+def _reason(error: VarDeployError) -> str:
+    """What a client is told. Where the service failed, its log has all of it, and paths stay
+    there."""
+    if _status(error) != 500:
+        return _line(str(error))
+    log.error("%s: %s", type(error).__name__, one_line(error))
+    return UNUSABLE if isinstance(error, BundleError) else _line(PATH.sub("", str(error)))
 
 
 async def _refused(request: Request, error: VarDeployError) -> Response:
-    status, headers = 500, {}
-    if isinstance(error, RefusedError):
-        status = error.status
-        headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    elif isinstance(error, TooLargeError):
-        status = 413
-    elif isinstance(error, UsageError):
-        status = 400
-    elif isinstance(error, CancelledError):
-        status = 503
-    return JSONResponse({"error": _line(error)}, status, headers)
+    headers = {}
+    if isinstance(error, RefusedError) and error.retry_after is not None:
+        headers = {"Retry-After": str(error.retry_after)}
+    if isinstance(error, BodyTooSlowError):
+        headers = {"Connection": "close"}
+    return JSONResponse({"error": _reason(error)}, _status(error), headers)
 
 
-async def _malformed(request: Request, error: RequestValidationError) -> Response:
-    """A body that is no JSON, or whose values have the wrong types: the first thing wrong."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return JSONResponse({"error": "the body is no JSON"}, 400)
-    where = ".".join(str(part) for part in first["loc"][1:2]) or "the body"
-    return JSONResponse({"error": _line(f"{where}: {first['msg']}")}, 400)
+async def _gone(request: Request, error: GoneError) -> Response:
+    return Response(status_code=GONE)  # which nobody reads
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": _line(error.detail)}, error.status_code, error.headers)
+    return JSONResponse({"error": _line(str(error.detail))}, error.status_code, error.headers)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

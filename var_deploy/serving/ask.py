@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
-import io
 import warnings
 from collections.abc import Sequence
 
@@ -20,6 +17,7 @@ from var_deploy.manifest import Manifest
 from var_deploy.pictures import read_mask, read_pictures, upright
 from var_deploy.runtime.request import Request, label_numbers, settings, streams
 from var_deploy.serving.backend import Edit, Work
+from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody
 from var_deploy.serving.settings import Settings
 
@@ -81,27 +79,27 @@ def _edit(body: EditBody, manifest: Manifest, limits: Settings) -> Edit:
     if body.box is not None:
         mask = box_mask(body.box, height, width)
     else:
-        mask = open_picture(body.mask or "", "the mask", limits.pixels)
+        assert body.mask is not None  # or there is a box
+        mask = open_picture(body.mask, "the mask", limits.pixels)
     new = read_mask(mask, width, height, side, body.outside)
     keep_masks(new, tokenizer.patch_nums)  # which refuses an edit that changes no token
     pixels = read_pictures(picture, side, channels)
     return Edit(pixels=pixels, new=new, keep_pixels=body.keep_pixels)
 
 
-def open_picture(text: str, what: str, pixels: int) -> Image.Image:
+def open_picture(text: EncodedText, what: str, pixels: int) -> Image.Image:
     """A picture that was sent as base64, its header read and its size looked at.
 
     Raises TooLargeError, and UsageError for what is no base64 or no picture.
     """
-    text = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        data = text.base64()
+    except ValueError:
         raise UsageError(f"{what} is no base64") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(data, formats=FORMATS)
         if image.width * image.height > pixels:
             raise Image.DecompressionBombError
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

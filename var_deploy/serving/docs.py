@@ -24,8 +24,8 @@ h3 { margin: 1.5rem 0 .3rem }
 """
 
 
-def docs_page(openapi: dict[str, Any]) -> str:
-    """HTML of every route and schema."""
+def docs_page(openapi: dict[str, Any], root_path: str) -> str:
+    """HTML of every route and schema; `root_path` is where a proxy has put the service."""
     info = openapi["info"]
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(info['title'])}</title>",
@@ -33,8 +33,8 @@ def docs_page(openapi: dict[str, Any]) -> str:
         f"<style>{STYLE}</style>",
         f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
         f"<p>{escape(info.get('description', ''))} For programs: "
-        "<a href=/openapi.json>openapi.json</a>.</p>",
-        f"<h2>Examples</h2><pre>{escape(EXAMPLES)}</pre>",
+        "<a href=openapi.json>openapi.json</a>.</p>",
+        f"<h2>Examples</h2><pre>{escape(EXAMPLES.replace('HOST', f'HOST{root_path}'))}</pre>",
         "<h2>Routes</h2>",
     ]
     for path, methods in openapi["paths"].items():

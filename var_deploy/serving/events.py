@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -18,9 +17,12 @@ class GoneError(Exception):
     """The client has closed the connection."""
 
 
-def event(name: str, data: BaseModel) -> bytes:
-    """An event of https://html.spec.whatwg.org/multipage/server-sent-events.html."""
-    return f"event: {name}\ndata: {data.model_dump_json()}\n\n".encode()
+def event(name: str, data: str) -> bytes:
+    """An event of https://html.spec.whatwg.org/multipage/server-sent-events.html.
+
+    `data` is JSON on one line.
+    """
+    return f"event: {name}\ndata: {data}\n\n".encode()
 
 
 async def while_wanted(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from var_deploy.serving.bodies import EncodedText
 
 Label = int | str
 Setting = float | list[float] | None
-Base64 = Annotated[str, Field(description="PNG, JPEG or WebP as base64; a data: URL will do")]
+Base64 = Annotated[
+    EncodedText,
+    WithJsonSchema({"type": "string"}),
+    Field(description="PNG, JPEG or WebP as base64; a data: URL will do"),
+]
+PICTURES = frozenset({"image", "mask"})  # the fields of that type
 
 
 class Body(BaseModel):
     """What both kinds of request have. A field that is not known is refused, not ignored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     seed: int | list[int] = Field(
         0, description="0 … 2⁶⁴-1; several: one an image, each as if it were asked for alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from types import FrameType
 
@@ -10,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from var_deploy.errors import UsageError
+from var_deploy.serving.connections import protocol_for, sweep
 
 FLUSH = 10  # seconds in which the last answers must have left
 
@@ -22,9 +24,14 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                # uvicorn would else take what happens to be installed, which has no time-outs
+                http=protocol_for(app.state.settings),
+                loop="asyncio",
+                ws="none",
                 lifespan="on",
+                log_config=None,
                 log_level="warning",
-                access_log=False,
+                access_log=False,  # Guard has one
                 server_header=False,
                 timeout_graceful_shutdown=FLUSH,
             )
@@ -35,7 +42,13 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+        sweeping = asyncio.ensure_future(sweep(self.server_state.connections))
+        try:
+            await super().serve(sockets)
+        finally:
+            sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeping
 
     def stop(self) -> None:
         """What a signal does; from any thread."""
@@ -60,10 +73,14 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free. Raises UsageError."""
+    """A listening socket; port 0 takes any that is free. `::` is all addresses, those of IPv4 too
+    where the system can. Raises UsageError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(
+            address[:2], family=family, backlog=2048, dualstack_ipv6=both
+        )
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
