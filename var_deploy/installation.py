@@ -7,6 +7,7 @@ of what this process runs. The commands made here search the folders that this p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -43,13 +44,15 @@ def search_path() -> list[str]:
 
     An editable install is found by an import hook; its folder goes last.
     """
-    here = os.getcwd()
     found: list[str] = []
     for entry in sys.path:
-        if entry:
-            found.append(os.path.abspath(entry))
-        elif here == ROOT:  # "" is the current folder of the moment: dropped unless we lie there
-            found.append(here)
+        if os.path.isabs(entry):
+            found.append(entry)
+        else:
+            # of the moment: "" is the current folder, dropped unless this package lies there
+            with contextlib.suppress(FileNotFoundError):  # a current folder that was deleted
+                path = os.path.abspath(entry)
+                found += [path] if entry or path == ROOT else []
     return found if ROOT in found else [*found, ROOT]
 
 
