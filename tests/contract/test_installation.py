@@ -145,16 +145,18 @@ sys.path.insert(0, sys.argv.pop(1))
 """
 
 
-GENERATE = "['generate', 'bundle', '--labels', '0', '--out', 'x.png']"
+GENERATE = "['generate', sys.argv[1], '--labels', '0', '--out', 'x.png']"
 
 
 @pytest.mark.parametrize(
     "code",
     [f"from var_deploy.cli import main; main({GENERATE})", "from var_deploy import Pipeline"],
 )
-def test_a_checkout_that_hides_the_package_is_named(tmp_path: Path, code: str) -> None:
+def test_a_checkout_that_hides_the_package_is_named(
+    tmp_path: Path, code: str, pocket_bundle: Path
+) -> None:
     (tmp_path / "var_deploy").symlink_to(SOURCES / "var_deploy", target_is_directory=True)
-    command = (sys.executable, "-c", WITHOUT_HALVES + code, str(tmp_path))
+    command = (sys.executable, "-c", WITHOUT_HALVES + code, str(tmp_path), str(pocket_bundle))
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
