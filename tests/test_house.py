@@ -88,7 +88,7 @@ def broken_rules(path: Path, source: str) -> list[str]:
         return sorted(n for n in everywhere if within(n, "var_deploy.cli"))
     if top == "runtime":
         wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}
-    elif path.parts[1] == "cli" or name == "__init__.py":
+    elif path.parts[1] == "cli" or name in ("__init__.py", "__main__.py"):
         wrong = {n for n in at_import if within(n, *HALVES, "var_deploy.pipeline")}
     elif name == "pipeline.py" or path.parts[1] in ("cluster", "serving", "sets", "triton"):
         wrong = {n for n in everywhere if within(n, "var_deploy.export", "var_deploy.cli")}
