@@ -12,11 +12,12 @@ INSTALL_TRITON = $(TRITON)/bin/python -m pip install -q -c constraints-triton.tx
 	$(TRITON)/bin/python -m pip install -q -c constraints-triton.txt --no-build-isolation \
 	nvidia-pytriton "tritonclient[http,grpc]" -e ".[cpu]"
 BUNDLE := build/pocket
+PORTABLE := build/portable/pocket
 # what an exported bundle depends on: the exporter, the contract and the weights of pocket
 EXPORTER := $(wildcard export/*.py export/graphs/*.py export/models/*.py \
 	export/pocket/*.safetensors var_deploy/*.py)
 
-.PHONY: demo test fuzz lint types wheel train clean
+.PHONY: demo test test-pythons test-arm64 fuzz lint types wheel train clean
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/manifest.json
@@ -63,10 +64,39 @@ types: $(CHECKS) .types/var_deploy
 	@rm -rf .types && mkdir -p $@
 	@ln -s $(CURDIR)/var_deploy/* $(CURDIR)/export $(CURDIR)/runtime $@/
 
-# build/lib keeps files that have since been deleted, and setuptools would pack them
-wheel: $(READY)
+# The wheel needs no PyTorch, so it is built in a small environment of its own. build/lib keeps
+# files that have since been deleted, and setuptools would pack them.
+BUILD := .venv/build
+BUILD_READY := $(BUILD)/.ready
+WHEELS := dist
+wheel: $(BUILD_READY)
 	rm -rf build/lib build/bdist.*
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BUILD)/bin/python -m build --wheel --no-isolation --outdir $(WHEELS)
+
+$(BUILD_READY): constraints.txt
+	test -x $(BUILD)/bin/python || $(PYTHON) -m venv $(BUILD)
+	$(BUILD)/bin/python -m pip install -q -c constraints.txt build setuptools
+	@touch $@
+
+# one wheel, alone in its folder, for the two targets below
+PORTABLE_WHEEL := build/wheel
+.PHONY: $(PORTABLE_WHEEL)
+$(PORTABLE_WHEEL):
+	@rm -rf $@ && mkdir -p $(@D)
+	@$(MAKE) --no-print-directory wheel WHEELS=$@ > $@.txt 2>&1 || { cat $@.txt; exit 1; }
+
+# The runtime half of the wheel on Python 3.10, 3.12 and 3.13, with the newest dependencies
+test-pythons: $(PORTABLE_WHEEL) $(PORTABLE)/manifest.json
+	$(BIN)/python tests/pythons/every_python.py --wheel $(PORTABLE_WHEEL) --bundle $(PORTABLE)
+
+# ... and on 64-bit Arm, under emulation. Without root and apt it says that it was skipped.
+test-arm64: $(PORTABLE_WHEEL) $(PORTABLE)/manifest.json
+	$(BIN)/python tests/arm64/emulate.py --wheel $(PORTABLE_WHEEL) --bundle $(PORTABLE) \
+		--pip $(BUILD)/bin/python
+
+$(PORTABLE)/manifest.json: $(EXPORTER) | $(READY)
+	$(BIN)/var-deploy export pocket --precision fp32 --precision fp16 --precision int8 \
+		--out $(PORTABLE) --force
 
 train: $(READY)
 	$(BIN)/python -m var_deploy.export.pocket.train --out build/train

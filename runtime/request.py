@@ -22,7 +22,8 @@ from var_deploy.sampling import Sampling, check_seed, gumbel, uniforms
 REMEMBERED = 3  # runs that the next one is expected to be no slower than
 
 
-class Images(NDArray[np.uint8]):
+# the class itself is the base: the alias NDArray cannot be one, from NumPy 2.5 on Python 3.12 on
+class Images(np.ndarray[Any, np.dtype[np.uint8]]):
     """uint8 [N, side, side, channels], and how far each image came.
 
     Attributes:

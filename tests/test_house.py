@@ -130,6 +130,35 @@ def test_modules_are_short_and_named_for_what_they_do() -> None:
     assert not [p for p in modules() if p.stem in ("utils", "util", "helpers", "misc", "common")]
 
 
+# aliases of types are for annotations: from NumPy 2.5 on Python 3.12 on, NDArray is no class
+
+
+def run_time_aliases(source: str) -> list[str]:
+    """Uses of what numpy.typing offers where a class must stand: as a base, or in isinstance."""
+    tree = ast.parse(source)
+    aliases = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "numpy.typing"
+        for alias in node.names
+    }
+    places: list[ast.expr] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            places += node.bases
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            places += node.args[1:]
+    names = (name for place in places for name in ast.walk(place) if isinstance(name, ast.Name))
+    return sorted({name.id for name in names} & aliases)
+
+
+def test_no_alias_of_a_type_stands_where_a_class_must() -> None:
+    assert run_time_aliases("from numpy.typing import NDArray\nclass A(NDArray[int]): ...")
+    assert run_time_aliases("from numpy.typing import NDArray as N\nisinstance(1, (int, N))")
+    found = {p.name: used for p in modules() if (used := run_time_aliases(p.read_text("utf-8")))}
+    assert not found
+
+
 # lightness: what a device without PyTorch has to load
 
 

@@ -48,8 +48,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Pipeline":
-        from var_deploy.pipeline import Pipeline
+        try:
+            from var_deploy.pipeline import Pipeline
+        except ModuleNotFoundError as error:
+            from var_deploy.installation import shadowed
 
+            if not (reason := shadowed(error)):
+                raise
+            raise ModuleNotFoundError(reason, name=error.name) from None
         return Pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from var_deploy.errors import UsageError
+from var_deploy.installation import code_command, module_command
 
 SECONDS = 20.0  # the first import of a large library from a slow disk takes about as long
 MODEL, TEGRA_RELEASE = "/proc/device-tree/model", "/etc/nv_tegra_release"
@@ -140,11 +141,11 @@ class Machine:
 
     def import_module(self, module: str, versioned: str = "") -> Answer:
         """Import in a fresh interpreter: version, and on the second line what is available."""
-        return self.run(sys.executable, "-c", IMPORT, module, versioned or module)
+        return self.run(*code_command(IMPORT, module, versioned or module))
 
     def driver(self) -> Driver:
         """The CUDA driver and its GPUs, asked in a process of its own; else nvidia-smi's word."""
-        answer = self.run(sys.executable, "-m", "var_deploy.cuda_driver")
+        answer = self.run(*module_command("var_deploy.cuda_driver"))
         try:
             data: Mapping[str, Any] = json.loads(answer.output) if answer.output else {}
             gpus = tuple(Gpu(**gpu) for gpu in data.get("gpus", ()))

@@ -9,7 +9,6 @@ judges what a deployed pocket draws.
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from var_deploy.export.pocket.fit_tokenizer import refine_codes, refine_decoder,
 from var_deploy.export.pocket.fit_transformer import train_transformer
 from var_deploy.export.pocket.judge import JUDGE_FILE, train_judge
 from var_deploy.export.pocket.recipe import POCKET, Recipe
+from var_deploy.installation import module_command
 
 JOINT_FILE = "tokenizer-joint.safetensors"
 CODES_FILE = "tokenizer-codes.safetensors"
@@ -91,8 +91,8 @@ def main(out: Path, stage: str, seed: int) -> None:
     run_stage("joint", out, recipe, log)
     run_stage("codes", out, recipe, log)
     # a process of its own: the number of threads belongs to a process
-    command = [sys.executable, "-m", "var_deploy.export.pocket.train", "--stage", "decoder"]
-    with subprocess.Popen([*command, "--out", str(out), "--seed", str(seed)]) as beside:
+    decoder = ("--stage", "decoder", "--out", out, "--seed", seed)
+    with subprocess.Popen(module_command("var_deploy.export.pocket.train", *decoder)) as beside:
         try:
             run_stage("transformer", out, recipe, log)
         except BaseException:

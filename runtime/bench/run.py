@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from typing import cast
 
 from var_deploy import names
 from var_deploy.errors import UsageError
+from var_deploy.installation import module_command
 from var_deploy.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.planning.costs import Precision, graph_weights
@@ -118,7 +118,7 @@ def bench(
         )
         comparison = Comparison(
             entries(bundle, settings, images, machine),
-            program(RATES, "--threads", settings.threads or 0),
+            module_command(RATES, "--threads", settings.threads or 0),
             rounds,
             partial(_part, progress, settings.batches, number),
         )
@@ -148,23 +148,18 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
     options = (bundle, "--batch", images, "--threads", settings.threads or 0)
     for precision in settings.precisions:
         chosen = ("--precision", precision, "--backend", settings.backend)
-        command = program(OURS, *options, *chosen)
+        command = module_command(OURS, *options, *chosen)
         name = "var-deploy" if precision == "auto" else f"var-deploy {precision}"
         found.append(Entry(name=name, ours=True, command=command))
     for name in settings.against:
         peer = PEERS[name]
         if machine.has_module(peer.needs):
-            command = program(peer.module, *options, *peer.arguments)
+            command = module_command(peer.module, *options, *peer.arguments)
             found.append(Entry(name=name, ours=False, command=command))
         else:
             problem = f'{peer.needs} is not installed; run pip install "var-deploy[{peer.extra}]"'
             found.append(Entry(name=name, ours=False, problem=problem))
     return found
-
-
-def program(module: str, *arguments: object) -> list[str]:
-    """The command that runs a module in a Python like this one."""
-    return [sys.executable, "-m", module, *map(str, arguments)]
 
 
 # what the times are held against

@@ -25,6 +25,7 @@ from typing import Any
 
 from var_deploy.doctor import examine
 from var_deploy.errors import BackendError, UsageError, VarDeployError, one_line
+from var_deploy.installation import module_command
 from var_deploy.machine import Machine
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.runtime.cuda import Cuda
@@ -219,7 +220,7 @@ def _ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
     late: list[dict[str, Any]] = []
     try:
         done = subprocess.run(
-            [sys.executable, "-m", PEERS, *arguments],
+            module_command(PEERS, *arguments),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=PEER_SECONDS,

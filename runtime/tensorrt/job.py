@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from var_deploy.bundle_files import BundleFiles
 from var_deploy.errors import BackendError, BundleChangedError, VarDeployError
+from var_deploy.installation import module_command
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
@@ -127,12 +128,11 @@ def run_in_child(job: Job, library: Library, progress: Progress) -> list[str]:
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "var_deploy.runtime.tensorrt.job"],
+            module_command("var_deploy.runtime.tensorrt.job"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            cwd=job.bundle,  # Python looks for modules there, and the bundle holds none
         ) as child,
     ):
         try:

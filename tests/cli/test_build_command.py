@@ -84,7 +84,6 @@ def test_the_report_as_json(bundle: Path) -> None:
 def test_a_relative_path_works_in_a_process_of_its_own(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(fake_tensorrt.__file__).parents[1]))
     monkeypatch.chdir(bundle.parent)
     result = done("build", bundle.name, "--low-memory", "--no-encoder", "--optimization-level", 0)
     assert ": 3 built, 0 kept, " in result.stdout

@@ -46,6 +46,20 @@ def command(pocket_bundle: Path, tmp_path: Path) -> Iterator[list[Any]]:
     assert not (tmp_path / "set").exists()
 
 
+def test_workers_do_not_look_for_modules_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray adds the folder in which it was started to its workers' paths."""
+    from var_deploy.cluster.connect import connected
+
+    started_in: list[Path] = []
+    monkeypatch.setattr(ray, "init", lambda *words, **options: started_in.append(Path.cwd()))
+    monkeypatch.chdir(tmp_path)
+    with connected("local"):
+        assert Path.cwd() == tmp_path
+    assert started_in == [Path(sys.prefix)]
+
+
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
 def test_nobody_listens(command: list[Any], no_ray: None, closed: str, form: str) -> None:
     words = f"no Ray runs at {closed} (Connection refused); write local, auto, HOST:PORT"

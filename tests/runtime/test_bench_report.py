@@ -86,13 +86,15 @@ def test_everything_is_a_program_of_its_own() -> None:
     ]
     common = ["b", "--batch", "4", "--threads", "3"]
     for entry in found:
-        assert entry.command[1] == "-m"
-        assert list(entry.command[3:8]) == common
+        bundle = entry.command.index("b")
+        assert entry.command[bundle - 1].startswith("var_deploy.")
+        assert list(entry.command[bundle : bundle + 5]) == common
     assert found[1].command[-4:] == ["--precision", "fp32", "--backend", "auto"]
     assert found[3].command[-2:] == ["--contender", "torch-bf16"]
     assert found[-1].command[-2:] == ["--hint", "bf16"]
     free = entries(Path("b"), Settings(), 1, everything)
-    assert list(free[0].command[5:8]) == ["1", "--threads", "0"]
+    bundle = free[0].command.index("b")
+    assert list(free[0].command[bundle + 2 : bundle + 5]) == ["1", "--threads", "0"]
 
 
 def test_the_programs_of_peers_are_there() -> None:

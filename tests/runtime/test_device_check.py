@@ -471,7 +471,7 @@ def test_what_pytorch_prints_is_kept_when_time_runs_out(
         'print(\'{"torch": "1"}\\n{"mode": "eager"}\', flush=True)\nimport time\ntime.sleep(60)\n'
     )
     (tmp_path / "broken_peer.py").write_text('raise SystemExit("CUDA went away")\n')
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(command, "PEER_SECONDS", 1.5)
     monkeypatch.setattr(command, "PEERS", "slow_peer")
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: object())

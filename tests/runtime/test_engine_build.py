@@ -46,11 +46,6 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "bundle"))
 
 
-@pytest.fixture
-def children_find_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(fake_tensorrt.__file__).parents[1]))
-
-
 def run(bundle: Path, device: str = "Orin", **options: Any) -> BuildReport:
     given: dict[str, Any] = {
         "library": Library(fake_tensorrt),
@@ -398,7 +393,6 @@ def test_ctrl_c_keeps_finished_engines(
 # a process of its own
 
 
-@pytest.mark.usefixtures("children_find_the_fake")
 class TestLowMemory:
     def test_engines_and_cache_are_the_same(self, bundle: Path) -> None:
         seen: list[str] = []
@@ -441,7 +435,8 @@ class TestLowMemory:
     def test_a_process_that_cannot_start_says_why(
         self, bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.delenv("PYTHONPATH")
+        tests = str(Path(fake_tensorrt.__file__).parents[1])
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != tests])
         message = refusal(BackendError, bundle, low_memory=True)
         assert message.startswith("the build of condition ended with exit code 1: ")
         assert "No module named 'fake_tensorrt'" in message

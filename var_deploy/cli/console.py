@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from var_deploy.errors import VarDeployError
+from var_deploy.installation import shadowed
 from var_deploy.terminal import (
     INTERRUPTED,
     is_terminal,
@@ -125,6 +126,8 @@ class Program(click.Group):
         except Exception as error:
             if _traceback_wanted():
                 raise
+            if isinstance(error, ModuleNotFoundError) and (reason := shadowed(error)):
+                _fail(reason, 1)
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             _fail(f"{what} (unexpected; VAR_DEPLOY_TRACEBACK=1 shows where)", 1)
         sys.exit(code if isinstance(code, int) else 0)

@@ -58,7 +58,8 @@ def connected(address: str) -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
+            with _in_folder(sys.prefix):  # workers look for modules where Ray was started
+                ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
         except (OSError, RuntimeError, ValueError, SystemExit) as error:
             with contextlib.suppress(Exception):
                 ray.shutdown()
@@ -68,6 +69,17 @@ def connected(address: str) -> Iterator[None]:
         finally:
             with contextlib.redirect_stdout(io.StringIO()):  # what it has held back
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def _in_folder(folder: str) -> Iterator[None]:
+    """Change the current folder for a block; `contextlib.chdir` of Python 3.11."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _check_reachable(address: str) -> None:

@@ -1,0 +1,192 @@
+"""Children run what this process runs, whatever the current folder holds."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from var_deploy import installation
+from var_deploy.installation import ROOT, code_command, module_command, search_path, shadowed
+from var_deploy.machine import Machine
+from var_deploy.runtime.bench.process import ContenderProcess
+
+SOURCES = Path(__file__).parents[2]
+DECOYS = ("click", "json", "numpy", "onnxruntime", "random", "runpy", "subprocess", "typing")
+
+
+@pytest.fixture
+def decoys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, whose files shadow this package and others."""
+    (tmp_path / "var_deploy").mkdir()
+    (tmp_path / "var_deploy" / "__init__.py").touch()
+    for name in DECOYS:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('the wrong {name}')\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def output(*command: str, folder: Path | None = None) -> str:
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_decoys_work(decoys: Path) -> None:
+    command = (sys.executable, "-m", "var_deploy.cuda_driver")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "the wrong" in done.stderr
+
+
+def test_modules_and_code_run_beside_decoys(decoys: Path) -> None:
+    assert "problem" in json.loads(output(*module_command("var_deploy.cuda_driver")))
+    code = "import sys, numpy, random, var_deploy; print(var_deploy.__file__, *sys.argv[1:])"
+    package, *given = output(*code_command(code, "a b", 3)).rstrip().split(" ", 1)
+    assert Path(package).parent.samefile(Path(installation.__file__).parent)
+    assert given == ["a b 3"]
+
+
+def test_a_module_sees_its_arguments_and_its_name(tmp_path: Path) -> None:
+    (tmp_path / "shown.py").write_text("import sys\nprint(__name__, sys.argv)\n")
+    code = (
+        "import subprocess, sys; from var_deploy.installation import module_command\n"
+        "sys.path.append(sys.argv[1])\n"
+        "subprocess.run(module_command('shown', '--x', 3), check=True)"
+    )
+    path = str(tmp_path / "shown.py")
+    shown = output(*code_command(code, tmp_path))
+    assert shown == f"__main__ [{path!r}, '--x', '3']\n"
+
+
+def test_the_machine_is_asked_beside_decoys(decoys: Path) -> None:
+    here = Machine()
+    assert here.import_module("numpy").problem == ""
+    assert "the wrong" not in here.driver().problem
+
+
+def test_bench_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
+    """The whole command, in a process of its own; it starts two more."""
+    code = "from var_deploy.cli import main; main(prog_name='var-deploy')"
+    words = ("bench", pocket_bundle, "--repeat", 1, "--warm-up", 0, "--threads", 1)
+    told = json.loads(output(*code_command(code, *words, "--quiet", "--json", "-")))
+    (run,) = told["runs"]
+    assert [each["problem"] for each in run["contenders"]] == [""]
+    assert run["rates_problem"] == ""
+
+
+def test_a_contender_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
+    command = module_command("var_deploy.runtime.bench.ours", pocket_bundle, "--threads", 1)
+    with ContenderProcess(command) as contender:
+        assert contender.ready()["threads"] == "1"
+
+
+def test_options_of_the_interpreter_are_handed_on() -> None:
+    code = (
+        "import subprocess, sys; from var_deploy.installation import code_command\n"
+        "show = 'import sys; f = sys.flags; print(f.ignore_environment, f.no_user_site, '\\\n"
+        "    'f.dont_write_bytecode, f.optimize, f.utf8_mode, sys.warnoptions)'\n"
+        "subprocess.run(code_command(show), check=True)"
+    )
+    options = ("-E", "-s", "-B", "-OO", "-X", "utf8=1", "-W", "error::UserWarning")
+    shown = output(sys.executable, *options, "-c", code, folder=SOURCES)
+    assert shown == "1 1 1 2 1 ['error::UserWarning']\n"
+
+
+def test_the_search_path_holds_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", "zipped.pyz", "/somewhere"])
+    assert search_path() == [str(tmp_path / "zipped.pyz"), "/somewhere", ROOT]
+    monkeypatch.setattr(installation, "ROOT", str(tmp_path))
+    assert search_path() == [str(tmp_path), str(tmp_path / "zipped.pyz"), "/somewhere"]
+
+
+def test_a_deleted_folder_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(sys, "path", ["", "lost", "/somewhere"])
+    assert search_path() == ["/somewhere", ROOT]
+
+
+def test_a_zipped_package_starts_its_children(tmp_path: Path) -> None:
+    archive = tmp_path / "app.pyz"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in (SOURCES / "var_deploy").glob("*.py"):
+            packed.write(path, f"var_deploy/{path.name}")
+        packed.writestr(
+            "__main__.py",
+            "import subprocess; from var_deploy.installation import code_command\n"
+            "show = 'import var_deploy.machine as m; print(m.__file__)'\n"
+            "subprocess.run(code_command(show), cwd='/', check=True)\n",
+        )
+    shown = output(sys.executable, archive.name, folder=tmp_path)
+    assert Path(shown.strip()) == archive / "var_deploy" / "machine.py"
+
+
+# half a package: what a checkout is to `python -m`
+
+WITHOUT_HALVES = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path.insert(0, sys.argv.pop(1))
+"""
+
+
+GENERATE = "['generate', sys.argv[1], '--labels', '0', '--out', 'x.png']"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [f"from var_deploy.cli import main; main({GENERATE})", "from var_deploy import Pipeline"],
+)
+def test_a_checkout_that_hides_the_package_is_named(
+    tmp_path: Path, code: str, pocket_bundle: Path
+) -> None:
+    (tmp_path / "var_deploy").symlink_to(SOURCES / "var_deploy", target_is_directory=True)
+    command = (sys.executable, "-c", WITHOUT_HALVES + code, str(tmp_path), str(pocket_bundle))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert f"var_deploy.runtime was not found: {tmp_path / 'var_deploy'} is a checkout's" in last
+    assert "pip install -e" in last
+
+
+def test_other_missing_modules_are_none_of_its_business() -> None:
+    assert shadowed(ModuleNotFoundError("no", name="onnxruntime")) == ""
+    assert shadowed(ModuleNotFoundError("no", name="var_deploy.runtime.x")) == ""
+    assert "var_deploy.export was not found" in shadowed(
+        ModuleNotFoundError("no", name="var_deploy.export")
+    )
+
+
+# a rule: nothing else in the package makes a command of this interpreter
+
+
+def makes_commands(source: str) -> bool:
+    return any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable"
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def test_one_module_makes_commands_of_this_interpreter() -> None:
+    found = {
+        path.name
+        for top in ("var_deploy", "export", "runtime")
+        for path in (SOURCES / top).rglob("*.py")
+        if makes_commands(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"installation.py"}
