@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError
 from var_deploy.machine import Machine, processor_name
 from var_deploy.runtime.host_memory import host_view
@@ -145,7 +146,7 @@ _asking = Lock()
 def _wrong(backend: OrtCpuBackend) -> str:
     """The first result that is not the known one, in words."""
     try:
-        session = backend.open(GRAPH)
+        session = backend.open(GraphFile(GRAPH))
         given = inputs(max(ROWS))
         wanted = expected(given)
         for rows in ROWS:

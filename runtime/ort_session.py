@@ -6,6 +6,7 @@ from typing import Any
 
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
+from var_deploy.paths import utf8_path
 
 # a session made of bytes looks for the weights that they name in this folder
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -43,9 +44,10 @@ def open_session(
             model, folder = placed
             options.add_session_config_entry(EXTERNAL_FOLDER, folder)
         elif data is None:
-            model = str(graph.path)
+            model = utf8_path(graph.path, "ONNX Runtime")
         else:
-            options.add_session_config_entry(EXTERNAL_FOLDER, str(graph.path.parent))
+            parent = utf8_path(graph.path.parent, "ONNX Runtime")
+            options.add_session_config_entry(EXTERNAL_FOLDER, parent)
     session, problem = None, ""
     for _ in range(1 if files is None else 2):
         try:

@@ -159,7 +159,7 @@ class Machine:
     def int8(self) -> Answer:
         """What is wrong with int8 on ONNX Runtime here, "" where it is right; asked in a process
         of its own."""
-        return self.run(sys.executable, "-m", "var_deploy.runtime.int8_check")
+        return self.run(*module_command("var_deploy.runtime.int8_check"))
 
     def _listed_gpus(self) -> tuple[Gpu, ...]:
         query = "--query-gpu=name,memory.total,compute_cap"
