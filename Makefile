@@ -50,7 +50,7 @@ lint: $(READY)
 
 # Ray's own types are needed, hence all packages
 types: $(CHECKS) .types/var_deploy
-	$(BIN)/mypy .types/var_deploy
+	$(BIN)/mypy .types/var_deploy .types/tools
 
 # Folders of links, as the package is laid out when installed. Always made anew: it takes no time,
 # and a link to a file that has gone would stop mypy.
@@ -58,6 +58,7 @@ types: $(CHECKS) .types/var_deploy
 .types/var_deploy:
 	@rm -rf .types && mkdir -p $@
 	@ln -s $(CURDIR)/var_deploy/* $(CURDIR)/export $(CURDIR)/runtime $@/
+	@ln -s $(CURDIR)/tools .types/tools
 
 # build/lib keeps files that have since been deleted, and setuptools would pack them
 wheel: $(READY)
@@ -65,7 +66,7 @@ wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 train: $(READY)
-	$(BIN)/python -m var_deploy.export.pocket.train --out build/train
+	$(BIN)/python -m tools.pocket.train --out build/train
 
 # Builds, compares and times engines on this machine's GPU; without one a rehearsal on the CPU. A
 # board without PyTorch runs the same program on a bundle that was copied there: docs/JETSON.md

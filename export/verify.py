@@ -65,8 +65,8 @@ def verify_bundle(
 
     Args:
         precision: these graphs alone; None takes all.
-        samples: images a set that int8 is judged by, where there is a judge of the model; 0 draws
-            none.
+        samples: images per set for the class accuracy of int8, where there is a classifier of the
+            model; 0 skips it.
     """
     check_count(samples)
     manifest = read_manifest(bundle)

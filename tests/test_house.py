@@ -130,6 +130,13 @@ def test_modules_are_short_and_named_for_what_they_do() -> None:
     assert not [p for p in modules() if p.stem in ("utils", "util", "helpers", "misc", "common")]
 
 
+def test_the_product_never_imports_tools() -> None:
+    """tools/ is not packaged: training, drawings and studies stay out of the wheel."""
+    for path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [n for n in imports(tree, inside_functions=True) if within(n, "tools")], path
+
+
 # lightness: what a device without PyTorch has to load
 
 

@@ -1,6 +1,6 @@
 """How time and memory grow with depth, batch, threads and the side of the image.
 
-    python -m var_deploy.export.growth --json growth.json --plot docs/growth.png
+    python -m tools.growth --json growth.json --plot docs/growth.png
 
 Exports random weights of each size into a folder that is deleted again, benches them one after the
 other on the CPU, and writes what docs/BENCHMARKS.md shows. The whole series takes most of an hour
