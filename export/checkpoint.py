@@ -17,9 +17,10 @@ from torch import nn
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import hub
 from var_deploy.export.checkpoint_files import Part, WeightSource, open_checkpoint
+from var_deploy.export.families import export_family_of
 from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
 from var_deploy.export.models.tokenizer import Tokenizer
-from var_deploy.export.models.transformer import Transformer
+from var_deploy.export.models.transformer import NextScaleTransformer
 from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.recognise import recognise
@@ -327,11 +328,11 @@ def _check_fit(
         raise CheckpointError(f"{source} does not fit {what}: {listed}")
 
 
-def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
+def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, NextScaleTransformer]:
     """The two modules on the meta device: every key and shape, no memory."""
-    family = Gpt2Transformer if spec.transformer.family == "gpt2" else Transformer
     with torch.device("meta"):
-        return Tokenizer(spec.tokenizer).eval(), family(spec).eval()
+        transformer = export_family_of(spec.transformer).transformer(spec)
+        return Tokenizer(spec.tokenizer).eval(), transformer.eval()
 
 
 def load_into(module: nn.Module, source: WeightSource) -> None:
@@ -349,7 +350,7 @@ def load_into(module: nn.Module, source: WeightSource) -> None:
         setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-def build_modules(model: LoadedModel) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
+def build_modules(model: LoadedModel) -> tuple[Tokenizer, NextScaleTransformer]:
     """Tokenizer and transformer with their weights, fp32, in evaluation mode, without gradients."""
     tokenizer, transformer = empty_modules(model.spec)
     load_into(tokenizer, model.tokenizer)
@@ -381,5 +382,5 @@ def _is_derived(key: str) -> bool:
 
 
 def _patch_nums(module: nn.Module) -> tuple[int, ...]:
-    assert isinstance(module, (Tokenizer, Transformer, Gpt2Transformer))
+    assert isinstance(module, (Tokenizer, NextScaleTransformer))
     return module.spec.patch_nums

@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
+from var_deploy.config import Precision
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import random_model
-from var_deploy.export.graphs.builder import Precision
 from var_deploy.export.presets import PATCH_NUMS_512, PRESETS
 from var_deploy.runtime.bench.figure import COLOURS, INK, STYLE
 from var_deploy.runtime.bench.run import Settings, bench

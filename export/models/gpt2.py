@@ -22,7 +22,12 @@ from torch import Tensor, nn
 
 from var_deploy.errors import UsageError
 from var_deploy.export.models.tokenizer import Tokenizer
-from var_deploy.export.models.transformer import Cache, FeedForward, Modulation
+from var_deploy.export.models.transformer import (
+    Cache,
+    FeedForward,
+    Modulation,
+    NextScaleTransformer,
+)
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
 SCALES = (1, 2, 4, 8, 16)
@@ -67,7 +72,7 @@ class Gpt2Block(nn.Module):
         return out
 
 
-class Gpt2Transformer(nn.Module):
+class Gpt2Transformer(NextScaleTransformer):
     """Embedded maps of earlier scales → logits over V codes; the interface of `Transformer`.
 
     Labels tell nothing but the number of rows. Dropout (embeddings, attention, both branches of

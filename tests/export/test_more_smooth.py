@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 
 from var_deploy import names
+from var_deploy.config import GraphForm
 from var_deploy.errors import UsageError
 from var_deploy.export.bundle import ExportOptions, build_graphs, export_bundle
 from var_deploy.export.checkpoint import LoadedModel
@@ -41,7 +42,7 @@ def published(kept: torch.Tensor, noise: torch.Tensor, scale: int) -> torch.Tens
 def weights_of_the_graph(
     logits: Any, noise: Any, scale: int, top_k: int, top_p: float, temperature: float
 ) -> Any:
-    b, shape = GraphBuilder("mix", "fp32"), logits.shape
+    b, shape = GraphBuilder("mix", GraphForm(precision="fp32")), logits.shape
     given = (
         b.input(names.LOGITS, np.float32, shape),
         b.input(names.UNIFORMS, np.float32, shape[:2]),
