@@ -80,7 +80,7 @@ class TorchContender:
             path = "our modules, AdaLN once an image, compiled by inductor"
             self._path = _own(manifest, images, compiler)
         elif not export_family_of(manifest.model.transformer).published_loop:
-            path = "our modules: there is no published code for this family"
+            path = "our modules: this family has no published generation code"
             self._path = _own(manifest, images, None)
         else:
             path = "as published: AdaLN in every block at every scale, concatenated cache"
