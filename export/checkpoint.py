@@ -18,12 +18,13 @@ from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import hub
 from var_deploy.export.checkpoint_files import Part, WeightSource, open_checkpoint
 from var_deploy.export.families import export_family_of
-from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
+from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import NextScaleTransformer
 from var_deploy.export.presets import POCKET_FOLDER, Preset, find_preset
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.recognise import recognise
+from var_deploy.export.var import ImageDecoder, ImageEncoder
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
@@ -236,8 +237,8 @@ def as_loaded_model(
     """The GPT-2 form out of memory, to be exported without guidance as a checkpoint would be.
 
     Args:
-        model: what `gpt2.build` returned, trained or not.
-        tokenizer: what `gpt2.build_tokenizer` returned (either of the two), or their tokenizer.
+        model: what `var.build` returned, trained or not.
+        tokenizer: what `var.build_tokenizer` returned (either of the two), or their tokenizer.
         defaults: sampling settings; None: every code may be drawn, at temperature 1.
 
     Raises UsageError where the two have other scales or another number of codes.

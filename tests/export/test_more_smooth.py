@@ -185,7 +185,7 @@ def test_a_graph_without_it_is_what_it_was(small_model: Model) -> None:
 
 
 def test_the_gpt2_form_has_no_such_way(tmp_path: Path) -> None:
-    from var_deploy.export.models.gpt2 import build
+    from var_deploy.export.var import build
 
     transformer = build(hidden_size=32, num_layers=1, num_heads=2, scales=(1, 2), codebook_size=16)
     model = type("Model", (), {"spec": transformer.spec})()
