@@ -14,8 +14,8 @@ INSTALL_TRITON = $(TRITON)/bin/python -m pip install -q -c constraints-triton.tx
 BUNDLE := build/pocket
 PORTABLE := build/portable/pocket
 # what an exported bundle depends on: the exporter, the contract and the weights of pocket
-EXPORTER := $(wildcard export/*.py export/graphs/*.py export/models/*.py \
-	export/pocket/*.safetensors var_deploy/*.py)
+EXPORTER := $(wildcard export/*.py export/families/*.py export/graphs/*.py export/models/*.py \
+	export/pocket/*.py export/pocket/*.safetensors var_deploy/*.py var_deploy/families/*.py)
 
 .PHONY: demo test test-pythons test-arm64 fuzz lint types wheel train clean
 .DELETE_ON_ERROR:
@@ -55,7 +55,7 @@ lint: $(READY)
 
 # Ray's own types are needed, hence all packages
 types: $(CHECKS) .types/var_deploy
-	$(BIN)/mypy .types/var_deploy
+	$(BIN)/mypy .types/var_deploy .types/tools
 
 # Folders of links, as the package is laid out when installed. Always made anew: it takes no time,
 # and a link to a file that has gone would stop mypy.
@@ -63,6 +63,7 @@ types: $(CHECKS) .types/var_deploy
 .types/var_deploy:
 	@rm -rf .types && mkdir -p $@
 	@ln -s $(CURDIR)/var_deploy/* $(CURDIR)/export $(CURDIR)/runtime $@/
+	@ln -s $(CURDIR)/tools .types/tools
 
 # The wheel needs no PyTorch, so it is built in a small environment of its own. build/lib keeps
 # files that have since been deleted, and setuptools would pack them.
@@ -99,7 +100,7 @@ $(PORTABLE)/manifest.json: $(EXPORTER) | $(READY)
 		--out $(PORTABLE) --force
 
 train: $(READY)
-	$(BIN)/python -m var_deploy.export.pocket.train --out build/train
+	$(BIN)/python -m tools.pocket.train --out build/train
 
 # Builds, compares and times engines on this machine's GPU; without one a rehearsal on the CPU. A
 # board without PyTorch runs the same program on a bundle that was copied there: docs/JETSON.md

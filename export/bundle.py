@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 import var_deploy
 from var_deploy import names
 from var_deploy.bundle_place import BUNDLE, check_place
+from var_deploy.config import GraphForm, Precision
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint import LoadedModel
 from var_deploy.export.decoder_ranges import decoder_ranges
+from var_deploy.export.families import export_family_of
 from var_deploy.export.graphs.accumulate import build_accumulate
-from var_deploy.export.graphs.builder import OPSET, GraphBuilder, Precision, ReadKey
+from var_deploy.export.graphs.builder import OPSET, GraphBuilder, ReadKey
 from var_deploy.export.graphs.codec import build_decoder, build_encoder
-from var_deploy.export.graphs.condition import build_condition
 from var_deploy.export.graphs.int8 import Ranges
 from var_deploy.export.graphs.scale import build_scale, build_step
 from var_deploy.export.weights_bin import (
@@ -33,6 +34,7 @@ from var_deploy.export.weights_bin import (
     plan_layout,
     write_weights,
 )
+from var_deploy.families import family_of
 from var_deploy.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.spec import ModelSpec
@@ -75,6 +77,15 @@ class ExportOptions:
         if self.layout not in ("both", "per-scale", "shared"):
             raise UsageError(f"layout must be both, per-scale or shared, found {self.layout!r}")
 
+    def form(self, precision: Precision) -> GraphForm:
+        """The form of the graphs of one precision."""
+        return GraphForm(
+            precision=precision,
+            batch=self.batch,
+            guidance=self.guidance,
+            more_smooth=self.more_smooth,
+        )
+
 
 def build_graphs(
     spec: ModelSpec, precision: Precision, options: ExportOptions, ranges: Ranges | None = None
@@ -83,18 +94,16 @@ def build_graphs(
 
     `ranges` is what an int8 decoder rounds to; without it, its convolutions stay in fp32.
     """
-    batch, guidance = options.batch, options.guidance
-    how = (precision, batch, guidance, options.more_smooth)
-    graphs = []
-    if spec.transformer.conditional:
-        graphs.append(build_condition(spec, precision, batch, guidance))
+    form = options.form(precision)
+    condition = export_family_of(spec.transformer).condition(spec, form)
+    graphs = [] if condition is None else [condition]
     if options.layout != "per-scale":
-        graphs.append(build_step(spec, *how))
+        graphs.append(build_step(spec, form))
     if options.layout != "shared":
-        graphs += [build_scale(spec, k, *how) for k in range(spec.scales)]
-    graphs.append(build_decoder(spec.tokenizer, precision, batch, ranges))
-    graphs.append(build_encoder(spec.tokenizer, precision, batch))
-    graphs.append(build_accumulate(spec.tokenizer, precision, batch))
+        graphs += [build_scale(spec, k, form) for k in range(spec.scales)]
+    graphs.append(build_decoder(spec.tokenizer, form, ranges))
+    graphs.append(build_encoder(spec.tokenizer, form))
+    graphs.append(build_accumulate(spec.tokenizer, form))
     return graphs
 
 
@@ -117,7 +126,7 @@ def export_bundle(
     """
     if options.guidance and not model.spec.transformer.conditional:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
-    if options.more_smooth and model.spec.transformer.family == "gpt2":
+    if options.more_smooth and not family_of(model.spec.transformer).mixes_codes:
         raise UsageError(
             "the GPT-2 form feeds tokens to the next scale, not f_hat: it has no more-smooth "
             "sampling; export it without"

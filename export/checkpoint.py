@@ -22,13 +22,15 @@ from var_deploy.export.checkpoint_files import (
     open_checkpoint,
 )
 from var_deploy.export.checkpoint_formats import shown
+from var_deploy.export.families import export_family_of
 from var_deploy.export.hints import NO_HINTS, Hints
-from var_deploy.export.models.gpt2 import Gpt2Transformer, ImageDecoder, ImageEncoder
+from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.tokenizer import Tokenizer
-from var_deploy.export.models.transformer import Transformer
+from var_deploy.export.models.transformer import NextScaleTransformer
 from var_deploy.export.presets import Preset, find_preset, own_file
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.recognise import recognise, typed
+from var_deploy.export.var import ImageDecoder, ImageEncoder
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
@@ -260,8 +262,8 @@ def as_loaded_model(
     """The GPT-2 form out of memory, to be exported without guidance as a checkpoint would be.
 
     Args:
-        model: what `gpt2.build` returned, trained or not.
-        tokenizer: what `gpt2.build_tokenizer` returned (either of the two), or their tokenizer.
+        model: what `var.build` returned, trained or not.
+        tokenizer: what `var.build_tokenizer` returned (either of the two), or their tokenizer.
         defaults: sampling settings; None: every code may be drawn, at temperature 1.
 
     Raises UsageError where the two have other scales or another number of codes.
@@ -333,11 +335,11 @@ def _check_fit(
         raise CheckpointError(f"{source} does not fit {what}: {listed}")
 
 
-def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
+def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, NextScaleTransformer]:
     """The two modules on the meta device: every key and shape, no memory."""
-    family = Gpt2Transformer if spec.transformer.family == "gpt2" else Transformer
     with torch.device("meta"):
-        return Tokenizer(spec.tokenizer).eval(), family(spec).eval()
+        transformer = export_family_of(spec.transformer).transformer(spec)
+        return Tokenizer(spec.tokenizer).eval(), transformer.eval()
 
 
 def load_into(module: nn.Module, source: WeightSource) -> None:
@@ -355,7 +357,7 @@ def load_into(module: nn.Module, source: WeightSource) -> None:
         setattr(owner, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-def build_modules(model: LoadedModel) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
+def build_modules(model: LoadedModel) -> tuple[Tokenizer, NextScaleTransformer]:
     """Tokenizer and transformer with their weights, fp32, in evaluation mode, without gradients."""
     tokenizer, transformer = empty_modules(model.spec)
     load_into(tokenizer, model.tokenizer)
@@ -387,5 +389,5 @@ def _is_derived(key: str) -> bool:
 
 
 def _patch_nums(module: nn.Module) -> tuple[int, ...]:
-    assert isinstance(module, (Tokenizer, Transformer, Gpt2Transformer))
+    assert isinstance(module, (Tokenizer, NextScaleTransformer))
     return module.spec.patch_nums

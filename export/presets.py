@@ -11,8 +11,7 @@ from typing import Literal
 from var_deploy import imagenet
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import hub
-from var_deploy.export.pocket.drawings import CLASS_NAMES
-from var_deploy.export.pocket.recipe import POCKET
+from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 

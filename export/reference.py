@@ -13,6 +13,7 @@ from torch import Tensor
 
 from var_deploy import names
 from var_deploy.export.checkpoint import LoadedModel, build_modules
+from var_deploy.export.families import export_family_of
 from var_deploy.export.models.sampler import draw, filter_logits, guide, mix_weights
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Cache, Modulation
@@ -192,6 +193,7 @@ def trace_generation(
     """
     spec = transformer.spec
     t, batch = spec.transformer, len(labels)
+    family = export_family_of(t)
     rows = [*labels, *[t.classes] * batch] if guidance else list(labels)
     mod = transformer.modulation(torch.tensor(rows))
     condition: Arrays = {}
@@ -232,10 +234,7 @@ def trace_generation(
             names.NEW_F_HAT: f_hat.numpy(),
         }
         if k + 1 < spec.scales:
-            if t.family == "gpt2":
-                following = transformer.next_input(k, tokens)
-            else:
-                following = tokenizer.quantize.next_input(k, f_hat)
+            following = family.next_input(transformer, tokenizer, k, tokens, f_hat)
             outputs[names.NEXT_INPUT] = following.numpy()
         scales.append(ScaleTrace(inputs=inputs, outputs=outputs, margins=margins.numpy()))
     return Trace(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import LoadedModel
-from var_deploy.export.pocket.judge import load_judge
+from var_deploy.export.pocket.classifier import load_classifier
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.sampling import MAX_SEED
@@ -36,8 +36,8 @@ LEAST_SAMPLES = 20
 Progress = Callable[[str, float], None]
 
 
-class Judge(Protocol):
-    """A classifier of what a model draws."""
+class Classifier(Protocol):
+    """A classifier of the images that a model generates."""
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[N, H, W, C] → activations before the last layer, [N, F]."""
@@ -46,7 +46,7 @@ class Judge(Protocol):
         """[N, H, W, C] → labels [N]."""
 
 
-JUDGES: Mapping[str, Callable[[], Judge]] = {"pocket": load_judge}  # by preset
+CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier}  # by preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class SampleSet:
     """Images of one precision and seed.
 
     Attributes:
-        accuracy: share that the judge names as intended.
+        accuracy: share that the classifier names as intended.
         to_first, to_second: Fréchet distance to the fp32 images of the first and of the second
             seed, None for the set itself.
     """
@@ -71,7 +71,7 @@ class SampleStudy:
     """Three sets of `count` images: fp32 and int8 from the same draws, fp32 from others.
 
     Attributes:
-        judge: the preset whose judge it was.
+        judge: the preset whose classifier it was.
         bound: largest difference in accuracy that passes; None where too few images were drawn.
     """
 
@@ -112,7 +112,7 @@ class SampleStudy:
             for name, *cells in rows
         ]
         lines.insert(1, "-" * len(lines[0]))
-        how = f"{self.count} images a set, named by the judge of {self.judge}; "
+        how = f"{self.count} images a set, named by the classifier of {self.judge}; "
         if self.bound is None:
             how += f"not bound: fewer than {LEAST_BOUND}"
         else:
@@ -153,15 +153,16 @@ def study_samples(
 
     fp32 graphs that the bundle lacks are exported to a temporary folder.
     """
-    make_judge = JUDGES.get(manifest.preset)
+    make_classifier = CLASSIFIERS.get(manifest.preset)
     if not count:
         return SkippedStudy(why="no samples were asked for")
-    if make_judge is None:
+    if make_classifier is None:
         name = manifest.preset or "this model"
-        return SkippedStudy(why=f"there is no judge of {name}, only of {', '.join(JUDGES)}")
+        known = ", ".join(CLASSIFIERS)
+        return SkippedStudy(why=f"there is no classifier of {name}, only of {known}")
     if "random_weights" in manifest.checkpoint["transformer"]:
         return SkippedStudy(why="random weights draw nothing that has a class")
-    judge = make_judge()
+    classifier = make_classifier()
     classes = manifest.model.transformer.classes
     labels = [i % classes for i in range(count)]
     other = (seed + 1) % (MAX_SEED + 1)
@@ -178,11 +179,11 @@ def study_samples(
                 drawn[precision, s] = _draw(folder, precision, labels, s, report)
     except VarDeployError as error:
         return SkippedStudy(why=str(error), failed=True)
-    features = {key: judge.features(images) for key, images in drawn.items()}
+    features = {key: classifier.features(images) for key, images in drawn.items()}
     first, second = ("fp32", seed), ("fp32", other)
 
     def judged(key: tuple[str, int]) -> SampleSet:
-        named = judge.predict(drawn[key])
+        named = classifier.predict(drawn[key])
         one, two = (
             None if key == to else frechet_distance(features[key], features[to])
             for to in (first, second)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.export.families import export_family_of
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.published_path import Mark, generate_as_published
 from var_deploy.export.torch_peers import Compiler, Peer, random_modules
@@ -80,8 +81,8 @@ class TorchContender:
                 _check_compiler()
             path = "our modules, AdaLN once an image, compiled by inductor"
             self._path = _own(manifest, images, compiler)
-        elif manifest.model.transformer.family == "gpt2":
-            path = "our modules: nobody published one for the GPT-2 form"
+        elif not export_family_of(manifest.model.transformer).published_loop:
+            path = "our modules: this family has no published generation code"
             self._path = _own(manifest, images, None)
         else:
             path = "as published: AdaLN in every block at every scale, concatenated cache"

@@ -27,10 +27,10 @@ from torch.overrides import TorchFunctionMode
 
 from var_deploy.errors import VarDeployError, one_line
 from var_deploy.export.checkpoint import load_into
-from var_deploy.export.models.gpt2 import Gpt2Transformer
+from var_deploy.export.families import export_family_of
 from var_deploy.export.models.sampler import filter_logits, guide
 from var_deploy.export.models.tokenizer import Phi, Tokenizer
-from var_deploy.export.models.transformer import Cache, Modulation, Transformer
+from var_deploy.export.models.transformer import Cache, Modulation, NextScaleTransformer
 from var_deploy.export.published_path import Mark
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.manifest import read_manifest
@@ -58,15 +58,15 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def random_modules(spec: ModelSpec) -> tuple[Tokenizer, Transformer | Gpt2Transformer]:
+def random_modules(spec: ModelSpec) -> tuple[Tokenizer, NextScaleTransformer]:
     """What a generation needs, so without the encoder: random weights, fp32, on the CPU.
 
     Not by way of the meta device: whatever is computed there loads PyTorch's compiler, 50 MB and a
     second that nobody owes who does not compile.
     """
-    family = Gpt2Transformer if spec.transformer.family == "gpt2" else Transformer
     with _NoInitialisation():
-        tokenizer, transformer = Tokenizer(spec.tokenizer).eval(), family(spec).eval()
+        tokenizer = Tokenizer(spec.tokenizer).eval()
+        transformer = export_family_of(spec.transformer).transformer(spec).eval()
     del tokenizer.encoder, tokenizer.quant_conv
     for module in (tokenizer, transformer):
         shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
@@ -158,9 +158,8 @@ class Peer:
         f_hat = f_hat + self._contribution(scale, quantize.lookup(scale, tokens))
         if scale + 1 == spec.scales:
             return f_hat, None
-        if isinstance(self.transformer, Gpt2Transformer):
-            return f_hat, self.transformer.next_input(scale, tokens)
-        return f_hat, quantize.next_input(scale, f_hat)
+        family = export_family_of(spec.transformer)
+        return f_hat, family.next_input(self.transformer, self.tokenizer, scale, tokens, f_hat)
 
     def _contribution(self, scale: int, codes: Tensor) -> Tensor:
         """As `MultiScaleQuantizer.contribution`; that one looks for φ with NumPy, where a compiler

@@ -71,8 +71,8 @@ def verify_bundle(
     Args:
         hints: what the files do not tell, where it is not as the manifest says.
         precision: these graphs alone; None takes all.
-        samples: images a set that int8 is judged by, where there is a judge of the model; 0 draws
-            none.
+        samples: images per set for the class accuracy of int8, where there is a classifier of the
+            model; 0 skips it.
     """
     check_count(samples)
     manifest = read_manifest(bundle)

@@ -10,8 +10,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from var_deploy import names
 from var_deploy.editing import Kept
+from var_deploy.families import family_of
 from var_deploy.manifest import Manifest
-from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.resize import bicubic_matrix
 from var_deploy.runtime.blocks import Block, Fields, SharedBlock
 from var_deploy.runtime.protocol import Array, Memory
 from var_deploy.sampling import Sampling
@@ -214,14 +215,10 @@ def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
     """
     side, patch = spec.tokenizer.latent_side, spec.patch_nums[scale]
     following = spec.patch_nums[scale + 1] if scale + 1 < spec.scales else 1
-    if spec.transformer.family == "gpt2":
-        next_matrix = bicubic_matrix(patch, following)
-    else:
-        next_matrix = area_matrix(side, following)
     return {
         names.SCALE: np.array(scale, np.int64),
         names.UP_MATRIX: bicubic_matrix(patch, side),
-        names.NEXT_MATRIX: next_matrix,
+        names.NEXT_MATRIX: family_of(spec.transformer).next_matrix(spec, scale, following),
     }
 
 

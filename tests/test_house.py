@@ -159,6 +159,36 @@ def test_no_alias_of_a_type_stands_where_a_class_must() -> None:
     assert not found
 
 
+def test_a_family_is_registered_on_both_sides() -> None:
+    pytest.importorskip("torch")
+    from var_deploy.export.families import EXPORT_FAMILIES
+    from var_deploy.families import FAMILIES
+
+    assert list(FAMILIES) == list(EXPORT_FAMILIES)
+    for families in (FAMILIES, EXPORT_FAMILIES):
+        assert all(name == family.name for name, family in families.items())
+
+
+def test_only_a_family_asks_which_family_it_is() -> None:
+    """Elsewhere a comparison with a name would have to be found and extended for the next one."""
+    own = {"models/gpt2.py"}  # refuses sizes of another family
+    for path in modules():
+        if "families" in path.parts or any(path.as_posix().endswith(name) for name in own):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Compare) or not isinstance(node.left, ast.Attribute):
+                continue
+            by_name = isinstance(node.ops[0], ast.Eq | ast.NotEq)
+            assert not (by_name and node.left.attr == "family"), f"{path}:{node.lineno}"
+
+
+def test_the_product_never_imports_tools() -> None:
+    """tools/ is not packaged: training, drawings and studies stay out of the wheel."""
+    for path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [n for n in imports(tree, inside_functions=True) if within(n, "tools")], path
+
+
 # lightness: what a device without PyTorch has to load
 
 

@@ -11,13 +11,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from var_deploy.errors import UsageError
-
-Family = Literal["var", "gpt2"]
+from var_deploy.families import FAMILIES, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,8 @@ class TransformerSpec:
     """Sizes of the next-scale transformer.
 
     Attributes:
-        family: "var" (AdaLN, class-conditional) or "gpt2" (affine LayerNorm, unconditional).
+        family: a name of `families.FAMILIES`: "var" (AdaLN, class-conditional) or "gpt2" (affine
+            LayerNorm, unconditional).
         depth: number of blocks N.
         width: C.
         heads: H; must divide the width.
@@ -114,7 +114,7 @@ class TransformerSpec:
         norm_eps: eps of every LayerNorm.
     """
 
-    family: Family = "var"
+    family: str = "var"
     depth: int
     width: int
     heads: int
@@ -125,6 +125,9 @@ class TransformerSpec:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise UsageError(f"family must be one of {known}, found {self.family!r}")
         for name in ("depth", "width", "heads", "ffn_width"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -139,14 +142,12 @@ class TransformerSpec:
     @property
     def attention_scale(self) -> float:
         """Factor on q·k before the softmax."""
-        if self.family == "gpt2":
-            return float(self.head_width**-0.5)
-        return 1.0 if self.qk_l2_norm else 0.25 * float(self.head_width**-0.5)
+        return family_of(self).attention_scale(self)
 
     @property
     def conditional(self) -> bool:
         """Whether the model takes a class label (and can be guided)."""
-        return self.family == "var"
+        return family_of(self).conditional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,7 @@ class ModelSpec:
     transformer: TransformerSpec
 
     def __post_init__(self) -> None:
-        if self.transformer.family == "gpt2" and self.scales < 2:
-            # it embeds a scale's tokens for the next one: with one scale there is no such table
+        if self.scales < family_of(self.transformer).least_scales:
             raise UsageError(f"next-scale prediction needs two scales, found {self.patch_nums}")
 
     @property
@@ -188,9 +188,7 @@ class ModelSpec:
     @property
     def input_width(self) -> int:
         """Width of the next-scale input: Cv, or C where the transformer embeds tokens itself."""
-        if self.transformer.family == "gpt2":
-            return self.transformer.width
-        return self.tokenizer.code_width
+        return family_of(self.transformer).input_width(self)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""

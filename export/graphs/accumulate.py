@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from var_deploy import names
-from var_deploy.export.graphs.builder import GraphBuilder, Precision
+from var_deploy.config import GraphForm
+from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.export.graphs.quantizer import codebook, phi, resize, to_maps
 from var_deploy.resize import bicubic_matrix
 from var_deploy.spec import TokenizerSpec
 
 
-def build_accumulate(spec: TokenizerSpec, precision: Precision, batch: int) -> GraphBuilder:
+def build_accumulate(spec: TokenizerSpec, form: GraphForm) -> GraphBuilder:
     """Tokens of every scale, each [B, L_k] → f_hats [K, B, Cv, p_K, p_K], f_hat after each scale.
 
     Look-ups, resizing and φ are fp32 in every precision, as in the scale graphs.
     """
-    b = GraphBuilder(names.ACCUMULATE, precision)
+    b, batch = GraphBuilder(names.ACCUMULATE, form), form.batch
     width, side = spec.code_width, spec.latent_side
     f_hat, sums = "", []
     for scale, patch in enumerate(spec.patch_nums):

@@ -7,93 +7,42 @@ projection, and the prefix of the cache is one contiguous piece of memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.export.families import BlockContext, export_family_of
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 from var_deploy.export.models.transformer import MAX_SCALE_LOG
-from var_deploy.spec import ModelSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockContext:
-    """What every block of a graph shares.
-
-    Attributes:
-        rows: G.
-        modulation: value name of the modulation table, None in the GPT-2 form.
-        past: whether the graph has a cache to read.
-        alone: a bool value that is true at scale 0 of `step`, where the cache row is a
-            placeholder; None in static graphs, which know.
-    """
-
-    spec: ModelSpec
-    rows: int
-    modulation: str | None
-    past: bool
-    alone: str | None = None
-
-
-def layer_norm(b: GraphBuilder, ctx: BlockContext, x: str, layer: int, which: int) -> str:
-    """LN(x)·(1+scale)+shift of norm `which` (0 or 1); the affine LN in the GPT-2 form."""
-    t = ctx.spec.transformer
-    if ctx.modulation is None:
-        prefix = f"blocks.{layer}.norm{which + 1}"
-        return affine_norm(b, x, prefix, t.width, t.norm_eps)
-    scale = b.gather_row(ctx.modulation, 6 * layer + 2 + which)
-    shift = b.gather_row(ctx.modulation, 6 * layer + 4 + which)
-    return modulated_norm(b, x, scale, shift, t.width, t.norm_eps)
-
-
-def modulated_norm(b: GraphBuilder, x: str, scale: str, shift: str, width: int, eps: float) -> str:
-    ones = b.constant(np.ones(width, np.float32))
-    h = b.op("LayerNormalization", x, ones, axis=-1, epsilon=eps)
-    return b.op("Add", b.op("Mul", h, scale), shift)
-
-
-def affine_norm(b: GraphBuilder, x: str, prefix: str, width: int, eps: float) -> str:
-    weight, bias = b.weight(f"{prefix}.weight", (width,)), b.weight(f"{prefix}.bias", (width,))
-    return b.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=eps)
-
-
-def add_branch(b: GraphBuilder, ctx: BlockContext, x: str, h: str, gamma_row: int) -> str:
-    """x + gamma·h in fp32 (x + h without modulation)."""
-    h = b.to_float(h)
-    if ctx.modulation is not None:
-        h = b.op("Mul", h, b.gather_row(ctx.modulation, gamma_row))
-    return b.op("Add", x, h)
 
 
 def block(b: GraphBuilder, ctx: BlockContext, x: str, layer: int) -> str:
     """One block [L, G, C] → [L, G, C]; makes the values new_key and new_value of its layer."""
     t = ctx.spec.transformer
-    prefix = f"blocks.{layer}"
+    family, prefix = export_family_of(t), f"blocks.{layer}"
     with b.scope(f"{prefix}.attn"):
-        h = b.to_compute(layer_norm(b, ctx, x, layer, 0))
+        h = b.to_compute(family.norm(b, ctx, x, layer, 0))
         h = attention(b, ctx, h, layer)
-        x = add_branch(b, ctx, x, h, 6 * layer)
+        x = family.add_branch(b, ctx, x, h, layer, 0)
     with b.scope(f"{prefix}.ffn"):
-        h = b.to_compute(layer_norm(b, ctx, x, layer, 1))
+        h = b.to_compute(family.norm(b, ctx, x, layer, 1))
         bias1 = b.weight(f"{prefix}.ffn.fc1.bias", (t.ffn_width,), dtype=b.compute)
         bias2 = b.weight(f"{prefix}.ffn.fc2.bias", (t.width,), dtype=b.compute)
         h = b.linear(h, f"{prefix}.ffn.fc1.weight", t.width, t.ffn_width, bias1)
         h = b.op("Gelu", h, approximate="tanh")
         h = b.linear(h, f"{prefix}.ffn.fc2.weight", t.ffn_width, t.width, bias2)
-        return add_branch(b, ctx, x, h, 6 * layer + 1)
+        return family.add_branch(b, ctx, x, h, layer, 1)
 
 
 def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
     """Self-attention over the cache and this scale; every token sees all of them."""
     t = ctx.spec.transformer
-    prefix = f"blocks.{layer}.attn"
+    family, prefix = export_family_of(t), f"blocks.{layer}.attn"
     width, heads, head_width, rows = t.width, t.heads, t.head_width, ctx.rows
-    bias = b.weight(f"{prefix}.qkv_bias", (3 * width,), qkv_bias(ctx.spec, prefix), b.compute)
-    weight = f"{prefix}.qkv.weight" if t.family == "gpt2" else f"{prefix}.mat_qkv.weight"
-    qkv = b.linear(h, weight, width, 3 * width, bias)  # [L, G, 3C]
+    bias = b.weight(f"{prefix}.qkv_bias", (3 * width,), family.qkv_bias(layer), b.compute)
+    qkv = b.linear(h, family.qkv_key(layer), width, 3 * width, bias)  # [L, G, 3C]
     # heads before the split: new keys and values are then graph outputs as they are, not copies
     qkv = b.reshape(qkv, -1, rows, 3 * heads, head_width)
     new_k, new_v = names.new_key(layer), names.new_value(layer)
@@ -138,17 +87,5 @@ def query_scale(prefix: str) -> Callable[[ReadKey], NDArray[Any]]:
         learned = read(f"{prefix}.scale_mul_1H11").reshape(-1, 1)
         scale: NDArray[Any] = np.exp(np.minimum(learned, np.float32(MAX_SCALE_LOG)))
         return scale
-
-    return make
-
-
-def qkv_bias(spec: ModelSpec, prefix: str) -> Callable[[ReadKey], NDArray[Any]]:
-    """Bias of the joint projection: VAR has none on the keys."""
-
-    def make(read: ReadKey) -> NDArray[Any]:
-        if spec.transformer.family == "gpt2":
-            return read(f"{prefix}.qkv.bias")
-        q, v = read(f"{prefix}.q_bias"), read(f"{prefix}.v_bias")
-        return np.concatenate([q, np.zeros_like(q), v])
 
     return make

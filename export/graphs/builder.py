@@ -6,20 +6,20 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, helper
 
+from var_deploy.config import GraphForm
 from var_deploy.export.graphs.int8 import dynamic_linear
 from var_deploy.manifest import TensorInfo
 from var_deploy.operators import OPSET as OPSET
 
 IR_VERSION = 9
 
-Precision = Literal["fp32", "fp16", "int8"]
 Shape = Sequence[int | str]
 ReadKey = Callable[[str], NDArray[Any]]
 
@@ -46,25 +46,19 @@ def onnx_type(dtype: DTypeLike) -> int:
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
-def rows_of(batch: int, guidance: bool) -> int:
-    """G: a row an image, and with guidance another without a class."""
-    return 2 * batch if guidance else batch
-
-
 class GraphBuilder:
     """Collects nodes; values are referred to by name.
 
     In fp16 graphs the products run on fp16 weights between casts; in int8 graphs `linear` rounds
     what it is given and gives fp32, so the rest of the graph reads the same in every precision.
 
-    Args:
-        batch, rows: B and G where `linear` gets [..., G, in]: int8 rounds each image by itself.
+    `linear` gets [..., G, in] and rounds each of the form's B images by itself.
     """
 
-    def __init__(self, name: str, precision: Precision, batch: int = 1, rows: int = 1) -> None:
-        self.name, self.batch, self.rows = name, batch, rows
-        self.half = precision == "fp16"
-        self.rounded = precision == "int8"
+    def __init__(self, name: str, form: GraphForm) -> None:
+        self.name, self.form = name, form
+        self.half = form.precision == "fp16"
+        self.rounded = form.precision == "int8"
         self.compute = np.dtype(np.float16 if self.half else np.float32)
         self.weights: dict[str, Weight] = {}
         self.inputs: list[TensorInfo] = []

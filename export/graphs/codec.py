@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.export.graphs.builder import GraphBuilder, Precision, ReadKey
+from var_deploy.config import GraphForm
+from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 from var_deploy.export.graphs.int8 import Kernel, Ranges, dequantize, quantize, static_conv
 from var_deploy.export.graphs.quantizer import codebook, phi, resize, to_maps
 from var_deploy.resize import area_matrix, bicubic_matrix
@@ -212,13 +213,13 @@ def image_shape(spec: TokenizerSpec, batch: int) -> tuple[int, int, int, int]:
 
 
 def build_decoder(
-    spec: TokenizerSpec, precision: Precision, batch: int, ranges: Ranges | None = None
+    spec: TokenizerSpec, form: GraphForm, ranges: Ranges | None = None
 ) -> GraphBuilder:
     """f_hat [B, Cv, p_K, p_K] → image [B, side, side, channels] in [0, 1].
 
     `ranges` names the convolutions that run in int8.
     """
-    b = GraphBuilder(names.DECODER, precision)
+    b, batch = GraphBuilder(names.DECODER, form), form.batch
     f_hat = b.input(names.F_HAT, np.float32, (batch, spec.code_width, *[spec.latent_side] * 2))
     x = Autoencoder(b, spec, batch, ranges).decode(f_hat)
     x = b.op("Clip", x, b.constant(-1.0, np.float32), b.constant(1.0, np.float32))
@@ -229,9 +230,9 @@ def build_decoder(
     return b
 
 
-def build_encoder(spec: TokenizerSpec, precision: Precision, batch: int) -> GraphBuilder:
+def build_encoder(spec: TokenizerSpec, form: GraphForm) -> GraphBuilder:
     """image [B, side, side, channels] in [0, 1] → tokens of every scale, each [B, L_k]."""
-    b = GraphBuilder(names.ENCODER, precision)
+    b, batch = GraphBuilder(names.ENCODER, form), form.batch
     image = b.input(names.IMAGE, np.float32, image_shape(spec, batch))
     x = b.op("Mul", b.transpose(image, 0, 3, 1, 2), b.constant(2.0, np.float32))
     x = b.op("Sub", x, b.constant(1.0, np.float32))

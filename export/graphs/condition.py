@@ -14,18 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.export.graphs.builder import GraphBuilder, Precision, ReadKey, rows_of
+from var_deploy.config import GraphForm
+from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 from var_deploy.spec import ModelSpec
 
 
-def build_condition(
-    spec: ModelSpec, precision: Precision, batch: int, guidance: bool
-) -> GraphBuilder:
+def build_condition(spec: ModelSpec, form: GraphForm) -> GraphBuilder:
     """labels [G] int64 → first_input [G, 1, C], modulation [6N + 2, G, C]."""
     t = spec.transformer
     width, depth = t.width, t.depth
-    rows = rows_of(batch, guidance)
-    b = GraphBuilder(names.CONDITION, precision, batch, rows)
+    rows = form.rows
+    b = GraphBuilder(names.CONDITION, form)
     labels = b.input(names.LABELS, np.int64, (rows,))
     table = b.weight("class_emb.weight", (t.classes + 1, width))
     cond = b.op("Gather", table, labels, axis=0)  # [G, C]

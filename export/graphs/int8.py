@@ -114,11 +114,11 @@ def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: 
         sums = b.op("Cast", b.op("MatMulInteger", q, weight, zero), to=1)
         return b.op("Mul", sums, b.op("Mul", x_scale, scale))
 
-    if b.batch == 1:
+    if b.form.batch == 1:
         return product(x)
-    images = b.split(b.reshape(x, -1, b.batch, width_in), 1, [1] * b.batch)
+    images = b.split(b.reshape(x, -1, b.form.batch, width_in), 1, [1] * b.form.batch)
     together = b.op("Concat", *(product(image) for image in images), axis=1)
-    return b.reshape(together, -1, b.rows, width_out)
+    return b.reshape(together, -1, b.form.rows, width_out)
 
 
 def quantize(b: GraphBuilder, x: str, to: Range) -> str:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.runtime import int8_check as known
 
 
 def build_probe() -> GraphBuilder:
-    b = GraphBuilder("int8_probe", "fp32")
+    b = GraphBuilder("int8_probe", GraphForm(precision="fp32"))
     for name, inner, columns, images, biased in known.PRODUCTS:
         rows: tuple[int | str, ...] = ("M",) if images == 1 else ("M", images)
         x = b.input(f"x.{name}", np.float32, (*rows, inner))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
+from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.runtime.bench import rates
 
@@ -35,7 +36,7 @@ def _varied(b: GraphBuilder, dtype: DTypeLike, *shape: int) -> str:
 
 def gemm_fp32() -> GraphBuilder:
     """x [M, K] · W [K, N] → y [M, N]."""
-    b = GraphBuilder("gemm_fp32", "fp32")
+    b = GraphBuilder("gemm_fp32", GraphForm(precision="fp32"))
     b.input("x", np.float32, ("M", rates.K))
     b.op("MatMul", "x", _varied(b, np.float32, rates.K, rates.N), out="y")
     b.output("y", np.float32, ("M", rates.N))
@@ -44,7 +45,7 @@ def gemm_fp32() -> GraphBuilder:
 
 def gemm_int8() -> GraphBuilder:
     """The same with weights in int8, a scale a column, and x quantised as it comes."""
-    b = GraphBuilder("gemm_int8", "fp32")
+    b = GraphBuilder("gemm_int8", GraphForm(precision="fp32"))
     b.input("x", np.float32, ("M", rates.K))
     quantised, scale, zero = b.ops("DynamicQuantizeLinear", ("x",), 3)
     weights = _varied(b, np.int8, rates.K, rates.N)
@@ -57,7 +58,7 @@ def gemm_int8() -> GraphBuilder:
 
 def conv_fp32() -> GraphBuilder:
     """3 × 3 convolution of x [1, C, side, side] to as many channels."""
-    b = GraphBuilder("conv_fp32", "fp32")
+    b = GraphBuilder("conv_fp32", GraphForm(precision="fp32"))
     c, side = rates.CHANNELS, rates.SIDE
     b.input("x", np.float32, (1, c, side, side))
     b.op("Conv", "x", _varied(b, np.float32, c, c, 3, 3), pads=[1, 1, 1, 1], out="y")
@@ -67,7 +68,7 @@ def conv_fp32() -> GraphBuilder:
 
 def conv_int8() -> GraphBuilder:
     """The same from uint8 to uint8, with int8 weights and a scale a channel."""
-    b = GraphBuilder("conv_int8", "fp32")
+    b = GraphBuilder("conv_int8", GraphForm(precision="fp32"))
     c, side = rates.CHANNELS, rates.SIDE
     b.input("x", np.uint8, (1, c, side, side))
     scale, zero = b.constant(1 / 40, np.float32), b.constant(128, np.uint8)

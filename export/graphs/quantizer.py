@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.export.families import export_family_of
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 from var_deploy.resize import area_matrix, bicubic_matrix
 from var_deploy.spec import ModelSpec, TokenizerSpec
@@ -60,16 +61,6 @@ def _blend(b: GraphBuilder, spec: TokenizerSpec, h: str, conv: str) -> str:
     return b.op("Add", kept, b.op("Mul", conv, b.constant(spec.phi_ratio, np.float32)))
 
 
-def token_embeddings(b: GraphBuilder, spec: ModelSpec) -> str:
-    """The GPT-2 form's own token tables [K - 1, V, C]; the last scale's tokens feed nothing."""
-
-    def stack(read: ReadKey) -> NDArray[Any]:
-        return np.stack([read(f"token_embed.{k}.weight") for k in range(spec.scales - 1)])
-
-    shape = (spec.scales - 1, spec.tokenizer.vocab_size, spec.transformer.width)
-    return b.weight("token_embed.weights", shape, stack)
-
-
 def to_maps(b: GraphBuilder, codes_BLC: str, batch: int, width: int, side: int) -> str:
     """[B, L, C] → [B, C, p, p]."""
     return b.reshape(b.transpose(codes_BLC, 0, 2, 1), batch, width, side, side)
@@ -94,8 +85,8 @@ def _look_up(b: GraphBuilder, table: str, tokens: str, mix: Mix | None) -> str:
 class StaticCodes:
     """Lookup, φ and resizing of one known scale."""
 
-    def __init__(self, b: GraphBuilder, spec: ModelSpec, scale: int, batch: int) -> None:
-        self.b, self.spec, self.scale, self.batch = b, spec, scale, batch
+    def __init__(self, b: GraphBuilder, spec: ModelSpec, scale: int) -> None:
+        self.b, self.spec, self.scale, self.batch = b, spec, scale, b.form.batch
         self.side = spec.patch_nums[scale]
 
     def of_scale(self, values: Sequence[float]) -> str:
@@ -117,8 +108,8 @@ class StaticCodes:
         b, spec = self.b, self.spec
         target = spec.patch_nums[self.scale + 1]
         with b.scope("next_input"):
-            if spec.transformer.family == "gpt2":
-                table = b.gather_row(token_embeddings(b, spec), self.scale)
+            table = export_family_of(spec.transformer).next_maps(b, spec, self.scale)
+            if table is not None:
                 maps = b.op("Gather", table, tokens, axis=0)
                 maps = to_maps(b, maps, self.batch, spec.input_width, self.side)
                 maps = resize(b, b.constant(bicubic_matrix(self.side, target)), maps)
@@ -134,8 +125,8 @@ class StaticCodes:
 class DynamicCodes:
     """The same with the scale a run-time number: sizes come from the matrices that are inputs."""
 
-    def __init__(self, b: GraphBuilder, spec: ModelSpec, scale: str, batch: int) -> None:
-        self.b, self.spec, self.scale, self.batch = b, spec, scale, batch
+    def __init__(self, b: GraphBuilder, spec: ModelSpec, scale: str) -> None:
+        self.b, self.spec, self.scale, self.batch = b, spec, scale, b.form.batch
 
     def _maps(self, codes_BLC: str, width: int) -> str:
         """[B, L, C] → [B, C, p, p], p being the width of the up-sampling matrix."""
@@ -179,10 +170,8 @@ class DynamicCodes:
         b, spec = self.b, self.spec
         with b.scope("next_input"):
             maps = names.NEW_F_HAT
-            if spec.transformer.family == "gpt2":
-                # the last scale has no table of its own; what it feeds is never read
-                row = b.op("Min", self.scale, b.constant(spec.scales - 2, np.int64))
-                table = b.op("Gather", token_embeddings(b, spec), row, axis=0)
+            table = export_family_of(spec.transformer).next_maps(b, spec, self.scale)
+            if table is not None:
                 maps = self._maps(b.op("Gather", table, tokens, axis=0), spec.input_width)
             flat = b.reshape(resize(b, names.NEXT_MATRIX, maps), self.batch, spec.input_width, -1)
             b.op("Transpose", flat, perm=[0, 2, 1], out=names.NEXT_INPUT)

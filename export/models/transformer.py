@@ -130,7 +130,25 @@ class Modulation(NamedTuple):
     first: Tensor  # input of scale 0, [G, 1, C]
 
 
-class Transformer(nn.Module):
+class NextScaleTransformer(nn.Module):
+    """What the reference module of every family offers to the loop that drives it.
+
+    Attributes:
+        spec: sizes of the model.
+    """
+
+    spec: ModelSpec
+
+    def modulation(self, labels_G: Tensor) -> Modulation:
+        """Everything that the labels of G rows decide; computed once per image."""
+        raise NotImplementedError
+
+    def step(self, scale: int, input_BLC: Tensor | None, mod: Modulation, cache: Cache) -> Tensor:
+        """Logits [G, L_k, V] of one scale, whose input is None at scale 0; extends the cache."""
+        raise NotImplementedError
+
+
+class Transformer(NextScaleTransformer):
     """VAR: labels and the code maps of earlier scales → logits over V codes."""
 
     lvl_1L: Tensor

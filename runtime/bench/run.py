@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import cast
 
 from var_deploy import names
+from var_deploy.config import Precision
 from var_deploy.errors import UsageError
 from var_deploy.installation import module_command
 from var_deploy.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.planning.costs import Precision, graph_weights
+from var_deploy.planning.costs import graph_weights
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.planning.plan import workload_of
 from var_deploy.runtime.backends import CPU

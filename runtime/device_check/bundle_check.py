@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from var_deploy import names
+from var_deploy.config import Precision
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.planning.costs import Precision
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import footprint
 from var_deploy.planning.plan import make_plan, workload_of

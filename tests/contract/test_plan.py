@@ -12,10 +12,11 @@ import pytest
 
 from fake_machine import H100_GPU, NVRM, ORIN_GPU, ORIN_NANO, FakeMachine, jetson, meminfo
 from var_deploy import names
+from var_deploy.config import Precision
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.machine import Driver
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, read_manifest
-from var_deploy.planning.costs import Precision, Workload, bundle_weights, graph_weights, launches
+from var_deploy.planning.costs import Workload, bundle_weights, graph_weights, launches
 from var_deploy.planning.devices import DEVICES, Device, find_device
 from var_deploy.planning.memory import (
     BUILD_COPIES,

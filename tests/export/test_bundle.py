@@ -193,7 +193,7 @@ def test_without_guidance_there_is_one_row_an_image(
 
 def test_guidance_of_an_unconditional_model_is_refused(tmp_path: Path) -> None:
     from var_deploy.export.checkpoint import as_loaded_model
-    from var_deploy.export.models.gpt2 import build, build_tokenizer
+    from var_deploy.export.var import build, build_tokenizer
 
     model = as_loaded_model(
         build(hidden_size=16, num_layers=1, num_heads=1, scales=(1, 2), codebook_size=8),

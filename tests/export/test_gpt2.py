@@ -16,15 +16,15 @@ from torch import Tensor
 
 from var_deploy.errors import UsageError
 from var_deploy.export.checkpoint import as_loaded_model, build_modules
-from var_deploy.export.models.gpt2 import (
-    Gpt2Transformer,
+from var_deploy.export.models.gpt2 import Gpt2Transformer
+from var_deploy.export.models.transformer import Cache
+from var_deploy.export.var import (
     build,
     build_tokenizer,
     next_scale_prediction,
     recommended_defaults,
     total_tokens,
 )
-from var_deploy.export.models.transformer import Cache
 from var_deploy.resize import bicubic_matrix
 from var_deploy.sampling import Sampling
 

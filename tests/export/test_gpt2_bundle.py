@@ -15,7 +15,7 @@ from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import LoadedModel, as_loaded_model
-from var_deploy.export.models.gpt2 import build, build_tokenizer, next_scale_prediction
+from var_deploy.export.var import build, build_tokenizer, next_scale_prediction
 from var_deploy.export.verify import verify_model
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import IR_VERSION, OPSET, GraphBuilder
 from var_deploy.export.graphs.int8 import (
     ConvRanges,
@@ -253,7 +254,7 @@ def test_a_range_holds_zero_and_both_ends(low: float, high: float, zero: int) ->
 
 def test_a_range_is_what_onnx_rounds_to() -> None:
     found = Range(low=-0.7, high=2.1)
-    b = GraphBuilder("ends", "int8")
+    b = GraphBuilder("ends", GraphForm(precision="int8"))
     b.input("x", np.float32, (5,))
     b.output("y", np.float32, (5,))
     b.op("Identity", dequantize(b, quantize(b, "x", found), found), out="y")
@@ -288,7 +289,7 @@ def test_a_linear_layer_rounds_what_it_is_given(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     weight = (random.standard_normal((40, 65)) * np.geomspace(0.01, 10, 40)[:, None]).astype("f4")
     bias = random.standard_normal(40).astype("f4")
-    b = GraphBuilder("linear", "int8")
+    b = GraphBuilder("linear", GraphForm(precision="int8"))
     b.input("x", np.float32, (7, 65))
     b.output("y", np.float32, (7, 40))
     y = b.linear("x", "layer.weight", 65, 40, b.weight("layer.bias", (40,)))
@@ -314,7 +315,7 @@ def test_a_convolution_stays_within_its_ranges(tmp_path: Path) -> None:
         output=Range(low=float(expected.min()), high=float(expected.max())),
     )
     kernel = Kernel(name="c.weight", shape=weight.shape, make=lambda read: read("c.weight"))
-    b = GraphBuilder("conv", "int8")
+    b = GraphBuilder("conv", GraphForm(precision="int8"))
     b.input("x", np.float32, x.shape)
     b.output("y", np.float32, expected.shape)
     y = static_conv(b, quantize(b, "x", ranges.input), "c", kernel, ranges, [1] * 4)

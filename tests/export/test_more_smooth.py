@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 
 from var_deploy import names
+from var_deploy.config import GraphForm
 from var_deploy.errors import UsageError
 from var_deploy.export.bundle import ExportOptions, build_graphs, export_bundle
 from var_deploy.export.checkpoint import LoadedModel
@@ -41,7 +42,7 @@ def published(kept: torch.Tensor, noise: torch.Tensor, scale: int) -> torch.Tens
 def weights_of_the_graph(
     logits: Any, noise: Any, scale: int, top_k: int, top_p: float, temperature: float
 ) -> Any:
-    b, shape = GraphBuilder("mix", "fp32"), logits.shape
+    b, shape = GraphBuilder("mix", GraphForm(precision="fp32")), logits.shape
     given = (
         b.input(names.LOGITS, np.float32, shape),
         b.input(names.UNIFORMS, np.float32, shape[:2]),
@@ -184,7 +185,7 @@ def test_a_graph_without_it_is_what_it_was(small_model: Model) -> None:
 
 
 def test_the_gpt2_form_has_no_such_way(tmp_path: Path) -> None:
-    from var_deploy.export.models.gpt2 import build
+    from var_deploy.export.var import build
 
     transformer = build(hidden_size=32, num_layers=1, num_heads=2, scales=(1, 2), codebook_size=16)
     model = type("Model", (), {"spec": transformer.spec})()

@@ -129,7 +129,8 @@ def test_every_set_has_a_line_and_the_json_has_all() -> None:
     ]
     assert rows[1].split()[-3:] == ["97.8%", "0.150", "0.950"]
     assert rows[2].split()[-3:] == ["97.6%", "0.900", "–"]
-    assert how.startswith("500 images a set, named by the judge of pocket; accuracy of int8 within")
+    named = "500 images a set, named by the classifier of pocket; accuracy of int8 within"
+    assert how.startswith(named)
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))["samples"]
     assert data["int8"]["to_first"] == 0.15 and data["fp32"]["to_first"] is None
     assert (data["bound"], data["failure"], data["count"]) == (0.015, None, 500)
@@ -165,7 +166,7 @@ def test_why_nothing_is_judged_is_told(
     assert judged(pocket, real, count=0).why == "no samples were asked for"
     other = small_model()
     export_bundle(other, tmp_path / "other", ExportOptions(layout="shared"))
-    why = "there is no judge of this model, only of pocket"
+    why = "there is no classifier of this model, only of pocket"
     assert judged(tmp_path / "other", other).why == why
     blind = load_model("pocket", random_weights=1)
     export_bundle(blind, tmp_path / "blind", ExportOptions(layout="shared"))

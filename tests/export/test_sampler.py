@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.export.graphs.sampler import sample
 from var_deploy.export.models.sampler import draw, filter_logits
@@ -25,7 +26,7 @@ LAST_UNIFORM = np.float32(1 - 2.0**-24)  # the largest that `uniforms` can give
 @cache
 def session(batch: int, length: int, codes: int) -> Any:
     """A graph of nothing but the sampler, with the kept mass brought out."""
-    b = GraphBuilder("sampler", "fp32")
+    b = GraphBuilder("sampler", GraphForm(precision="fp32"))
     inputs = (
         b.input(names.LOGITS, np.float32, (batch, length, codes)),
         b.input(names.UNIFORMS, np.float32, (batch, length)),

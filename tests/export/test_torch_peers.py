@@ -13,9 +13,8 @@ import torch
 from click.testing import CliRunner
 from torch._dynamo.testing import CompileCounter
 
-from var_deploy.export import torch_peers
+from var_deploy.export import torch_peers, var
 from var_deploy.export.checkpoint import assemble, build_modules, empty_modules
-from var_deploy.export.models import gpt2
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.reference import trace_generation
 from var_deploy.export.torch_peers import (
@@ -81,7 +80,7 @@ def test_it_generates_what_the_reference_does(
 
 
 def test_the_gpt2_form() -> None:
-    spec = gpt2.build(
+    spec = var.build(
         hidden_size=48, num_layers=2, num_heads=3, mlp_ratio=2.0, scales=(1, 2, 4), codebook_size=48
     ).spec
     image = peer(spec, guidance=False)(torch.tensor([0, 0]), torch.from_numpy(draws(spec, 2)))

@@ -133,7 +133,7 @@ def test_table_json_and_manifest_carry_it(bundle: Path, model: LoadedModel) -> N
     first = check(report, STEP_1)
     listed = next(c for c in stored["checks"] if c["graph"] == STEP_1)
     assert (listed["logits"], listed["top_1"]) == (first.logits, first.top_1)
-    assert stored["samples"]["skipped"].startswith("there is no judge of this model")
+    assert stored["samples"]["skipped"].startswith("there is no classifier of this model")
     header, _, *lines = report.table().splitlines()
     row = next(line for line in lines if line.startswith(f"int8/{STEP_1} "))
     assert row[header.index("logits") :].startswith(f"{first.logits:.1e}")
@@ -143,7 +143,7 @@ def test_table_json_and_manifest_carry_it(bundle: Path, model: LoadedModel) -> N
     row = next(line for line in lines if line.startswith("int8/loop shared "))
     assert row[header.index("bound") :].startswith(" ") and row.endswith("not bound")
     assert any(line.startswith("int8: rel error is |found - expected| / ") for line in lines)
-    assert any(line.startswith("samples: not judged: there is no judge") for line in lines)
+    assert any(line.startswith("samples: not judged: there is no classifier") for line in lines)
     assert lines[-1] == "the deployed graphs are the model"
 
 

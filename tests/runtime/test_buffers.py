@@ -17,14 +17,14 @@ from var_deploy.runtime.buffers import CacheArena, LoopBuffers, step_geometry, s
 from var_deploy.runtime.host_memory import HostMemory, host_view
 from var_deploy.runtime.protocol import ALIGNMENT, Array
 from var_deploy.sampling import Sampling
-from var_deploy.spec import Family, ModelSpec, TokenizerSpec, TransformerSpec
+from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
 SIDES = (1, 2, 3, 5)  # 3 does not divide 5: area cells overlap
 PREFIX = (0, 1, 5, 14, 39)
 DEPTH, HEADS, WIDTH = 2, 3, 12
 
 
-def spec_of(family: Family = "var") -> ModelSpec:
+def spec_of(family: str = "var") -> ModelSpec:
     return ModelSpec(
         tokenizer=TokenizerSpec(
             patch_nums=SIDES, vocab_size=16, code_width=4, base_width=32, width_multipliers=(1, 2)
@@ -217,7 +217,7 @@ def test_nbytes_counts_every_allocation() -> None:
 
 
 @pytest.mark.parametrize("family", ["var", "gpt2"])
-def test_step_geometry(family: Family) -> None:
+def test_step_geometry(family: str) -> None:
     spec, side = spec_of(family), SIDES[-1]
     for scale, patch in enumerate(SIDES):
         geometry = step_geometry(spec, scale)

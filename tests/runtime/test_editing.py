@@ -46,7 +46,7 @@ def modules() -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def drawn() -> tuple[Images, NDArray[np.int64]]:
     """Twenty pictures that pocket was not trained on, and what they show."""
-    from var_deploy.export.pocket.drawings import draw_set
+    from tools.pocket.drawings import draw_set
 
     labels = np.arange(COUNT) % CLASSES
     return draw_set(COUNT, 987, labels=labels)[0], labels
@@ -217,14 +217,14 @@ def test_tokens_outside_the_mask_are_forced(
 def test_a_class_edit_turns_most_objects_into_the_asked_class(
     pocket: Pipeline, drawn: tuple[Images, NDArray[np.int64]], rebuilt: Images
 ) -> None:
-    from var_deploy.export.pocket.judge import load_judge
+    from var_deploy.export.pocket.classifier import load_classifier
 
     images, labels = drawn
     asked = (labels + 1 + np.arange(COUNT) // CLASSES) % CLASSES
     found = np.concatenate(
         [pocket.edit(images[n], MOST, label=int(asked[n]), seed=n, cfg=4.0) for n in range(COUNT)]
     )
-    judge = load_judge()
+    judge = load_classifier()
     assert (judge.predict(rebuilt) == labels).mean() > 0.9
     shown = judge.predict(found)
     assert (shown == asked).mean() >= 0.65  # 0.85 of forty

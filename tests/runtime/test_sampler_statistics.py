@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.config import GraphForm
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
@@ -76,7 +77,7 @@ def session(length: int, codes: int) -> Any:
     from var_deploy.export.graphs.builder import GraphBuilder
     from var_deploy.export.graphs.sampler import sample
 
-    b = GraphBuilder("sampler", "fp32")
+    b = GraphBuilder("sampler", GraphForm(precision="fp32"))
     inputs = (
         b.input(names.LOGITS, np.float32, (1, length, codes)),
         b.input(names.UNIFORMS, np.float32, (1, length)),

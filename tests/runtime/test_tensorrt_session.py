@@ -174,7 +174,7 @@ def test_the_gpt2_form(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from var_deploy.export.bundle import ExportOptions, export_bundle
     from var_deploy.export.checkpoint import as_loaded_model
-    from var_deploy.export.models.gpt2 import build, build_tokenizer
+    from var_deploy.export.var import build, build_tokenizer
 
     torch.manual_seed(3)
     model = build(

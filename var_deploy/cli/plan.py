@@ -15,8 +15,9 @@ from var_deploy.cli.options import MOST_BATCH
 from var_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from var_deploy.config import Precision
     from var_deploy.manifest import Manifest
-    from var_deploy.planning.costs import Precision, Workload
+    from var_deploy.planning.costs import Workload
     from var_deploy.planning.devices import Device
     from var_deploy.planning.plan import Plan
     from var_deploy.spec import ModelSpec

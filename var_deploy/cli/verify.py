@@ -39,8 +39,8 @@ from var_deploy.errors import UsageError, VerificationError
     default=500,
     show_default=True,
     metavar="N",
-    help="With int8 and a model that has a judge (pocket): images a set that its classes are "
-    "judged by; 0 draws none.",
+    help="With int8 and a model that has a classifier (pocket): images per set for the class "
+    "accuracy; 0 skips it.",
 )
 @click.option("--quiet", is_flag=True, help="No progress and no table: the exit code tells.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")

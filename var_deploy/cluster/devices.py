@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import ray
 
+from var_deploy.config import Precision
 from var_deploy.errors import UsageError
 from var_deploy.machine import check_threads
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import BACKENDS
-from var_deploy.planning.costs import Precision
 from var_deploy.planning.memory import Layout, Library, footprint
 from var_deploy.planning.plan import workload_of
 from var_deploy.planning.precisions import CPU, ON_GPU, cpu_precision, gpu_precision

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from var_deploy import names
+from var_deploy.config import Precision
+from var_deploy.families import family_of
 from var_deploy.spec import ModelSpec, TokenizerSpec
-
-Precision = Literal["fp32", "fp16", "int8"]
 
 FULL = 4  # bytes of an fp32 or int32 number
 # Top-k and top-p halve an interval 32 times each, with a comparison, a choice and a sum a code and
@@ -165,7 +165,7 @@ def _condition_weights(w: Workload) -> Weights:
 
 def _block_weights(w: Workload) -> Weights:
     t = w.model.transformer
-    norms = 4 * t.width if t.family == "gpt2" else 0
+    norms = 2 * family_of(t).norm_weights(t)
     c, ffn = t.width, t.ffn_width
     sizes = ((c, 3 * c), (c, c), (c, ffn), (ffn, c))
     matrices = (_linear(before, after, w.precision) for before, after in sizes)
@@ -177,15 +177,15 @@ def _scale_weights(
 ) -> Weights:
     """`first`, `later`: whether the graph serves scale 0, and whether it serves others."""
     model, t, vocab = w.model, w.model.transformer, w.model.tokenizer.vocab_size
-    gpt2 = t.family == "gpt2"
-    full = t.width * vocab + vocab + (2 * t.width if gpt2 else 0)  # the head
-    if later and not gpt2:
-        full += (model.tokenizer.code_width + 1) * t.width
-    if first and gpt2:
-        full += t.width
+    family = family_of(t)
+    full = t.width * vocab + vocab + family.norm_weights(t)  # the head
+    if later:
+        full += family.embed_weights(model)
+    if first:
+        full += family.first_weights(model)
     tables = (model.total_tokens + model.scales) * t.width if later else 0
-    if gpt2 and feeds:
-        tables += (model.scales - 1) * vocab * t.width
+    if feeds:
+        tables += family.next_tables(model)
     own = _block_weights(w) * t.depth + Weights(full=full + tables, tables=tables)
     return own + _codebook(model) + _phi(model, phis)
 
@@ -364,12 +364,12 @@ def _scale_work(w: Workload, scale: int, itemsize: int) -> Work:
     full += 2 * w.batch * tok.code_width * (side * patch * patch + side * side * patch)
     if tok.phi_count:
         full += 2 * w.batch * 9 * tok.code_width**2 * side**2
-    if scale and t.family == "var":
-        full += 2 * w.batch * length * tok.code_width * t.width
+    if scale:
+        full += family_of(t).embed_operations(model, w.batch * length)
     rows = past if scale + 1 == model.scales else past + length  # cache read and written
     cache = 2 * t.depth * rows * w.rows * t.width * w.cache_itemsize
     f_hats = 2 * w.batch * tok.code_width * side**2 * FULL
-    modulation = (6 * t.depth + 2) * w.rows * t.width * FULL if t.family == "var" else 0
+    modulation = family_of(t).modulation_rows(t) * w.rows * t.width * FULL
     if w.precision == "int8":
         full, attended = full + attended, 0
     return Work(

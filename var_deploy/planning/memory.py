@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from var_deploy import names
+from var_deploy.config import Precision
+from var_deploy.families import family_of
 from var_deploy.planning.costs import (
     FULL,
-    Precision,
     Workload,
     bundle_weights,
     decoder_layers,
@@ -212,7 +213,7 @@ def buffer_bytes(workload: Workload) -> int:
     for scale, length in enumerate(model.scale_lengths):
         here = model.patch_nums[scale]
         following = model.patch_nums[scale + 1] if scale + 1 < model.scales else 1
-        source = here if t.family == "gpt2" else side
+        source = family_of(t).next_source_side(model, scale)
         # tokens; the input; scale and its two matrices
         sizes += [8 * batch * length, batch * length * model.input_width * FULL]
         sizes += [8, side * here * FULL, following * source * FULL]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from var_deploy import names
+from var_deploy.config import Precision
 from var_deploy.manifest import Manifest
-from var_deploy.planning.costs import FULL, Precision, Work, Workload, launches
+from var_deploy.planning.costs import FULL, Work, Workload, launches
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import (
     LAYOUTS,

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tools.pocket.codebook import MovingCodebook
+from tools.pocket.drawings import draw_set
+from tools.pocket.optimizers import Optimizers
+from tools.pocket.recipe import Recipe
 from var_deploy.export.models.tokenizer import Tokenizer
-from var_deploy.export.pocket.codebook import MovingCodebook
-from var_deploy.export.pocket.drawings import draw_set
-from var_deploy.export.pocket.optimizers import Optimizers
-from var_deploy.export.pocket.recipe import Recipe
 from var_deploy.spec import ModelSpec
 
 Log = Callable[[str], None]

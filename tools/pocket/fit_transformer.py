@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.pocket.drawings import draw_set
+from tools.pocket.fit_tokenizer import Log, to_tensor
+from tools.pocket.optimizers import Optimizers
+from tools.pocket.recipe import Recipe
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
-from var_deploy.export.pocket.drawings import draw_set
-from var_deploy.export.pocket.fit_tokenizer import Log, to_tensor
-from var_deploy.export.pocket.optimizers import Optimizers
-from var_deploy.export.pocket.recipe import Recipe
 from var_deploy.spec import ModelSpec
 
 # far from the tokenizer's images and from every held-out set; drawn in sets, each with a seed

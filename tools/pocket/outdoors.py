@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from var_deploy.export.pocket.scenery import (
+from tools.pocket.scenery import (
     BLUE,
     GREEN,
     MAGENTA,
@@ -30,7 +30,7 @@ from var_deploy.export.pocket.scenery import (
     shadow,
     uniform,
 )
-from var_deploy.export.pocket.shapes import (
+from tools.pocket.shapes import (
     ROOT,
     Canvas,
     Frame,

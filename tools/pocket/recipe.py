@@ -1,25 +1,8 @@
-"""Sizes and training settings of pocket, the small model that ships with var-deploy."""
+"""Training settings of pocket, the small model that ships with var-deploy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
-
-POCKET = ModelSpec(
-    tokenizer=TokenizerSpec(
-        patch_nums=(1, 2, 3, 5, 8),
-        vocab_size=512,
-        code_width=16,
-        base_width=32,
-        width_multipliers=(1, 1, 2, 2),
-        res_blocks=1,
-        shared_phi=4,
-    ),
-    transformer=TransformerSpec(
-        depth=5, width=192, heads=6, classes=10, ffn_width=768, shared_adaln=True
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +17,7 @@ class Recipe:
         commitment: weight of the quantisation error in the tokenizer's loss.
         refine_images, code_steps: latents and steps that fit codebook and φ to the encoder.
         decoder_steps: steps that fit the decoder to the finished codes.
-        judge_images, judge_steps: drawings that the judge learns from, and its steps.
+        classifier_images, classifier_steps: drawings that the classifier learns from, its steps.
         label_dropout: share of samples trained as "no class", for guidance.
         held_out_seed: drawn images with this seed are never trained on.
     """
@@ -54,8 +37,8 @@ class Recipe:
     transformer_batch: int = 32
     transformer_steps: int = 2_100
     transformer_rate: float = 3e-3
-    judge_images: int = 4_000
-    judge_steps: int = 600
+    classifier_images: int = 4_000
+    classifier_steps: int = 600
     weight_decay: float = 0.05
     label_dropout: float = 0.1
     held_out_seed: int = 999

@@ -18,12 +18,14 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from tools.pocket import evaluate, fit_classifier, fit_tokenizer, fit_transformer, train
+from tools.pocket.drawings import draw_set
+from tools.pocket.recipe import Recipe
 from var_deploy.export.checkpoint import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
-from var_deploy.export.pocket import fit_tokenizer, fit_transformer, judge, train
-from var_deploy.export.pocket.drawings import draw_set
-from var_deploy.export.pocket.recipe import POCKET, Recipe
+from var_deploy.export.pocket.classifier import CLASSIFIER_FILE, load_classifier
+from var_deploy.export.pocket.model import POCKET
 from var_deploy.spec import ModelSpec
 
 SPEC = ModelSpec(
@@ -48,8 +50,8 @@ RECIPE = Recipe(
     transformer_images=24,
     transformer_batch=8,
     transformer_steps=80,
-    judge_images=64,
-    judge_steps=2,
+    classifier_images=64,
+    classifier_steps=2,
     threads=1,
 )
 
@@ -104,7 +106,7 @@ def unchanged(before: nn.Module, after: nn.Module) -> list[str]:
 @torch.no_grad()
 def token_loss(tokenizer: Tokenizer, transformer: Transformer) -> float:
     """Cross-entropy over the pictures that the transformer learned from."""
-    images = judge.training_images(RECIPE.transformer_images)
+    images = evaluate.training_images(RECIPE.transformer_images)
     labels = torch.arange(len(images)) % 10
     tokens = tokenizer.encode(fit_tokenizer.to_tensor(images))
     logits = transformer(labels, tokenizer.teacher_input(tokens))
@@ -114,8 +116,8 @@ def token_loss(tokenizer: Tokenizer, transformer: Transformer) -> float:
 def test_every_weight_of_the_tokenizer_moves_and_pictures_get_clearer(trained: Run) -> None:
     assert not unchanged(trained.untrained_tokenizer, trained.tokenizer)
     images, _ = draw_set(RECIPE.tokenizer_images, RECIPE.seed)
-    before = judge.tokenizer_psnr(trained.untrained_tokenizer, images)
-    assert judge.tokenizer_psnr(trained.tokenizer, images) > before + 1
+    before = evaluate.tokenizer_psnr(trained.untrained_tokenizer, images)
+    assert evaluate.tokenizer_psnr(trained.tokenizer, images) > before + 1
 
 
 def test_the_codebook_is_used(trained: Run) -> None:
@@ -164,7 +166,7 @@ def test_refining_the_decoder_clears_the_picture_and_changes_no_token(trained: R
     moved = set(parameters(before)) - set(unchanged(before, after))
     assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
     images, _ = draw_set(RECIPE.tokenizer_images, RECIPE.seed)
-    assert judge.tokenizer_psnr(after, images) > judge.tokenizer_psnr(before, images)
+    assert evaluate.tokenizer_psnr(after, images) > evaluate.tokenizer_psnr(before, images)
 
 
 def test_progress_is_logged(trained: Run) -> None:
@@ -193,7 +195,7 @@ def test_what_is_saved_is_half_precision_and_loads_as_it_was(trained: Run, tmp_p
             assert torch.equal(found[name], p.half().float()), name
 
 
-def test_the_command_trains_every_stage_on_pictures_that_nothing_is_judged_with(
+def test_the_command_trains_every_stage_on_pictures_that_nothing_is_evaluated_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = {"tokenizer_steps": 1, "plain_steps": 0, "code_steps": 1, "decoder_steps": 1}
@@ -217,10 +219,10 @@ def test_the_command_trains_every_stage_on_pictures_that_nothing_is_judged_with(
         result = CliRunner().invoke(train.main, arguments)
         assert result.exit_code == 0, result.output
         told += result.output
-    assert "transformer     0/1" in told and "judge    0/2" in told
+    assert "transformer     0/1" in told and "classifier    0/2" in told
     files = {train.JOINT_FILE, train.CODES_FILE, train.TOKENIZER_FILE, train.TRANSFORMER_FILE}
-    assert {p.name for p in folder.iterdir()} == {*files, judge.JUDGE_FILE.name}
-    judge.load_judge(folder / judge.JUDGE_FILE.name)
+    assert {p.name for p in folder.iterdir()} == {*files, CLASSIFIER_FILE.name}
+    load_classifier(folder / CLASSIFIER_FILE.name)
     model = load_model(
         None,
         tokenizer=folder / train.TOKENIZER_FILE,
@@ -231,13 +233,14 @@ def test_the_command_trains_every_stage_on_pictures_that_nothing_is_judged_with(
     assert drawn == [(16, 0), (40, 0), (16, 0), (24, fit_transformer.TRAINING_SEED)]
     full = range(0, Recipe().transformer_images, fit_transformer.TRAINING_CHUNK)
     learned = {Recipe().seed, *(fit_transformer.TRAINING_SEED + start for start in full)}
-    assert not learned & {Recipe().held_out_seed, judge.JUDGE_SEED, judge.CHECK_SEED}
+    evaluated = {fit_classifier.CLASSIFIER_SEED, fit_classifier.CHECK_SEED}
+    assert not learned & {Recipe().held_out_seed, *evaluated}
 
 
 def test_training_pictures_are_those_that_were_encoded(
     trained: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`judge.training_images` looks for copies in the right place, beyond the first thousand."""
+    """`evaluate.training_images` looks for copies in the right place, beyond the first thousand."""
     drawn: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
 
     def recorded(count: int, seed: int) -> object:
@@ -247,13 +250,13 @@ def test_training_pictures_are_those_that_were_encoded(
 
     monkeypatch.setattr(fit_transformer, "draw_set", recorded)
     fit_transformer.encode_set(trained.tokenizer, 2002, fit_transformer.TRAINING_SEED)
-    picked = judge.training_images(2002)[[0, 1, 1000, 1001, 2000, 2001]]
+    picked = evaluate.training_images(2002)[[0, 1, 1000, 1001, 2000, 2001]]
     np.testing.assert_array_equal(np.concatenate(drawn), picked)
 
 
 def test_help_says_what_the_command_does() -> None:
-    command = [sys.executable, "-m", "var_deploy.export.pocket.train", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Train pocket and its judge and write their three weight files" in result.stdout
+    command = [sys.executable, "-m", "tools.pocket.train", "--help"]
+    result = subprocess.run(command, cwd=train.ROOT, capture_output=True, text=True, check=True)
+    assert "Train pocket and its classifier and write their three weight files" in result.stdout
     for option in ("--out", "--stage", "--seed"):
         assert option in result.stdout

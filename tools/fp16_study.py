@@ -1,6 +1,6 @@
 """What fp16 does to a model, measured without a GPU.
 
-    python -m var_deploy.export.half_study BUNDLE --json study.json
+    python -m tools.fp16_study BUNDLE --json study.json
 
 The bundle holds fp32 and fp16 graphs. Both run through the interpreter, so that nothing but the
 rounding differs: the fp32 graphs first, then the fp16 graphs with the fp32 tokens in place of their

@@ -15,19 +15,28 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from tools.pocket import evaluate as evaluation
+from tools.pocket.drawings import draw_set
+from tools.pocket.evaluate import Evaluation
+from tools.pocket.fit_classifier import CHECK_SEED, train_classifier
 from var_deploy.errors import CheckpointError
 from var_deploy.export.models.tokenizer import Tokenizer
-from var_deploy.export.pocket import judge as judging
-from var_deploy.export.pocket.drawings import CLASS_NAMES, draw_set
-from var_deploy.export.pocket.judge import Images, Judge, Labels, Report
-from var_deploy.export.pocket.recipe import POCKET
+from var_deploy.export.pocket.classifier import (
+    CLASSIFIER_FILE,
+    Classifier,
+    Images,
+    Labels,
+    accuracy,
+    load_classifier,
+)
+from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
 from var_deploy.export.presets import POCKET_FOLDER, PRESETS
 from var_deploy.manifest import read_manifest
 
 WEIGHTS = [
     POCKET_FOLDER / PRESETS["pocket"].tokenizer_file,
     POCKET_FOLDER / PRESETS["pocket"].transformer_file,
-    judging.JUDGE_FILE,
+    CLASSIFIER_FILE,
 ]
 MAX_BYTES = 8_000_000
 SAMPLES = 200  # docs/BENCHMARKS.md has the report on 500
@@ -44,24 +53,24 @@ Set = tuple[Images, Labels]
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return judging.load_judge()
+def classifier() -> Classifier:
+    return load_classifier()
 
 
 @pytest.fixture(scope="module")
 def held_out() -> Set:
-    return draw_set(1000, judging.CHECK_SEED)
+    return draw_set(1000, CHECK_SEED)
 
 
 @pytest.fixture(scope="module")
 def samples(pocket_bundle: Path) -> Images:
-    return judging.generate_samples(pocket_bundle, SAMPLES)
+    return evaluation.generate_samples(pocket_bundle, SAMPLES)
 
 
 @pytest.fixture(scope="module")
-def report(judge: Judge, samples: Images) -> Report:
-    return judging.measure(
-        judge, judging.shipped_tokenizer(), samples, references=REFERENCES
+def report(classifier: Classifier, samples: Images) -> Evaluation:
+    return evaluation.evaluate(
+        classifier, evaluation.shipped_tokenizer(), samples, references=REFERENCES
     )
 
 
@@ -87,43 +96,43 @@ def test_the_weights_are_small_and_half_precision() -> None:
         assert {kind for key, kind in kinds.items() if key != "lvl_1L"} == {"F16"}, path.name
 
 
-def test_samples_show_the_intended_thing(report: Report) -> None:
+def test_samples_show_the_intended_thing(report: Evaluation) -> None:
     assert len(report.nearest) == SAMPLES
     assert report.accuracy >= MIN_ACCURACY, report.table()
 
 
-def test_no_class_falls_behind(report: Report) -> None:
+def test_no_class_falls_behind(report: Evaluation) -> None:
     assert [c.name for c in report.classes] == list(CLASS_NAMES)
     assert min(c.accuracy for c in report.classes) >= MIN_CLASS_ACCURACY, report.table()
 
 
-def test_every_class_varies(report: Report) -> None:
+def test_every_class_varies(report: Evaluation) -> None:
     for c in report.classes:
         assert c.diversity >= MIN_DIVERSITY * c.drawn_diversity, report.table()
 
 
-def test_no_class_repeats_a_few_pictures(report: Report) -> None:
+def test_no_class_repeats_a_few_pictures(report: Evaluation) -> None:
     for c in report.classes:
         assert c.spacing >= MIN_DIVERSITY * c.drawn_spacing, report.table()
 
 
-def test_no_training_picture_was_memorised(report: Report) -> None:
+def test_no_training_picture_was_memorised(report: Evaluation) -> None:
     nearest, fresh = report.nearest, report.fresh_nearest
     assert nearest.min() >= MIN_NEAREST * fresh.min(), report.table()
     low, fresh_low = np.percentile(nearest, 1), np.percentile(fresh, 1)
     assert low >= MIN_NEAREST_PERCENTILE * fresh_low, report.table()
 
 
-def test_a_copied_picture_would_be_found(report: Report) -> None:
+def test_a_copied_picture_would_be_found(report: Evaluation) -> None:
     """A picture that the transformer was shown, with one grey level of noise, fails the check."""
-    shown = judging.reconstruct(judging.shipped_tokenizer(), judging.training_images(20))
+    shown = evaluation.reconstruct(evaluation.shipped_tokenizer(), evaluation.training_images(20))
     noise = np.random.default_rng(0).integers(-1, 2, shown.shape)
     copies = np.clip(shown + noise, 0, 255).astype(np.uint8)
-    distances = judging.nearest_distance(copies, shown)
+    distances = evaluation.nearest_distance(copies, shown)
     assert distances.max() < MIN_NEAREST * report.fresh_nearest.min() / 2
 
 
-def test_the_tokenizer_is_faithful(report: Report) -> None:
+def test_the_tokenizer_is_faithful(report: Evaluation) -> None:
     assert report.psnr >= MIN_PSNR
 
 
@@ -133,7 +142,7 @@ def test_the_bundle_is_pocket_at_its_defaults(pocket_bundle: Path) -> None:
     assert manifest.defaults == PRESETS["pocket"].defaults
 
 
-def test_the_report_prints_every_class_and_figure(report: Report) -> None:
+def test_the_report_prints_every_class_and_figure(report: Evaluation) -> None:
     lines = report.table().splitlines()
     for c in report.classes:
         line = next(line for line in lines if line.startswith(c.name))
@@ -142,53 +151,53 @@ def test_the_report_prints_every_class_and_figure(report: Report) -> None:
     assert any(f"{report.fresh_nearest.min():.1f}" in line for line in lines)
 
 
-# what they are judged with
+# what they are classifierd with
 
 
-def test_the_judge_knows_held_out_drawings(judge: Judge, held_out: Set) -> None:
+def test_the_classifier_knows_held_out_drawings(classifier: Classifier, held_out: Set) -> None:
     images, labels = held_out
-    assert judging.accuracy(judge, images, labels) >= 0.99
-    assert judging.accuracy(judge, images, (labels + 1) % 10) <= 0.01
+    assert accuracy(classifier, images, labels) >= 0.99
+    assert accuracy(classifier, images, (labels + 1) % 10) <= 0.01
 
 
-def test_a_file_that_is_no_judge_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_classifier_is_told(tmp_path: Path) -> None:
     (tmp_path / "damaged").write_bytes(b"no weights at all")
     for path in (tmp_path / "missing", tmp_path / "damaged", WEIGHTS[0]):
-        with pytest.raises(CheckpointError, match="is not pocket's judge") as caught:
-            judging.load_judge(path)
+        with pytest.raises(CheckpointError, match="is not pocket's classifier") as caught:
+            load_classifier(path)
         assert "make train" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_judge_looks_at_shapes(judge: Judge, held_out: Set) -> None:
+def test_the_classifier_looks_at_shapes(classifier: Classifier, held_out: Set) -> None:
     """Neither blur nor the loss of all colour keeps it from knowing what is shown."""
     images, labels = held_out[0][:500], held_out[1][:500]
     blurred = images.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4)).astype(np.uint8)
     blurred = blurred.repeat(4, axis=1).repeat(4, axis=2)
-    assert judging.accuracy(judge, blurred, labels) >= 0.97
+    assert accuracy(classifier, blurred, labels) >= 0.97
     grey = images.mean(axis=3, keepdims=True).astype(np.uint8).repeat(3, axis=3)
-    assert judging.accuracy(judge, grey, labels) >= 0.97
+    assert accuracy(classifier, grey, labels) >= 0.97
 
 
-def test_features_are_what_predictions_rest_on(judge: Judge, held_out: Set) -> None:
+def test_features_are_what_predictions_rest_on(classifier: Classifier, held_out: Set) -> None:
     images = held_out[0][:300]
-    features = judge.features(images)
-    assert features.shape == (300, judge.head.in_features)
+    features = classifier.features(images)
+    assert features.shape == (300, classifier.head.in_features)
     assert features.dtype == np.float32
     with torch.no_grad():
-        named = judge.head(torch.from_numpy(features)).argmax(dim=1).numpy()
-    np.testing.assert_array_equal(named, judge.predict(images))
-    alone = judge.features(images[7:8])
+        named = classifier.head(torch.from_numpy(features)).argmax(dim=1).numpy()
+    np.testing.assert_array_equal(named, classifier.predict(images))
+    alone = classifier.features(images[7:8])
     np.testing.assert_allclose(alone[0], features[7], atol=1e-4)
 
 
-def test_a_seed_trains_the_same_judge_and_leaves_the_random_state_alone() -> None:
+def test_a_seed_trains_the_same_classifier_and_leaves_the_random_state_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = judging.train_judge(count=64, steps=3)
+    first = train_classifier(count=64, steps=3)
     assert torch.equal(torch.rand(3), expected)
-    again = judging.train_judge(count=64, steps=3)
-    other = judging.train_judge(count=64, steps=3, seed=8)
+    again = train_classifier(count=64, steps=3)
+    other = train_classifier(count=64, steps=3, seed=8)
     assert torch.equal(first.head.weight, again.head.weight)
     assert not torch.equal(first.head.weight, other.head.weight)
 
@@ -201,22 +210,22 @@ def test_nearest_distance_is_the_least_of_all(held_out: Set) -> None:
     samples, references = held_out[0][:6], held_out[0][100:125]
     expected = [min(rms(s, r) for r in references) for s in samples]
     for chunk in (4, 500):
-        found = judging.nearest_distance(samples, references, chunk=chunk)
+        found = evaluation.nearest_distance(samples, references, chunk=chunk)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     with_copies = np.concatenate([references, samples])
-    assert judging.nearest_distance(samples, with_copies, chunk=10).max() == 0
+    assert evaluation.nearest_distance(samples, with_copies, chunk=10).max() == 0
 
 
 def test_diversity_and_spacing_see_repeated_pictures(held_out: Set) -> None:
     images = held_out[0][:4]
     pairs = [rms(images[i], images[j]) for i in range(4) for j in range(i)]
-    assert judging.diversity(images) == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert evaluation.diversity(images) == pytest.approx(np.mean(pairs), rel=1e-5)
     nearest = [min(rms(images[i], images[j]) for j in range(4) if j != i) for i in range(4)]
-    assert judging.spacing(images) == pytest.approx(np.mean(nearest), rel=1e-5)
-    assert judging.diversity(images[[0, 0, 0]]) == 0
+    assert evaluation.spacing(images) == pytest.approx(np.mean(nearest), rel=1e-5)
+    assert evaluation.diversity(images[[0, 0, 0]]) == 0
     twice = images[[0, 1, 2, 3, 0, 1, 2, 3]]
-    assert judging.diversity(twice) > 0.8 * judging.diversity(images)
-    assert judging.spacing(twice) == 0
+    assert evaluation.diversity(twice) > 0.8 * evaluation.diversity(images)
+    assert evaluation.spacing(twice) == 0
 
 
 def test_psnr_of_a_known_error(held_out: Set) -> None:
@@ -224,8 +233,8 @@ def test_psnr_of_a_known_error(held_out: Set) -> None:
     others = images.copy()
     others[0] += 10  # 28.13 dB
     others[1] += 1  # 48.13 dB
-    assert judging.psnr(images, others) == pytest.approx(38.1308, abs=1e-3)
-    assert np.isfinite(judging.psnr(images, images))
+    assert evaluation.psnr(images, others) == pytest.approx(38.1308, abs=1e-3)
+    assert np.isfinite(evaluation.psnr(images, images))
 
 
 def test_tokenizer_psnr_uses_every_scale_on_8_bit_pictures(
@@ -238,45 +247,47 @@ def test_tokenizer_psnr_uses_every_scale_on_8_bit_pictures(
         y = blind_tokenizer.decode(f_hat).permute(0, 2, 3, 1).numpy()
     error = [np.square(np.round((y[i] + 1) * 127.5) - images[i]).mean() for i in range(3)]
     expected = np.mean([10 * np.log10(255**2 / e) for e in error])
-    found = judging.tokenizer_psnr(blind_tokenizer, images)
+    found = evaluation.tokenizer_psnr(blind_tokenizer, images)
     assert found == pytest.approx(expected, abs=0.01)
 
 
-def test_measure_tells_copies_and_wrong_classes(judge: Judge, blind_tokenizer: Tokenizer) -> None:
+def test_evaluate_tells_copies_and_wrong_classes(
+    classifier: Classifier, blind_tokenizer: Tokenizer
+) -> None:
     """The whole report, on samples of which half are training pictures, learned by heart."""
-    copies = judging.reconstruct(blind_tokenizer, judging.training_images(20))
+    copies = evaluation.reconstruct(blind_tokenizer, evaluation.training_images(20))
     drawn, _ = draw_set(40, 77)
     samples = np.concatenate([drawn[:20], copies])
-    report = judging.measure(judge, blind_tokenizer, samples, references=40)
+    report = evaluation.evaluate(classifier, blind_tokenizer, samples, references=40)
     assert report.nearest[20:].max() == 0
     assert report.nearest[:20].min() > 0
     assert report.fresh_nearest.min() > 0
     assert report.accuracy <= 0.75  # noise from the blind tokenizer names nothing
-    assert report.judge_accuracy >= 0.99
+    assert report.classifier_accuracy >= 0.99
 
 
 def test_the_command_refuses_what_is_no_bundle(tmp_path: Path) -> None:
-    result = CliRunner().invoke(judging.main, [str(tmp_path)])
+    result = CliRunner().invoke(evaluation.main, [str(tmp_path)])
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
     assert "is no bundle" in result.output
 
 
 def test_the_command_prints_the_report(
-    judge: Judge, blind_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, blind_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generate_samples(bundle: Path, count: int, seed: int) -> Images:
         return draw_set(count, seed)[0]
 
-    def measure(judge: Judge, tokenizer: Tokenizer, samples: Images) -> Report:
-        return measured(judge, tokenizer, samples, references=20)
+    def evaluate(classifier: Classifier, tokenizer: Tokenizer, samples: Images) -> Evaluation:
+        return measured(classifier, tokenizer, samples, references=20)
 
-    measured = judging.measure
-    monkeypatch.setattr(judging, "generate_samples", generate_samples)
-    monkeypatch.setattr(judging, "load_judge", lambda: judge)
-    monkeypatch.setattr(judging, "shipped_tokenizer", lambda: blind_tokenizer)
-    monkeypatch.setattr(judging, "measure", measure)
-    result = CliRunner().invoke(judging.main, ["bundle", "--samples", "30", "--seed", "6"])
+    measured = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "generate_samples", generate_samples)
+    monkeypatch.setattr(evaluation, "load_classifier", lambda: classifier)
+    monkeypatch.setattr(evaluation, "shipped_tokenizer", lambda: blind_tokenizer)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    result = CliRunner().invoke(evaluation.main, ["bundle", "--samples", "30", "--seed", "6"])
     assert result.exit_code == 0, result.output
     assert "generated 30 samples with seed 6" in result.output
     assert "100.0%   (30 samples" in result.output

@@ -2,13 +2,14 @@
 
 Stages hand on files: "joint" fits the whole tokenizer to drawn images, "codes" fits codebook and
 φ to the finished encoder, and then "decoder" and "transformer", which see the codes alone and not
-each other, run side by side on a core each. "judge" needs none of them: it fits the classifier that
-judges what a deployed pocket draws.
+each other, run side by side on a core each. "classifier" needs none of them: it fits the classifier
+that evaluates what a deployed pocket generates.
 """
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,19 +18,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tools.pocket.fit_classifier import train_classifier
+from tools.pocket.fit_tokenizer import refine_codes, refine_decoder, train_tokenizer
+from tools.pocket.fit_transformer import train_transformer
+from tools.pocket.recipe import Recipe
 from var_deploy.export.models.tokenizer import Tokenizer
-from var_deploy.export.pocket.fit_tokenizer import refine_codes, refine_decoder, train_tokenizer
-from var_deploy.export.pocket.fit_transformer import train_transformer
-from var_deploy.export.pocket.judge import JUDGE_FILE, train_judge
-from var_deploy.export.pocket.recipe import POCKET, Recipe
-from var_deploy.installation import module_command
+from var_deploy.export.pocket.classifier import CLASSIFIER_FILE
+from var_deploy.export.pocket.model import POCKET
 
+ROOT = Path(__file__).parents[2]  # where `python -m tools…` finds this program
 JOINT_FILE = "tokenizer-joint.safetensors"
 CODES_FILE = "tokenizer-codes.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 TRANSFORMER_FILE = "transformer.safetensors"
-STAGES = ("joint", "codes", "decoder", "transformer", "judge")
-ONE_CORE = ("decoder", "transformer", "judge")
+STAGES = ("joint", "codes", "decoder", "transformer", "classifier")
+ONE_CORE = ("decoder", "transformer", "classifier")
 
 
 def save_half(model: nn.Module, path: Path) -> None:
@@ -65,9 +68,9 @@ def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None])
     elif stage == "decoder":
         tokenizer = refine_decoder(load_tokenizer(out / CODES_FILE), recipe, log)
         save_half(tokenizer, out / TOKENIZER_FILE)
-    elif stage == "judge":
-        judge = train_judge(recipe.judge_images, steps=recipe.judge_steps, log=log)
-        save_half(judge, out / JUDGE_FILE.name)
+    elif stage == "classifier":
+        images, steps = recipe.classifier_images, recipe.classifier_steps
+        save_half(train_classifier(images, steps=steps, log=log), out / CLASSIFIER_FILE.name)
     else:
         tokenizer = load_tokenizer(out / CODES_FILE)
         save_half(train_transformer(recipe, POCKET, tokenizer, log), out / TRANSFORMER_FILE)
@@ -78,7 +81,7 @@ def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None])
 @click.option("--stage", type=click.Choice(["all", *STAGES]), default="all", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, stage: str, seed: int) -> None:
-    """Train pocket and its judge and write their three weight files into OUT."""
+    """Train pocket and its classifier and write their three weight files into OUT."""
     recipe = Recipe(seed=seed)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -91,8 +94,9 @@ def main(out: Path, stage: str, seed: int) -> None:
     run_stage("joint", out, recipe, log)
     run_stage("codes", out, recipe, log)
     # a process of its own: the number of threads belongs to a process
-    decoder = ("--stage", "decoder", "--out", out, "--seed", seed)
-    with subprocess.Popen(module_command("var_deploy.export.pocket.train", *decoder)) as beside:
+    command = [sys.executable, "-m", "tools.pocket.train", "--stage", "decoder"]
+    command += ["--out", str(out.resolve()), "--seed", str(seed)]
+    with subprocess.Popen(command, cwd=ROOT) as beside:
         try:
             run_stage("transformer", out, recipe, log)
         except BaseException:
@@ -100,7 +104,7 @@ def main(out: Path, stage: str, seed: int) -> None:
             raise
     if beside.returncode:
         raise click.ClickException("the decoder stage failed")
-    run_stage("judge", out, recipe, log)
+    run_stage("classifier", out, recipe, log)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from var_deploy.export.pocket.drawings import CLASS_NAMES, IMAGE_SIZE, draw, draw_set
+from tools.pocket.drawings import IMAGE_SIZE, draw, draw_set
+from var_deploy.export.pocket.model import CLASS_NAMES
 
 SEED = 31
 COUNT = 100

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.export.pocket.outdoors import (
+from tools.pocket.outdoors import (
     draw_boat,
     draw_flower,
     draw_house,
     draw_mushroom,
     draw_tree,
 )
-from var_deploy.export.pocket.scenery import (
+from tools.pocket.scenery import (
     AMBER,
     BLUE,
     GREEN,
@@ -40,7 +40,7 @@ from var_deploy.export.pocket.scenery import (
     shine,
     uniform,
 )
-from var_deploy.export.pocket.shapes import (
+from tools.pocket.shapes import (
     IMAGE_SIZE,
     ROOT,
     Canvas,
@@ -58,21 +58,9 @@ from var_deploy.export.pocket.shapes import (
     star,
     tone,
 )
+from var_deploy.export.pocket.model import CLASS_NAMES
 
-__all__ = ["CLASS_NAMES", "IMAGE_SIZE", "draw", "draw_set"]
-
-CLASS_NAMES: tuple[str, ...] = (
-    "star",
-    "heart",
-    "house",
-    "tree",
-    "fish",
-    "flower",
-    "sun",
-    "moon",
-    "mushroom",
-    "boat",
-)
+__all__ = ["IMAGE_SIZE", "draw", "draw_set"]
 
 
 def _star(rng: Rng) -> Canvas:

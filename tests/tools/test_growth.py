@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from var_deploy.export import growth
+from tools import growth
 from var_deploy.spec import ModelSpec
 
 

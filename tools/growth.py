@@ -1,6 +1,6 @@
 """How time and memory grow with depth, batch, threads and the side of the image.
 
-    python -m var_deploy.export.growth --json growth.json --plot docs/growth.png
+    python -m tools.growth --json growth.json --plot docs/growth.png
 
 Exports random weights of each size into a folder that is deleted again, benches them one after the
 other on the CPU, and writes what docs/BENCHMARKS.md shows. The whole series takes most of an hour
@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
+from var_deploy.config import Precision
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import random_model
-from var_deploy.export.graphs.builder import Precision
 from var_deploy.export.presets import PATCH_NUMS_512, PRESETS
 from var_deploy.files import whole_file
 from var_deploy.runtime.bench.figure import COLOURS, INK, STYLE

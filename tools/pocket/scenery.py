@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from var_deploy.export.pocket.shapes import (
+from tools.pocket.shapes import (
     ROOT,
     Canvas,
     Field,

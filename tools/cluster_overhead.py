@@ -1,6 +1,6 @@
 """What a cluster adds to drawing, on a cluster of this machine alone; prints tables.
 
-    python -m var_deploy.cluster.measure build/pocket
+    python -m tools.cluster_overhead build/pocket
 
 Workers of one thread draw sets into a temporary folder; medians of rounds whose order alternates.
 The last table projects them to GPUs: images/s = min(GPUs · S / (S · t + w), S / d), with S images a

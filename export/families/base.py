@@ -1,0 +1,113 @@
+"""The interface of a model family on the build machine's side."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from var_deploy.config import GraphForm
+from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
+from var_deploy.export.models.tokenizer import Tokenizer
+from var_deploy.export.models.transformer import NextScaleTransformer
+from var_deploy.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockContext:
+    """What every block of a graph shares.
+
+    Attributes:
+        rows: G.
+        modulation: value name of the modulation table, None in families without one.
+        past: whether the graph has a cache to read.
+        alone: a bool value that is true at scale 0 of `step`, where the cache row is a
+            placeholder; None in static graphs, which know.
+    """
+
+    spec: ModelSpec
+    rows: int
+    modulation: str | None
+    past: bool
+    alone: str | None = None
+
+
+class ExportFamily(ABC):
+    """Operators, reference modules and checkpoint keys in which one family differs from others.
+
+    Hidden states are [L, G, C]. The keys are those of the family's state dict.
+
+    Attributes:
+        name: the value of `TransformerSpec.family`.
+        positions_key, levels_key: position and level embeddings.
+        published_loop: whether `published_path` can drive the module as the published code does.
+    """
+
+    name: ClassVar[str]
+    positions_key: ClassVar[str]
+    levels_key: ClassVar[str]
+    published_loop: ClassVar[bool]
+
+    # graphs
+
+    @abstractmethod
+    def condition(self, spec: ModelSpec, form: GraphForm) -> GraphBuilder | None:
+        """The graph that runs once per image, before the scales; None where there is none."""
+
+    @abstractmethod
+    def modulation(self, b: GraphBuilder, spec: ModelSpec, form: GraphForm) -> str | None:
+        """Declare the modulation table as an input, where the family has one."""
+
+    @abstractmethod
+    def first_hidden(self, b: GraphBuilder, spec: ModelSpec, form: GraphForm) -> str:
+        """Hidden state of scale 0, [1, G, C]."""
+
+    @abstractmethod
+    def embed(self, b: GraphBuilder, spec: ModelSpec, inputs: str) -> str:
+        """Inputs of a later scale [B, L, input_width] → [L, B, C]."""
+
+    @abstractmethod
+    def norm(self, b: GraphBuilder, ctx: BlockContext, x: str, layer: int, which: int) -> str:
+        """LayerNorm number `which` (0: attention, 1: feed-forward) of a block."""
+
+    @abstractmethod
+    def head_norm(self, b: GraphBuilder, ctx: BlockContext, x: str) -> str:
+        """The LayerNorm before the head."""
+
+    @abstractmethod
+    def add_branch(
+        self, b: GraphBuilder, ctx: BlockContext, x: str, h: str, layer: int, which: int
+    ) -> str:
+        """x plus the branch `which` (0: attention, 1: feed-forward) of a block, in fp32."""
+
+    @abstractmethod
+    def qkv_key(self, layer: int) -> str:
+        """State-dict key of the joint projection [3C, C]."""
+
+    @abstractmethod
+    def qkv_bias(self, layer: int) -> Callable[[ReadKey], NDArray[Any]]:
+        """Makes its bias [3C]."""
+
+    @abstractmethod
+    def next_maps(self, b: GraphBuilder, spec: ModelSpec, row: str | int) -> str | None:
+        """Table [V, C] that embeds the tokens of a scale for the next one.
+
+        `row` is the scale's number, or the value that holds it. None where the next input is
+        resized from f_hat instead.
+        """
+
+    # reference
+
+    @abstractmethod
+    def transformer(self, spec: ModelSpec) -> NextScaleTransformer:
+        """The reference module, with the state-dict keys of the family's checkpoints."""
+
+    @abstractmethod
+    def next_input(
+        self, transformer: Any, tokenizer: Tokenizer, scale: int, tokens: Tensor, f_hat: Tensor
+    ) -> Tensor:
+        """Input of the scale after `scale`, [B, L_{k+1}, input_width]."""
