@@ -113,6 +113,7 @@ def test_it_runs_what_was_planned() -> None:
     found = pod(*board)
     (engines,), (container,) = found["initContainers"], found["containers"]
     asked = {"backend": "tensorrt", "precision": "fp32", "layout": "shared", "queue": "64"}
+    asked["allowed_host"] = "var-d16 *.svc *.svc.cluster.local"
     assert variables(container) == asked
     assert engines["args"] == ["build", "/bundle", "--layout", "shared", "--precision", "fp32"]
     for each, command in ((engines, "build"), (container, "serve")):

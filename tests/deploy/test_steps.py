@@ -227,7 +227,10 @@ def test_the_service_starts_is_asked_and_stops(running: Running) -> None:
             out, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out) == (0, "")
+    *waited, drawn = [line.split()[3:6] for line in err.splitlines()]  # the log, and nothing else
+    assert drawn == ["POST", "/v1/images", "200"]
+    assert waited and all(line == ["GET", "/health", "200"] for line in waited)
     assert tree(bundle) == before
     assert not running.healthy()
     if not may_confine():

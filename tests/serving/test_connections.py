@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -190,6 +192,48 @@ def test_nonsense_behind_a_request(service: Client, opens: Opens) -> None:
         connection.sendall(f"{head}\r\nno size\r\n".encode())
         status, _, body = answer(connection)
         assert (status, bool(body)) == (400, has_body)
+
+
+def test_one_connection_does_not_stop_the_look_at_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from var_deploy.serving import connections
+
+    monkeypatch.setattr(connections, "SWEEP", 0)
+    ended: list[str] = []
+
+    class Fake(connections.Connection):
+        def __init__(self, name: str) -> None:
+            self.name, self.transport = name, self
+
+        def check(self, now: float) -> None:
+            if self.name == "bad":
+                raise OSError("the endpoint is not connected")
+            ended.append("checked")
+
+        def abort(self) -> None:
+            ended.append("aborted")
+
+    async def look() -> None:
+        looking = asyncio.ensure_future(connections.sweep([Fake("bad"), Fake("good")]))
+        while len(ended) < 4:
+            await asyncio.sleep(0)
+        looking.cancel()
+
+    asyncio.run(look())
+    assert ended[:4] == ["aborted", "checked"] * 2
+
+
+def test_who_goes_while_a_refusal_is_written(start: Any, opens: Opens) -> None:
+    """Resets at the moment of the refusal; whoever comes later is looked at nevertheless."""
+    client: Client = start(head_seconds=SHORT)
+    for number in range(12):
+        connection = opens(client)
+        connection.sendall(b"GET")
+        time.sleep(SHORT + 0.05 * number)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    last = opens(client)
+    last.sendall(b"GET")
+    assert answer(last)[0] == 408
 
 
 def test_an_upgrade_is_not_one(service: Client) -> None:

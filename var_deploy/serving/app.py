@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -20,16 +19,13 @@ from starlette.exceptions import HTTPException
 from var_deploy import __version__
 from var_deploy.errors import (
     BackendError,
-    BundleError,
-    CancelledError,
     UsageError,
     VarDeployError,
-    one_line,
 )
 from var_deploy.pipeline import Pipeline
 from var_deploy.serving import schemas
 from var_deploy.serving.answers import as_json, as_png, as_text, plain_settings, png
-from var_deploy.serving.ask import TooLargeError, ask_edit, ask_images, can_edit
+from var_deploy.serving.ask import ask_edit, ask_images, can_edit
 from var_deploy.serving.backend import (
     Backend,
     Drawn,
@@ -42,20 +38,17 @@ from var_deploy.serving.backend import (
 from var_deploy.serving.bodies import (
     Body,
     BodyMemory,
-    BodyTooLargeError,
-    BodyTooSlowError,
     parse_body,
 )
 from var_deploy.serving.docs import docs_page
 from var_deploy.serving.events import EventStream, GoneError, event, while_wanted
+from var_deploy.serving.failures import BROKEN, add_handlers, reason
 from var_deploy.serving.guard import GONE, IMAGES, Guard, body_limit
-from var_deploy.serving.log import log
 from var_deploy.serving.metrics import MEDIA_TYPE, Metrics
 from var_deploy.serving.queue import LocalQueue
 from var_deploy.serving.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
-LONGEST_ERROR = 500  # characters: a message may repeat what was sent
 FAILED: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schemas.ErrorAnswer, "description": "Not drawn, for a reason it gives."},
     "5XX": {"model": schemas.ErrorAnswer, "description": "Could not be drawn."},
@@ -78,10 +71,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     },
     **FAILED,
 }
-BROKEN = "internal error; the server's log says more"
-UNUSABLE = "the bundle cannot be used as it is; the server's log says more"
-# from a slash or a drive on, where a word begins; what stands behind the last slash is kept
-PATH = re.compile(r"""(?<![^\s'"(\[=:,])(?:[A-Za-z]:)?[\\/](?:[^\s'":,;]*[\\/])?""")
+
 
 
 def create_app(
@@ -145,14 +135,7 @@ def create_app(
     add("/", _index, **hidden)
     if PAGE.is_dir():
         app.mount("/page", StaticFiles(directory=PAGE))
-    handlers: tuple[tuple[type[Exception], Any], ...] = (
-        (VarDeployError, _refused),
-        (GoneError, _gone),
-        (HTTPException, _http_error),
-        (Exception, _broken),
-    )
-    for kind, handler in handlers:
-        app.add_exception_handler(kind, handler)
+    add_handlers(app)
     return app
 
 
@@ -286,7 +269,7 @@ class Service:
             except VarDeployError as error:
                 if isinstance(error, RefusedError):
                     self._count(error)
-                yield event("error", schemas.ErrorAnswer(error=_reason(error)).model_dump_json())
+                yield event("error", schemas.ErrorAnswer(error=reason(error)).model_dump_json())
             except Exception:
                 yield event("error", schemas.ErrorAnswer(error=BROKEN).model_dump_json())
                 raise  # for the log
@@ -312,8 +295,8 @@ class Service:
         raise BackendError("the queue ended without an image")
 
     def _count(self, error: RefusedError) -> None:
-        reason = type(error).__name__.removesuffix("Error").lower()
-        self._metrics.rejected.labels(reason=reason).inc()
+        why = type(error).__name__.removesuffix("Error").lower()
+        self._metrics.rejected.labels(reason=why).inc()
 
 
 def _previews(done: ScaleDone) -> schemas.ScaleDoneEvent:
@@ -372,56 +355,3 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         known[body.__name__] = body.model_json_schema(ref_template="#/components/schemas/{model}")
     openapi["components"]["schemas"] = dict(sorted(known.items()))
     return openapi
-
-
-# errors
-
-
-def _line(text: str) -> str:
-    """One short line of printable characters: it may repeat what was sent, and meet a terminal."""
-    text = " ".join(text.split())
-    text = text if len(text) <= LONGEST_ERROR else text[:LONGEST_ERROR] + "…"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _status(error: VarDeployError) -> int:
-    if isinstance(error, RefusedError):
-        return error.status
-    if isinstance(error, (TooLargeError, BodyTooLargeError)):
-        return 413
-    if isinstance(error, BodyTooSlowError):
-        return 408
-    if isinstance(error, UsageError):
-        return 400
-    return 503 if isinstance(error, CancelledError) else 500
-
-
-def _reason(error: VarDeployError) -> str:
-    """What a client is told. Where the service failed, its log has all of it, and paths stay
-    there."""
-    if _status(error) != 500:
-        return _line(str(error))
-    log.error("%s: %s", type(error).__name__, one_line(error))
-    return UNUSABLE if isinstance(error, BundleError) else _line(PATH.sub("", str(error)))
-
-
-async def _refused(request: Request, error: VarDeployError) -> Response:
-    headers = {}
-    if isinstance(error, RefusedError) and error.retry_after is not None:
-        headers = {"Retry-After": str(error.retry_after)}
-    if isinstance(error, BodyTooSlowError):
-        headers = {"Connection": "close"}
-    return JSONResponse({"error": _reason(error)}, _status(error), headers)
-
-
-async def _gone(request: Request, error: GoneError) -> Response:
-    return Response(status_code=GONE)  # which nobody reads
-
-
-async def _http_error(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": _line(str(error.detail))}, error.status_code, error.headers)
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    """Nobody thought of this one: it goes on to the server's log."""
-    return JSONResponse({"error": BROKEN}, 500)

@@ -23,7 +23,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from var_deploy.serving.log import Access, write_access
+from var_deploy.serving.log import Access, log, write_access
 from var_deploy.serving.settings import Settings
 
 SWEEP = 0.5  # seconds between two looks at all connections
@@ -200,8 +200,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.transport.write(self.conn.send(event) or b"")
         # closing for good now would discard the answer where the client still sends
         self.flow.resume_reading()
-        if self.transport.can_write_eof():
+        try:
             self.transport.write_eof()
+        except (OSError, NotImplementedError):  # the client has just gone, or the kind has none
+            self.transport.close()
 
 
 def protocol_for(settings: Settings) -> type[Connection]:
@@ -216,4 +218,8 @@ async def sweep(connections: Iterable[Any]) -> None:
         now = time.monotonic()
         for connection in list(connections):
             if isinstance(connection, Connection):
-                connection.check(now)
+                try:
+                    connection.check(now)
+                except Exception:  # of one connection, which is no reason to leave out the others
+                    log.exception("a connection could not be checked")
+                    connection.transport.abort()
