@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fake_tensorrt
 from cli_steps import assert_one_line, done, edit, export, refused, run
 from fake_tensorrt import builder as fake
+from var_deploy.manifest import read_manifest
 
 NAME = "tensorrt-10.3.0-sm87-fp16"
 
@@ -121,16 +122,17 @@ def test_failures_are_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(1, "build", bundle, parts=("weights.bin does not match its hash",))
 
 
-def test_int8_is_not_for_engines(bundle: Path) -> None:
+def test_int8_is_not_for_engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(
         *(2, "build", bundle, "--precision", "int8"),
         parts=("int8 is for onnxruntime-cpu, not for TensorRT",),
     )
 
-    def only(data: Any) -> None:
-        data["graphs"] = {"int8": data["graphs"]["fp16"]}
-
-    edit(bundle, only)
+    manifest = read_manifest(bundle)
+    alone = dataclasses.replace(manifest, graphs={"int8": manifest.graphs["fp16"]})
+    for module in ("build", "job"):
+        name = f"var_deploy.runtime.tensorrt.{module}.read_manifest"
+        monkeypatch.setattr(name, lambda bundle: alone)
     refused(1, "build", bundle, parts=("has int8 graphs alone", "--precision fp16"))
     assert not (bundle / "engines").exists()
 

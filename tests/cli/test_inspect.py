@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -99,7 +100,7 @@ def test_a_report_belongs_to_the_files_it_was_made_for(bundle: Path) -> None:
 
     # a weight is changed, and its hash with it
     assert told(digest=digest)[1]
-    data = b"other weights"
+    data = (bundle / "fp32" / "weights.bin").read_bytes()[::-1]
     (bundle / "fp32" / "weights.bin").write_bytes(data)
     info = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit(bundle, lambda data: data["files"].update({"fp32/weights.bin": info}))
@@ -114,10 +115,11 @@ def test_a_damaged_bundle_is_not_called_verified(bundle: Path) -> None:
     assert row(text, "parity") == "verified before the files were damaged"
 
 
-def test_more_smooth_is_told(made: Path, bundle: Path) -> None:
+def test_more_smooth_is_told(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "smooth" not in done("inspect", made).stdout
-    edit(bundle, lambda data: data.update(more_smooth=True, schema_version=2))
-    assert row(done("inspect", bundle).stdout, "codes") == "mixed, more smooth"
+    smooth = dataclasses.replace(read_manifest(made), more_smooth=True)
+    monkeypatch.setattr("var_deploy.cli.inspect.read_manifest", lambda bundle: smooth)
+    assert row(done("inspect", made).stdout, "codes") == "mixed, more smooth"
     assert role(names.NOISE)
 
 

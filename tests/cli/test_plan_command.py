@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from cli_steps import done, process, refused, tree
 from fake_machine import FakeMachine, jetson
+from var_deploy.manifest import read_manifest
 from var_deploy.planning import devices
 
 
@@ -123,32 +125,39 @@ def test_bad_usage(tmp_path: Path) -> None:
     refused(1, "plan", tmp_path / "file", parts=("is no bundle",))
 
 
-def test_of_a_bundle_it_is_what_generate_takes(made: Path, tmp_path: Path) -> None:
-    data = json.loads((made / "manifest.json").read_text())
-    graphs = data["graphs"].pop("fp32")
+def test_of_a_bundle_it_is_what_generate_takes(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(made)
+    graphs = manifest.graphs["fp32"]
+
+    def holding(*precisions: str) -> None:
+        held = dataclasses.replace(manifest, graphs=dict.fromkeys(precisions, graphs))
+        monkeypatch.setattr("var_deploy.manifest.read_manifest", lambda bundle: held)
+
     for held, cpu, gpu in (
         (("fp16",), "fp16", "fp16"),
         (("fp32", "fp16"), "fp32", "fp16"),
         (("fp32", "int8"), "int8", "fp32"),
     ):
-        data["graphs"] = dict.fromkeys(held, graphs)
-        (tmp_path / "manifest.json").write_text(json.dumps(data))
-        found = [plan(tmp_path, "--device", d)["precision"] for d in ("cpu", "thor")]
+        holding(*held)
+        found = [plan(made, "--device", d)["precision"] for d in ("cpu", "thor")]
         assert found == [cpu, gpu]
-    data["graphs"] = {"int8": graphs}
-    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    holding("int8")
     alone = "has int8 graphs alone, which are for onnxruntime-cpu"
-    refused(1, "plan", tmp_path, "--device", "thor", parts=(alone, "--precision fp16"))
+    refused(1, "plan", made, "--device", "thor", parts=(alone, "--precision fp16"))
 
 
-def test_a_model_without_classes(made: Path, tmp_path: Path) -> None:
+def test_a_model_without_classes(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No preset is one, so the manifest of a bundle says it is."""
-    data = json.loads((made / "manifest.json").read_text())
-    data["guidance"] = False
-    data["model"]["transformer"].update(family="gpt2", classes=0, qk_l2_norm=False)
-    (tmp_path / "manifest.json").write_text(json.dumps(data))
-    assert plan(tmp_path, "--device", "thor")["launches"][0]["work"]["name"] == "scale_00"
-    refused(2, "plan", tmp_path, "--device", "thor", "--guidance", parts=("unconditional",))
+    manifest = read_manifest(made)
+    form = {"family": "gpt2", "classes": 0, "qk_l2_norm": False}
+    transformer = dataclasses.replace(manifest.model.transformer, **form)
+    model = dataclasses.replace(manifest.model, transformer=transformer)
+    unconditional = dataclasses.replace(manifest, model=model, guidance=False)
+    monkeypatch.setattr("var_deploy.manifest.read_manifest", lambda bundle: unconditional)
+    assert plan(made, "--device", "thor")["launches"][0]["work"]["name"] == "scale_00"
+    refused(2, "plan", made, "--device", "thor", "--guidance", parts=("unconditional",))
 
 
 def test_no_torch_is_needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from cli_steps import ONE_THREAD, done, refused, run, tree
 from cli_steps import edit as edit_manifest
 from var_deploy.cli.options import RuntimeOptions
+from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.sets.folder import SetFolder
 from var_deploy.sets.formats import read_images
@@ -347,10 +349,16 @@ def test_interrupted(
 
 
 def test_a_recipe_that_the_bundle_cannot_follow(
-    bundle: Path, tmp_path: Path, no_weights: None
+    bundle: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("sample", bundle, "--recipe", "fid", "--out", tmp_path / "set")
-    edit_manifest(bundle, lambda data: data.update(guidance=False))
+    manifest = read_manifest(bundle)
+
+    def having(**changes: bool) -> None:
+        changed = dataclasses.replace(manifest, **changes)
+        monkeypatch.setattr("var_deploy.cli.sample.read_manifest", lambda bundle: changed)
+
+    having(guidance=False)
     refused(2, *arguments, parts=("exported with --no-guidance: cfg must be 0",))
-    edit_manifest(bundle, lambda data: data.update(guidance=True, more_smooth=True))
+    having(more_smooth=True)
     refused(2, *arguments, parts=("draws without more_smooth",))

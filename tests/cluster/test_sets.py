@@ -153,7 +153,8 @@ def test_interrupted(
 
     at((10, interrupt))
     result = run(*sample)
-    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    kept = f"{tmp_path / 'set'} keeps 5 of 20 shards; the same command goes on from there\n"
+    assert (result.exit_code, result.stderr) == (130, f"{kept}interrupted\n")
     listed = json.loads((tmp_path / "set" / "set.json").read_text())["shards"]
     assert len(listed) == 5
     assert {entry["file"] for entry in listed} == {p.name for p in (tmp_path / "set").glob("*.tar")}

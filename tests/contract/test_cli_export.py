@@ -12,6 +12,7 @@ import pytest
 
 from cli_steps import assert_one_line, run
 from var_deploy.errors import ExportError
+from var_deploy.export.hints import Hints
 from var_deploy.manifest import FileInfo
 
 
@@ -77,7 +78,7 @@ def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, A
         "checkpoint": None,
         "tokenizer": None,
         "random_weights": 0,
-        "heads": None,
+        "hints": Hints(),
     }
     assert write == {
         "model": "model",

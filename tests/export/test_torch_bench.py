@@ -71,7 +71,7 @@ def bundle(folder: Path, spec: ModelSpec, *, guidance: bool = True) -> Path:
         guidance=guidance,
         graphs={"fp32": {}},
         files={},
-        checkpoint={},
+        checkpoint={"tokenizer": {}, "transformer": {}},
         tools={},
         defaults=SAMPLING,
     ).save(folder)

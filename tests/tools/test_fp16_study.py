@@ -163,7 +163,7 @@ def test_the_command_refuses_in_a_line(
     export_bundle(model, tmp_path / "half", ExportOptions(precisions=("fp16",), layout="shared"))
     with pytest.raises(BundleError, match="--precision fp32"):
         study(tmp_path / "half")
-    for arguments in ([tmp_path / "half"], [bundle, "--json", tmp_path / "no" / "where.json"]):
+    for arguments in ([tmp_path / "half"], [bundle, "--json", bundle / "manifest.json" / "x.json"]):
         result = CliRunner().invoke(main, [str(a) for a in arguments])
         assert result.exit_code == 1
         assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1

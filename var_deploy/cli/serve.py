@@ -67,7 +67,7 @@ FORMATS = ("text", "json")
 )
 @click.option(
     "--max-connections",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1 << 16),
     show_default="512",
     help="That are open at a time; the next one gets 503.",
 )
