@@ -74,7 +74,7 @@ def test_what_is_not_base64(length: int, wrong: str) -> None:
         ("7", "expected an object, found a number"),
         ('{"labels": [[1]]}', "labels: expected values or one list, found a list"),
         ('{"labels": {"a": 1}}', "labels: expected values or one list, found an object"),
-        ('{"labels": [null]}', "labels: the list holds null"),
+        ('{"seed": [null]}', "seed: the list holds null"),
         ('{"labels": [' + "0," * 1024 + "0]}", "labels: 1025 values, where at most 1024"),
         ('{"label": "' + "x" * 20_000 + '"}', "label: a text of 20000 bytes"),
         ('{"labels": ["' + "x" * 20_000 + '"]}', "labels: a text of 20000 bytes"),

@@ -45,7 +45,7 @@ def png_of_size(width: int, height: int, rows: int = 0) -> str:
         ({"labels": []}, "labels is empty"),
         ({"labels": "star"}, "labels: "),
         ({"labels": [True]}, "labels: "),
-        ({"labels": [None]}, "labels: "),
+        ({"seed": [None]}, "seed: "),
         ({"labels": ["\ud800"]}, "no class is called"),
         ({"labels": ["x" * 9000]}, "no class is called 'xxx"),
         ({"labels": [0, 1, 2, 3, 4, 0, 1]}, "count must lie between 1 and 6, found 7"),
