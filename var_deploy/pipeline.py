@@ -74,6 +74,7 @@ class Pipeline:
         threads: int | None = None,
         cuda_graph: bool = True,
         check: Literal["hashes", "sizes"] = "hashes",
+        digest: str | None = None,
     ) -> Pipeline:
         """Check a bundle and load its graphs.
 
@@ -98,6 +99,7 @@ class Pipeline:
             cuda_graph: TensorRT only: record each launch once and replay it.
             check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
                 trusts files of the right size. Engines are always checked whole.
+            digest: `Manifest.digest()` that the bundle must have; None takes any.
 
         A bundle that is replaced meanwhile is loaded once more from the beginning. Afterwards the
         pipeline stays with the files that it has checked: a call that needs another graph of a
@@ -118,6 +120,11 @@ class Pipeline:
 
         def load() -> Pipeline:
             manifest = read_manifest(folder)
+            if digest not in (None, manifest.digest()):
+                raise BundleChangedError(
+                    f"the bundle at {folder} was replaced: its digest is "
+                    f"{manifest.digest()[:16]}, expected {str(digest)[:16]}; start again"
+                )
             choice = choose_backend(
                 folder, manifest, backend=backend, precision=precision, layout=layout, **options
             )

@@ -18,7 +18,7 @@ import pytest
 from cli_steps import ONE_THREAD, done, refused, run, tree
 from cli_steps import edit as edit_manifest
 from var_deploy.cli.options import RuntimeOptions
-from var_deploy.manifest import read_manifest
+from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.sets.folder import SetFolder
 from var_deploy.sets.formats import read_images
@@ -56,7 +56,7 @@ def some(made_set: Path, tmp_path: Path) -> Path:
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that would load a bundle fails."""
 
-    def load(self: RuntimeOptions, bundle: Path) -> Pipeline:
+    def load(self: RuntimeOptions, bundle: Path, manifest: Manifest) -> Pipeline:
         raise AssertionError("it loads weights")
 
     monkeypatch.setattr(RuntimeOptions, "load", load)
@@ -195,9 +195,9 @@ def test_a_set_decides_what_was_left_open(
     seen: list[RuntimeOptions] = []
     load = RuntimeOptions.load
 
-    def watched(self: RuntimeOptions, bundle: Path) -> Pipeline:
+    def watched(self: RuntimeOptions, bundle: Path, manifest: Manifest) -> Pipeline:
         seen.append(self)
-        return load(self, bundle)
+        return load(self, bundle, manifest)
 
     monkeypatch.setattr(RuntimeOptions, "load", watched)
     done("sample", made, *ARGUMENTS, "--out", some)

@@ -23,6 +23,7 @@ from var_deploy.cli import main
 from var_deploy.cli.console import Progress, human_bytes, table
 from var_deploy.errors import BundleError
 from var_deploy.images import read_settings
+from var_deploy.manifest import read_manifest
 
 
 class FakePipeline:
@@ -128,6 +129,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
         "precision": "auto",
         "layout": "auto",
         "threads": 1,
+        "digest": read_manifest(bundle).digest(),
     }
     assert generate == {
         "labels": [1, 0, 1, 0],

@@ -224,6 +224,16 @@ def test_a_bundle_replaced_after_its_check_is_loaded_again(
         np.testing.assert_array_equal(pipe.generate([1], seed=3), two[1].image)
 
 
+def test_a_bundle_in_the_place_of_another_is_refused(
+    bundle: Path, two: tuple[Generation, Generation]
+) -> None:
+    """Labels and the name in a PNG come from a manifest that was read before."""
+    load(bundle).close()
+    with pytest.raises(BundleChangedError, match=r"was replaced: its digest is \w{16}, expected"):
+        Pipeline.load(bundle, "onnxruntime-cpu", digest=two[1].digest)
+    Pipeline.load(bundle, "onnxruntime-cpu", digest=two[0].digest).close()
+
+
 def test_what_was_loaded_goes_on_and_nothing_new_joins_it(
     bundle: Path, two: tuple[Generation, Generation]
 ) -> None:

@@ -116,7 +116,7 @@ def edit(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle) as pipe:
+        with runtime.load(bundle, manifest) as pipe:
             images = pipe.edit(
                 pixels,
                 new,

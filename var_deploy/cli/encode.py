@@ -58,7 +58,7 @@ def encode(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle) as pipe:
+        with runtime.load(bundle, manifest) as pipe:
             progress.update("encoding", 0.5)
             tokens = pipe.encode(pixels)
             how = pipe.describe()

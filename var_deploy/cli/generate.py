@@ -145,7 +145,7 @@ def generate(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle) as pipe:
+        with runtime.load(bundle, manifest) as pipe:
             how = pipe.describe()
             images: Any
             if count > at_once:

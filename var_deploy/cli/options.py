@@ -59,12 +59,14 @@ class RuntimeOptions:
     threads: int | None
     cuda_graph: bool
 
-    def load(self, bundle: Path) -> Pipeline:
-        """The bundle's pipeline. Where ONNX Runtime is missing, one line says what to install."""
+    def load(self, bundle: Path, manifest: Manifest) -> Pipeline:
+        """The pipeline of the bundle whose manifest was read before, and of no other that has taken
+        its place. Where ONNX Runtime is missing, one line says what to install."""
         with needs_extra("cpu", click.get_current_context().info_name or "this"):
             from var_deploy.pipeline import Pipeline
 
-            return Pipeline.load(bundle, **dataclasses.asdict(self))
+            options = dataclasses.asdict(self)
+            return Pipeline.load(bundle, **options, digest=manifest.digest())
 
     def check_graphs(self, manifest: Manifest, *graphs: str) -> None:
         """Raise BundleError where the bundle lacks a graph: in the precision that was asked for,

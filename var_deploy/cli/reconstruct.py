@@ -77,7 +77,7 @@ def reconstruct(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle) as pipe:
+        with runtime.load(bundle, manifest) as pipe:
             if pixels is not None:
                 progress.update("encoding", 0.0)
                 tokens = pipe.encode(pixels)

@@ -203,7 +203,7 @@ def sample(
                 spec, how, made = spread.spec, spread.how, spread.shards
                 ray = spread.to_json()
             else:
-                with runtime.load(bundle) as pipe:
+                with runtime.load(bundle, manifest) as pipe:
                     how = pipe.describe()
                     spec = spec.decided_by(how)
                     folder.begin(spec)

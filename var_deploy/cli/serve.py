@@ -183,7 +183,7 @@ def serve(
     with listen(host, port) as listening:
         with Progress(quiet=quiet) as progress:
             progress.update("loading", 0.0)
-            pipe = runtime.load(bundle)
+            pipe = runtime.load(bundle, manifest)
         with pipe:
             if not quiet:
                 say(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")

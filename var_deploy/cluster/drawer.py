@@ -65,7 +65,7 @@ class Drawer:
     """
 
     def __init__(self, offer: Offer, options: Mapping[str, Any]) -> None:
-        self._pipeline = Pipeline.load(offer.path(), **options)
+        self._pipeline = Pipeline.load(offer.path(), **options, digest=offer.digest)
         self._batches = BatchDrawer(self._pipeline)
         self._orders: list[Order] = []  # all that are here, in the order in which they came
         turn: Any = self._turn  # it has more to it than its types say

@@ -60,5 +60,6 @@ class Worker:
                 return self._pipe
             self._pipe.close()
             self._pipe = None
-        self._pipe = Pipeline.load(self._offered.path(), **{**self._options, **chosen})
+        options = {**self._options, **chosen, "digest": self._offered.digest}
+        self._pipe = Pipeline.load(self._offered.path(), **options)
         return self._pipe

@@ -152,4 +152,4 @@ def _load(args: Mapping[str, str]) -> Pipeline:
             f"{folder} has digest {digest[:13]}…, which is version {version_of(digest)}: another "
             "bundle lies there; write the repository again with var-deploy triton"
         )
-    return Pipeline.load(folder, **dataclasses.asdict(runtime))
+    return Pipeline.load(folder, **dataclasses.asdict(runtime), digest=digest)
