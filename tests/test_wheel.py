@@ -21,7 +21,7 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "var_deploy", "export", "ru
 PROBES = ("gemm_fp32", "gemm_int8", "conv_fp32", "conv_int8")
 PAGE = ROOT / "var_deploy" / "serving" / "page"
 PAGE_FILES = (".html", ".css", ".js", ".svg")
-WEIGHTS = ("judge.safetensors", "tokenizer.safetensors", "transformer.safetensors")
+WEIGHTS = ("classifier.safetensors", "tokenizer.safetensors", "transformer.safetensors")
 
 
 def call(*command: object, folder: Path) -> str:

@@ -23,8 +23,8 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def built(spec: ModelSpec, precision: str) -> Iterator[tuple[Interfaces, Any]]:
     """Every graph of every form that this model has in a precision."""
+    from var_deploy.config import Precision
     from var_deploy.export.bundle import ExportOptions, build_graphs
-    from var_deploy.export.graphs.builder import Precision
     from var_deploy.export.graphs.int8 import ConvRanges, Range
 
     assert precision in get_args(Precision)

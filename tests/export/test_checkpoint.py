@@ -222,7 +222,7 @@ def test_pocket_without_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_pocket_files_are_those_that_training_writes() -> None:
-    from var_deploy.export.pocket import train
+    from tools.pocket import train
 
     pocket = PRESETS["pocket"]
     assert pocket.tokenizer_file == train.TOKENIZER_FILE

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from var_deploy.config import GraphForm
 from var_deploy.errors import ExportError
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import LoadedModel, WeightSource
@@ -137,7 +138,7 @@ def test_a_pruned_channel_keeps_its_bias_in_int8(pruned: float) -> None:
         "conv.bias": np.array([0.1, -40.0, 3.0, 0.0], np.float32),
     }
     held["conv.weight"][1:3] *= pruned
-    b = GraphBuilder("graph", "int8")
+    b = GraphBuilder("graph", GraphForm(precision="int8"))
     kernel = Kernel(name="conv.weight", shape=(4, 6, 3, 3), make=lambda read: read("conv.weight"))
     ranges = ConvRanges(input=Range(low=-1, high=4), output=Range(low=-50, high=50))
     static_conv(b, "x", "conv", kernel, ranges, [1, 1, 1, 1])
