@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from var_deploy import names
+from var_deploy.bundle_files import BundleFiles
 from var_deploy.errors import BundleError
 from var_deploy.finite import is_finite
-from var_deploy.manifest import Manifest
 from var_deploy.runtime.protobuf import fields
 
 CHUNK = 1 << 20  # bytes at a time: they stay in a processor's cache
@@ -39,28 +38,26 @@ class StoredWeight:
     length: int
 
 
-def check_weights(bundle: Path, manifest: Manifest, precision: str) -> None:
+def check_weights(files: BundleFiles) -> None:
     """Look for weights of a precision that are NaN or infinite, in all of its graphs.
 
-    Raises BundleError that names the first one, or a file that cannot be read.
+    Reads what `files.check` has checked, and nothing by path. Raises BundleError that names the
+    first such weight, or a file that cannot be read.
     """
     weights: dict[tuple[int, int], StoredWeight] = {}
-    path = bundle / precision / names.WEIGHTS
-    for graph in manifest.graphs.get(precision, {}).values():
-        file = bundle / graph.file
+    file, graphs = files.checked()
+    path = file.path
+    for graph in graphs:
         try:
-            weights |= {(w.offset, w.length): w for w in stored_weights(file.read_bytes())}
-        except OSError as error:
-            raise BundleError(f"{file} cannot be read: {error.strerror or error}") from None
+            weights |= {(w.offset, w.length): w for w in stored_weights(graph)}
         except ValueError as error:
-            raise BundleError(f"{file} is damaged ({error}); export the bundle again") from None
+            raise BundleError(
+                f"a graph beside {path} is damaged ({error}); export the bundle again"
+            ) from None
     if not weights:
         return
     try:
-        with (
-            path.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held,
-        ):
+        with mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ) as held:
             for place in sorted(weights):
                 _check(path, held, weights[place])
     except OSError as error:

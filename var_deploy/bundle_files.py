@@ -62,7 +62,7 @@ class BundleFiles:
     """Opens what is needed of a bundle and holds on to it until it is closed.
 
     Args:
-        hashes: read every file once and compare its hash; without, sizes are compared, and that
+        hashes: read every file once and compare its hash; without, sizes are compared. Either way
             all files lie in the folder that holds this very manifest.
     """
 
@@ -81,7 +81,9 @@ class BundleFiles:
         """Open every file of the precision. Raises BundleError naming the first that fails."""
         if self._precision not in self._manifest.graphs:
             self._manifest.graph(self._precision, names.DECODER)  # says what there is
-        folder = None if self._hashes else _open_folder(self._bundle)
+        # by path, a file could be that of a bundle which took the place only for a moment: a hash
+        # that differs would then be told as damage
+        folder = _open_folder(self._bundle)
         try:
             if folder is not None and self._digest_in(folder) != self._manifest.digest():
                 raise self._changed()
@@ -100,6 +102,11 @@ class BundleFiles:
     def graph(self, name: str) -> GraphFile:
         """A graph to open; nothing is read yet. Raises BundleError where the bundle lacks it."""
         return GraphFile(self._bundle / self._manifest.graph(self._precision, name).file, self)
+
+    def checked(self) -> tuple[HeldFile, Collection[bytes]]:
+        """The weights and the bytes of every graph, between `check` and `loaded`."""
+        with self._lock:
+            return self._hold_weights(), tuple(self._graphs.values())
 
     def loaded(self, later: Collection[str]) -> None:
         """Everything but the graphs `later` has been opened; what is kept is for these."""

@@ -157,7 +157,7 @@ class Pipeline:
                 if choice.reads_graphs:
                     files.check()
                     if hashes:
-                        check_weights(bundle, manifest, precision)
+                        check_weights(files)
             except BaseException:
                 backend.close()
                 raise

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from var_deploy import names
+from var_deploy.bundle_files import BundleFiles
 from var_deploy.errors import BackendError, BundleError, UsageError
-from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.precisions import check_gpu_precision, gpu_precision
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
@@ -246,8 +247,12 @@ def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Pro
         done += count
         report("checking the bundle", done / max(total, 1))
 
-    check_files(bundle, manifest, prefix=prefix, progress=advance)
-    check_weights(bundle, manifest, precision)
+    files = BundleFiles(bundle, manifest, precision)
+    try:
+        files.check(advance)
+        check_weights(files)
+    finally:
+        files.close()
 
 
 def _version_notes(library: Library, layout: Layout) -> list[str]:

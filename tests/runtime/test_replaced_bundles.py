@@ -164,6 +164,38 @@ def test_bundles_that_change_places_are_never_mixed(
     assert len(seen) == 2 or refused, "nothing changed places"
 
 
+@pytest.mark.parametrize("check", ["hashes", "sizes"])
+def test_a_bundle_that_was_there_for_a_moment_is_not_told_as_damage(
+    two: tuple[Generation, Generation],
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    check: str,
+) -> None:
+    """Another bundle takes the place while files are checked, and the first one comes back: what
+    lies there afterwards is what the manifest says, so only the folder that was read can tell."""
+    away, other, moments = bundle.with_name("away"), bundle.with_name("visitor"), list[str]()
+    shutil.copytree(two[1].bundle, other)
+    original = BundleFiles.check
+
+    def visited(files: BundleFiles, *arguments: Any) -> None:
+        if moments:
+            return original(files, *arguments)
+        moments.append("once")
+        bundle.rename(away)
+        other.rename(bundle)
+        try:
+            original(files, *arguments)
+        finally:
+            bundle.rename(other)
+            away.rename(bundle)
+
+    monkeypatch.setattr(BundleFiles, "check", visited)
+    with load(bundle, check) as pipe:  # the second attempt meets nobody
+        assert pipe.manifest.digest() == two[0].digest
+        np.testing.assert_array_equal(pipe.generate([1], seed=3), two[0].image)
+    assert moments == ["once"]
+
+
 def test_files_that_change_places_are_never_mixed(
     two: tuple[Generation, Generation], swapping: Callable[[str], Path]
 ) -> None:
