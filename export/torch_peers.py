@@ -25,13 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from var_deploy.errors import VarDeployError, one_line
+from var_deploy.errors import BackendError, VarDeployError, one_line
 from var_deploy.export.checkpoint import load_into
 from var_deploy.export.families import export_family_of
 from var_deploy.export.models.sampler import filter_logits, guide
 from var_deploy.export.models.tokenizer import Phi, Tokenizer
-from var_deploy.export.models.transformer import Cache, Modulation, NextScaleTransformer
-from var_deploy.export.published_path import Mark
+from var_deploy.export.models.transformer import (
+    Cache,
+    Modulation,
+    NextScaleTransformer,
+    Transformer,
+)
+from var_deploy.export.published_path import Mark, generate_as_published
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.manifest import read_manifest
 from var_deploy.sampling import Sampling
@@ -46,6 +51,12 @@ MEASURED = 20
 RECOMPILE_LIMIT = 64  # a compiled function has one version a scale; PyTorch allows eight
 
 Compiler = str | Callable[..., Any]
+PUBLISHED = "published"  # in the place of a compiler: the authors' way of generating
+MODES: tuple[tuple[str, Compiler | None], ...] = (
+    ("published, autocast", PUBLISHED),
+    ("eager", None),
+    ("torch.compile", "inductor"),
+)
 Timer = Callable[[Callable[[], object], int, float], list[float]]
 
 
@@ -170,6 +181,35 @@ class Peer:
         return self._phis[scale](codes) if self._phis else codes
 
 
+class PublishedPeer:
+    """A generation as the VAR authors' demo runs it: fp32 weights, under autocast to `dtype`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int,
+        guidance: bool,
+        sampling: Sampling,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.spec, self.batch, self.device = spec, batch, device
+        self._sampling, self._guidance, self._dtype = sampling, guidance, dtype
+        tokenizer, transformer = random_modules(spec)
+        if not isinstance(transformer, Transformer):
+            raise BackendError("the published path is that of the VAR family alone")
+        self._tokenizer, self._transformer = tokenizer.to(device), transformer.to(device)
+
+    def __call__(self, labels_B: Tensor, uniforms_BT: Tensor) -> Tensor:
+        """B labels and uniforms [B, T] → images [B, channels, S, S] in [0, 1]."""
+        with torch.autocast(self.device.type, self._dtype):
+            return generate_as_published(
+                *(self._tokenizer, self._transformer, labels_B, uniforms_BT, self._sampling),
+                guidance=self._guidance,
+            ).image
+
+
 def time_peers(
     spec: ModelSpec,
     *,
@@ -178,27 +218,23 @@ def time_peers(
     batches: Sequence[int],
     device: torch.device,
     dtype: torch.dtype = torch.float16,
-    modes: Sequence[tuple[str, Compiler | None]] = (("eager", None), ("torch.compile", "inductor")),
+    modes: Sequence[tuple[str, Compiler | None]] = MODES,
     budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
     """A row a mode and batch: median, p10 and p95 in milliseconds and the memory at its peak, or
-    the problem that kept it from running. `modes` are (name, compiler)."""
+    the problem that kept it from running. `modes` are (name, compiler or PUBLISHED)."""
     from torch import _dynamo
 
     for name, compiler in modes:
         for batch in batches:
             row: dict[str, Any] = {"mode": name, "batch": batch}
-            peer: Peer | None = None
+            peer: Peer | PublishedPeer | None = None
+            how: dict[str, Any] = {"batch": batch, "guidance": guidance, "sampling": sampling}
             try:
-                peer = Peer(
-                    spec,
-                    batch=batch,
-                    guidance=guidance,
-                    sampling=sampling,
-                    device=device,
-                    dtype=dtype,
-                    compiler=compiler,
-                )
+                if compiler == PUBLISHED:
+                    peer = PublishedPeer(spec, **how, device=device, dtype=dtype)
+                else:
+                    peer = Peer(spec, **how, device=device, dtype=dtype, compiler=compiler)
                 row |= _time_peer(peer, budget)
             except Exception as error:  # no memory, no compiler: the other cases may do
                 row["problem"] = one_line(error)[:300]
@@ -210,7 +246,7 @@ def time_peers(
             yield row
 
 
-def _time_peer(peer: Peer, budget: float) -> dict[str, Any]:
+def _time_peer(peer: Peer | PublishedPeer, budget: float) -> dict[str, Any]:
     device = peer.device
     labels = torch.arange(peer.batch, device=device) % max(peer.spec.transformer.classes, 1)
     generator = torch.Generator().manual_seed(0)

@@ -59,7 +59,7 @@ def choose_backend(
         raise UsageError(f"threads are for {CPU}, not for {backend}")
     check_gpu_precision(precision, backend)
     if backend == CUDA:
-        return _on_cuda(manifest, precision, layout, "as asked for")
+        return _on_cuda(manifest, precision, layout, "as asked for", cuda_graph)
     return _on_tensorrt(bundle, manifest, backend, precision, layout, cuda_graph)
 
 
@@ -82,7 +82,7 @@ def _best(
                 passed_over.append(f"TensorRT: {error}")
         if _has_cuda_provider():
             try:
-                return _on_cuda(manifest, precision, layout, "; ".join(passed_over))
+                return _on_cuda(manifest, precision, layout, "; ".join(passed_over), cuda_graph)
             except BackendError as error:
                 passed_over.append(f"{CUDA}: {error}")
     return _on_cpu(manifest, precision, layout, threads, "; ".join(passed_over))
@@ -112,13 +112,15 @@ def _on_cpu(
     )
 
 
-def _on_cuda(manifest: Manifest, precision: str, layout: str, reason: str) -> Choice:
+def _on_cuda(
+    manifest: Manifest, precision: str, layout: str, reason: str, cuda_graph: bool
+) -> Choice:
     from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
 
     if precision == "auto":
         precision = gpu_precision(manifest.graphs, CUDA)
     return Choice(
-        backend=OrtCudaBackend(),
+        backend=OrtCudaBackend(cuda_graph=cuda_graph),
         precision=precision,
         layout=_onnx_layout(manifest, precision, layout),
         reason=reason,

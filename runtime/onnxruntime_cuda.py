@@ -10,12 +10,13 @@ from typing import Any
 
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
-from var_deploy.runtime.cuda import DEVICE, Cuda, CudaMemory
+from var_deploy.runtime.cuda import DEVICE, Cuda, CudaMemory, Graph
 from var_deploy.runtime.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.protocol import Arrays, Launch
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = 'pip install "var-deploy[gpu]"'
+WARM_UPS = 2  # the first run allocates and loads kernels, which a recording may not
 
 
 class OrtCudaSession:
@@ -38,7 +39,7 @@ class OrtCudaSession:
             problem = one_line(error)
         if problem:  # raised here for the reason given in `run`
             raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {problem}")
-        self._launches.append(OrtCudaLaunch(self, binding, (inputs, outputs)))
+        self._launches.append(OrtCudaLaunch(self, self._cuda, binding, (inputs, outputs)))
         return self._launches[-1]
 
     def run(self, binding: Any) -> None:
@@ -60,15 +61,37 @@ class OrtCudaSession:
 
 
 class OrtCudaLaunch:
-    def __init__(self, session: OrtCudaSession, binding: Any, keep: object) -> None:
-        self._session, self._binding = session, binding
+    """A session with an address for every tensor; once recorded, a CUDA graph of its kernels."""
+
+    def __init__(self, session: OrtCudaSession, cuda: Cuda, binding: Any, keep: object) -> None:
+        self._session, self._cuda, self._binding = session, cuda, binding
         self._keep: object = keep  # the binding holds bare addresses of these arrays
+        self._graph: Graph | None = None
 
     def __call__(self) -> None:
-        self._session.run(self._binding)
+        if self._graph is not None:
+            self._graph()
+        else:
+            self._session.run(self._binding)
+
+    def record(self) -> str:
+        """Turn it into a CUDA graph; it must have run before. Why it cannot be, "" where it can.
+
+        The recording keeps the addresses of scratch memory, which ONNX Runtime takes from the
+        session's arena and puts back: the arena never returns memory to the device, and everything
+        that uses it runs on one stream, in order.
+        """
+        try:
+            self._graph = self._graph or self._cuda.capture(self)
+        except BackendError as error:
+            return str(error)
+        return ""
 
     def release(self) -> None:
-        self._binding = self._keep = None
+        """The graph first: it launches what the session owns."""
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = self._binding = self._keep = None
 
 
 class OrtCudaBackend(CudaMemory):
@@ -81,13 +104,17 @@ class OrtCudaBackend(CudaMemory):
     Args:
         ort: `onnxruntime` or what stands for it; None imports it.
         cuda: the backend's own from here on; None makes one.
+        cuda_graph: record every launch as a CUDA graph, so that one call starts all its kernels.
 
     Raises BackendError where onnxruntime-gpu, its CUDA provider or cuda-python is missing.
     """
 
     name = "onnxruntime-cuda"
 
-    def __init__(self, ort: Any = None, cuda: Cuda | None = None) -> None:
+    def __init__(
+        self, ort: Any = None, cuda: Cuda | None = None, *, cuda_graph: bool = True
+    ) -> None:
+        self._cuda_graph, self._graphs = cuda_graph, "on" if cuda_graph else "off"
         try:
             self._ort = ort or _import()
             quiet(self._ort)
@@ -124,6 +151,24 @@ class OrtCudaBackend(CudaMemory):
         return opened
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        """Run the generation until nothing is allocated any more, then record every launch.
+
+        A launch that ONNX Runtime cannot be recorded in goes on without a CUDA graph; `describe`
+        says how many and why.
+        """
+        if not self._cuda_graph:
+            return launches
+        for _ in range(WARM_UPS):
+            for launch in launches:
+                launch()
+        self.synchronize()
+        refused = []
+        for launch in launches:
+            assert isinstance(launch, OrtCudaLaunch)  # they come from `bind`
+            if problem := launch.record():
+                refused.append(problem)
+        if refused:
+            self._graphs = f"off for {len(refused)} of {len(launches)} launches: {refused[0]}"
         return launches
 
     def describe(self) -> dict[str, str]:
@@ -132,6 +177,7 @@ class OrtCudaBackend(CudaMemory):
             "backend": self.name,
             "onnxruntime": self._ort.__version__,
             "device": f"{device} (sm{sm})",
+            "cuda_graph": self._graphs,
         }
 
     def close(self) -> None:

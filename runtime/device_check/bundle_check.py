@@ -104,8 +104,11 @@ class BundleCheck:
             for graphs in (True, False)
         ]
         others = [
-            Variant(backend=ORT_CUDA, precision=precision, layout=self._common_layout)
+            Variant(backend=ORT_CUDA, precision=precision, layout=layout, cuda_graph=graphs)
             for precision in self.manifest.graphs
+            if precision != "int8"  # for CPUs
+            for layout in LAYOUTS
+            for graphs in (True, False)
         ]
         rehearsal = [
             Variant(backend=ORT_CPU, precision=self.precision, layout=layout) for layout in LAYOUTS
@@ -115,10 +118,11 @@ class BundleCheck:
         separate, shared = engines[0], engines[2]
         layouts = rehearsal if set(rehearsal) <= set(self._outcomes) else [separate, shared]
         report.step("layouts agree", partial(self._compare, *layouts))
-        for variant in (separate, shared):
-            plain = dataclasses.replace(variant, cuda_graph=False)
-            name = f"CUDA graph changes nothing, {variant.layout}"
-            report.step(name, partial(self._compare, variant, plain))
+        for variant in (*engines, *others):
+            if variant.cuda_graph:
+                plain = dataclasses.replace(variant, cuda_graph=False)
+                name = f"CUDA graph changes nothing, {variant.title}"
+                report.step(name, partial(self._compare, variant, plain))
         report.step("generate", self._generate)
 
     @property

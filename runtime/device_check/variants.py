@@ -97,7 +97,7 @@ def opened(
             free = cuda.free_memory()[0]
             clock = CudaClock(cuda.stream)
             if variant.backend == ORT_CUDA:
-                backend = OrtCudaBackend(cuda=cuda)
+                backend = OrtCudaBackend(cuda=cuda, cuda_graph=variant.cuda_graph)
             else:
                 assert library is not None
                 backend = _tensorrt(bundle, manifest, variant, library, cuda)

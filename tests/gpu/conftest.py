@@ -1,0 +1,55 @@
+"""What tests on a real GPU share. Without one they are skipped, and say why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from var_deploy.errors import BackendError
+from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
+
+COMMAND = [sys.executable, "-m", "var_deploy.cli"]
+
+
+@pytest.fixture(scope="session")
+def _gpu() -> None:
+    """Raises Skipped where cuda-python or a GPU is missing."""
+    try:
+        Cuda().close()
+    except BackendError as error:
+        pytest.skip(f"no GPU can be used: {error}")
+
+
+@pytest.fixture
+def cuda(_gpu: None) -> Iterator[Cuda]:
+    made = Cuda()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def open_backend(_gpu: None) -> Callable[..., OrtCudaBackend]:
+    """Makes an ONNX Runtime CUDA backend; skips where onnxruntime-gpu is missing."""
+    try:
+        OrtCudaBackend().close()
+    except BackendError as error:
+        pytest.skip(str(error))
+    return OrtCudaBackend
+
+
+@pytest.fixture(scope="session")
+def pocket(tmp_path_factory: pytest.TempPathFactory, _gpu: None) -> Path:
+    """pocket's bundle in fp32 and fp16; VAR_DEPLOY_GPU_BUNDLE names one that exists already."""
+    if existing := os.environ.get("VAR_DEPLOY_GPU_BUNDLE"):
+        return Path(existing)
+    pytest.importorskip("torch")
+    out = tmp_path_factory.mktemp("gpu") / "pocket"
+    precisions = ["--precision", "fp32", "--precision", "fp16"]
+    subprocess.run([*COMMAND, "export", "pocket", *precisions, "--out", str(out)], check=True)
+    return out
