@@ -20,12 +20,22 @@ WARM_UPS = 2  # the first run allocates and loads kernels, which a recording may
 
 
 class OrtCudaSession:
-    """One graph on the GPU."""
+    """One graph on the GPU.
 
-    def __init__(self, cuda: Cuda, options: Any, graph: str) -> None:
+    Buffers of page-locked memory that a run copies from are put back by ONNX Runtime at the end of
+    a run that waits for the stream, and kept by one that does not. So runs wait, but for the one
+    that is recorded: its copies are repeated by every launch of the CUDA graph.
+
+    Args:
+        waiting, recording: RunOptions of the two kinds of runs.
+    """
+
+    def __init__(self, cuda: Cuda, waiting: Any, recording: Any, graph: str) -> None:
         self.session: Any = None
-        self._cuda, self._options, self._graph = cuda, options, graph
+        self._cuda, self._graph = cuda, graph
+        self._waiting, self._recording = waiting, recording
         self._launches: list[OrtCudaLaunch] = []
+        self._recorded: Any = None  # a binding whose run was recorded
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtCudaLaunch:
         problem = None
@@ -42,22 +52,51 @@ class OrtCudaSession:
         self._launches.append(OrtCudaLaunch(self, self._cuda, binding, (inputs, outputs)))
         return self._launches[-1]
 
-    def run(self, binding: Any) -> None:
+    def run(self, binding: Any, *, recording: bool = False) -> None:
         problem = None
+        if recording:
+            self._recorded = binding
         try:
-            self.session.run_with_iobinding(binding, self._options)
+            how = self._recording if recording else self._waiting
+            self.session.run_with_iobinding(binding, how)
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             problem = one_line(error)
         if problem:  # raised here: in the traceback above ONNX Runtime's session would live on
             raise BackendError(f"ONNX Runtime failed in {self._graph}: {problem}")
 
+    def record(self) -> str:
+        """Turn every launch into a CUDA graph, each of which must have run before.
+
+        Why that is not possible, "" where it is: then none is recorded, since a run beside a
+        recorded one would put back the page-locked memory that the recorded one copies from.
+        """
+        for launch in self._launches:
+            try:
+                launch.record()
+            except BackendError as error:
+                self._discard_graphs()
+                return f"{self._graph}: {error}"
+        return ""
+
     def close(self) -> None:
+        self._discard_graphs()
+        if self._recorded is not None:
+            # A run that waits puts back what the recorded ones kept. Left to the session's end,
+            # that happens in a callback of the stream, which may outlive the session: it would
+            # then free page-locked memory, which a callback must not, and ends the process.
+            with contextlib.suppress(BackendError):
+                self.run(self._recorded)
         if self.session is not None:
             with contextlib.suppress(BackendError):
                 self._cuda.synchronize()  # nothing may be in use when it goes
-        while self._launches:
-            self._launches.pop().release()
-        self.session = None
+        for launch in self._launches:
+            launch.release()
+        self._launches.clear()
+        self._recorded = self.session = None
+
+    def _discard_graphs(self) -> None:
+        for launch in self._launches:
+            launch.discard_graph()
 
 
 class OrtCudaLaunch:
@@ -74,28 +113,29 @@ class OrtCudaLaunch:
         else:
             self._session.run(self._binding)
 
-    def record(self) -> str:
-        """Turn it into a CUDA graph; it must have run before. Why it cannot be, "" where it can.
+    def record(self) -> None:
+        """Turn it into a CUDA graph; it must have run before. Raises BackendError.
 
         The recording keeps the addresses of scratch memory, which ONNX Runtime takes from the
         session's arena and puts back: the arena never returns memory to the device, and everything
         that uses it runs on one stream, in order.
         """
-        try:
-            self._graph = self._graph or self._cuda.capture(self)
-        except BackendError as error:
-            return str(error)
-        return ""
+        self._graph = self._cuda.capture(lambda: self._session.run(self._binding, recording=True))
 
-    def release(self) -> None:
-        """The graph first: it launches what the session owns."""
+    def discard_graph(self) -> None:
         if self._graph is not None:
             self._graph.close()
-        self._graph = self._binding = self._keep = None
+        self._graph = None
+
+    def release(self) -> None:
+        self.discard_graph()
+        self._binding = self._keep = None
 
 
 class OrtCudaBackend(CudaMemory):
-    """Opens graphs on the GPU; all of them work on one stream and return before it is done.
+    """Opens graphs on the GPU; all of them work on one stream.
+
+    Recorded launches return before the work is done, others after it.
 
     A graph may keep part of its nodes on the CPU: the sizes that `step` reads off its inputs are
     worked out there, on purpose. `session.disable_cpu_ep_fallback` would refuse such a graph, so
@@ -129,16 +169,14 @@ class OrtCudaBackend(CudaMemory):
                 cuda.close()
             raise
         self._sessions: list[OrtCudaSession] = []
-        self._run_options = self._ort.RunOptions()
-        self._run_options.log_severity_level = SILENT
-        # a launch need not wait: whoever reads the results waits for the stream
-        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        # a stream that records must not be waited for
+        self._waiting, self._recording = (self._run_options(waits) for waits in (True, False))
 
     def open(self, graph: GraphFile) -> OrtCudaSession:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # sizes, nothing more
         options.enable_cpu_mem_arena = False
-        opened = OrtCudaSession(self._cuda, self._run_options, graph.stem)
+        opened = OrtCudaSession(self._cuda, self._waiting, self._recording, graph.stem)
         self._sessions.append(opened)
         providers = [(PROVIDER, self._settings())]
         opened.session = open_session(self._ort, graph, options, providers=providers)
@@ -153,8 +191,7 @@ class OrtCudaBackend(CudaMemory):
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         """Run the generation until nothing is allocated any more, then record every launch.
 
-        A launch that ONNX Runtime cannot be recorded in goes on without a CUDA graph; `describe`
-        says how many and why.
+        A session that cannot be recorded goes on without CUDA graphs; `describe` says why.
         """
         if not self._cuda_graph:
             return launches
@@ -162,13 +199,9 @@ class OrtCudaBackend(CudaMemory):
             for launch in launches:
                 launch()
         self.synchronize()
-        refused = []
-        for launch in launches:
-            assert isinstance(launch, OrtCudaLaunch)  # they come from `bind`
-            if problem := launch.record():
-                refused.append(problem)
+        refused = [why for session in self._sessions if (why := session.record())]
         if refused:
-            self._graphs = f"off for {len(refused)} of {len(launches)} launches: {refused[0]}"
+            self._graphs = f"on, but not for {'; '.join(refused)}"
         return launches
 
     def describe(self) -> dict[str, str]:
@@ -185,6 +218,13 @@ class OrtCudaBackend(CudaMemory):
         while self._sessions:
             self._sessions.pop().close()
         self._cuda.close()
+
+    def _run_options(self, waits: bool) -> Any:
+        options = self._ort.RunOptions()
+        options.log_severity_level = SILENT
+        key = "disable_synchronize_execution_providers"
+        options.add_run_config_entry(key, "0" if waits else "1")
+        return options
 
     def _settings(self) -> dict[str, str]:
         """Options of the provider, by ONNX Runtime's documentation of it."""

@@ -33,6 +33,7 @@ from var_deploy.runtime.device_check.agreement import (
 from var_deploy.runtime.loop import Layout, ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
+from var_deploy.sampling import Sampling, uniforms
 
 IMAGES = 4
 GROWTH = 1 << 21  # CUDA hands out memory in pieces of 2 MiB
@@ -79,6 +80,34 @@ def test_tokens_and_images_are_those_of_the_cpu(
     result, problems = compare(recorded, plain)
     assert not problems
     assert result["equal"], "a CUDA graph changes what it records"
+
+
+@pytest.mark.parametrize("layout", ["per-scale", "shared"])
+def test_a_recording_follows_every_setting(
+    pocket: Path, manifest: Manifest, open_backend: Open, layout: Layout
+) -> None:
+    """Nothing of what a scale is told may be worked out by the host while it is recorded."""
+    settings = [
+        Sampling(),
+        Sampling(cfg=0.0, top_k=1),
+        Sampling(cfg=5.0, top_k=3, top_p=0.5),
+        Sampling(top_k=900, top_p=0.96, temperature=0.7),
+        Sampling(cfg=(0.0, 1.0, 4.0, 1.0, 2.0), top_k=0, top_p=0.3, temperature=1.5),
+    ]
+    draws = np.stack([uniforms(7, n, manifest.model.total_tokens) for n in range(manifest.batch)])
+    found = []
+    for recorded in (True, False):
+        backend = open_backend(cuda_graph=recorded)
+        loop = ScaleLoop(pocket, manifest, backend, "fp16", layout)
+        tokens = []
+        for number, chosen in enumerate(settings):
+            loop.run([number] * manifest.batch, draws, chosen)
+            tokens.append(np.concatenate([scale.ravel() for scale in loop.tokens()]))
+        loop.close()
+        found.append(tokens)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len({tokens.tobytes() for tokens in found[0]}) == len(settings)
 
 
 @pytest.mark.parametrize("layout", ["per-scale", "shared"])

@@ -26,6 +26,7 @@ from var_deploy.sampling import Sampling, uniforms
 
 SETTINGS = Sampling(cfg=2.0, top_k=0, top_p=0.95)
 CPU = "CPUExecutionProvider"
+ASYNCHRONOUS = "disable_synchronize_execution_providers"
 
 
 class Binding:
@@ -98,8 +99,7 @@ class Session(cudart.Counted):
                 on_device(*binding.outputs[name])[...] = array
 
         cudart.enqueue(stream, work)
-        key = "disable_synchronize_execution_providers"
-        if run_options.get_run_config_entry(key) != "1":
+        if run_options.get_run_config_entry(ASYNCHRONOUS) != "1":
             cudart.cudaStreamSynchronize(stream)
 
 
@@ -150,7 +150,63 @@ def test_images_are_those_of_the_cpu(bundle: Path, ort: Any, layout: Layout) -> 
     found, calls = images(bundle, OrtCudaBackend(ort, Cuda(cudart)), layout)
     np.testing.assert_array_equal(found, expected)
     # one copy in, two out (images with tokens, and f_hat), and nobody waits but at the end
-    assert calls == [*["cudaMemcpyAsync"] * 3, "cudaStreamSynchronize"]
+    launches = 1 + read_manifest(bundle).model.scales + 1
+    copy = "cudaMemcpyAsync"
+    graphs = ["cudaGraphLaunch"] * launches
+    assert calls == [copy, *graphs, copy, copy, "cudaStreamSynchronize"]
+
+
+@pytest.mark.parametrize("layout", ["per-scale", "shared"])
+def test_without_cuda_graphs_every_launch_waits(bundle: Path, ort: Any, layout: Layout) -> None:
+    """A run that does not wait keeps page-locked memory that only one that does puts back."""
+    expected, _ = images(bundle, OrtCpuBackend(1), layout)
+    found, calls = images(bundle, OrtCudaBackend(ort, Cuda(cudart), cuda_graph=False), layout)
+    np.testing.assert_array_equal(found, expected)
+    launches = 1 + read_manifest(bundle).model.scales + 1
+    assert calls.count("cudaStreamSynchronize") == launches + 1
+    assert "cudaGraphLaunch" not in calls
+
+
+def test_a_session_that_cannot_be_recorded_goes_on_without_and_says_so(
+    bundle: Path, ort: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = images(bundle, OrtCpuBackend(1), "shared")
+    real, recorded = Session.run_with_iobinding, iter(range(99))
+
+    def run(self: Any, binding: Any, options: Any) -> None:
+        # the decoder's two, the one of condition, the first scale's, then this one
+        if options.get_run_config_entry(ASYNCHRONOUS) == "1" and next(recorded) == 4:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        real(self, binding, options)
+
+    monkeypatch.setattr(Session, "run_with_iobinding", run)
+    backend = OrtCudaBackend(ort, Cuda(cudart))
+    manifest = read_manifest(bundle)
+    loop = ScaleLoop(bundle, manifest, backend, "fp16", "shared")
+    told = backend.describe()["cuda_graph"]
+    assert told.startswith("on, but not for step: ONNX Runtime failed in step: operation"), told
+    before = len(cudart.calls())
+    draws = np.stack([uniforms(5, n, manifest.model.total_tokens) for n in range(2)])
+    np.testing.assert_array_equal(loop.run([3, 1], draws, SETTINGS), expected)
+    assert cudart.calls()[before:].count("cudaGraphLaunch") == 2, "condition, decoder"
+    loop.close()
+
+
+def test_a_closing_session_puts_back_what_its_recordings_kept(
+    bundle: Path, ort: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to the session's own end it happens in a callback, where CUDA ends the process."""
+    manifest = read_manifest(bundle)
+    loop = ScaleLoop(bundle, manifest, OrtCudaBackend(ort, Cuda(cudart)), "fp16", "shared")
+    real, waits = Session.run_with_iobinding, list[bool]()
+
+    def run(self: Any, binding: Any, options: Any) -> None:
+        waits.append(options.get_run_config_entry(ASYNCHRONOUS) != "1")
+        real(self, binding, options)
+
+    monkeypatch.setattr(Session, "run_with_iobinding", run)
+    loop.close()
+    assert waits == [True] * 3, "one run of each session"
 
 
 def test_settings_of_the_provider(bundle: Path, ort: Any) -> None:
@@ -167,7 +223,12 @@ def test_settings_of_the_provider(bundle: Path, ort: Any) -> None:
 
 def test_it_says_what_it_runs_on(ort: Any) -> None:
     backend = OrtCudaBackend(ort, Cuda(cudart))
-    described = {"backend": backend.name, "onnxruntime": "1.23.2", "device": "Orin, 16 SMs (sm87)"}
+    described = {
+        "backend": backend.name,
+        "onnxruntime": "1.23.2",
+        "device": "Orin, 16 SMs (sm87)",
+        "cuda_graph": "on",
+    }
     assert backend.describe() == described
     backend.close()
     backend.close()
