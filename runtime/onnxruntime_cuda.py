@@ -75,6 +75,9 @@ class OrtCudaSession:
                 launch.record()
             except BackendError as error:
                 self._discard_graphs()
+                # CUDA reports an error to the library whose call failed, again with its next call
+                with contextlib.suppress(BackendError):
+                    launch()
                 return f"{self._graph}: {error}"
         return ""
 
