@@ -17,7 +17,7 @@ PORTABLE := build/portable/pocket
 EXPORTER := $(wildcard export/*.py export/families/*.py export/graphs/*.py export/models/*.py \
 	export/pocket/*.py export/pocket/*.safetensors var_deploy/*.py var_deploy/families/*.py)
 
-.PHONY: demo test test-pythons test-arm64 fuzz lint types wheel train clean
+.PHONY: demo test test-pythons test-arm64 test-gpu fuzz lint types wheel train clean
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/manifest.json
@@ -32,6 +32,11 @@ $(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
 # Two processes, each with files of its own: in one it takes nearly twice as long.
 test: $(CHECKS) $(TRITON_READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Needs an NVIDIA GPU, cuda-python and onnxruntime-gpu in the environment; what is missing is named.
+# `make test` runs these tests as well, and skips them in the same way.
+test-gpu: $(CHECKS)
+	$(BIN)/python -m pytest tests/gpu
 
 # The damaged inputs of tests/fuzz, twenty times as many as in the tests; prints what became of them
 fuzz: $(CHECKS)
