@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError, BundleError, one_line
 from var_deploy.export.difference import agreement, largest_error, norm_error, top_1_agreement
 from var_deploy.export.graph_runner import GraphRunner, complete_step
@@ -20,7 +21,7 @@ from var_deploy.export.reference import Given, Reference, ScaleTrace, request
 from var_deploy.export.report import Check
 from var_deploy.images import psnr
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
 # number of the first image that is drawn to try the decoder on: far from those that a decoder was

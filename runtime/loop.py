@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
+from var_deploy.config import Layout
 from var_deploy.editing import Kept
 from var_deploy.errors import BackendError, CancelledError
 from var_deploy.manifest import GraphInfo, Manifest
@@ -19,8 +19,6 @@ from var_deploy.runtime.buffers import LoopBuffers
 from var_deploy.runtime.plausible import check_f_hat, check_image, check_tokens
 from var_deploy.runtime.protocol import Arrays, Backend, Launch, Session
 from var_deploy.sampling import Sampling
-
-Layout = Literal["per-scale", "shared"]
 
 
 class ScaleLoop:

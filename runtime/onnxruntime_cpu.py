@@ -84,6 +84,11 @@ class OrtCpuBackend(HostMemory):
         quiet(onnxruntime)
         self._ort, self._threads = onnxruntime, threads or usable_cores()
 
+    @property
+    def version(self) -> str:
+        """Of ONNX Runtime."""
+        return str(self._ort.__version__)
+
     def open(self, graph: GraphFile) -> OrtSession:
         graph.read()  # whatever is wrong with the file is found before a session is looked up
         with _opening:
@@ -132,7 +137,7 @@ class OrtCpuBackend(HostMemory):
 
     def describe(self) -> dict[str, str]:
         threads = str(self._threads) if self._threads else "all cores"
-        return {"backend": self.name, "onnxruntime": self._ort.__version__, "threads": threads}
+        return {"backend": self.name, "onnxruntime": self.version, "threads": threads}
 
 
 _sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()

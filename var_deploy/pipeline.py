@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
+from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.editing import Kept, blend, keep_masks
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.manifest import Manifest, read_manifest
@@ -35,10 +36,6 @@ from var_deploy.runtime.request import (
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
 
-BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
-PRECISIONS = ("auto", "fp32", "fp16", "int8")
-LAYOUTS = ("auto", "per-scale", "shared")
-
 
 class Pipeline:
     """A loaded bundle. Made by `load`; a context manager that releases everything on exit.
@@ -50,9 +47,7 @@ class Pipeline:
         self,
         manifest: Manifest,
         loop: ScaleLoop,
-        precision: str,
-        layout: str,
-        how: dict[str, str],
+        loaded: Loaded,
         tokenizer: TokenizerGraphs | None = None,
         files: BundleFiles | None = None,
     ) -> None:
@@ -61,7 +56,7 @@ class Pipeline:
         self._graphs = tokenizer
         self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
         self._batches = Batches(manifest, loop, self._cancelled.is_set)
-        self._how = {"precision": precision, "layout": layout, **how}
+        self._loaded = loaded
 
     @classmethod
     def load(
@@ -82,8 +77,8 @@ class Pipeline:
             bundle: folder written by `var-deploy export`.
             backend: one of BACKENDS; "auto" takes the first that can run the bundle here:
                 engines built for this very device, ONNX Runtime on a GPU, ONNX Runtime on a CPU.
-                `describe()["chosen because"]` says what was passed over, and why it is int8 where
-                that was left open.
+                `describe().reason` says what was passed over, and why it is int8 where that was
+                left open.
             precision: "fp32", "fp16" or "int8", which runs on ONNX Runtime on a CPU alone. "auto"
                 takes fp16 on a GPU, else fp32; on a CPU int8 where the bundle has it, since it has
                 it only where its export was asked for it, else fp32, else fp16, which a CPU
@@ -108,15 +103,31 @@ class Pipeline:
         Raises BundleError for a bundle that cannot be trusted, BackendError where the runtime is
         missing or refuses, UsageError for an unknown option.
         """
-        for name, value, known in (
-            ("backend", backend, BACKENDS),
-            ("precision", precision, PRECISIONS),
-            ("layout", layout, LAYOUTS),
-        ):
-            if value not in known:
-                raise UsageError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+        config = RuntimeConfig(
+            backend=backend,
+            precision=precision,
+            layout=layout,
+            threads=threads,
+            cuda_graph=cuda_graph,
+            check=check,
+        )
+        return cls.open(bundle, config, digest=digest)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        config: RuntimeConfig,
+        *,
+        digest: str | None = None,
+        cores: int | None = None,
+    ) -> Pipeline:
+        """`load` with all its options but the digest in one value.
+
+        `cores` is how many CPU threads are taken where `config` leaves that open, as in a process
+        that shares the machine with others; None takes those that the process may use.
+        """
         folder = Path(bundle)
-        options: dict[str, Any] = {"threads": threads, "cuda_graph": cuda_graph}
 
         def load() -> Pipeline:
             manifest = read_manifest(folder)
@@ -125,10 +136,9 @@ class Pipeline:
                     f"the bundle at {folder} was replaced: its digest is "
                     f"{manifest.digest()[:16]}, expected {str(digest)[:16]}; start again"
                 )
-            choice = choose_backend(
-                folder, manifest, backend=backend, precision=precision, layout=layout, **options
+            return cls.assemble(
+                folder, manifest, choose_backend(folder, manifest, config, cores=cores)
             )
-            return cls.assemble(folder, manifest, choice, options, hashes=check == "hashes")
 
         try:
             return load()
@@ -136,21 +146,14 @@ class Pipeline:
             return load()
 
     @classmethod
-    def assemble(
-        cls,
-        bundle: Path,
-        manifest: Manifest,
-        choice: Choice,
-        options: Mapping[str, Any],
-        *,
-        hashes: bool = True,
-    ) -> Pipeline:
-        """What `load` does once a backend is chosen, with the `options` that it was chosen by.
+    def assemble(cls, bundle: Path, manifest: Manifest, choice: Choice) -> Pipeline:
+        """What `open` does once a backend is chosen.
 
         The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
         `load`; BundleChangedError where the bundle is no longer the one of the manifest.
         """
-        backend, precision, layout = choice.backend, choice.precision, choice.layout
+        backend, config = choice.backend, choice.config
+        precision, hashes = config.precision, config.check == "hashes"
         files = BundleFiles(bundle, manifest, precision, hashes=hashes)
         try:
             try:
@@ -161,7 +164,7 @@ class Pipeline:
             except BaseException:
                 backend.close()
                 raise
-            loop = ScaleLoop(files, manifest, backend, precision, layout)
+            loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
         except BaseException as error:
             changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
             files.close()
@@ -172,14 +175,18 @@ class Pipeline:
                 ) from None
             raise
         files.loaded((names.ENCODER, names.ACCUMULATE))
-        how = backend.describe()
-        if choice.reason:
-            how["chosen because"] = choice.reason
-        again = {**options, "backend": backend.name, "precision": precision, "layout": layout}
-        tokenizer = TokenizerGraphs(
-            files, manifest, precision, lambda: choose_backend(bundle, manifest, **again).backend
+        settings = {name: text for name, text in backend.describe().items() if name != "backend"}
+        loaded = Loaded(
+            precision=precision,
+            backend=backend.name,
+            layout=config.layout,
+            settings=settings,
+            reason=choice.reason,
         )
-        return cls(manifest, loop, precision, layout, how, tokenizer, files)
+        tokenizer = TokenizerGraphs(
+            files, manifest, precision, lambda: choose_backend(bundle, manifest, config).backend
+        )
+        return cls(manifest, loop, loaded, tokenizer, files)
 
     def generate(
         self,
@@ -371,9 +378,9 @@ class Pipeline:
         if self._busy:
             self._cancelled.set()
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> Loaded:
         """Backend, versions, precision, layout: what a result should be reported with."""
-        return dict(self._how)
+        return self._loaded
 
     def close(self) -> None:
         """Release the sessions; safe to call twice."""

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.labels import spread_labels
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import check_files, read_manifest
 from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
 from var_deploy.runtime.host_memory import HostMemory, host_view
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import ClockedBackend, WallClock, add_launches, launch_names
 from var_deploy.runtime.protocol import Arrays, Launch
 from var_deploy.runtime.request import Batches, Images, Request

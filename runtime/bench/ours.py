@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import __version__
+from var_deploy.config import RuntimeConfig
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -34,15 +35,11 @@ class Ours:
 
     Args:
         images: of one generation, whatever the bundle's batch.
-        threads: 0 leaves it to the pipeline.
     """
 
-    def __init__(
-        self, bundle: Path, images: int, *, precision: str, backend: str, threads: int
-    ) -> None:
+    def __init__(self, bundle: Path, images: int, config: RuntimeConfig) -> None:
         manifest = read_manifest(bundle)
-        options: dict[str, Any] = {"threads": threads or None}
-        choice = choose_backend(bundle, manifest, backend=backend, precision=precision, **options)
+        choice = choose_backend(bundle, manifest, config)
         try:
             self._clock = _clock_of(choice.backend)
         except BaseException:
@@ -50,7 +47,7 @@ class Ours:
             raise
         clocked = ClockedBackend(choice.backend, self._clock, gaps=True)
         choice = dataclasses.replace(choice, backend=clocked)
-        self._pipeline = Pipeline.assemble(bundle, manifest, choice, options)
+        self._pipeline = Pipeline.assemble(bundle, manifest, choice)
         self._clock.each = True
         self._labels = spread_labels(manifest.model.transformer.classes, images)
         self._launches, self._batch = launch_names(manifest), manifest.batch
@@ -58,7 +55,7 @@ class Ours:
     def describe(self) -> dict[str, str]:
         return {
             "var-deploy": __version__,
-            **self._pipeline.describe(),
+            **self._pipeline.describe().to_json(),
             "images a launch": str(self._batch),
             "clock": self._clock.source,
         }
@@ -94,13 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given: Any = parser.parse_args(arguments)
 
     def load() -> Ours:
-        return Ours(
-            given.bundle,
-            given.batch,
-            precision=given.precision,
-            backend=given.backend,
-            threads=given.threads,
+        config = RuntimeConfig(
+            precision=given.precision, backend=given.backend, threads=given.threads or None
         )
+        return Ours(given.bundle, given.batch, config)
 
     return serve(load)
 

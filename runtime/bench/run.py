@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import cast
 
 from var_deploy import names
-from var_deploy.config import Precision
+from var_deploy.config import CPU, Precision
 from var_deploy.errors import UsageError
 from var_deploy.installation import module_command
 from var_deploy.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.planning.costs import graph_weights
+from var_deploy.planning.costs import graph_weights, workload_of
 from var_deploy.planning.devices import Device, find_device
-from var_deploy.planning.plan import workload_of
-from var_deploy.runtime.backends import CPU
 from var_deploy.runtime.bench.power import find_meters
 from var_deploy.runtime.bench.rates import Rates
 from var_deploy.runtime.bench.report import Report, Result, Run, Surroundings

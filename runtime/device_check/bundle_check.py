@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from var_deploy import names
-from var_deploy.config import Precision
+from var_deploy.config import Layout, Precision
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.planning.costs import workload_of
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import footprint
-from var_deploy.planning.plan import make_plan, workload_of
+from var_deploy.planning.plan import make_plan
 from var_deploy.runtime.device_check.agreement import (
     Outcome,
     Reference,
@@ -39,7 +40,7 @@ from var_deploy.runtime.device_check.variants import (
     opened,
 )
 from var_deploy.runtime.floors import floors, reached
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_names
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.build import build_bundle
@@ -320,12 +321,12 @@ class BundleCheck:
             how = pipe.describe()
         problems = []
         ran = any(v.backend == TENSORRT for v in self._latencies)
-        if ran and not how["backend"].startswith(TENSORRT):
-            problems.append(f"engines run here, but it took {how['backend']}")
+        if ran and not how.backend.startswith(TENSORRT):
+            problems.append(f"engines run here, but it took {how.backend}")
         if images.std() == 0:
             problems.append("the image has one colour")
         return Found(
             result={"runs_on": how},
-            headline=f"{how['backend']} {how['precision']} {how['layout']}",
+            headline=f"{how.backend} {how.precision} {how.layout}",
             problems=problems,
         )

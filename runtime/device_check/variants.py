@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from var_deploy import names
+from var_deploy.config import Layout
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import Cuda
 from var_deploy.runtime.int8_check import check_int8
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import ClockedBackend, CudaClock, WallClock
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend

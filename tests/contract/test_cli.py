@@ -21,6 +21,7 @@ from cli_steps import assert_one_line, run
 from var_deploy import __version__
 from var_deploy.cli import main
 from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import BundleError
 from var_deploy.images import read_settings
 from var_deploy.manifest import read_manifest
@@ -33,8 +34,8 @@ class FakePipeline:
     failure: BaseException | None = None
 
     @classmethod
-    def load(cls, bundle: Path, **options: Any) -> FakePipeline:
-        cls.calls.append({"bundle": bundle, **options})
+    def open(cls, bundle: Path, config: RuntimeConfig, **options: Any) -> FakePipeline:
+        cls.calls.append({"bundle": bundle, **vars(config), **options})
         return cls()
 
     def __enter__(self) -> FakePipeline:
@@ -43,8 +44,8 @@ class FakePipeline:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def describe(self) -> dict[str, Any]:
-        return {"precision": "fp32", "backend": "fake"}
+    def describe(self) -> Loaded:
+        return Loaded(precision="fp32", backend="fake", layout="shared")
 
     def generate(
         self, labels: Sequence[int], on_progress: Callable[[int, int], None], **settings: Any
@@ -129,6 +130,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
         "precision": "auto",
         "layout": "auto",
         "threads": 1,
+        "check": "hashes",
         "digest": read_manifest(bundle).digest(),
     }
     assert generate == {

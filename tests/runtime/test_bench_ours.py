@@ -13,6 +13,7 @@ import pytest
 
 from fake_tensorrt import cudart
 from var_deploy import __version__
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.bench import ours as module
@@ -22,7 +23,7 @@ from var_deploy.runtime.bench.rates import RateProbes, amounts
 from var_deploy.runtime.cuda import Cuda, CudaMemory
 
 ExportTo = Callable[..., Path]
-CPU = {"precision": "fp32", "backend": "onnxruntime-cpu", "threads": 1}
+CPU: dict[str, Any] = {"precision": "fp32", "backend": "onnxruntime-cpu", "threads": 1}
 LAUNCHES = ["condition", "scale_00", "scale_01", "scale_02", "decoder"]
 
 
@@ -35,7 +36,7 @@ def bundle(export_to: ExportTo) -> Path:
 @pytest.fixture
 def contender(bundle: Path) -> Iterator[Ours]:
     """Five images a generation: three batches, the last one filled up."""
-    opened = Ours(bundle, 5, **CPU)
+    opened = Ours(bundle, 5, RuntimeConfig(**CPU))
     yield opened
     opened.close()
 
@@ -54,7 +55,7 @@ def test_it_makes_what_a_pipeline_makes(
         described = pipe.describe()
     assert contender.describe() == {
         "var-deploy": __version__,
-        **described,
+        **described.to_json(),
         "images a launch": "2",
         "clock": "wall clock",
     }
@@ -80,9 +81,9 @@ def test_a_bundle_is_checked_as_ever(bundle: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(BundleError, match="does not match its hash"):
-        Ours(copy, 1, **CPU)
+        Ours(copy, 1, RuntimeConfig(**CPU))
     with pytest.raises(BundleError, match="no int8 graphs"):
-        Ours(bundle, 1, **{**CPU, "precision": "int8"})
+        Ours(bundle, 1, RuntimeConfig(**{**CPU, "precision": "int8"}))
 
 
 def test_a_gpu_is_clocked_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:

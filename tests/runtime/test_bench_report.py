@@ -16,7 +16,8 @@ from fake_machine import FakeMachine, jetson, meminfo, workstation
 from var_deploy import names
 from var_deploy.cli.bench import _as_text
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.planning.plan import launch_times, workload_of
+from var_deploy.planning.costs import workload_of
+from var_deploy.planning.plan import launch_times
 from var_deploy.runtime.bench.contender import Sample
 from var_deploy.runtime.bench.figure import draw
 from var_deploy.runtime.bench.power import Energy

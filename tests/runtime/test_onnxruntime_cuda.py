@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from fake_tensorrt import cudart
 from var_deploy.bundle_files import BundleFiles, GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
 from var_deploy.runtime.protocol import Backend

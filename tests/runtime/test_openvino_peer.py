@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from var_deploy.bundle_files import GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.bench.contender import serve
 from var_deploy.runtime.bench.openvino_peer import OpenVinoBackend, OpenVinoContender
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_names
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Backend

@@ -21,10 +21,11 @@ import fake_tensorrt as trt
 from fake_tensorrt import cudart, engine
 from var_deploy import names
 from var_deploy.bundle_files import GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Array, Backend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles

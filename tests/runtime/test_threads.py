@@ -31,7 +31,7 @@ for threads in (None, 3):
         for path in glob.glob("/proc/self/task/*/status"):
             with open(path) as status:
                 masks |= {line.split()[1] for line in status if line.startswith("Cpus_allowed_l")}
-        found.append([pipe.describe()["threads"], sorted(masks)])
+        found.append([pipe.describe().settings["threads"], sorted(masks)])
 print(json.dumps(found))
 """
 
@@ -52,7 +52,7 @@ def test_no_thread_runs_outside_of_the_mask(export_to: ExportTo) -> None:
 
 def test_the_number_is_told(export_to: ExportTo) -> None:
     with Pipeline.load(export_to(batch=2)) as pipe:
-        assert pipe.describe()["threads"] == str(usable_cores() or "all cores")
+        assert pipe.describe().settings["threads"] == str(usable_cores() or "all cores")
 
 
 @pytest.mark.parametrize("number", [100_000, 10**30, -1, True, 1.5])

@@ -148,7 +148,7 @@ def bench(
         _tell(found.to_json(), lambda: load_text(found), json_out, target, quiet)
         return
     _refuse(ctx, OF_SERVICES, "a bundle")
-    from var_deploy.pipeline import BACKENDS, PRECISIONS
+    from var_deploy.config import BACKENDS, PRECISIONS
     from var_deploy.runtime.bench.run import PEERS, Settings
     from var_deploy.runtime.bench.run import bench as run
 
