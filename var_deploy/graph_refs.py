@@ -40,15 +40,20 @@ def generation_graphs(
     """The graphs that generate images, each once, in the order of their first launch."""
     scales: list[GraphRef] = []
     if layout != "per-scale":
-        scales.append(GraphRef(name=names.STEP, kind="step", precision=precision))
+        scales.append(_step(precision))
     if layout != "shared":
-        scales += [
-            GraphRef(name=names.scale_graph(k), kind="scale", scale=k, precision=precision)
-            for k in range(model.scales)
-        ]
+        scales += [_scale(k, precision) for k in range(model.scales)]
     condition = GraphRef(name=names.CONDITION, kind="condition", precision=precision)
     decoder = GraphRef(name=names.DECODER, kind="decoder", precision=precision)
     return (*([condition] if model.transformer.conditional else []), *scales, decoder)
+
+
+def scale_graphs(model: ModelSpec, layout: Layout, precision: str = "") -> tuple[GraphRef, ...]:
+    """The graph that computes each scale: K of them, all the same one in layout "shared"."""
+    shared = layout == "shared"
+    return tuple(
+        _step(precision) if shared else _scale(k, precision) for k in range(model.scales)
+    )
 
 
 def tokenizer_graphs(precision: str = "") -> tuple[GraphRef, ...]:
@@ -73,3 +78,11 @@ def held_layouts(graphs: Container[str]) -> tuple[Layout, ...]:
     """The layouts whose scale graphs, or engines of them, are among those with these names."""
     first = {"per-scale": names.scale_graph(0), "shared": names.STEP}
     return tuple(layout for layout in LAYOUTS if first[layout] in graphs)
+
+
+def _step(precision: str) -> GraphRef:
+    return GraphRef(name=names.STEP, kind="step", precision=precision)
+
+
+def _scale(scale: int, precision: str) -> GraphRef:
+    return GraphRef(name=names.scale_graph(scale), kind="scale", scale=scale, precision=precision)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,11 @@ from var_deploy.errors import BackendError, BundleChangedError, BundleError, Usa
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
 from var_deploy.runtime.backends import Choice, choose_backend
+from var_deploy.runtime.generation_options import (
+    SETTINGS,
+    GenerationOptions,
+    takes_generation_options,
+)
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.request import (
     Batches,
@@ -29,12 +34,15 @@ from var_deploy.runtime.request import (
     ScaleEvent,
     end_of,
     label_numbers,
-    settings,
     streams,
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
+from var_deploy.sampling import Sampling
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Pipeline:
@@ -188,18 +196,12 @@ class Pipeline:
         )
         return cls(manifest, loop, loaded, tokenizer, files)
 
+    @takes_generation_options
     def generate(
         self,
         labels: Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] = 0,
-        cfg: float | Sequence[float] | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
-        *,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_scale: Callable[[ScaleEvent], object] | None = None,
-        deadline: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Images:
         """One image a label, [N, side, side, channels] uint8; the array is the caller's.
 
@@ -210,20 +212,12 @@ class Pipeline:
                 of those (one a seed). An unconditional model takes the count from the length alone.
             seed: 0 … 2⁶⁴-1; or one a label, and image n is the one that its label and its seed
                 give alone.
-            cfg, top_k, top_p, temperature: see `Sampling`; None takes the bundle's default.
-            on_progress: called with (launches done, launches in all).
-            on_scale: called after each scale of each batch, see `ScaleEvent`.
-            deadline: seconds for the whole call. An image is decoded from the scales that were
-                done in time, one at least; `scales_done` of the result says how many. What scales
-                and decoder take is learned from the runs before.
-
-        With `on_progress`, `on_scale` or `deadline` a GPU is waited for after every scale.
+            options: settings, callbacks and a deadline, see `GenerationOptions`.
 
         Raises UsageError (LabelError) for labels, seeds or settings out of range, BackendError
         where the pipeline is closed or the runtime fails, CancelledError after `cancel`.
         """
-        end = end_of(deadline)
-        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
+        end, sampling = end_of(options.get("deadline")), self._sampling(options)
         if labels is None:
             numbers, drawn = self._variants(None, seed)
         else:
@@ -231,7 +225,7 @@ class Pipeline:
             drawn = streams(seed, len(numbers))
         request = Request(labels=numbers, streams=drawn, sampling=sampling)
         with self._running():
-            return self._batches.draw(request, on_progress, on_scale, end)
+            return self._generate(request, options, end)
 
     def draw(
         self,
@@ -280,21 +274,16 @@ class Pipeline:
                 images[rows] = to_uint8(loop.decode(f_hat)[: len(rows)])
         return images
 
+    @takes_generation_options
     def edit(
         self,
         image: Picture,
         mask: Mask,
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
-        cfg: float | Sequence[float] | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
         *,
         keep_pixels: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_scale: Callable[[ScaleEvent], object] | None = None,
-        deadline: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Images:
         """Draw a part of an image anew, [N, side, side, channels] uint8, one a seed.
 
@@ -310,9 +299,8 @@ class Pipeline:
 
         The other arguments and errors are those of `generate`.
         """
-        end = end_of(deadline)
+        end, sampling = end_of(options.get("deadline")), self._sampling(options)
         tokenizer = self.manifest.model.tokenizer
-        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
         picture = upright(image, tokenizer.image_channels)
         new = read_mask(mask, picture.width, picture.height, tokenizer.image_side)
         pixels = self._pixels(picture)
@@ -330,35 +318,29 @@ class Pipeline:
                     tokens=tuple(np.tile(t, (count, 1)) for t in tokens),
                 ),
             )
-            images = self._batches.draw(request, on_progress, on_scale, end)
+            images = self._generate(request, options, end)
         if keep_pixels:
             images[...] = blend(images, pixels[0], new)
         return images
 
+    @takes_generation_options
     def vary(
         self,
         image: Picture,
         from_scale: int,
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
-        cfg: float | Sequence[float] | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
-        *,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_scale: Callable[[ScaleEvent], object] | None = None,
-        deadline: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Images:
         """Keep an image's tokens of the scales before `from_scale` and draw the others anew.
 
         [N, side, side, channels] uint8, one a seed. `from_scale` 0 keeps nothing, K everything.
         The other arguments and errors are those of `generate`; for `image` see `encode`.
         """
-        end, scales = end_of(deadline), self.manifest.model.scales
+        end, scales = end_of(options.get("deadline")), self.manifest.model.scales
         if isinstance(from_scale, bool) or not 0 <= from_scale <= scales:
             raise UsageError(f"from_scale must lie between 0 and {scales}, found {from_scale}")
-        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
+        sampling = self._sampling(options)
         pixels = self._pixels(image)
         if len(pixels) != 1:
             raise UsageError(f"vary takes one image, found {len(pixels)}")
@@ -367,7 +349,7 @@ class Pipeline:
             tokens = self._tokenizer.encode(pixels)[:from_scale]
             forced = tuple(np.tile(t, (len(numbers), 1)) for t in tokens)
             request = Request(labels=numbers, streams=drawn, sampling=sampling, forced=forced)
-            return self._batches.draw(request, on_progress, on_scale, end)
+            return self._generate(request, options, end)
 
     def cancel(self) -> None:
         """Stop what is being drawn, from another thread or from a callback.
@@ -420,6 +402,18 @@ class Pipeline:
                 yield self._loop
             finally:
                 self._busy = False
+
+    def _sampling(self, options: GenerationOptions) -> Sampling:
+        given = {name: cast(Any, options.get(name)) for name in SETTINGS}
+        return self.manifest.sampling(options.get("sampling"), **given)
+
+    def _generate(
+        self, request: Request, options: GenerationOptions, end: float | None
+    ) -> Images:
+        """Images of a request, with the callbacks of `options`, by `end`."""
+        return self._batches.draw(
+            request, options.get("on_progress"), options.get("on_scale"), end
+        )
 
     @property
     def _tokenizer(self) -> TokenizerGraphs:

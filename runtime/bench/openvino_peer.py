@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.config import Layout
 from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.graph_refs import held_layouts
 from var_deploy.labels import spread_labels
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import check_files, read_manifest
@@ -114,7 +114,7 @@ class OpenVinoBackend(HostMemory):
             self._threads = str(compiled.get_property("INFERENCE_NUM_THREADS"))
         except Exception as error:  # RuntimeError, and whatever a plugin throws
             raise BackendError(f"OpenVINO refuses {graph.path.name}: {one_line(error)}") from error
-        return OpenVinoSession(self._openvino, compiled, graph.stem)
+        return OpenVinoSession(self._openvino, compiled, graph.ref.name)
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
@@ -161,9 +161,9 @@ class OpenVinoContender:
         threads: int = 0,
     ) -> None:
         self._manifest = manifest = read_manifest(bundle)
-        graphs = manifest.graphs.get(precision, {})
         if layout is None:
-            layout = "per-scale" if names.scale_graph(0) in graphs else "shared"
+            held = held_layouts(manifest.graphs.get(precision, {}))
+            layout = "per-scale" if "per-scale" in held else "shared"
         check_files(bundle, manifest, prefix=f"{precision}/", hashes=False)
         self._backend = OpenVinoBackend(hint, threads)
         self._clock = WallClock(self._backend.synchronize)

@@ -141,7 +141,7 @@ class RateProbes:
         self._backend.close()
 
     def _open(self, kind: str) -> Any:
-        return self._backend.open(GraphFile(Path(__file__).with_name(f"{kind}.onnx")))
+        return self._backend.open(GraphFile.outside(Path(__file__).with_name(f"{kind}.onnx")))
 
     def _array(self, dtype: Any, *shape: int) -> Array:
         """Numbers that vary, as in a picture."""

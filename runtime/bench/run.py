@@ -13,6 +13,7 @@ from typing import cast
 from var_deploy import names
 from var_deploy.config import CPU, Precision
 from var_deploy.errors import UsageError
+from var_deploy.graph_refs import generation_graphs
 from var_deploy.installation import module_command
 from var_deploy.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
@@ -191,9 +192,7 @@ def weights_used(manifest: Manifest, precision: str) -> int:
     hold together what `step` holds."""
     graphs = manifest.graphs[precision]
     workload = workload_of(manifest, cast(Precision, precision))
-    wanted = [names.STEP, names.DECODER]
-    if manifest.model.transformer.conditional:
-        wanted.append(names.CONDITION)
+    wanted = [graph.name for graph in generation_graphs(manifest.model, "shared")]
     return sum(
         graphs[name].weight_bytes
         if name in graphs

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from var_deploy import names
-from var_deploy.config import Layout, Precision
+from var_deploy.config import LAYOUTS, Layout, Precision
+from var_deploy.graph_refs import held_layouts
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.planning.costs import workload_of
@@ -46,7 +46,6 @@ from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.build import build_bundle
 from var_deploy.runtime.tensorrt.library import Library
 
-LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 NO_GPU = "there is no GPU, see the step GPU"
 NO_TENSORRT = "TensorRT is missing, see the step TensorRT"
 EXPORT_BOTH = "export it with --precision fp32 --precision fp16"
@@ -193,13 +192,13 @@ class BundleCheck:
     @property
     def _common_layout(self) -> Layout:
         """The one that holds the weights once, where the bundle has it."""
-        everywhere = all(names.STEP in graphs for graphs in self.manifest.graphs.values())
+        held = map(held_layouts, self.manifest.graphs.values())
+        everywhere = all("shared" in layouts for layouts in held)
         return "shared" if everywhere else "per-scale"
 
     def _build(self, layout: Layout, encoder: bool = False) -> Found:
         here = self._here
-        graph = names.STEP if layout == "shared" else names.scale_graph(0)
-        if graph not in self.manifest.graphs[self.precision]:
+        if layout not in held_layouts(self.manifest.graphs[self.precision]):
             raise NotRunError(f"the bundle has no layout {layout}")
         if not here.gpu or here.library is None:
             raise NotRunError(NO_TENSORRT if here.gpu else NO_GPU)

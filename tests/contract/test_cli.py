@@ -25,6 +25,7 @@ from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import BundleError
 from var_deploy.images import read_settings
 from var_deploy.manifest import read_manifest
+from var_deploy.sampling import Sampling
 
 
 class FakePipeline:
@@ -136,10 +137,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
     assert generate == {
         "labels": [1, 0, 1, 0],
         "seed": 7,
-        "cfg": 2.0,
-        "top_k": 3,
-        "top_p": 0.5,
-        "temperature": 1.0,
+        "sampling": Sampling(cfg=2.0, top_k=3, top_p=0.5, temperature=1.0),
     }
     with Image.open(out) as image:
         assert image.size == (10, 10), "two labels, four images: two columns of two"
@@ -238,10 +236,9 @@ def test_settings_of_each_scale(bundle: Path, pipeline: type[FakePipeline]) -> N
     assert asked == {
         "labels": [0],
         "seed": 0,
-        "cfg": (1.0, 4.0),
-        "top_k": (9, 0),
-        "top_p": (0.5, 0.25),
-        "temperature": 2.0,
+        "sampling": Sampling(
+            cfg=(1.0, 4.0), top_k=(9, 0), top_p=(0.5, 0.25), temperature=2.0
+        ),
     }
     settings = read_settings(out)
     assert {name: settings[name] for name in ("cfg", "top_k", "top_p", "temperature")} == {

@@ -229,7 +229,7 @@ def test_a_graph_that_cannot_be_read_is_named(tmp_path: Path, ort: Any) -> None:
     backend = OrtCudaBackend(ort, Cuda(cudart))
     (tmp_path / "decoder.onnx").write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"ONNX Runtime refuses decoder.onnx: "):
-        backend.open(GraphFile(tmp_path / "decoder.onnx"))
+        backend.open(GraphFile.outside(tmp_path / "decoder.onnx"))
     backend.close()
 
 

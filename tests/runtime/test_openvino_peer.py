@@ -91,7 +91,7 @@ def test_bf16_is_not_claimed_where_the_cpu_has_none(openvino: Any, bundle: Path)
     fallen_back = "bf16 (computed in f32: this CPU has no bf16)"
     expected = "bf16" if capable else fallen_back
     assert backend.describe()["precision"] == expected
-    backend.open(GraphFile(bundle / "fp32" / "condition.onnx"))
+    backend.open(GraphFile.outside(bundle / "fp32" / "condition.onnx"))
     assert backend.describe()["precision"] == expected, "as the compiled model says"
 
 
@@ -125,7 +125,7 @@ def test_a_graph_that_it_refuses_is_one_line(openvino: Any, tmp_path: Path) -> N
     graph = tmp_path / "scale_00.onnx"
     graph.write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"^OpenVINO refuses scale_00\.onnx: [^\n]+$"):
-        OpenVinoBackend().open(GraphFile(graph))
+        OpenVinoBackend().open(GraphFile.outside(graph))
 
 
 def test_wrong_options_are_refused(openvino: Any) -> None:

@@ -357,7 +357,7 @@ def test_a_session_can_go_before_the_others(bundle: Bundle) -> None:
     folder = bundle(1, True)
     trt_backend = backend(folder)
     paths = [folder / "fp16" / f"{graph}.onnx" for graph in ("step", "decoder")]
-    sessions = [trt_backend.open(GraphFile(path)) for path in paths]
+    sessions = [trt_backend.open(GraphFile.outside(path)) for path in paths]
     sessions[0].close()
     assert cudart.live()["engine"] == 1
     sessions[0].close()
@@ -458,7 +458,7 @@ def test_a_tensor_that_would_lie_on_the_host_is_refused(bundle: Bundle) -> None:
 def test_an_input_that_is_not_aligned_is_refused(bundle: Bundle) -> None:
     folder = bundle(1, True)
     trt_backend = backend(folder)
-    session = trt_backend.open(GraphFile(folder / "fp16" / "decoder.onnx"))
+    session = trt_backend.open(GraphFile.outside(folder / "fp16" / "decoder.onnx"))
     place = trt_backend.allocate(4096)
     f_hat = Array(place.address + 4, (1, 8, 4, 4), np.dtype(np.float32), place.owner)
     with pytest.raises(BackendError, match=r"the input f_hat lies at 0x.* multiple of 256"):

@@ -124,7 +124,7 @@ def edit(
                 new,
                 label=chosen,
                 seed=seeds,
-                **vars(settings),
+                sampling=settings,
                 keep_pixels=keep_pixels,
                 on_progress=progress.step,
             )

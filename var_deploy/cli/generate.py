@@ -155,7 +155,7 @@ def generate(
                 images = pipe.generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,
                     seed=seeds if len(seeds) > 1 else seeds[0],
-                    **vars(settings),
+                    sampling=settings,
                     on_progress=progress.step,
                     **watched,
                 )

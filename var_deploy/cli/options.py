@@ -41,13 +41,11 @@ class SamplingOptions:
     top_p: str | None
     temperature: str | None
 
-    def over(self, manifest: Manifest) -> Sampling:
-        """The bundle's defaults with these in their place. Raises UsageError."""
-        from var_deploy.runtime.request import settings
-
+    def over(self, manifest: Manifest, base: Sampling | None = None) -> Sampling:
+        """`base`, or else the bundle's defaults, with these in their place. Raises UsageError."""
         scales, given = manifest.model.scales, dataclasses.asdict(self)
         parsed = {k: v if v is None else parse_setting(k, v, scales) for k, v in given.items()}
-        return settings(manifest, **parsed)
+        return manifest.sampling(base, **parsed)
 
 
 def load_pipeline(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Pipeline:

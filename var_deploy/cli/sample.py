@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 import time
@@ -312,7 +311,7 @@ def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) ->
                 "the published recipe draws without more_smooth, with which this bundle was "
                 "exported: export it again without --more-smooth"
             )
-        manifest = dataclasses.replace(manifest, defaults=Sampling(**FID_SAMPLING))
+        return given.over(manifest, Sampling(**FID_SAMPLING))
     return given.over(manifest)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from var_deploy.errors import BundleError, UsageError, VarDeployError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.request import Request, label_numbers, settings
+from var_deploy.runtime.request import Request, label_numbers
 from var_deploy.sampling import Sampling
 from var_deploy.triton.config import (
     IMAGE,
@@ -112,8 +112,7 @@ def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
         Row(
             label=_label(labels[n], manifest),
             stream=(seeds[n], numbers[n]),
-            sampling=settings(
-                manifest,
+            sampling=manifest.sampling(
                 **{
                     argument: _setting(given[name][n]) if name in given else None
                     for name, argument in SETTINGS.items()
