@@ -27,7 +27,7 @@ from var_deploy.graph_refs import held_layouts
 from var_deploy.labels import spread_labels
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import check_files, read_manifest
-from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
+from var_deploy.runtime.bench.contender import About, Sample, contender_parser, serve
 from var_deploy.runtime.host_memory import HostMemory, host_view
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import ClockedBackend, WallClock, add_launches, launch_names
@@ -175,13 +175,13 @@ class OpenVinoContender:
         self._loop = ScaleLoop(bundle, manifest, clocked, precision, layout)
         self._batches = Batches(manifest, self._loop, cancelled=lambda: False)
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> About:
         found = self._backend.describe()
         found["layout"], found["graphs"] = self._layout, self._graphs
         found["images a launch"] = str(self._manifest.batch)
         if self._backend.computes != "f32":
             found["tokens"] = "replaced: to draw them takes fp32"
-        return found
+        return About(settings=found, graphs=self._graphs)
 
     def generate(self) -> Sample:
         count = len(self.images)

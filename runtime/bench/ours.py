@@ -18,7 +18,7 @@ from var_deploy.labels import spread_labels
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.backends import choose_backend
-from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
+from var_deploy.runtime.bench.contender import About, Sample, contender_parser, serve
 from var_deploy.runtime.cuda import CudaMemory
 from var_deploy.runtime.measure import (
     ClockedBackend,
@@ -51,14 +51,22 @@ class Ours:
         self._clock.each = True
         self._labels = spread_labels(manifest.model.transformer.classes, images)
         self._launches, self._batch = launch_names(manifest), manifest.batch
+        self._threads = choice.config.threads or 0
 
-    def describe(self) -> dict[str, str]:
-        return {
-            "var-deploy": __version__,
-            **self._pipeline.describe().to_json(),
-            "images a launch": str(self._batch),
-            "clock": self._clock.source,
-        }
+    def describe(self) -> About:
+        loaded = self._pipeline.describe()
+        return About(
+            settings={
+                "var-deploy": __version__,
+                **dataclasses.replace(loaded, reason="").to_json(),
+                "images a launch": str(self._batch),
+                "clock": self._clock.source,
+            },
+            graphs=loaded.precision,
+            backend=loaded.backend,
+            threads=self._threads,
+            reason=loaded.reason,
+        )
 
     def generate(self) -> Sample:
         """Labels to uint8 images; launches of several batches are added up."""

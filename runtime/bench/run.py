@@ -168,11 +168,13 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
 def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
     """A run with its rates, and floors for our own contenders."""
     rated = comparison.rated
-    found = Rates.of(rated.samples, int(rated.about["threads"])) if rated.samples else None
+    found = None
+    if rated.samples and rated.about is not None:
+        found = Rates.of(rated.samples, rated.about.threads)
     for result in comparison.results:
         if not result.ran:
             continue
-        precision = result.about.get("graphs", result.about.get("precision", ""))
+        precision = result.about.graphs if result.about else ""
         if precision in manifest.graphs:
             result.weights = weights_used(manifest, precision)
         if result.ours:
@@ -221,7 +223,7 @@ def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine)
 
     Raises UsageError where the rates are not known.
     """
-    if result.about.get("backend") != CPU:
+    if result.about is None or result.about.backend != CPU:
         return find_device("this", machine)
     if found is None:
         raise UsageError(f"the rates of this machine could not be measured: {rated.problem}")

@@ -325,7 +325,7 @@ class BundleCheck:
         if images.std() == 0:
             problems.append("the image has one colour")
         return Found(
-            result={"runs_on": how},
+            result={"runs_on": how.to_json()},
             headline=f"{how.backend} {how.precision} {how.layout}",
             problems=problems,
         )

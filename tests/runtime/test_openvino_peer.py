@@ -70,7 +70,7 @@ def test_a_contender_makes_the_pipelines_images(openvino: Any, bundle: Path) -> 
     with Pipeline.load(bundle, backend="onnxruntime-cpu", threads=1) as pipeline:
         expected = pipeline.generate([0, 2, 4])
     assert np.abs(contender.images.astype(int) - expected).max() <= 1
-    assert contender.describe() == {
+    assert contender.describe().settings == {
         "backend": "openvino",
         "openvino": openvino.__version__,
         "threads": "1",
@@ -99,8 +99,8 @@ def test_tokens_are_replaced_in_bf16(openvino: Any, bundle: Path) -> None:
     """Its sampler may arrive at no code, which the loop takes for logits that are no numbers."""
     contender = OpenVinoContender(bundle, 1, hint="bf16", layout="shared", threads=1)
     contender._backend.computes = "bf16"  # as on a CPU that has it
-    assert contender.describe()["tokens"] == "replaced: to draw them takes fp32"
-    assert contender.describe()["precision"] == "bf16"
+    assert contender.describe().settings["tokens"] == "replaced: to draw them takes fp32"
+    assert contender.describe().settings["precision"] == "bf16"
     contender.generate()
     assert not np.concatenate(contender._loop.tokens(), axis=1).any()
     contender._backend.computes = "f32"
@@ -112,7 +112,7 @@ def test_tokens_are_replaced_in_bf16(openvino: Any, bundle: Path) -> None:
 def test_without_static_graphs_it_takes_step(openvino: Any, export_to: ExportTo) -> None:
     shared = export_to(batch=1, layout="shared")
     contender = OpenVinoContender(shared, 1, threads=1)
-    assert contender.describe()["layout"] == "shared"
+    assert contender.describe().settings["layout"] == "shared"
     assert len(contender.generate().launches) == 5
     contender.close()
     with pytest.raises(BundleError, match="no graph scale_00"):

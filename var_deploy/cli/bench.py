@@ -368,7 +368,7 @@ def _notes(run: Run) -> str:
     """What ran, and why something is missing."""
     lines = []
     for result in run.results:
-        about = {k: v for k, v in result.about.items() if k != "chosen because"}  # it can be long
+        about = result.about.settings if result.about else {}  # not the reason, which can be long
         said = result.problem or ", ".join(f"{k} {v}" for k, v in about.items())
         lines.append(f"{result.name}: {'not run: ' if result.problem else ''}{said}")
         if result.ran:

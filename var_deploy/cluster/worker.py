@@ -53,14 +53,19 @@ class Worker:
         self._free = time.monotonic()
         return Drawn(data=data, drawing=self._free - started, waiting=waiting)
 
+    def close(self) -> None:
+        """Give the bundle back, if one is loaded."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
     def _loaded(self, spec: SetSpec) -> Pipeline:
         from var_deploy.pipeline import Pipeline
 
         if self._pipe is not None:
             if spec.drawn_by(self._pipe.describe()):
                 return self._pipe
-            self._pipe.close()
-            self._pipe = None
+            self.close()
         self._pipe = Pipeline.open(
             self._offered.path(),
             spec.config(self._config),
