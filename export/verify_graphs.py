@@ -51,7 +51,7 @@ class Tolerance(Protocol):
     @property
     def drawn(self) -> int: ...
 
-    def problems(self, path: Path) -> list[str]:
+    def problems(self, graph: GraphRef, path: Path) -> list[str]:
         """How the file of a graph breaks the rules, a line each."""
 
     def condition(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
@@ -111,10 +111,11 @@ class GraphVerifier:
         What is against the rules is told in the first of them.
         """
         path = self._bundle / self._manifest.graph(self._precision, name).file
+        ref = graph_ref(self._manifest.model, self._precision, name)
         problems: list[str] = []
         try:
-            problems = _attempt(lambda: self._tolerance.problems(path), "loaded")
-            checks = self._graph(name, path)
+            problems = _attempt(lambda: self._tolerance.problems(ref, path), "loaded")
+            checks = self._graph(ref)
         except _UnfitError as error:
             self.unfit = self.unfit or name
             checks = [self._blank(name).failed(str(error))]
@@ -124,7 +125,8 @@ class GraphVerifier:
             checks[0] = dataclasses.replace(checks[0], passed=False, detail=detail)
         return checks
 
-    def _graph(self, name: str, path: Path) -> list[Check]:
+    def _graph(self, ref: GraphRef) -> list[Check]:
+        name = ref.name
         info = self._manifest.graph(self._precision, name)
         interior: dict[str, tuple[str, ...]] = dict.fromkeys(
             (names.CONDITION, names.DECODER, names.ACCUMULATE), ()
@@ -133,7 +135,6 @@ class GraphVerifier:
         mass = (names.KEPT_MASS,) if self._manifest.more_smooth else ()
         shown = interior.get(name, (names.LOGITS, *mass))
         runner = _attempt(lambda: GraphRunner(self._files.graph(name), info, shown), "loaded")
-        ref = graph_ref(self._manifest.model, self._precision, name)
         if ref.kind == "step":
             scales = range(self._manifest.model.scales)
             return [self._scale(runner, ref, f"{name} @ {k}", k) for k in scales]

@@ -15,6 +15,7 @@ from PIL import Image
 from fake_machine import FakeMachine, jetson, meminfo, workstation
 from var_deploy import names
 from var_deploy.cli.bench import _as_text
+from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.costs import workload_of
 from var_deploy.planning.plan import launch_times
@@ -51,7 +52,8 @@ PC = FakeMachine(
     processors=2,
     kind="Linux x86_64",
 )
-ALL = Settings(precisions=("auto", "fp32"), against=tuple(PEERS), threads=3, batches=(4,))
+OURS = tuple(RuntimeConfig(precision=precision, threads=3) for precision in ("auto", "fp32"))
+ALL = Settings(configs=OURS, against=tuple(PEERS), batches=(4,))
 
 
 @pytest.fixture

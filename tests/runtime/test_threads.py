@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.machine import usable_cores
 from var_deploy.pipeline import Pipeline
@@ -59,7 +60,7 @@ def test_the_number_is_told(export_to: ExportTo) -> None:
 def test_absurd_numbers_are_refused_at_once(export_to: ExportTo, number: Any) -> None:
     for start in (
         lambda: Pipeline.load(export_to(batch=2), threads=number),
-        lambda: Settings(threads=number),
+        lambda: Settings(configs=(RuntimeConfig(threads=number),)),
     ):
         with pytest.raises(UsageError, match="threads must be"):
             start()
