@@ -83,7 +83,7 @@ class Pipeline:
 
         Args:
             bundle: folder written by `var-deploy export`.
-            backend: one of BACKENDS; "auto" takes the first that can run the bundle here:
+            backend: one of `config.BACKENDS`; "auto" takes the first that can run the bundle here:
                 engines built for this very device, ONNX Runtime on a GPU, ONNX Runtime on a CPU.
                 `describe().reason` says what was passed over, and why it is int8 where that was
                 left open.
