@@ -34,6 +34,7 @@ from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.lint import values_of
 from var_deploy.export.reference import Reference, trace_reference
 from var_deploy.export.verify import BOUNDS, COIN_TOSS, load_bundle_model, run_order, widest_first
+from var_deploy.graph_refs import graph_ref
 from var_deploy.manifest import Manifest, check_files, read_manifest
 
 AT_ONCE = 256 << 20  # bytes of values held of each backend
@@ -202,10 +203,11 @@ def _choose(
     every: list[tuple[str, int]] = []
     held = set(manifest.graphs[sides[0].precision]) & set(manifest.graphs[sides[1].precision])
     for name in sorted(held, key=run_order):
-        if name == names.STEP:
+        ref = graph_ref(manifest.model, sides[0].precision, name)
+        if ref.kind == "step":
             every += [(name, k) for k in range(manifest.model.scales)]
         else:
-            every.append((name, int(name[-2:]) if name[-2:].isdigit() else 0))
+            every.append((name, ref.scale or 0))
     if wanted is None:
         # a report on other files says nothing of these; an old one does not say on which it is
         stale = manifest.parity_is_current() is False

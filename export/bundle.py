@@ -36,6 +36,7 @@ from var_deploy.export.weights_bin import (
 )
 from var_deploy.families import family_of
 from var_deploy.folders import whole_folder
+from var_deploy.graph_refs import GraphRef, generation_graphs, tokenizer_graphs
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.spec import ModelSpec
 
@@ -95,16 +96,27 @@ def build_graphs(
     `ranges` is what an int8 decoder rounds to; without it, its convolutions stay in fp32.
     """
     form = options.form(precision)
-    condition = export_family_of(spec.transformer).condition(spec, form)
-    graphs = [] if condition is None else [condition]
-    if options.layout != "per-scale":
-        graphs.append(build_step(spec, form))
-    if options.layout != "shared":
-        graphs += [build_scale(spec, k, form) for k in range(spec.scales)]
-    graphs.append(build_decoder(spec.tokenizer, form, ranges))
-    graphs.append(build_encoder(spec.tokenizer, form))
-    graphs.append(build_accumulate(spec.tokenizer, form))
-    return graphs
+    wanted = (*generation_graphs(spec, options.layout, precision), *tokenizer_graphs(precision))
+    return [_build(graph, spec, form, ranges) for graph in wanted]
+
+
+def _build(
+    graph: GraphRef, spec: ModelSpec, form: GraphForm, ranges: Ranges | None
+) -> GraphBuilder:
+    if graph.kind == "condition":
+        condition = export_family_of(spec.transformer).condition(spec, form)
+        assert condition is not None  # a conditional family has one
+        return condition
+    if graph.kind == "step":
+        return build_step(spec, form)
+    if graph.kind == "decoder":
+        return build_decoder(spec.tokenizer, form, ranges)
+    if graph.kind == "encoder":
+        return build_encoder(spec.tokenizer, form)
+    if graph.kind == "accumulate":
+        return build_accumulate(spec.tokenizer, form)
+    assert graph.scale is not None
+    return build_scale(spec, graph.scale, form)
 
 
 def export_bundle(

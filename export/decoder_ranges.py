@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.export.checkpoint import LoadedModel, empty_modules, load_into
 from var_deploy.export.graphs.int8 import ConvRanges, Range, Ranges
@@ -163,7 +162,7 @@ class _NoDecoder(OrtCpuBackend):
     """Leaves the decoder out: it is what we are about to make."""
 
     def open(self, graph: GraphFile) -> Any:
-        return _Idle() if graph.stem == names.DECODER else super().open(graph)
+        return _Idle() if graph.ref.kind == "decoder" else super().open(graph)
 
 
 class _Idle:

@@ -11,7 +11,6 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
 
-from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.machine import usable_cores
@@ -40,8 +39,8 @@ class GraphRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = usable_cores() or 0
         # with open sizes, planning which buffer may serve again takes longer than all the rest
-        options.enable_mem_reuse = graph.stem != names.STEP
-        self._name = graph.stem
+        options.enable_mem_reuse = graph.ref.kind != "step"
+        self._name = graph.ref.name
         self._session = open_session(
             onnxruntime,
             graph,

@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from var_deploy import names
+from var_deploy.graph_refs import GraphRef
 from var_deploy.operators import FLOAT_OPERATORS
 
 OPSETS = range(9, 21)
@@ -79,11 +80,11 @@ CACHE = tuple(name.partition(".")[0] + "." for name in (names.past_key(0), names
 Values = Mapping[str, Any]  # name → TypeProto.Tensor
 
 
-def lint_file(path: Path, precision: str) -> list[str]:
-    """`lint` of a file of a bundle; only `step` may have symbolic sizes."""
+def lint_file(path: Path, graph: GraphRef) -> list[str]:
+    """`lint` of the file of a bundle's graph; only `step` may have symbolic sizes."""
     model = onnx.load(str(path), load_external_data=False)
     open_sizes = (names.LENGTH, names.PAST, names.NEXT_LENGTH, names.SIDE, names.NEXT_SIDE)
-    return lint(model, precision, open_sizes if path.stem == names.STEP else ())
+    return lint(model, graph.precision, open_sizes if graph.kind == "step" else ())
 
 
 def lint(model: onnx.ModelProto, precision: str, symbols: Collection[str] = ()) -> list[str]:

@@ -30,7 +30,7 @@ from var_deploy.export.torch_peers import Compiler, Peer, random_modules
 from var_deploy.labels import spread_labels
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
+from var_deploy.runtime.bench.contender import About, Sample, contender_parser, serve
 from var_deploy.runtime.measure import WallClock, launch_names
 from var_deploy.sampling import uniforms
 
@@ -91,19 +91,21 @@ class TorchContender:
         t = manifest.model.tokenizer
         self.images = np.empty((images, t.image_side, t.image_side, t.image_channels), np.uint8)
 
-    def describe(self) -> dict[str, str]:
-        precision = "fp32"
+    def describe(self) -> About:
+        precision = graphs = "fp32"
         if self._name == "torch-bf16":
+            graphs = ""  # it casts at every use
             precision = "bf16 by autocast, which casts the fp32 weights at every use"
             if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 precision += " (oneDNN has no bf16 for this CPU)"
-        return {
+        settings = {
             "torch": torch.__version__,
             "threads": str(torch.get_num_threads()),
             "precision": precision,
             "weights": "random, of the bundle's sizes",
             **self._how,
         }
+        return About(settings=settings, graphs=graphs)
 
     def generate(self) -> Sample:
         """Labels to uint8 images. The first call of `torch-compile` compiles."""

@@ -16,6 +16,7 @@ from var_deploy.export.lint import lint_file
 from var_deploy.export.reference import ScaleTrace
 from var_deploy.export.report import Check
 from var_deploy.export.verify_graphs import Tensors
+from var_deploy.graph_refs import GraphRef
 
 # One code that rounding tips changes the residuals of all later scales, so in fp32 the encoder's
 # tokens must agree all but for such a tip; in fp16 the latent alone is bound.
@@ -42,8 +43,8 @@ class FloatTolerance:
     rules: ClassVar[str] = "not for TensorRT 10.3"
     drawn: ClassVar[int] = 0
 
-    def problems(self, path: Path) -> list[str]:
-        return lint_file(path, self.precision)
+    def problems(self, graph: GraphRef, path: Path) -> list[str]:
+        return lint_file(path, graph)
 
     def condition(self, check: Check, expected: Tensors, found: Tensors) -> Check:
         return self.tensors(check, expected, found)

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError, BundleError, one_line
 from var_deploy.export.difference import agreement, largest_error, norm_error, top_1_agreement
 from var_deploy.export.graph_runner import GraphRunner, complete_step
 from var_deploy.export.reference import Given, Reference, ScaleTrace, request
 from var_deploy.export.report import Check
+from var_deploy.graph_refs import GraphRef, graph_ref, held_layouts
 from var_deploy.images import psnr
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
 # number of the first image that is drawn to try the decoder on: far from those that a decoder was
@@ -49,7 +51,7 @@ class Tolerance(Protocol):
     @property
     def drawn(self) -> int: ...
 
-    def problems(self, path: Path) -> list[str]:
+    def problems(self, graph: GraphRef, path: Path) -> list[str]:
         """How the file of a graph breaks the rules, a line each."""
 
     def condition(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
@@ -109,10 +111,11 @@ class GraphVerifier:
         What is against the rules is told in the first of them.
         """
         path = self._bundle / self._manifest.graph(self._precision, name).file
+        ref = graph_ref(self._manifest.model, self._precision, name)
         problems: list[str] = []
         try:
-            problems = _attempt(lambda: self._tolerance.problems(path), "loaded")
-            checks = self._graph(name, path)
+            problems = _attempt(lambda: self._tolerance.problems(ref, path), "loaded")
+            checks = self._graph(ref)
         except _UnfitError as error:
             self.unfit = self.unfit or name
             checks = [self._blank(name).failed(str(error))]
@@ -122,7 +125,8 @@ class GraphVerifier:
             checks[0] = dataclasses.replace(checks[0], passed=False, detail=detail)
         return checks
 
-    def _graph(self, name: str, path: Path) -> list[Check]:
+    def _graph(self, ref: GraphRef) -> list[Check]:
+        name = ref.name
         info = self._manifest.graph(self._precision, name)
         interior: dict[str, tuple[str, ...]] = dict.fromkeys(
             (names.CONDITION, names.DECODER, names.ACCUMULATE), ()
@@ -131,11 +135,11 @@ class GraphVerifier:
         mass = (names.KEPT_MASS,) if self._manifest.more_smooth else ()
         shown = interior.get(name, (names.LOGITS, *mass))
         runner = _attempt(lambda: GraphRunner(self._files.graph(name), info, shown), "loaded")
-        if name == names.STEP:
+        if ref.kind == "step":
             scales = range(self._manifest.model.scales)
-            return [self._scale(runner, f"{name} @ {k}", k) for k in scales]
-        if name not in interior:
-            return [self._scale(runner, name, int(name.rpartition("_")[2]))]
+            return [self._scale(runner, ref, f"{name} @ {k}", k) for k in scales]
+        if ref.scale is not None:
+            return [self._scale(runner, ref, name, ref.scale)]
         found = _run(runner, self._reference.inputs(self._manifest, name))
         check = self._blank(name)
         if name == names.CONDITION:
@@ -147,11 +151,10 @@ class GraphVerifier:
             return [self._tolerance.accumulate(check, expected, found)]
         return [self._tolerance.decoder(self._image(check, self._trace.image, found[names.IMAGE]))]
 
-    def _scale(self, runner: GraphRunner, name: str, scale: int) -> Check:
+    def _scale(self, runner: GraphRunner, ref: GraphRef, title: str, scale: int) -> Check:
         trace, manifest = self._trace.scales[scale], self._manifest
-        graph = name.partition(" ")[0]
-        inputs = self._reference.inputs(manifest, graph, scale)
-        if graph == names.STEP:
+        inputs = self._reference.inputs(manifest, ref.name, scale)
+        if ref.kind == "step":
             inputs = complete_step(manifest, self._precision, scale, inputs)
         found = _run(runner, inputs)
         logits, tokens = trace.outputs[names.LOGITS], trace.outputs[names.TOKENS]
@@ -166,7 +169,7 @@ class GraphVerifier:
             forced = _run(runner, {**inputs, names.KEEP_MASK: np.ones_like(differ)})
             found |= {k: forced[k] for k in (names.NEW_F_HAT, names.NEXT_INPUT) if k in found}
         check = dataclasses.replace(
-            self._blank(name),
+            self._blank(title),
             logits=norm_error(logits, found[names.LOGITS]),
             top_1=top_1_agreement(logits, found[names.LOGITS]),
             tokens=agreement(tokens, found[names.TOKENS]),
@@ -176,11 +179,8 @@ class GraphVerifier:
     def loops(self) -> list[Check]:
         """The whole generation in every layout that the bundle holds, and what it draws besides."""
         graphs = self._manifest.graphs[self._precision]
-        layouts: list[Layout] = ["shared"] if names.STEP in graphs else []
-        if names.scale_graph(0) in graphs:
-            layouts.append("per-scale")
         checks, drawn = list[Check](), self._tolerance.drawn
-        for layout in layouts:
+        for layout in reversed(held_layouts(graphs)):
             blank = self._blank(f"loop {layout}")
             if self.unfit:
                 checks.append(blank.failed(f"not run, because {self.unfit} is not right"))

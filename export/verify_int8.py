@@ -25,6 +25,7 @@ from var_deploy.export.reference import ScaleTrace
 from var_deploy.export.report import Check
 from var_deploy.export.verify_floats import FloatTolerance
 from var_deploy.export.verify_graphs import Tensors
+from var_deploy.graph_refs import GraphRef
 
 # ‖found - expected‖ / ‖expected‖
 LOGITS_BOUND = 0.06
@@ -50,7 +51,7 @@ class Int8Tolerance:
     drawn: ClassVar[int] = DRAWN
     rules: ClassVar[str] = "not as int8 graphs are promised to be"
 
-    def problems(self, path: Path) -> list[str]:
+    def problems(self, graph: GraphRef, path: Path) -> list[str]:
         return lint_int8(path, self._checked)
 
     def condition(self, check: Check, expected: Tensors, found: Tensors) -> Check:

@@ -1,22 +1,29 @@
-"""Which inference library runs a bundle here, on which of its graphs."""
+"""Which inference library runs a bundle here, on which of its graphs.
+
+The rule is `var_deploy.planning.selection.select`. Here it is told about this machine, and what it
+selects is opened; where that fails and the choice was open, the failure is one more fact.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
 
-from var_deploy import names
-from var_deploy.errors import BackendError, UsageError
+from var_deploy.config import AUTO, CPU, CUDA, RuntimeConfig
+from var_deploy.errors import BackendError
+from var_deploy.graph_refs import held_layouts
+from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import Manifest
 from var_deploy.planning import precisions
-from var_deploy.planning.precisions import check_gpu_precision, cpu_precision, gpu_precision
-from var_deploy.runtime.loop import Layout
+from var_deploy.planning.selection import Engines, Facts, Selection, select
+from var_deploy.runtime.cuda import Cuda
 from var_deploy.runtime.protocol import Backend
-from var_deploy.runtime.tensorrt.engine_files import ENGINES, EngineFolder, find_target, load_plan
+from var_deploy.runtime.tensorrt.engine_files import ENGINES, find_target, load_plan
+from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.target import Target
-
-CPU, CUDA = precisions.CPU, "onnxruntime-cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,197 +31,155 @@ class Choice:
     """A backend, ready to open the graphs of one precision and layout.
 
     Attributes:
+        config: what was settled: nothing in it is "auto".
         reason: why this one, where the caller left it open.
         reads_graphs: whether it loads the ONNX files themselves, which then have to be intact.
     """
 
     backend: Backend
-    precision: str
-    layout: Layout
+    config: RuntimeConfig
     reason: str
     reads_graphs: bool
 
 
 def choose_backend(
-    bundle: Path,
-    manifest: Manifest,
-    *,
-    backend: str = "auto",
-    precision: str = "auto",
-    layout: str = "auto",
-    threads: int | None = None,
-    cuda_graph: bool = True,
+    bundle: Path, manifest: Manifest, config: RuntimeConfig, *, cores: int | None = None
 ) -> Choice:
-    """Set up `backend`, or the best that there is: engines, then ONNX Runtime on a GPU, then on a
-    CPU. The caller closes it.
+    """Set up the backend of `config`, or the best that there is. The caller closes it.
+
+    `cores` is how many CPU threads are taken where their number is open; None takes those that the
+    process may use.
 
     Raises BackendError or BundleError where a backend that was asked for cannot run this bundle, or
-    where int8 is computed wrongly here, UsageError for threads or int8 with a GPU.
+    where int8 is computed wrongly here, UsageError for threads out of range or options that exclude
+    each other.
     """
-    if backend == "auto":
-        return _best(bundle, manifest, precision, layout, threads, cuda_graph)
-    if backend == CPU:
-        return _on_cpu(manifest, precision, layout, threads, "as asked for")
-    if threads is not None:
-        raise UsageError(f"threads are for {CPU}, not for {backend}")
-    check_gpu_precision(precision, backend)
-    if backend == CUDA:
-        return _on_cuda(manifest, precision, layout, "as asked for", cuda_graph)
-    return _on_tensorrt(bundle, manifest, backend, precision, layout, cuda_graph)
+    check_threads(config.threads, machine=Machine())
+    facts = Facts(
+        engines=Engines() if (bundle / ENGINES).is_dir() else None,
+        cuda=True,  # until it would be taken: looking means importing ONNX Runtime
+        cores=cores or usable_cores(),
+    )
+    found: _FoundEngines | None = None
+    with contextlib.ExitStack() as stack:  # the GPU of engines that are not taken
+        while True:
+            selection = select(config, manifest, facts)
+            backend = selection.config.backend
+            if backend == CPU:
+                from var_deploy.runtime.int8_check import int8_problem
+                from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
-
-def _best(
-    bundle: Path,
-    manifest: Manifest,
-    precision: str,
-    layout: str,
-    threads: int | None,
-    cuda_graph: bool,
-) -> Choice:
-    passed_over = []
-    if precision == "int8":
-        passed_over.append(f"precision int8 is for {CPU}")
-    elif threads is None:  # who names CPU threads wants the CPU
-        if (bundle / ENGINES).is_dir():
+                processor = OrtCpuBackend(selection.config.threads)
+                problem = ""
+                if selection.config.precision == "int8" and not facts.int8_problem:
+                    problem = int8_problem(processor)
+                if not problem:
+                    return _choice(selection, processor, reads_graphs=True)
+                facts = dataclasses.replace(facts, int8_problem=problem)
+                continue
+            if backend == CUDA and config.backend == AUTO and not _has_cuda_provider():
+                facts = dataclasses.replace(facts, cuda=False)
+                continue
             try:
-                return _on_tensorrt(bundle, manifest, None, precision, layout, cuda_graph)
+                if backend == CUDA:
+                    return _choice(selection, _open_cuda(config.cuda_graph), reads_graphs=True)
+                if found is None:
+                    asked = None if config.backend == AUTO else config.backend
+                    found = _find_engines(bundle, manifest, asked, config.precision)
+                    stack.callback(found.cuda.close)
+                    facts = dataclasses.replace(facts, engines=found.facts)
+                    continue
+                opened = found.open(bundle, manifest, selection.config)
+                stack.pop_all()  # the backend closes it
+                return _choice(selection, opened, reads_graphs=False)
             except BackendError as error:
-                passed_over.append(f"TensorRT: {error}")
-        if _has_cuda_provider():
-            try:
-                return _on_cuda(manifest, precision, layout, "; ".join(passed_over), cuda_graph)
-            except BackendError as error:
-                passed_over.append(f"{CUDA}: {error}")
-    return _on_cpu(manifest, precision, layout, threads, "; ".join(passed_over))
+                if config.backend != AUTO:
+                    raise
+                failed = {**facts.failed, backend: str(error)}
+                facts = dataclasses.replace(facts, failed=failed)
 
 
-def _on_cpu(
-    manifest: Manifest, precision: str, layout: str, threads: int | None, reason: str
-) -> Choice:
-    from var_deploy.runtime.int8_check import check_int8, int8_problem
-    from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-
-    chosen = OrtCpuBackend(threads)
-    if precision == "auto":
-        precision = cpu_precision(manifest.graphs)
-        if precision == "int8" and len(manifest.graphs) > 1:
-            why = int8_problem(chosen) or "the bundle was exported with int8"
-            precision = cpu_precision(manifest.graphs, int8=not int8_problem(chosen))
-            reason = "; ".join(filter(None, (reason, why)))
-    if precision == "int8":
-        check_int8(chosen)
-    return Choice(
-        backend=chosen,
-        precision=precision,
-        layout=_onnx_layout(manifest, precision, layout),
-        reason=reason,
-        reads_graphs=True,
+def facts_here(bundle: Path) -> Facts:
+    """What can be told of this machine without opening a bundle's engines: whether it has a GPU
+    that ONNX Runtime can use, and whether the bundle has engines at all."""
+    return Facts(
+        engines=Engines() if (bundle / ENGINES).is_dir() else None,
+        cuda=_has_cuda_provider() and _has_gpu(),
+        cores=usable_cores(),
     )
 
 
-def _on_cuda(
-    manifest: Manifest, precision: str, layout: str, reason: str, cuda_graph: bool
-) -> Choice:
+def _choice(selection: Selection, backend: Backend, *, reads_graphs: bool) -> Choice:
+    return Choice(
+        backend=backend,
+        config=selection.config,
+        reason=selection.reason,
+        reads_graphs=reads_graphs,
+    )
+
+
+def _open_cuda(cuda_graph: bool) -> Backend:
     from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
 
-    if precision == "auto":
-        precision = gpu_precision(manifest.graphs, CUDA)
-    return Choice(
-        backend=OrtCudaBackend(cuda_graph=cuda_graph),
-        precision=precision,
-        layout=_onnx_layout(manifest, precision, layout),
-        reason=reason,
-        reads_graphs=True,
-    )
+    return OrtCudaBackend(cuda_graph=cuda_graph)
 
 
-def _on_tensorrt(
-    bundle: Path,
-    manifest: Manifest,
-    library_name: str | None,
-    precision: str,
-    layout: str,
-    cuda_graph: bool,
-) -> Choice:
-    from var_deploy.runtime.cuda import Cuda
+@dataclass(frozen=True, kw_only=True)
+class _FoundEngines:
+    """A bundle's engines for the GPU of this machine, which is held open."""
+
+    library: Library
+    cuda: Cuda
+    targets: Mapping[str, Target]
+    facts: Engines
+
+    def open(self, bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Backend:
+        from var_deploy.runtime.tensorrt.session import TensorRtBackend
+
+        target = self.targets[config.precision]
+        return TensorRtBackend(
+            self.library,
+            lambda graph: load_plan(bundle, manifest, graph, target)[1],
+            cuda=self.cuda,
+            cuda_graph=config.cuda_graph,
+        )
+
+
+def _find_engines(
+    bundle: Path, manifest: Manifest, library_name: str | None, precision: str
+) -> _FoundEngines:
+    """Engines of `precision`, or with "auto" of every precision that a GPU can run.
+
+    Raises BackendError where TensorRT or the GPU is missing, and where there are no engines for it:
+    what is said is about the precision that would be taken first.
+    """
     from var_deploy.runtime.tensorrt.library import load_library
-    from var_deploy.runtime.tensorrt.session import TensorRtBackend
 
     library = load_library(library_name)
-    if precision == "auto":
-        gpu_precision(manifest.graphs, library.name)  # refuses a bundle that has none
+    wanted = [precision]
+    if precision == AUTO:
+        wanted = [p for p in precisions.ON_GPU if p in manifest.graphs]
     cuda = Cuda()
     try:
         device, sm = cuda.device_name_and_sm()
-        wanted = precisions.ON_GPU if precision == "auto" else (precision,)
-        targets = [
-            Target(
-                library=library.name, version=library.version, device=device, sm=sm, precision=p
+        targets, built = {}, {}
+        complaint: BackendError | None = None
+        for each in wanted:
+            target = Target(
+                library=library.name, version=library.version, device=device, sm=sm, precision=each
             )
-            for p in wanted
-            if p in manifest.graphs or precision != "auto"
-        ]
-        folder, target = _first_built(bundle, targets)
-        free, _ = cuda.free_memory()
-        chosen, reason = _engine_layout(manifest, folder, target.precision, layout, free)
-        return Choice(
-            backend=TensorRtBackend(
-                library,
-                lambda graph: load_plan(bundle, manifest, graph, target)[1],
-                cuda=cuda,
-                cuda_graph=cuda_graph,
-            ),
-            precision=target.precision,
-            layout=chosen,
-            reason=reason,
-            reads_graphs=False,
-        )
+            try:
+                built[each] = held_layouts(find_target(bundle, target).engines)
+                targets[each] = target
+            except BackendError as error:
+                complaint = complaint or error
+        if not targets and complaint is not None:
+            raise complaint
+        facts = Engines(library=library.name, built=built, free=cuda.free_memory()[0])
+        return _FoundEngines(library=library, cuda=cuda, targets=targets, facts=facts)
     except BaseException:
         cuda.close()
         raise
-
-
-def _first_built(bundle: Path, targets: list[Target]) -> tuple[EngineFolder, Target]:
-    """The engines of the first target that has some; complains about the first one if none has."""
-    complaint: BackendError | None = None
-    for target in targets:
-        try:
-            return find_target(bundle, target), target
-        except BackendError as error:
-            complaint = complaint or error
-    raise complaint or BackendError(f"{bundle} has no graphs that engines could be built from")
-
-
-def _engine_layout(
-    manifest: Manifest, folder: EngineFolder, precision: str, layout: str, free: int
-) -> tuple[Layout, str]:
-    """The layout whose engines were built; by memory where both were."""
-    if layout != "auto":
-        return _named(layout), "as asked for"
-    built = [
-        name
-        for name, graph in (("shared", names.STEP), ("per-scale", names.scale_graph(0)))
-        if graph in folder.engines
-    ]
-    if len(built) == 1:
-        return _named(built[0]), "its engines were built"
-    from var_deploy.planning.plan import choose_layout
-
-    return choose_layout(manifest, free, precision=precision)
-
-
-def _onnx_layout(manifest: Manifest, precision: str, layout: str) -> Layout:
-    """Shared where the bundle has it: every session holds weights of its own."""
-    if layout != "auto":
-        return _named(layout)
-    graphs = manifest.graphs.get(precision, {})
-    return "shared" if names.STEP in graphs or not graphs else "per-scale"
-
-
-def _named(layout: str) -> Layout:
-    if layout not in get_args(Layout):
-        raise UsageError(f"layout must be one of {', '.join(get_args(Layout))}, found {layout!r}")
-    return cast(Layout, layout)
 
 
 def _has_cuda_provider() -> bool:
@@ -225,3 +190,11 @@ def _has_cuda_provider() -> bool:
     from var_deploy.runtime.onnxruntime_cuda import PROVIDER
 
     return PROVIDER in onnxruntime.get_available_providers()
+
+
+def _has_gpu() -> bool:
+    try:
+        Cuda().close()
+    except BackendError:
+        return False
+    return True

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError
 from var_deploy.machine import Machine, processor_name
+from var_deploy.planning.precisions import refuse_int8
 from var_deploy.runtime.host_memory import host_view
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Array
@@ -118,11 +119,7 @@ def expected(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def check_int8(backend: OrtCpuBackend) -> None:
     """Raise BackendError where this processor or this ONNX Runtime multiplies int8 wrongly."""
-    problem = int8_problem(backend)
-    if problem:
-        raise BackendError(
-            f"{problem}; take another --precision, or another version of onnxruntime"
-        )
+    refuse_int8(int8_problem(backend))
 
 
 def int8_problem(backend: OrtCpuBackend) -> str:
@@ -131,9 +128,8 @@ def int8_problem(backend: OrtCpuBackend) -> str:
     with _asking:
         if _found is None:
             wrong = _wrong(backend)
-            version = backend.describe()["onnxruntime"]
             _found = wrong and (
-                f"onnxruntime {version} computes int8 wrongly on this processor "
+                f"onnxruntime {backend.version} computes int8 wrongly on this processor "
                 f"({processor_name(Machine())}): {wrong}"
             )
         return _found
@@ -146,7 +142,7 @@ _asking = Lock()
 def _wrong(backend: OrtCpuBackend) -> str:
     """The first result that is not the known one, in words."""
     try:
-        session = backend.open(GraphFile(GRAPH))
+        session = backend.open(GraphFile.outside(GRAPH))
         given = inputs(max(ROWS))
         wanted = expected(given)
         for rows in ROWS:

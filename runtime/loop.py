@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
+from var_deploy.config import Layout
 from var_deploy.editing import Kept
 from var_deploy.errors import BackendError, CancelledError
+from var_deploy.graph_refs import generation_graphs, scale_graphs
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.buffers import LoopBuffers
 from var_deploy.runtime.plausible import check_f_hat, check_image, check_tokens
 from var_deploy.runtime.protocol import Arrays, Backend, Launch, Session
 from var_deploy.sampling import Sampling
-
-Layout = Literal["per-scale", "shared"]
 
 
 class ScaleLoop:
@@ -46,7 +45,7 @@ class ScaleLoop:
     ) -> None:
         self._manifest, self._spec, self._backend = manifest, manifest.model, backend
         self._half = precision == "fp16"
-        self._scale_names = _scale_graphs(self._spec.scales, layout)
+        self._scale_names = [graph.name for graph in scale_graphs(self._spec, layout)]
         self._opened: dict[str, Session] = {}
         self._launches: Sequence[Launch] = ()  # all but the decoder
         self._decoders: Sequence[Launch] = ()  # the last one reads what the last scale leaves
@@ -230,10 +229,8 @@ class ScaleLoop:
             self._own_files.close()
 
     def _graphs(self, precision: str, layout: Layout) -> dict[str, GraphInfo]:
-        wanted = [*_scale_graphs(self._spec.scales, layout), names.DECODER]
-        if self._spec.transformer.conditional:
-            wanted.insert(0, names.CONDITION)
-        return {name: self._manifest.graph(precision, name) for name in wanted}
+        wanted = generation_graphs(self._spec, layout)
+        return {graph.name: self._manifest.graph(precision, graph.name) for graph in wanted}
 
     def _bind_all(self, graphs: Mapping[str, GraphInfo], layout: Layout) -> list[Launch]:
         """Launches in the order of a generation.
@@ -241,7 +238,7 @@ class ScaleLoop:
         The decoder is there twice: scales leave f_hat in two places in turn, and a preview is
         decoded from the place where the last scale does not leave it.
         """
-        b, scales = self._buffers, _scale_graphs(self._spec.scales, layout)
+        b, scales = self._buffers, self._scale_names
         launches = []
         if names.CONDITION in graphs:
             condition = graphs[names.CONDITION]
@@ -267,8 +264,3 @@ class ScaleLoop:
 def _refuse_cancelled(cancelled: Callable[[], bool] | None) -> None:
     if cancelled is not None and cancelled():
         raise CancelledError("the generation was cancelled")
-
-
-def _scale_graphs(scales: int, layout: Layout) -> list[str]:
-    """The graph that computes each scale."""
-    return [names.STEP if layout == "shared" else names.scale_graph(k) for k in range(scales)]

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from var_deploy import names
 from var_deploy.bundle_files import GraphFile
+from var_deploy.graph_refs import generation_graphs
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import call, load_api
 from var_deploy.runtime.protocol import Array, Backend, Launch, Session, Shared
@@ -186,7 +186,4 @@ def add_launches(laps: Sequence[float], launches: Sequence[str]) -> dict[str, fl
 
 def launch_names(manifest: Manifest) -> list[str]:
     """The launches of a generation, in order; `step` goes by the names of the static graphs."""
-    spec = manifest.model
-    condition = [names.CONDITION] if spec.transformer.conditional else []
-    scales = [names.scale_graph(k) for k in range(spec.scales)]
-    return [*condition, *scales, names.DECODER]
+    return [graph.name for graph in generation_graphs(manifest.model, "per-scale")]

@@ -8,7 +8,6 @@ from threading import Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
-from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.machine import Machine, check_threads, usable_cores
@@ -84,6 +83,11 @@ class OrtCpuBackend(HostMemory):
         quiet(onnxruntime)
         self._ort, self._threads = onnxruntime, threads or usable_cores()
 
+    @property
+    def version(self) -> str:
+        """Of ONNX Runtime."""
+        return str(self._ort.__version__)
+
     def open(self, graph: GraphFile) -> OrtSession:
         graph.read()  # whatever is wrong with the file is found before a session is looked up
         with _opening:
@@ -93,11 +97,11 @@ class OrtCpuBackend(HostMemory):
                 session = _sessions[key] = self._load(graph)
         options = self._ort.RunOptions()
         options.log_severity_level = SILENT
-        if graph.stem == names.DECODER:
+        if graph.ref.kind == "decoder":
             # the last launch of a generation gives the arena's memory back: between images a
             # pipeline holds its weights and little else
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return OrtSession(session, graph.stem, options)
+        return OrtSession(session, graph.ref.name, options)
 
     def _load(self, graph: GraphFile) -> Any:
         options = self._ort.SessionOptions()
@@ -111,14 +115,14 @@ class OrtCpuBackend(HostMemory):
         # A pattern is one block for a whole run, laid out as it came the first time: in the decoder
         # of a d16 that is 100 MB more than the arena needs when asked tensor by tensor.
         options.enable_mem_pattern = False
-        last_parts = graph.path.parts[-2:]
-        if graph.stem == names.STEP or last_parts == ("int8", f"{names.DECODER}.onnx"):
+        kind = graph.ref.kind
+        if kind == "step" or (kind == "decoder" and graph.ref.precision == "int8"):
             # Planning which freed buffer may serve again compares every two open shapes: 0.45 s of
             # the 0.55 s that opening pocket's `step` took. The arena finds them at run time. And
             # between the integer maps of a decoder it finds fewer: 290 MiB where the arena needs
             # 240 in a d16 (in fp32 it is the other way round, 245 and 256).
             options.enable_mem_reuse = False
-        elif graph.stem.startswith(names.SCALE_PREFIX):
+        elif kind == "scale":
             # K sessions would hold K packed copies of the same weights; unpacked they read the one
             # that is mapped from weights.bin, at 1.2 to 1.6 times the time
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -132,7 +136,7 @@ class OrtCpuBackend(HostMemory):
 
     def describe(self) -> dict[str, str]:
         threads = str(self._threads) if self._threads else "all cores"
-        return {"backend": self.name, "onnxruntime": self._ort.__version__, "threads": threads}
+        return {"backend": self.name, "onnxruntime": self.version, "threads": threads}
 
 
 _sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()

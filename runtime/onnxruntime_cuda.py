@@ -179,7 +179,7 @@ class OrtCudaBackend(CudaMemory):
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # sizes, nothing more
         options.enable_cpu_mem_arena = False
-        opened = OrtCudaSession(self._cuda, self._waiting, self._recording, graph.stem)
+        opened = OrtCudaSession(self._cuda, self._waiting, self._recording, graph.ref.name)
         self._sessions.append(opened)
         providers = [(PROVIDER, self._settings())]
         opened.session = open_session(self._ort, graph, options, providers=providers)

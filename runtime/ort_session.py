@@ -57,7 +57,7 @@ def open_session(
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             problem = one_line(error)
         if files is not None and (by_path or problem):
-            files.confirm(graph.stem)
+            files.confirm(graph.ref.name)
         if not problem:
             break
         # it looks up where the weights lie, which fails while a bundle is being renamed

@@ -116,7 +116,8 @@ class Backend(Memory, Protocol):
     def name(self) -> str: ...
 
     def open(self, graph: GraphFile) -> Session:
-        """Load the graph that this ONNX file of a bundle describes.
+        """Load the graph that this ONNX file describes; `graph.ref` says which one of a bundle's it
+        is: name, kind, scale and precision.
 
         Raises BackendError, and BundleError where the file is not what it should be.
         """
@@ -130,7 +131,7 @@ class Backend(Memory, Protocol):
         ...
 
     def describe(self) -> dict[str, str]:
-        """Versions and settings, for a person who reads a benchmark."""
+        """Versions and settings, for a person who reads a benchmark: text, not data."""
         ...
 
     def close(self) -> None:

@@ -298,16 +298,6 @@ def end_of(deadline: float | None) -> float | None:
     return time.perf_counter() + deadline
 
 
-def settings(manifest: Manifest, cfg: Any, top_k: Any, top_p: Any, temperature: Any) -> Sampling:
-    """The bundle's settings with those that are given; refuses what the bundle cannot do."""
-    given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "temperature": temperature}
-    sampling = manifest.defaults.replace(**given)
-    sampling.check(manifest.model.scales)
-    if sampling.guides and not manifest.guidance and manifest.model.transformer.conditional:
-        raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
-    return sampling
-
-
 def label_numbers(manifest: Manifest, labels: Sequence[int | str | None]) -> list[int]:
     """Class numbers of names and numbers; 0 for each where the model has no classes.
 

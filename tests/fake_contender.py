@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from var_deploy.runtime.bench.contender import Sample, serve
+from var_deploy.runtime.bench.contender import About, Sample, serve
 from var_deploy.runtime.bench.rates import amounts
 
 LAUNCHES = {"condition": 0.001, "scale_00": 0.002, "decoder": 0.005}
@@ -39,8 +39,9 @@ class FakeContender:
             child = subprocess.Popen(["sleep", "60"])
             log.write_text(str(child.pid))
 
-    def describe(self) -> dict[str, str]:
-        return {"threads": "2", "precision": "fp32", "name": self.name}
+    def describe(self) -> About:
+        settings = {"threads": "2", "precision": "fp32", "name": self.name}
+        return About(settings=settings, graphs="fp32", threads=2)
 
     def generate(self) -> Sample:
         self.count += 1

@@ -23,8 +23,8 @@ import ray
 
 from var_deploy.cluster.connect import LOCAL, connected
 from var_deploy.cluster.sets import Made, make_missing
+from var_deploy.config import CPU, RuntimeConfig
 from var_deploy.manifest import read_manifest
-from var_deploy.planning.precisions import CPU
 from var_deploy.sets.folder import SetFolder
 from var_deploy.sets.spec import SHARD_SIZE, SetSpec
 
@@ -130,7 +130,13 @@ def draw(bundle: Path, *, workers: int, size: int, images: int) -> Run:
         folder = SetFolder(path=Path(name) / "set")
         shards = range(spec.images // size)  # whole ones
         made = make_missing(
-            bundle, folder, spec, shards, lambda message, done: None, threads=1, workers=workers
+            bundle,
+            folder,
+            spec,
+            shards,
+            lambda message, done: None,
+            config=RuntimeConfig(threads=1),
+            workers=workers,
         )
         written = sorted(path.stat().st_mtime for path in folder.path.glob("*.tar"))
     return means(made, written, size)

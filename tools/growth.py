@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from var_deploy.config import Precision
+from var_deploy.config import CPU, Precision, RuntimeConfig
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import random_model
 from var_deploy.export.presets import PATCH_NUMS_512, PRESETS
@@ -95,15 +95,17 @@ def measure(
                 calibration=1,  # ranges do not move the time
             )
             export_bundle(model, bundle, options)
-            settings = Settings(
-                batches=(batch,),
-                precisions=PRECISIONS,
-                backend="onnxruntime-cpu",
-                repeat=repeat,
-                warm_up=warm_up,
-            )
             for threads in dict.fromkeys(case.threads for case in members):
-                report = bench(bundle, dataclasses.replace(settings, threads=threads)).to_json()
+                settings = Settings(
+                    batches=(batch,),
+                    configs=tuple(
+                        RuntimeConfig(backend=CPU, precision=precision, threads=threads)
+                        for precision in PRECISIONS
+                    ),
+                    repeat=repeat,
+                    warm_up=warm_up,
+                )
+                report = bench(bundle, settings).to_json()
                 for case in members:
                     if case.threads == threads:
                         yield from _rows(case, report)

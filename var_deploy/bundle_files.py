@@ -18,6 +18,7 @@ from pathlib import Path
 
 from var_deploy import names
 from var_deploy.errors import BundleChangedError, BundleError
+from var_deploy.graph_refs import GraphRef, graph_ref
 from var_deploy.held_files import HeldFile
 from var_deploy.interfaces import Tensor
 from var_deploy.json_values import shown
@@ -32,22 +33,24 @@ class GraphFile:
     """A graph that an inference library is about to open.
 
     Attributes:
-        path: of the ONNX file; a backend that reads none takes its name from here.
+        path: of the ONNX file.
+        ref: which graph it is.
         files: that it belongs to, None for a graph outside of a bundle whose weights lie within.
     """
 
     path: Path
+    ref: GraphRef
     files: BundleFiles | None = None
 
-    @property
-    def stem(self) -> str:
-        """Name of the graph."""
-        return self.path.stem
+    @classmethod
+    def outside(cls, path: Path) -> GraphFile:
+        """A graph that is not one of a bundle; messages call it by its file."""
+        return cls(path, GraphRef(name=path.stem, kind="other"))
 
     def read(self) -> bytes:
         """The checked bytes. Raises BundleError where the graph cannot be trusted."""
         if self.files is not None:
-            return self.files.read(self.stem)
+            return self.files.read(self.ref.name)
         try:
             return self.path.read_bytes()
         except OSError as error:
@@ -55,7 +58,7 @@ class GraphFile:
 
     def key(self) -> Hashable:
         """The same for graphs that may share a session: the same bytes over the same weights."""
-        return object() if self.files is None else self.files.key(self.stem)
+        return object() if self.files is None else self.files.key(self.ref.name)
 
 
 class BundleFiles:
@@ -101,7 +104,9 @@ class BundleFiles:
 
     def graph(self, name: str) -> GraphFile:
         """A graph to open; nothing is read yet. Raises BundleError where the bundle lacks it."""
-        return GraphFile(self._bundle / self._manifest.graph(self._precision, name).file, self)
+        file = self._manifest.graph(self._precision, name).file
+        ref = graph_ref(self._manifest.model, self._precision, name)
+        return GraphFile(self._bundle / file, ref, self)
 
     def checked(self) -> tuple[HeldFile, Collection[bytes]]:
         """The weights and the bytes of every graph, between `check` and `loaded`."""

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+from var_deploy.errors import UsageError
+from var_deploy.machine import check_threads
+
 Precision = Literal["fp32", "fp16", "int8"]
+Layout = Literal["per-scale", "shared"]
+
+CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
+AUTO = "auto"
+BACKENDS = (AUTO, TENSORRT, TENSORRT_RTX, CUDA, CPU)
+PRECISIONS = (AUTO, "fp32", "fp16", "int8")
+LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
+LAYOUT_CHOICES = (AUTO, *LAYOUTS)
+CHECKS = ("hashes", "sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +42,66 @@ class GraphForm:
     def rows(self) -> int:
         """G: a row per image, and with guidance another one without a class."""
         return 2 * self.batch if self.guidance else self.batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a bundle is to be run. `planning.selection.select` says what "auto" means.
+
+    Attributes:
+        backend: one of BACKENDS.
+        precision: one of PRECISIONS.
+        layout: one of LAYOUT_CHOICES.
+        threads: CPU threads; None leaves their number open. With backend "auto" a number asks for
+            the CPU.
+        cuda_graph: TensorRT only: record each launch once and replay it.
+        check: "hashes" reads every file of the bundle once; "sizes" trusts files of the right size.
+
+    Raises UsageError for a value that is none of these. The bound of `threads` is that of another
+    machine, since a config may travel; the machine that runs it looks again.
+    """
+
+    backend: str = AUTO
+    precision: str = AUTO
+    layout: str = AUTO
+    threads: int | None = None
+    cuda_graph: bool = True
+    check: Literal["hashes", "sizes"] = "hashes"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("backend", BACKENDS),
+            ("precision", PRECISIONS),
+            ("layout", LAYOUT_CHOICES),
+            ("check", CHECKS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+        object.__setattr__(self, "threads", check_threads(self.threads))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What runs a loaded bundle: what a result should be reported with.
+
+    Attributes:
+        precision, backend, layout: those that were taken, never "auto".
+        settings: versions, device and settings of the backend, by what a person calls them.
+        reason: why this backend, where that was left open; "" where nothing was passed over.
+    """
+
+    precision: str
+    backend: str
+    layout: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Everything as text, as reports hold it."""
+        chosen = {"precision": self.precision, "layout": self.layout, "backend": self.backend}
+        reason = {"chosen because": self.reason} if self.reason else {}
+        return {**chosen, **self.settings, **reason}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}: {text}" for name, text in self.to_json().items())

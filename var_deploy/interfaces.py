@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from var_deploy import names
+from var_deploy.graph_refs import bundle_graphs, graph_ref
 from var_deploy.spec import ModelSpec
 
 Shape = tuple[int | str, ...]
@@ -47,9 +48,7 @@ class Interfaces:
 
     def graphs(self) -> list[str]:
         """The names that a graph may have."""
-        scales = [names.scale_graph(k) for k in range(self.model.scales)]
-        condition = [names.CONDITION] if self.model.transformer.conditional else []
-        return [*condition, names.STEP, *scales, names.DECODER, names.ENCODER, names.ACCUMULATE]
+        return [graph.name for graph in bundle_graphs(self.model)]
 
     def inputs(self, graph: str) -> list[Tensor]:
         """Raises KeyError for a name that `graphs` does not list."""
@@ -89,7 +88,7 @@ class Interfaces:
             names.SIDE: self.model.patch_nums[-1],
             names.NEXT_SIDE: self.model.patch_nums[-1],
         }
-        graphs = [g for g in self.graphs() if not g.startswith(names.SCALE_PREFIX)]
+        graphs = [g.name for g in bundle_graphs(self.model) if g.kind != "scale"]
         return sum(
             math.prod(open_sizes[n] if isinstance(n, str) else n for n in shape)
             * np.dtype(dtype).itemsize
@@ -121,7 +120,10 @@ class Interfaces:
         ]
 
     def _scale_of(self, graph: str) -> int:
-        return {names.scale_graph(k): k for k in range(self.model.scales)}[graph]
+        scale = graph_ref(self.model, self.precision, graph).scale
+        if scale is None:
+            raise KeyError(graph)
+        return scale
 
     def _scale_inputs(self, scale: int) -> list[Tensor]:
         length, past = self.model.scale_lengths[scale], self.model.prefix_lengths[scale]

@@ -117,6 +117,17 @@ class Manifest:
             raise BundleError(f"the bundle has no graph {name} in {precision}; export it again")
         return self.graphs[precision][name]
 
+    def sampling(self, base: Sampling | None = None, **changes: Any) -> Sampling:
+        """`base`, or else the bundle's defaults, with the settings in `changes` that are not None.
+
+        Raises UsageError for a value out of range, or one that the bundle cannot do.
+        """
+        sampling = (base or self.defaults).replace(**changes)
+        sampling.check(self.model.scales)
+        if sampling.guides and not self.guidance and self.model.transformer.conditional:
+            raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
+        return sampling
+
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
         if not self.more_smooth:

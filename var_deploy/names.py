@@ -12,14 +12,13 @@ STEP = "step"  # one graph with symbolic L and P that serves every scale
 DECODER = "decoder"
 ENCODER = "encoder"
 ACCUMULATE = "accumulate"  # tokens of all scales to what they add up to
-
-
-SCALE_PREFIX = "scale_"
+# the graphs that are not one of the K static ones
+FIXED_GRAPHS = (CONDITION, STEP, DECODER, ENCODER, ACCUMULATE)
 
 
 def scale_graph(scale: int) -> str:
     """Name of the static graph of one scale."""
-    return f"{SCALE_PREFIX}{scale:02d}"
+    return f"scale_{scale:02d}"
 
 
 # condition: labels → first input and modulation

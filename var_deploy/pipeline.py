@@ -5,21 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
+from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.editing import Kept, blend, keep_masks
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
 from var_deploy.runtime.backends import Choice, choose_backend
+from var_deploy.runtime.generation_options import (
+    SETTINGS,
+    GenerationOptions,
+    takes_generation_options,
+)
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.request import (
     Batches,
@@ -28,16 +34,15 @@ from var_deploy.runtime.request import (
     ScaleEvent,
     end_of,
     label_numbers,
-    settings,
     streams,
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
+from var_deploy.sampling import Sampling
 
-BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu")
-PRECISIONS = ("auto", "fp32", "fp16", "int8")
-LAYOUTS = ("auto", "per-scale", "shared")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Pipeline:
@@ -50,9 +55,7 @@ class Pipeline:
         self,
         manifest: Manifest,
         loop: ScaleLoop,
-        precision: str,
-        layout: str,
-        how: dict[str, str],
+        loaded: Loaded,
         tokenizer: TokenizerGraphs | None = None,
         files: BundleFiles | None = None,
     ) -> None:
@@ -61,7 +64,7 @@ class Pipeline:
         self._graphs = tokenizer
         self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
         self._batches = Batches(manifest, loop, self._cancelled.is_set)
-        self._how = {"precision": precision, "layout": layout, **how}
+        self._loaded = loaded
 
     @classmethod
     def load(
@@ -80,10 +83,10 @@ class Pipeline:
 
         Args:
             bundle: folder written by `var-deploy export`.
-            backend: one of BACKENDS; "auto" takes the first that can run the bundle here:
+            backend: one of `config.BACKENDS`; "auto" takes the first that can run the bundle here:
                 engines built for this very device, ONNX Runtime on a GPU, ONNX Runtime on a CPU.
-                `describe()["chosen because"]` says what was passed over, and why it is int8 where
-                that was left open.
+                `describe().reason` says what was passed over, and why it is int8 where that was
+                left open.
             precision: "fp32", "fp16" or "int8", which runs on ONNX Runtime on a CPU alone. "auto"
                 takes fp16 on a GPU, else fp32; on a CPU int8 where the bundle has it, since it has
                 it only where its export was asked for it, else fp32, else fp16, which a CPU
@@ -108,15 +111,31 @@ class Pipeline:
         Raises BundleError for a bundle that cannot be trusted, BackendError where the runtime is
         missing or refuses, UsageError for an unknown option.
         """
-        for name, value, known in (
-            ("backend", backend, BACKENDS),
-            ("precision", precision, PRECISIONS),
-            ("layout", layout, LAYOUTS),
-        ):
-            if value not in known:
-                raise UsageError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+        config = RuntimeConfig(
+            backend=backend,
+            precision=precision,
+            layout=layout,
+            threads=threads,
+            cuda_graph=cuda_graph,
+            check=check,
+        )
+        return cls.open(bundle, config, digest=digest)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        config: RuntimeConfig,
+        *,
+        digest: str | None = None,
+        cores: int | None = None,
+    ) -> Pipeline:
+        """`load` with all its options but the digest in one value.
+
+        `cores` is how many CPU threads are taken where `config` leaves that open, as in a process
+        that shares the machine with others; None takes those that the process may use.
+        """
         folder = Path(bundle)
-        options: dict[str, Any] = {"threads": threads, "cuda_graph": cuda_graph}
 
         def load() -> Pipeline:
             manifest = read_manifest(folder)
@@ -125,10 +144,9 @@ class Pipeline:
                     f"the bundle at {folder} was replaced: its digest is "
                     f"{manifest.digest()[:16]}, expected {str(digest)[:16]}; start again"
                 )
-            choice = choose_backend(
-                folder, manifest, backend=backend, precision=precision, layout=layout, **options
+            return cls.assemble(
+                folder, manifest, choose_backend(folder, manifest, config, cores=cores)
             )
-            return cls.assemble(folder, manifest, choice, options, hashes=check == "hashes")
 
         try:
             return load()
@@ -136,21 +154,14 @@ class Pipeline:
             return load()
 
     @classmethod
-    def assemble(
-        cls,
-        bundle: Path,
-        manifest: Manifest,
-        choice: Choice,
-        options: Mapping[str, Any],
-        *,
-        hashes: bool = True,
-    ) -> Pipeline:
-        """What `load` does once a backend is chosen, with the `options` that it was chosen by.
+    def assemble(cls, bundle: Path, manifest: Manifest, choice: Choice) -> Pipeline:
+        """What `open` does once a backend is chosen.
 
         The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
         `load`; BundleChangedError where the bundle is no longer the one of the manifest.
         """
-        backend, precision, layout = choice.backend, choice.precision, choice.layout
+        backend, config = choice.backend, choice.config
+        precision, hashes = config.precision, config.check == "hashes"
         files = BundleFiles(bundle, manifest, precision, hashes=hashes)
         try:
             try:
@@ -161,7 +172,7 @@ class Pipeline:
             except BaseException:
                 backend.close()
                 raise
-            loop = ScaleLoop(files, manifest, backend, precision, layout)
+            loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
         except BaseException as error:
             changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
             files.close()
@@ -172,27 +183,25 @@ class Pipeline:
                 ) from None
             raise
         files.loaded((names.ENCODER, names.ACCUMULATE))
-        how = backend.describe()
-        if choice.reason:
-            how["chosen because"] = choice.reason
-        again = {**options, "backend": backend.name, "precision": precision, "layout": layout}
-        tokenizer = TokenizerGraphs(
-            files, manifest, precision, lambda: choose_backend(bundle, manifest, **again).backend
+        settings = {name: text for name, text in backend.describe().items() if name != "backend"}
+        loaded = Loaded(
+            precision=precision,
+            backend=backend.name,
+            layout=config.layout,
+            settings=settings,
+            reason=choice.reason,
         )
-        return cls(manifest, loop, precision, layout, how, tokenizer, files)
+        tokenizer = TokenizerGraphs(
+            files, manifest, precision, lambda: choose_backend(bundle, manifest, config).backend
+        )
+        return cls(manifest, loop, loaded, tokenizer, files)
 
+    @takes_generation_options
     def generate(
         self,
         labels: Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] = 0,
-        cfg: float | Sequence[float] | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
-        *,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_scale: Callable[[ScaleEvent], object] | None = None,
-        deadline: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Images:
         """One image a label, [N, side, side, channels] uint8; the array is the caller's.
 
@@ -203,20 +212,12 @@ class Pipeline:
                 of those (one a seed). An unconditional model takes the count from the length alone.
             seed: 0 … 2⁶⁴-1; or one a label, and image n is the one that its label and its seed
                 give alone.
-            cfg, top_k, top_p, temperature: see `Sampling`; None takes the bundle's default.
-            on_progress: called with (launches done, launches in all).
-            on_scale: called after each scale of each batch, see `ScaleEvent`.
-            deadline: seconds for the whole call. An image is decoded from the scales that were
-                done in time, one at least; `scales_done` of the result says how many. What scales
-                and decoder take is learned from the runs before.
-
-        With `on_progress`, `on_scale` or `deadline` a GPU is waited for after every scale.
+            options: settings, callbacks and a deadline, see `GenerationOptions`.
 
         Raises UsageError (LabelError) for labels, seeds or settings out of range, BackendError
         where the pipeline is closed or the runtime fails, CancelledError after `cancel`.
         """
-        end = end_of(deadline)
-        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
+        end, sampling = end_of(options.get("deadline")), self._sampling(options)
         if labels is None:
             numbers, drawn = self._variants(None, seed)
         else:
@@ -224,7 +225,7 @@ class Pipeline:
             drawn = streams(seed, len(numbers))
         request = Request(labels=numbers, streams=drawn, sampling=sampling)
         with self._running():
-            return self._batches.draw(request, on_progress, on_scale, end)
+            return self._generate(request, options, end)
 
     def draw(
         self,
@@ -273,21 +274,16 @@ class Pipeline:
                 images[rows] = to_uint8(loop.decode(f_hat)[: len(rows)])
         return images
 
+    @takes_generation_options
     def edit(
         self,
         image: Picture,
         mask: Mask,
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
-        cfg: float | Sequence[float] | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
         *,
         keep_pixels: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_scale: Callable[[ScaleEvent], object] | None = None,
-        deadline: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Images:
         """Draw a part of an image anew, [N, side, side, channels] uint8, one a seed.
 
@@ -303,9 +299,8 @@ class Pipeline:
 
         The other arguments and errors are those of `generate`.
         """
-        end = end_of(deadline)
+        end, sampling = end_of(options.get("deadline")), self._sampling(options)
         tokenizer = self.manifest.model.tokenizer
-        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
         picture = upright(image, tokenizer.image_channels)
         new = read_mask(mask, picture.width, picture.height, tokenizer.image_side)
         pixels = self._pixels(picture)
@@ -323,35 +318,29 @@ class Pipeline:
                     tokens=tuple(np.tile(t, (count, 1)) for t in tokens),
                 ),
             )
-            images = self._batches.draw(request, on_progress, on_scale, end)
+            images = self._generate(request, options, end)
         if keep_pixels:
             images[...] = blend(images, pixels[0], new)
         return images
 
+    @takes_generation_options
     def vary(
         self,
         image: Picture,
         from_scale: int,
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
-        cfg: float | Sequence[float] | None = None,
-        top_k: int | Sequence[int] | None = None,
-        top_p: float | Sequence[float] | None = None,
-        temperature: float | Sequence[float] | None = None,
-        *,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_scale: Callable[[ScaleEvent], object] | None = None,
-        deadline: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Images:
         """Keep an image's tokens of the scales before `from_scale` and draw the others anew.
 
         [N, side, side, channels] uint8, one a seed. `from_scale` 0 keeps nothing, K everything.
         The other arguments and errors are those of `generate`; for `image` see `encode`.
         """
-        end, scales = end_of(deadline), self.manifest.model.scales
+        end, scales = end_of(options.get("deadline")), self.manifest.model.scales
         if isinstance(from_scale, bool) or not 0 <= from_scale <= scales:
             raise UsageError(f"from_scale must lie between 0 and {scales}, found {from_scale}")
-        sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
+        sampling = self._sampling(options)
         pixels = self._pixels(image)
         if len(pixels) != 1:
             raise UsageError(f"vary takes one image, found {len(pixels)}")
@@ -360,7 +349,7 @@ class Pipeline:
             tokens = self._tokenizer.encode(pixels)[:from_scale]
             forced = tuple(np.tile(t, (len(numbers), 1)) for t in tokens)
             request = Request(labels=numbers, streams=drawn, sampling=sampling, forced=forced)
-            return self._batches.draw(request, on_progress, on_scale, end)
+            return self._generate(request, options, end)
 
     def cancel(self) -> None:
         """Stop what is being drawn, from another thread or from a callback.
@@ -371,9 +360,9 @@ class Pipeline:
         if self._busy:
             self._cancelled.set()
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> Loaded:
         """Backend, versions, precision, layout: what a result should be reported with."""
-        return dict(self._how)
+        return self._loaded
 
     def close(self) -> None:
         """Release the sessions; safe to call twice."""
@@ -413,6 +402,18 @@ class Pipeline:
                 yield self._loop
             finally:
                 self._busy = False
+
+    def _sampling(self, options: GenerationOptions) -> Sampling:
+        given = {name: cast(Any, options.get(name)) for name in SETTINGS}
+        return self.manifest.sampling(options.get("sampling"), **given)
+
+    def _generate(
+        self, request: Request, options: GenerationOptions, end: float | None
+    ) -> Images:
+        """Images of a request, with the callbacks of `options`, by `end`."""
+        return self._batches.draw(
+            request, options.get("on_progress"), options.get("on_scale"), end
+        )
 
     @property
     def _tokenizer(self) -> TokenizerGraphs:

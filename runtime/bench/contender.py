@@ -10,6 +10,7 @@ first generation is asked for like any other, and tells how long a start takes.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -36,12 +37,46 @@ class Sample:
     launches: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a contender says of itself.
+
+    Attributes:
+        settings: versions, threads, precision and so on, for a person who reads the report.
+        graphs: precision of the bundle's weights that it runs; "" where it runs no such.
+        backend: what runs them, as `RuntimeConfig` names it; "" for what is none of those.
+        threads: of the CPU; 0 where it does not tell.
+        reason: why its backend was chosen; "" where nothing was passed over.
+    """
+
+    settings: Mapping[str, str]
+    graphs: str = ""
+    backend: str = ""
+    threads: int = 0
+    reason: str = ""
+
+    @classmethod
+    def read(cls, data: object) -> About | None:
+        """Of the line that a contender writes; None where it is none."""
+        if not isinstance(data, dict) or not isinstance(data.get("settings"), dict):
+            return None
+        texts = {name: str(data.get(name, "")) for name in ("graphs", "backend", "reason")}
+        threads = data.get("threads")
+        return cls(
+            settings={str(key): str(value) for key, value in data["settings"].items()},
+            threads=threads if isinstance(threads, int) else 0,
+            **texts,
+        )
+
+    def to_json(self) -> dict[str, str]:
+        """As a report holds it."""
+        return {**self.settings, **({"chosen because": self.reason} if self.reason else {})}
+
+
 class Contender(Protocol):
     """One way to make N images, loaded and ready."""
 
-    def describe(self) -> dict[str, str]:
-        """Versions, threads, precision and settings, for a person who reads the report."""
-        ...
+    def describe(self) -> About: ...
 
     def generate(self) -> Sample: ...
 
@@ -66,7 +101,7 @@ def serve(
         _reply(out, {"problem": _problem(error)})
         return 1
     try:
-        _reply(out, {"ready": contender.describe()})
+        _reply(out, {"ready": dataclasses.asdict(contender.describe())})
         for line in requests:
             if line.strip() != GENERATE:
                 _reply(out, {"problem": f"unknown request {line.strip()[:40]!r}"})

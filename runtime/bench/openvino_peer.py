@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy import names
 from var_deploy.bundle_files import GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.graph_refs import held_layouts
 from var_deploy.labels import spread_labels
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import check_files, read_manifest
-from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
+from var_deploy.runtime.bench.contender import About, Sample, contender_parser, serve
 from var_deploy.runtime.host_memory import HostMemory, host_view
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import ClockedBackend, WallClock, add_launches, launch_names
 from var_deploy.runtime.protocol import Arrays, Launch
 from var_deploy.runtime.request import Batches, Images, Request
@@ -113,7 +114,7 @@ class OpenVinoBackend(HostMemory):
             self._threads = str(compiled.get_property("INFERENCE_NUM_THREADS"))
         except Exception as error:  # RuntimeError, and whatever a plugin throws
             raise BackendError(f"OpenVINO refuses {graph.path.name}: {one_line(error)}") from error
-        return OpenVinoSession(self._openvino, compiled, graph.stem)
+        return OpenVinoSession(self._openvino, compiled, graph.ref.name)
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
@@ -160,9 +161,9 @@ class OpenVinoContender:
         threads: int = 0,
     ) -> None:
         self._manifest = manifest = read_manifest(bundle)
-        graphs = manifest.graphs.get(precision, {})
         if layout is None:
-            layout = "per-scale" if names.scale_graph(0) in graphs else "shared"
+            held = held_layouts(manifest.graphs.get(precision, {}))
+            layout = "per-scale" if "per-scale" in held else "shared"
         check_files(bundle, manifest, prefix=f"{precision}/", hashes=False)
         self._backend = OpenVinoBackend(hint, threads)
         self._clock = WallClock(self._backend.synchronize)
@@ -174,13 +175,13 @@ class OpenVinoContender:
         self._loop = ScaleLoop(bundle, manifest, clocked, precision, layout)
         self._batches = Batches(manifest, self._loop, cancelled=lambda: False)
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> About:
         found = self._backend.describe()
         found["layout"], found["graphs"] = self._layout, self._graphs
         found["images a launch"] = str(self._manifest.batch)
         if self._backend.computes != "f32":
             found["tokens"] = "replaced: to draw them takes fp32"
-        return found
+        return About(settings=found, graphs=self._graphs)
 
     def generate(self) -> Sample:
         count = len(self.images)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import __version__
+from var_deploy.config import RuntimeConfig
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.backends import choose_backend
-from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
+from var_deploy.runtime.bench.contender import About, Sample, contender_parser, serve
 from var_deploy.runtime.cuda import CudaMemory
 from var_deploy.runtime.measure import (
     ClockedBackend,
@@ -34,15 +35,11 @@ class Ours:
 
     Args:
         images: of one generation, whatever the bundle's batch.
-        threads: 0 leaves it to the pipeline.
     """
 
-    def __init__(
-        self, bundle: Path, images: int, *, precision: str, backend: str, threads: int
-    ) -> None:
+    def __init__(self, bundle: Path, images: int, config: RuntimeConfig) -> None:
         manifest = read_manifest(bundle)
-        options: dict[str, Any] = {"threads": threads or None}
-        choice = choose_backend(bundle, manifest, backend=backend, precision=precision, **options)
+        choice = choose_backend(bundle, manifest, config)
         try:
             self._clock = _clock_of(choice.backend)
         except BaseException:
@@ -50,18 +47,26 @@ class Ours:
             raise
         clocked = ClockedBackend(choice.backend, self._clock, gaps=True)
         choice = dataclasses.replace(choice, backend=clocked)
-        self._pipeline = Pipeline.assemble(bundle, manifest, choice, options)
+        self._pipeline = Pipeline.assemble(bundle, manifest, choice)
         self._clock.each = True
         self._labels = spread_labels(manifest.model.transformer.classes, images)
         self._launches, self._batch = launch_names(manifest), manifest.batch
+        self._threads = choice.config.threads or 0
 
-    def describe(self) -> dict[str, str]:
-        return {
-            "var-deploy": __version__,
-            **self._pipeline.describe(),
-            "images a launch": str(self._batch),
-            "clock": self._clock.source,
-        }
+    def describe(self) -> About:
+        loaded = self._pipeline.describe()
+        return About(
+            settings={
+                "var-deploy": __version__,
+                **dataclasses.replace(loaded, reason="").to_json(),
+                "images a launch": str(self._batch),
+                "clock": self._clock.source,
+            },
+            graphs=loaded.precision,
+            backend=loaded.backend,
+            threads=self._threads,
+            reason=loaded.reason,
+        )
 
     def generate(self) -> Sample:
         """Labels to uint8 images; launches of several batches are added up."""
@@ -94,13 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given: Any = parser.parse_args(arguments)
 
     def load() -> Ours:
-        return Ours(
-            given.bundle,
-            given.batch,
-            precision=given.precision,
-            backend=given.backend,
-            threads=given.threads,
+        config = RuntimeConfig(
+            precision=given.precision, backend=given.backend, threads=given.threads or None
         )
+        return Ours(given.bundle, given.batch, config)
 
     return serve(load)
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from var_deploy.errors import BackendError
-from var_deploy.runtime.bench.contender import GENERATE, Sample
+from var_deploy.runtime.bench.contender import GENERATE, About, Sample
 
 LOAD_SECONDS = 900.0  # torch.compile does its work with the first image, which is no quicker
 GENERATE_SECONDS = 1800.0
@@ -73,12 +73,12 @@ class ContenderProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ready(self) -> dict[str, str]:
+    def ready(self) -> About:
         """Wait until it is loaded; what it says of itself."""
-        about = self._reply(self._load_seconds, "loading").get("ready")
-        if not isinstance(about, dict):
+        about = About.read(self._reply(self._load_seconds, "loading").get("ready"))
+        if about is None:
             raise self._refuse("did not say that it is ready")
-        return {str(key): str(value) for key, value in about.items()}
+        return about
 
     def generate(self) -> Sample:
         """Ask for one generation and wait for it."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from var_deploy.bundle_files import GraphFile
 from var_deploy.machine import Machine, usable_cores
-from var_deploy.runtime.bench.contender import Sample, serve
+from var_deploy.runtime.bench.contender import About, Sample, serve
 from var_deploy.runtime.host_memory import host_view
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Array
@@ -126,8 +126,9 @@ class RateProbes:
         ]
         self._probes[COPY] = self._copy
 
-    def describe(self) -> dict[str, str]:
-        return {**self._backend.describe(), "threads": str(self._threads)}
+    def describe(self) -> About:
+        settings = {**self._backend.describe(), "threads": str(self._threads)}
+        return About(settings=settings, threads=self._threads)
 
     def generate(self) -> Sample:
         """Every probe: the median of a few runs."""
@@ -141,7 +142,7 @@ class RateProbes:
         self._backend.close()
 
     def _open(self, kind: str) -> Any:
-        return self._backend.open(GraphFile(Path(__file__).with_name(f"{kind}.onnx")))
+        return self._backend.open(GraphFile.outside(Path(__file__).with_name(f"{kind}.onnx")))
 
     def _array(self, dtype: Any, *shape: int) -> Array:
         """Numbers that vary, as in a picture."""

@@ -15,7 +15,7 @@ from var_deploy.errors import UsageError
 from var_deploy.machine import Machine, jetson_model
 from var_deploy.manifest import Manifest
 from var_deploy.planning.devices import cpu_device
-from var_deploy.runtime.bench.contender import Sample
+from var_deploy.runtime.bench.contender import About, Sample
 from var_deploy.runtime.bench.power import Energy
 from var_deploy.runtime.bench.rates import Rates
 from var_deploy.runtime.floors import Floor, reached
@@ -77,7 +77,7 @@ class Result:
 
     Attributes:
         name: as in the table; `ours`: whether it is this project.
-        about: what it says of itself.
+        about: what it says of itself, None where it did not come to that.
         problem: why it could not run, "" where it could.
         cold: seconds from the start of its process to its first image.
         peak: bytes of PSS, None where unknown, and why.
@@ -88,7 +88,7 @@ class Result:
 
     name: str
     ours: bool
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: About | None = None
     problem: str = ""
     cold: float | None = None
     peak: int | None = None
@@ -138,7 +138,7 @@ class Result:
         data: dict[str, Any] = {
             "name": self.name,
             "ours": self.ours,
-            "runs_on": dict(self.about),
+            "runs_on": self.about.to_json() if self.about else {},
             "problem": self.problem,
             "cold_s": _rounded(self.cold, 4),
             "memory": {

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from var_deploy.errors import BackendError
-from var_deploy.runtime.bench.contender import Sample
+from var_deploy.runtime.bench.contender import About, Sample
 from var_deploy.runtime.bench.power import Energy, Meters, measure
 from var_deploy.runtime.bench.process import ContenderProcess, MemoryWatch
 from var_deploy.runtime.bench.report import Result
@@ -67,7 +67,7 @@ class Rounds:
 class Rated:
     """What the process that measures the machine came to: samples, or the problem."""
 
-    about: dict[str, str] = field(default_factory=dict)
+    about: About | None = None
     samples: tuple[Sample, ...] = ()
     problem: str = ""
 

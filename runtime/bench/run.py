@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from var_deploy import names
-from var_deploy.config import Precision
+from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
+from var_deploy.graph_refs import generation_graphs
 from var_deploy.installation import module_command
 from var_deploy.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.planning.costs import graph_weights
+from var_deploy.planning.costs import graph_weights, workload_of
 from var_deploy.planning.devices import Device, find_device
-from var_deploy.planning.plan import workload_of
-from var_deploy.runtime.backends import CPU
 from var_deploy.runtime.bench.power import find_meters
 from var_deploy.runtime.bench.rates import Rates
 from var_deploy.runtime.bench.report import Report, Result, Run, Surroundings
@@ -75,22 +74,35 @@ class Settings:
 
     Attributes:
         batches: images of a generation; a run for each.
-        precisions: of our own contenders.
+        configs: of our own contenders, one each. Their threads, which are the same in all of them,
+            are for everything; None is a thread for each core that the process may use.
         against: names of PEERS.
-        threads: for everything; None is a thread for each core that the process may use.
         repeat: rounds that count; `warm_up`: rounds before, that do not.
     """
 
     batches: tuple[int, ...] = (1,)
-    precisions: tuple[str, ...] = ("auto",)
-    backend: str = "auto"
+    configs: tuple[RuntimeConfig, ...] = (RuntimeConfig(),)
     against: tuple[str, ...] = ()
-    threads: int | None = None
     repeat: int = 10
     warm_up: int = 2
 
     def __post_init__(self) -> None:
         check_threads(self.threads, machine=Machine())
+
+    @property
+    def threads(self) -> int | None:
+        return self.configs[0].threads
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "batches": self.batches,
+            "precisions": tuple(config.precision for config in self.configs),
+            "backend": self.configs[0].backend,
+            "against": self.against,
+            "threads": self.threads,
+            "repeat": self.repeat,
+            "warm_up": self.warm_up,
+        }
 
 
 def bench(
@@ -107,9 +119,9 @@ def bench(
     """
     machine = machine or Machine()
     manifest = read_manifest(bundle)
-    for precision in settings.precisions:
-        if precision != "auto":
-            manifest.graph(precision, names.DECODER)
+    for config in settings.configs:
+        if config.precision != AUTO:
+            manifest.graph(config.precision, names.DECODER)
     progress("reading the bundle", 0.0)
     check_files(bundle, manifest)  # which also brings it into the page cache, for all alike
     surroundings, meters, runs = Surroundings.of(machine), find_meters(machine), []
@@ -129,7 +141,7 @@ def bench(
         name=bundle.absolute().name,
         manifest=manifest,
         surroundings=surroundings,
-        settings=dataclasses.asdict(settings),
+        settings=settings.to_json(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         runs=runs,
     )
@@ -147,10 +159,10 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
     """Ours first, then the peers, as they were named."""
     found = []
     options = (bundle, "--batch", images, "--threads", settings.threads or 0)
-    for precision in settings.precisions:
-        chosen = ("--precision", precision, "--backend", settings.backend)
+    for config in settings.configs:
+        chosen = ("--precision", config.precision, "--backend", config.backend)
         command = module_command(OURS, *options, *chosen)
-        name = "var-deploy" if precision == "auto" else f"var-deploy {precision}"
+        name = "var-deploy" if config.precision == AUTO else f"var-deploy {config.precision}"
         found.append(Entry(name=name, ours=True, command=command))
     for name in settings.against:
         peer = PEERS[name]
@@ -169,11 +181,13 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
 def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
     """A run with its rates, and floors for our own contenders."""
     rated = comparison.rated
-    found = Rates.of(rated.samples, int(rated.about["threads"])) if rated.samples else None
+    found = None
+    if rated.samples and rated.about is not None:
+        found = Rates.of(rated.samples, rated.about.threads)
     for result in comparison.results:
         if not result.ran:
             continue
-        precision = result.about.get("graphs", result.about.get("precision", ""))
+        precision = result.about.graphs if result.about else ""
         if precision in manifest.graphs:
             result.weights = weights_used(manifest, precision)
         if result.ours:
@@ -193,9 +207,7 @@ def weights_used(manifest: Manifest, precision: str) -> int:
     hold together what `step` holds."""
     graphs = manifest.graphs[precision]
     workload = workload_of(manifest, cast(Precision, precision))
-    wanted = [names.STEP, names.DECODER]
-    if manifest.model.transformer.conditional:
-        wanted.append(names.CONDITION)
+    wanted = [graph.name for graph in generation_graphs(manifest.model, "shared")]
     return sum(
         graphs[name].weight_bytes
         if name in graphs
@@ -224,7 +236,7 @@ def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine)
 
     Raises UsageError where the rates are not known.
     """
-    if result.about.get("backend") != CPU:
+    if result.about is None or result.about.backend != CPU:
         return find_device("this", machine)
     if found is None:
         raise UsageError(f"the rates of this machine could not be measured: {rated.problem}")

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from var_deploy import names
-from var_deploy.config import Precision
+from var_deploy.config import LAYOUTS, Layout, Precision
+from var_deploy.graph_refs import held_layouts
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.planning.costs import workload_of
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import footprint
-from var_deploy.planning.plan import make_plan, workload_of
+from var_deploy.planning.plan import make_plan
 from var_deploy.runtime.device_check.agreement import (
     Outcome,
     Reference,
@@ -39,13 +40,12 @@ from var_deploy.runtime.device_check.variants import (
     opened,
 )
 from var_deploy.runtime.floors import floors, reached
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_names
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.build import build_bundle
 from var_deploy.runtime.tensorrt.library import Library
 
-LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 NO_GPU = "there is no GPU, see the step GPU"
 NO_TENSORRT = "TensorRT is missing, see the step TensorRT"
 EXPORT_BOTH = "export it with --precision fp32 --precision fp16"
@@ -196,13 +196,13 @@ class BundleCheck:
     @property
     def _common_layout(self) -> Layout:
         """The one that holds the weights once, where the bundle has it."""
-        everywhere = all(names.STEP in graphs for graphs in self.manifest.graphs.values())
+        held = map(held_layouts, self.manifest.graphs.values())
+        everywhere = all("shared" in layouts for layouts in held)
         return "shared" if everywhere else "per-scale"
 
     def _build(self, layout: Layout, encoder: bool = False) -> Found:
         here = self._here
-        graph = names.STEP if layout == "shared" else names.scale_graph(0)
-        if graph not in self.manifest.graphs[self.precision]:
+        if layout not in held_layouts(self.manifest.graphs[self.precision]):
             raise NotRunError(f"the bundle has no layout {layout}")
         if not here.gpu or here.library is None:
             raise NotRunError(NO_TENSORRT if here.gpu else NO_GPU)
@@ -324,12 +324,12 @@ class BundleCheck:
             how = pipe.describe()
         problems = []
         ran = any(v.backend == TENSORRT for v in self._latencies)
-        if ran and not how["backend"].startswith(TENSORRT):
-            problems.append(f"engines run here, but it took {how['backend']}")
+        if ran and not how.backend.startswith(TENSORRT):
+            problems.append(f"engines run here, but it took {how.backend}")
         if images.std() == 0:
             problems.append("the image has one colour")
         return Found(
-            result={"runs_on": how},
-            headline=f"{how['backend']} {how['precision']} {how['layout']}",
+            result={"runs_on": how.to_json()},
+            headline=f"{how.backend} {how.precision} {how.layout}",
             problems=problems,
         )

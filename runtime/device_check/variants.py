@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from var_deploy import names
+from var_deploy.config import Layout
+from var_deploy.graph_refs import held_layouts
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import Cuda
 from var_deploy.runtime.int8_check import check_int8
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import ClockedBackend, CudaClock, WallClock
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
@@ -61,8 +62,7 @@ def onnxruntime_lacks(manifest: Manifest, variant: Variant) -> str:
     """Why ONNX Runtime cannot run a variant, "" where it can."""
     if importlib.util.find_spec("onnxruntime") is None:
         return 'onnxruntime is not installed; run pip install "var-deploy[cpu]"'
-    graph = names.STEP if variant.layout == "shared" else names.scale_graph(0)
-    if graph not in manifest.graphs.get(variant.precision, {}):
+    if variant.layout not in held_layouts(manifest.graphs.get(variant.precision, {})):
         return f"the bundle has no layout {variant.layout} in {variant.precision}"
     if variant.backend == ORT_CUDA:
         import onnxruntime

@@ -17,8 +17,10 @@ from typing import Any, Literal
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
 from var_deploy.errors import BackendError, BundleError, UsageError
+from var_deploy.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.precisions import check_gpu_precision, gpu_precision
+from var_deploy.planning.selection import choose_layout
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
 from var_deploy.runtime.tensorrt.job import Job, open_folder, run_in_child, run_job
@@ -66,38 +68,17 @@ class BuildReport:
         return {**dataclasses.asdict(self), "folder": str(self.folder)}
 
 
-def choose_layout(
-    manifest: Manifest, precision: str, memory: int | None
-) -> tuple[Layout, str]:
-    """The layout of `--layout auto`, and the reason in a few words.
-
-    `memory` is what the GPU has free, in bytes; None where engines are built for another machine.
-    """
-    if memory is not None:
-        from var_deploy.planning.plan import choose_layout as by_memory
-
-        return by_memory(manifest, memory, precision=precision)
-    if names.STEP in manifest.graphs[precision]:
-        return "shared", "one copy of the weights for all scales"
-    return "per-scale", "the bundle has no graph for all scales"
-
-
 def engines_of(manifest: Manifest, precision: str, layout: Layout, encoder: bool) -> list[str]:
     """Names of the engines of a layout, in the order in which a generation needs them.
 
     `encoder` adds what reads images and adds up their tokens; a bundle from before `accumulate`
     has no such graph, and edits need none. Raises BundleError where another graph is missing.
     """
-    graphs = [names.CONDITION] if manifest.model.transformer.conditional else []
-    if layout != "per-scale":
-        graphs.append(names.STEP)
-    if layout != "shared":
-        graphs += [names.scale_graph(k) for k in range(manifest.model.scales)]
-    graphs.append(names.DECODER)
+    held = manifest.graphs.get(precision, {})
+    graphs = [graph.name for graph in generation_graphs(manifest.model, layout)]
     if encoder:
-        graphs.append(names.ENCODER)
-        if names.ACCUMULATE in manifest.graphs.get(precision, {}):
-            graphs.append(names.ACCUMULATE)
+        extra = [graph.name for graph in tokenizer_graphs()]
+        graphs += [name for name in extra if name != names.ACCUMULATE or name in held]
     manifest.graph(precision, names.DECODER)  # every bundle has it, if it has the precision
     for graph in graphs:
         if graph not in manifest.graphs[precision]:
@@ -153,7 +134,7 @@ def build_bundle(
     kind, reason = layout, "as asked"
     if kind == "auto":
         memory = None if library.is_rtx else (find_memory or _free_memory)()
-        kind, reason = choose_layout(manifest, precision, memory)
+        kind, reason = choose_layout(manifest, memory, precision=precision)
     graphs = engines_of(manifest, precision, kind, encoder)
     _check_sources(bundle, manifest, precision, report)
 

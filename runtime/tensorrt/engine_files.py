@@ -136,7 +136,7 @@ def build_command(bundle: Path, target: Target, graph: str | None = None) -> str
     """The command that builds the engines of a target, or one that includes `graph`."""
     words = ["var-deploy", "build", str(bundle), "--precision", target.precision]
     # of the other graphs every build makes those that it was not told to leave out
-    if graph is not None and graph.startswith(names.SCALE_PREFIX):
+    if graph is not None and graph not in names.FIXED_GRAPHS:
         words += ["--layout", "per-scale"]
     if target.library != "tensorrt":
         words += ["--library", target.library]

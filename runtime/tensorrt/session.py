@@ -78,9 +78,9 @@ class TensorRtBackend(CudaMemory):
         """Load the engine of a graph; the ONNX file itself is not read."""
         if self._runtime is None:
             self._start()
-        session = TrtSession(self._library, self._cuda, graph.stem)
+        session = TrtSession(self._library, self._cuda, graph.ref.name)
         self._sessions.append(session)
-        session.load(self._runtime, self._plans(graph.stem))
+        session.load(self._runtime, self._plans(graph.ref.name))
         return session
 
     def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:

@@ -17,7 +17,8 @@ import pytest
 
 from cli_steps import ONE_THREAD, done, refused, run, tree
 from cli_steps import edit as edit_manifest
-from var_deploy.cli.options import RuntimeOptions
+from var_deploy.cli.options import load_pipeline
+from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.sets.folder import SetFolder
@@ -56,10 +57,10 @@ def some(made_set: Path, tmp_path: Path) -> Path:
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that would load a bundle fails."""
 
-    def load(self: RuntimeOptions, bundle: Path, manifest: Manifest) -> Pipeline:
+    def load(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Pipeline:
         raise AssertionError("it loads weights")
 
-    monkeypatch.setattr(RuntimeOptions, "load", load)
+    monkeypatch.setattr(sys.modules["var_deploy.cli.sample"], "load_pipeline", load)
 
 
 def test_the_images_are_those_of_generate(made: Path, made_set: Path) -> None:
@@ -72,7 +73,7 @@ def test_the_images_are_those_of_generate(made: Path, made_set: Path) -> None:
 def test_one_shard_by_itself(made: Path, made_set: Path) -> None:
     spec = SetFolder(path=made_set).read()
     assert spec is not None
-    with Pipeline.load(made, threads=1, **spec.decided) as pipe:
+    with Pipeline.load(made, threads=1, precision=spec.precision, layout=spec.layout) as pipe:
         assert draw_shard(pipe, spec, 3) == (made_set / "000003.tar").read_bytes()
 
 
@@ -192,14 +193,13 @@ def test_an_array_of_any_set(made: Path, some: Path) -> None:
 def test_a_set_decides_what_was_left_open(
     made: Path, some: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[RuntimeOptions] = []
-    load = RuntimeOptions.load
+    seen: list[RuntimeConfig] = []
 
-    def watched(self: RuntimeOptions, bundle: Path, manifest: Manifest) -> Pipeline:
-        seen.append(self)
-        return load(self, bundle, manifest)
+    def watched(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Pipeline:
+        seen.append(config)
+        return load_pipeline(bundle, manifest, config)
 
-    monkeypatch.setattr(RuntimeOptions, "load", watched)
+    monkeypatch.setattr(sys.modules["var_deploy.cli.sample"], "load_pipeline", watched)
     done("sample", made, *ARGUMENTS, "--out", some)
     (options,) = seen
     assert (options.precision, options.backend, options.layout) == (

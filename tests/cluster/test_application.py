@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.serving.settings import Settings
 
@@ -41,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, manifest: Manifest, replicas: str) ->
         Plan(
             manifest=manifest,
             offer=nowhere,
-            options={},
+            config=RuntimeConfig(),
             device=Device(cpus=3, gpus=1, memory=10**9, threads=None),
             replicas=Replicas.parse(replicas),
             settings=Settings(queue=7),

@@ -21,9 +21,11 @@ from cli_steps import assert_one_line, run
 from var_deploy import __version__
 from var_deploy.cli import main
 from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import BundleError
 from var_deploy.images import read_settings
 from var_deploy.manifest import read_manifest
+from var_deploy.sampling import Sampling
 
 
 class FakePipeline:
@@ -33,8 +35,8 @@ class FakePipeline:
     failure: BaseException | None = None
 
     @classmethod
-    def load(cls, bundle: Path, **options: Any) -> FakePipeline:
-        cls.calls.append({"bundle": bundle, **options})
+    def open(cls, bundle: Path, config: RuntimeConfig, **options: Any) -> FakePipeline:
+        cls.calls.append({"bundle": bundle, **vars(config), **options})
         return cls()
 
     def __enter__(self) -> FakePipeline:
@@ -43,8 +45,8 @@ class FakePipeline:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def describe(self) -> dict[str, Any]:
-        return {"precision": "fp32", "backend": "fake"}
+    def describe(self) -> Loaded:
+        return Loaded(precision="fp32", backend="fake", layout="shared")
 
     def generate(
         self, labels: Sequence[int], on_progress: Callable[[int, int], None], **settings: Any
@@ -129,15 +131,13 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
         "precision": "auto",
         "layout": "auto",
         "threads": 1,
+        "check": "hashes",
         "digest": read_manifest(bundle).digest(),
     }
     assert generate == {
         "labels": [1, 0, 1, 0],
         "seed": 7,
-        "cfg": 2.0,
-        "top_k": 3,
-        "top_p": 0.5,
-        "temperature": 1.0,
+        "sampling": Sampling(cfg=2.0, top_k=3, top_p=0.5, temperature=1.0),
     }
     with Image.open(out) as image:
         assert image.size == (10, 10), "two labels, four images: two columns of two"
@@ -236,10 +236,9 @@ def test_settings_of_each_scale(bundle: Path, pipeline: type[FakePipeline]) -> N
     assert asked == {
         "labels": [0],
         "seed": 0,
-        "cfg": (1.0, 4.0),
-        "top_k": (9, 0),
-        "top_p": (0.5, 0.25),
-        "temperature": 2.0,
+        "sampling": Sampling(
+            cfg=(1.0, 4.0), top_k=(9, 0), top_p=(0.5, 0.25), temperature=2.0
+        ),
     }
     settings = read_settings(out)
     assert {name: settings[name] for name in ("cfg", "top_k", "top_p", "temperature")} == {

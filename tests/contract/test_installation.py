@@ -85,7 +85,7 @@ def test_bench_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
 def test_a_contender_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
     command = module_command("var_deploy.runtime.bench.ours", pocket_bundle, "--threads", 1)
     with ContenderProcess(command) as contender:
-        assert contender.ready()["threads"] == "1"
+        assert contender.ready().threads == 1
 
 
 def test_options_of_the_interpreter_are_handed_on() -> None:

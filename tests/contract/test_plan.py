@@ -12,7 +12,7 @@ import pytest
 
 from fake_machine import H100_GPU, NVRM, ORIN_GPU, ORIN_NANO, FakeMachine, jetson, meminfo
 from var_deploy import names
-from var_deploy.config import Precision
+from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.machine import Driver
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, read_manifest
@@ -21,8 +21,6 @@ from var_deploy.planning.devices import DEVICES, Device, find_device
 from var_deploy.planning.memory import (
     BUILD_COPIES,
     BUILD_RUNTIME,
-    LAYOUTS,
-    Layout,
     build_memory,
     bundle_bytes,
     cache_bytes,
@@ -31,8 +29,9 @@ from var_deploy.planning.memory import (
     plan_bytes,
     scratch_bytes,
 )
-from var_deploy.planning.plan import choose_layout, make_plan
+from var_deploy.planning.plan import make_plan
 from var_deploy.planning.precisions import cpu_precision, gpu_precision
+from var_deploy.planning.selection import choose_layout
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 

@@ -135,7 +135,7 @@ def test_a_machine_that_fails_is_refused_int8(bundle: Path, broken: None) -> Non
     assert str(caught.value) == f"{WRONG}; {said}"
     with Pipeline.load(bundle, threads=1) as pipe:
         how = pipe.describe()
-        assert (how["precision"], how["chosen because"]) == ("fp32", WRONG)
+        assert (how.precision, how.reason) == ("fp32", WRONG)
         pipe.generate([0])
 
 
@@ -155,8 +155,8 @@ def test_with_nothing_but_int8_it_is_refused_too(
 def test_int8_is_taken_where_it_is_right(bundle: Path, fresh: None) -> None:
     with Pipeline.load(bundle, threads=1) as pipe:
         how = pipe.describe()
-    assert how["precision"] == "int8"
-    assert how["chosen because"] == "the bundle was exported with int8"
+    assert how.precision == "int8"
+    assert how.reason == "the bundle was exported with int8"
     assert int8_check._found == "", "it was asked for"
 
 

@@ -22,6 +22,7 @@ from var_deploy.export.lint import REFUSED, lint, lint_file
 from var_deploy.export.presets import PRESETS
 from var_deploy.export.torch_graph import OPERATORS
 from var_deploy.export.verify import verify_model
+from var_deploy.graph_refs import graph_ref
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
 from var_deploy.operators import FLOAT_OPERATORS
 from var_deploy.spec import ModelSpec
@@ -390,7 +391,10 @@ def test_verify_fails_a_graph_that_computes_right_and_cannot_be_built(
     bundle: tuple[Path, LoadedModel],
 ) -> None:
     folder, model = bundle
-    assert not lint_file(folder / f"fp32/{names.STEP}.onnx", "fp32")
+    assert not lint_file(
+        folder / f"fp32/{names.STEP}.onnx",
+        graph_ref(read_manifest(folder).model, "fp32", names.STEP),
+    )
     assert verify_model(folder, model).passed
     kept = Path(shutil.copytree(folder, folder.with_name("kept")))
     spoil(folder, names.STEP, byte_inside)

@@ -152,7 +152,7 @@ def test_a_contender_makes_the_bundles_images(family_member: Family, tmp_path: P
     expected = np.rint(reference(spec, guidance=True).image * 255)
     assert contender.images.dtype == np.uint8
     assert np.abs(contender.images - expected).max() <= 1
-    assert contender.describe() == {
+    assert contender.describe().settings == {
         "torch": torch.__version__,
         "threads": "1",
         "precision": "fp32",
@@ -176,7 +176,7 @@ def test_bf16_is_autocast_of_the_same_path(family_member: Family, tmp_path: Path
         types[name] = operators.products
         assert contender.images.std() > 10
     assert types == {"torch": {torch.float32}, "torch-bf16": {torch.bfloat16}}
-    assert contender.describe()["precision"].startswith("bf16 by autocast")
+    assert contender.describe().settings["precision"].startswith("bf16 by autocast")
 
 
 def test_compiled_it_makes_the_same_images(family_member: Family, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_compiled_it_makes_the_same_images(family_member: Family, tmp_path: Path
     assert counter.frame_count == 4, "a graph a scale and one for the decoder"
     assert list(sample.launches) == list(plain.generate().launches)
     assert np.abs(compiled.images.astype(int) - plain.images).max() <= 1
-    assert "compiled by inductor" in compiled.describe()["path"]
+    assert "compiled by inductor" in compiled.describe().settings["path"]
 
 
 def test_a_compiler_that_fails_is_one_line(family_member: Family, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_the_gpt2_form_runs_on_our_modules(tmp_path: Path) -> None:
     assert list(sample.launches) == ["scale_00", "scale_01", "scale_02", "decoder"]
     expected = np.rint(reference(spec, guidance=False).image * 255)
     assert np.abs(contender.images - expected).max() <= 1
-    assert "no published" in contender.describe()["path"]
+    assert "no published" in contender.describe().settings["path"]
 
 
 def test_what_it_refuses(family_member: Family, tmp_path: Path) -> None:
@@ -249,6 +249,6 @@ def test_the_program_answers_and_loads_no_compiler(family_member: Family, tmp_pa
         timeout=120,
     )
     ready, sample = map(json.loads, done.stdout.splitlines())
-    assert ready["ready"]["images a launch"] == "2"
+    assert ready["ready"]["settings"]["images a launch"] == "2"
     assert set(sample["launches"]) >= {"scale_00", "decoder"}
     assert done.stderr.split() == ["False"]

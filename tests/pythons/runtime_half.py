@@ -252,7 +252,7 @@ class Half:
 
         for precision in PRECISIONS:
             with Pipeline.load(self.bundle, precision=precision, threads=1) as pipe:
-                check(pipe.describe()["precision"] == precision, str(pipe.describe()))
+                check(pipe.describe().precision == precision, str(pipe.describe()))
                 events: list[Any] = []
                 images = pipe.generate(["star", 3], seed=7, on_scale=events.append)
                 scales = pipe.manifest.model.scales

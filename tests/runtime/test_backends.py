@@ -57,12 +57,12 @@ def build(bundle: Path, **options: object) -> None:
 def test_without_engines_it_is_the_cpu(gpu: None, bundle: Path) -> None:
     with Pipeline.load(bundle) as pipe:
         how = pipe.describe()
-    assert (how["backend"], how["precision"], how["layout"]) == (
+    assert (how.backend, how.precision, how.layout) == (
         "onnxruntime-cpu",
         "fp32",
         "shared",
     )
-    assert "chosen because" not in how, "nothing better was passed over"
+    assert not how.reason, "nothing better was passed over"
 
 
 @pytest.mark.parametrize("layout", ["shared", "per-scale"])
@@ -71,9 +71,9 @@ def test_engines_of_this_device_are_taken(gpu: None, bundle: Path, layout: str) 
     with Pipeline.load(bundle) as pipe:
         how = pipe.describe()
         images = pipe.generate(LABELS, seed=7)
-    assert (how["backend"], how["precision"], how["layout"]) == ("tensorrt", "fp16", layout)
-    assert how["device"] == "Orin, 16 SMs (sm87)"
-    assert how["chosen because"] == "its engines were built"
+    assert (how.backend, how.precision, how.layout) == ("tensorrt", "fp16", layout)
+    assert how.settings["device"] == "Orin, 16 SMs (sm87)"
+    assert how.reason == "its engines were built"
     with Pipeline.load(bundle, backend="onnxruntime-cpu", precision="fp16") as pipe:
         np.testing.assert_array_equal(images, pipe.generate(LABELS, seed=7))
 
@@ -90,7 +90,7 @@ def test_engines_encode_decode_and_edit(gpu: None, bundle: Path, layout: str) ->
             tokens = pipe.encode(list(images))
             edited = pipe.edit(images[0], mask, label=2, seed=[1, 2, 3])
             found.append([*tokens, pipe.decode(tokens), pipe.decode(tokens, scales=1), edited])
-            assert pipe.describe()["backend"] == options.get("backend", "tensorrt")
+            assert pipe.describe().backend == options.get("backend", "tensorrt")
     for on_engines, on_cpu in zip(*found, strict=True):
         np.testing.assert_array_equal(on_engines, on_cpu)
 
@@ -111,16 +111,16 @@ def test_of_two_layouts_the_memory_chooses(
     for free, layout in ((1 << 40, "per-scale"), (1, "shared")):
         monkeypatch.setattr(Cuda, "free_memory", lambda self, free=free: (free, free))
         with Pipeline.load(bundle) as pipe:
-            assert pipe.describe()["layout"] == layout
+            assert pipe.describe().layout == layout
     with Pipeline.load(bundle, layout="per-scale") as pipe:
-        assert pipe.describe()["layout"] == "per-scale"
+        assert pipe.describe().layout == "per-scale"
 
 
 def test_fp32_engines_serve_where_there_are_no_others(gpu: None, bundle: Path) -> None:
     build(bundle, precision="fp32")
     with Pipeline.load(bundle) as pipe:
         how = pipe.describe()
-    assert (how["backend"], how["precision"]) == ("tensorrt", "fp32")
+    assert (how.backend, how.precision) == ("tensorrt", "fp32")
 
 
 def test_engines_do_not_need_the_graphs(gpu: None, bundle: Path) -> None:
@@ -128,7 +128,7 @@ def test_engines_do_not_need_the_graphs(gpu: None, bundle: Path) -> None:
     for graph in bundle.glob("*/scale_00.onnx"):  # the engine of `step` stands for it
         graph.unlink()
     with Pipeline.load(bundle) as pipe:
-        assert pipe.describe()["backend"] == "tensorrt"
+        assert pipe.describe().backend == "tensorrt"
     with pytest.raises(BundleError, match=r"scale_00\.onnx is missing"):
         Pipeline.load(bundle, backend="onnxruntime-cpu")
 
@@ -137,9 +137,9 @@ def test_engines_of_another_device_are_passed_over_and_said_so(gpu: None, bundle
     build(bundle, find_device=lambda: ("Xavier, 8 SMs", 72), find_memory=lambda: 1)
     with Pipeline.load(bundle) as pipe:
         how = pipe.describe()
-    assert how["backend"] == "onnxruntime-cpu"
-    assert "it has tensorrt-10.3.0-sm72-fp16" in how["chosen because"]
-    assert "Orin, 16 SMs (sm87)" in how["chosen because"]
+    assert how.backend == "onnxruntime-cpu"
+    assert "it has tensorrt-10.3.0-sm72-fp16" in how.reason
+    assert "Orin, 16 SMs (sm87)" in how.reason
     with pytest.raises(BackendError, match=r"sm72.*run var-deploy build"):
         Pipeline.load(bundle, backend="tensorrt")
 
@@ -166,7 +166,7 @@ def test_a_changed_bundle_makes_its_engines_stale(gpu: None, bundle: Path) -> No
 def test_threads_ask_for_the_cpu(gpu: None, bundle: Path) -> None:
     build(bundle)
     with Pipeline.load(bundle, threads=1) as pipe:
-        assert pipe.describe()["backend"] == "onnxruntime-cpu"
+        assert pipe.describe().backend == "onnxruntime-cpu"
     for backend in ("tensorrt", "onnxruntime-cuda"):
         with pytest.raises(UsageError, match=f"threads are for onnxruntime-cpu, not for {backend}"):
             Pipeline.load(bundle, backend=backend, threads=1)
@@ -175,14 +175,14 @@ def test_threads_ask_for_the_cpu(gpu: None, bundle: Path) -> None:
 def test_a_processor_takes_int8_where_the_bundle_has_it(gpu: None, rounded: Path) -> None:
     with Pipeline.load(rounded) as pipe:
         how, images = pipe.describe(), pipe.generate(LABELS, seed=7)
-    assert (how["backend"], how["precision"]) == ("onnxruntime-cpu", "int8")
-    assert how["chosen because"] == "the bundle was exported with int8"
+    assert (how.backend, how.precision) == ("onnxruntime-cpu", "int8")
+    assert how.reason == "the bundle was exported with int8"
     with Pipeline.load(rounded, precision="int8") as pipe:
         how = pipe.describe()
         np.testing.assert_array_equal(pipe.generate(LABELS, seed=7), images)
-    assert how["chosen because"] == "precision int8 is for onnxruntime-cpu"
+    assert how.reason == "precision int8 is for onnxruntime-cpu"
     with Pipeline.load(rounded, precision="fp32") as pipe:
-        assert pipe.describe()["precision"] == "fp32"
+        assert pipe.describe().precision == "fp32"
         assert (pipe.generate(LABELS, seed=7) != images).any()
 
 
@@ -190,9 +190,9 @@ def test_a_gpu_never_takes_int8(gpu: None, rounded: Path) -> None:
     build(rounded)
     with Pipeline.load(rounded) as pipe:
         how = pipe.describe()
-    assert (how["backend"], how["precision"]) == ("tensorrt", "fp16")
+    assert (how.backend, how.precision) == ("tensorrt", "fp16")
     with Pipeline.load(rounded, precision="int8") as pipe:
-        assert pipe.describe()["backend"] == "onnxruntime-cpu"
+        assert pipe.describe().backend == "onnxruntime-cpu"
     for backend in ("tensorrt", "tensorrt_rtx", "onnxruntime-cuda"):
         with pytest.raises(UsageError, match=f"int8 is for onnxruntime-cpu, not for {backend}"):
             Pipeline.load(rounded, backend=backend, precision="int8")
@@ -208,8 +208,8 @@ def test_a_bundle_of_int8_alone(gpu: None, rounded: Path) -> None:
     (rounded / "engines").mkdir()
     with Pipeline.load(rounded) as pipe:
         how = pipe.describe()
-    assert (how["backend"], how["precision"]) == ("onnxruntime-cpu", "int8")
-    assert how["chosen because"].startswith("TensorRT: the bundle has int8 graphs alone, which")
+    assert (how.backend, how.precision) == ("onnxruntime-cpu", "int8")
+    assert how.reason.startswith("TensorRT: the bundle has int8 graphs alone, which")
     for backend in ("tensorrt", "onnxruntime-cuda"):
         with pytest.raises(BackendError, match="has int8 graphs alone"):
             Pipeline.load(rounded, backend=backend)
@@ -229,8 +229,8 @@ def test_cuda_that_fails_is_passed_over(
         raise BackendError("cudaMalloc failed")
 
     monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
-    monkeypatch.setattr(backends, "_on_cuda", broken)
+    monkeypatch.setattr(backends, "_open_cuda", broken)
     with Pipeline.load(bundle) as pipe:
         how = pipe.describe()
-    assert how["backend"] == "onnxruntime-cpu"
-    assert how["chosen because"] == "onnxruntime-cuda: cudaMalloc failed"
+    assert how.backend == "onnxruntime-cpu"
+    assert how.reason == "onnxruntime-cuda: cudaMalloc failed"

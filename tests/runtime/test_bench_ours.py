@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from fake_tensorrt import cudart
 from var_deploy import __version__
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.bench import ours as module
@@ -22,7 +24,7 @@ from var_deploy.runtime.bench.rates import RateProbes, amounts
 from var_deploy.runtime.cuda import Cuda, CudaMemory
 
 ExportTo = Callable[..., Path]
-CPU = {"precision": "fp32", "backend": "onnxruntime-cpu", "threads": 1}
+CPU: dict[str, Any] = {"precision": "fp32", "backend": "onnxruntime-cpu", "threads": 1}
 LAUNCHES = ["condition", "scale_00", "scale_01", "scale_02", "decoder"]
 
 
@@ -35,7 +37,7 @@ def bundle(export_to: ExportTo) -> Path:
 @pytest.fixture
 def contender(bundle: Path) -> Iterator[Ours]:
     """Five images a generation: three batches, the last one filled up."""
-    opened = Ours(bundle, 5, **CPU)
+    opened = Ours(bundle, 5, RuntimeConfig(**CPU))
     yield opened
     opened.close()
 
@@ -52,9 +54,9 @@ def test_it_makes_what_a_pipeline_makes(
     with Pipeline.load(bundle, **CPU) as pipe:
         np.testing.assert_array_equal(made[0], generate(pipe, [0, 2, 4, 1, 3]))
         described = pipe.describe()
-    assert contender.describe() == {
+    assert contender.describe().settings == {
         "var-deploy": __version__,
-        **described,
+        **dataclasses.replace(described, reason="").to_json(),
         "images a launch": "2",
         "clock": "wall clock",
     }
@@ -80,9 +82,9 @@ def test_a_bundle_is_checked_as_ever(bundle: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(BundleError, match="does not match its hash"):
-        Ours(copy, 1, **CPU)
+        Ours(copy, 1, RuntimeConfig(**CPU))
     with pytest.raises(BundleError, match="no int8 graphs"):
-        Ours(bundle, 1, **{**CPU, "precision": "int8"})
+        Ours(bundle, 1, RuntimeConfig(**{**CPU, "precision": "int8"}))
 
 
 def test_a_gpu_is_clocked_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +103,7 @@ def test_every_probe_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "REPEATS", 1)
     probes = RateProbes(1)
     try:
-        assert probes.describe()["threads"] == "1"
+        assert probes.describe().threads == 1
         sample = probes.generate()
     finally:
         probes.close()

@@ -15,7 +15,7 @@ import pytest
 from fake_contender import LAUNCHES, command
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.runtime.bench import process as module
-from var_deploy.runtime.bench.contender import Sample, serve
+from var_deploy.runtime.bench.contender import About, Sample, serve
 from var_deploy.runtime.bench.process import ContenderProcess, MemoryWatch
 
 Start = Callable[..., ContenderProcess]
@@ -52,8 +52,8 @@ def gone(pid: int) -> bool:
 class Dummy:
     closed = False
 
-    def describe(self) -> dict[str, str]:
-        return {"precision": "fp32"}
+    def describe(self) -> About:
+        return About(settings={"precision": "fp32"}, graphs="fp32")
 
     def generate(self) -> Sample:
         raise BundleError("two\nlines")
@@ -72,7 +72,15 @@ def test_it_answers_each_line_with_a_line() -> None:
     dummy = Dummy()
     code, replies = served(lambda: dummy, "generate", "sing")
     assert replies == [
-        {"ready": {"precision": "fp32"}},
+        {
+            "ready": {
+                "settings": {"precision": "fp32"},
+                "graphs": "fp32",
+                "backend": "",
+                "threads": 0,
+                "reason": "",
+            }
+        },
         {"problem": "two lines"},
         {"problem": "unknown request 'sing'"},
     ]
@@ -93,7 +101,9 @@ def test_what_cannot_be_loaded_is_a_problem() -> None:
 
 def test_a_contender_loads_generates_and_ends(start: Start, log: Path) -> None:
     contender = start()
-    assert contender.ready() == {"threads": "2", "precision": "fp32", "name": "fake"}
+    said = contender.ready()
+    assert said.settings == {"threads": "2", "precision": "fp32", "name": "fake"}
+    assert (said.graphs, said.threads, said.backend, said.reason) == ("fp32", 2, "", "")
     assert contender.cold is None
     assert contender.generate() == Sample(seconds=0.010, launches=LAUNCHES)
     cold = contender.cold
@@ -108,7 +118,7 @@ def test_a_contender_loads_generates_and_ends(start: Start, log: Path) -> None:
 
 def test_what_a_library_prints_is_no_answer(start: Start) -> None:
     contender = start("noisy")
-    assert contender.ready()["name"] == "fake"
+    assert contender.ready().settings["name"] == "fake"
     assert contender.generate().seconds == contender.generate().seconds == 0.010
 
 
@@ -169,9 +179,9 @@ def test_a_program_that_is_not_there() -> None:
 
 
 def test_an_answer_without_times() -> None:
-    code = "print('{\"ready\": {}}'); input(); print('{\"seconds\": \"long\"}')"
+    code = "print('{\"ready\": {\"settings\": {}}}'); input(); print('{\"seconds\": \"long\"}')"
     with ContenderProcess([sys.executable, "-uc", code]) as contender:
-        assert contender.ready() == {}
+        assert contender.ready() == About(settings={})
         with pytest.raises(BackendError, match="gave an answer without times"):
             contender.generate()
 

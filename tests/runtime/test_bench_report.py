@@ -15,9 +15,11 @@ from PIL import Image
 from fake_machine import FakeMachine, jetson, meminfo, workstation
 from var_deploy import names
 from var_deploy.cli.bench import _as_text
+from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.planning.plan import launch_times, workload_of
-from var_deploy.runtime.bench.contender import Sample
+from var_deploy.planning.costs import workload_of
+from var_deploy.planning.plan import launch_times
+from var_deploy.runtime.bench.contender import About, Sample
 from var_deploy.runtime.bench.figure import draw
 from var_deploy.runtime.bench.power import Energy
 from var_deploy.runtime.bench.rates import Rates
@@ -50,7 +52,8 @@ PC = FakeMachine(
     processors=2,
     kind="Linux x86_64",
 )
-ALL = Settings(precisions=("auto", "fp32"), against=tuple(PEERS), threads=3, batches=(4,))
+OURS = tuple(RuntimeConfig(precision=precision, threads=3) for precision in ("auto", "fp32"))
+ALL = Settings(configs=OURS, against=tuple(PEERS), batches=(4,))
 
 
 @pytest.fixture
@@ -157,13 +160,13 @@ def test_weights_are_counted_once(manifest: Manifest) -> None:
 
 def test_each_is_held_against_what_it_ran_on(manifest: Manifest) -> None:
     comparison = Comparison([], [], Rounds(images=2, warm_up=0, repeat=1), lambda *a: None)
-    on_cpu = {"backend": "onnxruntime-cpu", "precision": "fp32"}
-    on_gpu = {"backend": "tensorrt", "precision": "fp32"}
+    on_cpu = About(settings={}, backend="onnxruntime-cpu", graphs="fp32")
+    on_gpu = About(settings={}, backend="tensorrt", graphs="fp32")
     comparison.results = [
         result("var-deploy", about=on_cpu),
         result("var-deploy fp32", about=on_gpu),
-        result("openvino", about={"precision": "f32", "graphs": "fp32"}),
-        result("torch-bf16", about={"precision": "bf16 by autocast"}),
+        result("openvino", about=About(settings={"precision": "f32"}, graphs="fp32")),
+        result("torch-bf16", about=About(settings={"precision": "bf16 by autocast"})),
         Result(name="absent", ours=False, problem="not installed"),
     ]
     comparison.rated = Rated(problem="no probe")
@@ -195,7 +198,7 @@ def test_numbers_of_a_result() -> None:
 def make_report(manifest: Manifest) -> Report:
     ours = result(
         "var-deploy",
-        about={"precision": "fp32"},
+        about=About(settings={"precision": "fp32"}, graphs="fp32", reason="no GPU"),
         cold=0.5,
         peak=300_000_000,
         weights=200_000_000,

@@ -60,7 +60,7 @@ def test_they_take_turns(compare: Callable[..., Comparison], tmp_path: Path) -> 
     for result in found.results:
         assert (len(result.samples), result.problem) == (3, "")
         assert result.ran
-        assert result.about["name"] == result.name
+        assert result.about is not None and result.about.settings["name"] == result.name
         assert result.cold is not None and result.cold > 0
         assert result.peak is not None and result.peak > 1 << 20
         assert result.energy.joules is None
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_everybody(compare: Callable[..., Comparison]) -> None:
 
 def test_what_the_rates_come_to(compare: Callable[..., Comparison]) -> None:
     rated: Any = compare({"ours": ""}).rated
-    rates = Rates.of(rated.samples, int(rated.about["threads"]))
+    rates = Rates.of(rated.samples, rated.about.threads)
     assert rates.gemm == {"fp32": pytest.approx(RATE), "int8": pytest.approx(RATE)}
     assert rates.conv == {"fp32": pytest.approx(RATE), "int8": pytest.approx(RATE)}
     assert rates.bandwidth == pytest.approx(RATE)

@@ -22,9 +22,10 @@ from var_deploy import names
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
+from var_deploy.planning.selection import choose_layout
 from var_deploy.runtime.tensorrt import build as module
 from var_deploy.runtime.tensorrt import engine_files, job
-from var_deploy.runtime.tensorrt.build import BuildReport, build_bundle, choose_layout
+from var_deploy.runtime.tensorrt.build import BuildReport, build_bundle
 from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.target import BuildOptions, Target
 
@@ -146,9 +147,9 @@ def test_a_bundle_without_fp16_is_built_in_fp32(
 def test_the_layout_is_chosen_in_one_place(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     reason = "one copy of the weights for all scales"
-    assert choose_layout(manifest, "fp16", None) == ("shared", reason)
-    assert choose_layout(manifest, "fp16", 1)[0] == "shared"
-    assert choose_layout(manifest, "fp16", 1 << 40)[0] == "per-scale"
+    assert choose_layout(manifest, None) == ("shared", reason)
+    assert choose_layout(manifest, 1)[0] == "shared"
+    assert choose_layout(manifest, 1 << 40)[0] == "per-scale"
 
 
 def test_progress_names_the_engine_and_ends_at_one(bundle: Path) -> None:

@@ -145,7 +145,7 @@ def test_engines_draw_the_same(
     monkeypatch.setattr(libraries, "load_library", lambda name=None: Library(fake_tensorrt))
     build_bundle(folder, library=Library(fake_tensorrt), layout="shared")
     with Pipeline.load(folder) as pipe:
-        assert pipe.describe()["backend"] == "tensorrt"
+        assert pipe.describe().backend == "tensorrt"
         images = pipe.generate(LABELS, seed=7)
     assert cudart.live() == {}
     with Pipeline.load(folder, backend="onnxruntime-cpu", precision="fp16", threads=1) as pipe:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from fake_tensorrt import cudart
 from var_deploy.bundle_files import BundleFiles, GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
 from var_deploy.runtime.protocol import Backend
@@ -289,7 +290,7 @@ def test_a_graph_that_cannot_be_read_is_named(tmp_path: Path, ort: Any) -> None:
     backend = OrtCudaBackend(ort, Cuda(cudart))
     (tmp_path / "decoder.onnx").write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"ONNX Runtime refuses decoder.onnx: "):
-        backend.open(GraphFile(tmp_path / "decoder.onnx"))
+        backend.open(GraphFile.outside(tmp_path / "decoder.onnx"))
     backend.close()
 
 

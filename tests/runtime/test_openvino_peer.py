@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from var_deploy.bundle_files import GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.bench.contender import serve
 from var_deploy.runtime.bench.openvino_peer import OpenVinoBackend, OpenVinoContender
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_names
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Backend
@@ -69,7 +70,7 @@ def test_a_contender_makes_the_pipelines_images(openvino: Any, bundle: Path) -> 
     with Pipeline.load(bundle, backend="onnxruntime-cpu", threads=1) as pipeline:
         expected = pipeline.generate([0, 2, 4])
     assert np.abs(contender.images.astype(int) - expected).max() <= 1
-    assert contender.describe() == {
+    assert contender.describe().settings == {
         "backend": "openvino",
         "openvino": openvino.__version__,
         "threads": "1",
@@ -90,7 +91,7 @@ def test_bf16_is_not_claimed_where_the_cpu_has_none(openvino: Any, bundle: Path)
     fallen_back = "bf16 (computed in f32: this CPU has no bf16)"
     expected = "bf16" if capable else fallen_back
     assert backend.describe()["precision"] == expected
-    backend.open(GraphFile(bundle / "fp32" / "condition.onnx"))
+    backend.open(GraphFile.outside(bundle / "fp32" / "condition.onnx"))
     assert backend.describe()["precision"] == expected, "as the compiled model says"
 
 
@@ -98,8 +99,8 @@ def test_tokens_are_replaced_in_bf16(openvino: Any, bundle: Path) -> None:
     """Its sampler may arrive at no code, which the loop takes for logits that are no numbers."""
     contender = OpenVinoContender(bundle, 1, hint="bf16", layout="shared", threads=1)
     contender._backend.computes = "bf16"  # as on a CPU that has it
-    assert contender.describe()["tokens"] == "replaced: to draw them takes fp32"
-    assert contender.describe()["precision"] == "bf16"
+    assert contender.describe().settings["tokens"] == "replaced: to draw them takes fp32"
+    assert contender.describe().settings["precision"] == "bf16"
     contender.generate()
     assert not np.concatenate(contender._loop.tokens(), axis=1).any()
     contender._backend.computes = "f32"
@@ -111,7 +112,7 @@ def test_tokens_are_replaced_in_bf16(openvino: Any, bundle: Path) -> None:
 def test_without_static_graphs_it_takes_step(openvino: Any, export_to: ExportTo) -> None:
     shared = export_to(batch=1, layout="shared")
     contender = OpenVinoContender(shared, 1, threads=1)
-    assert contender.describe()["layout"] == "shared"
+    assert contender.describe().settings["layout"] == "shared"
     assert len(contender.generate().launches) == 5
     contender.close()
     with pytest.raises(BundleError, match="no graph scale_00"):
@@ -124,7 +125,7 @@ def test_a_graph_that_it_refuses_is_one_line(openvino: Any, tmp_path: Path) -> N
     graph = tmp_path / "scale_00.onnx"
     graph.write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"^OpenVINO refuses scale_00\.onnx: [^\n]+$"):
-        OpenVinoBackend().open(GraphFile(graph))
+        OpenVinoBackend().open(GraphFile.outside(graph))
 
 
 def test_wrong_options_are_refused(openvino: Any) -> None:

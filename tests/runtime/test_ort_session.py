@@ -63,9 +63,9 @@ def test_memory_that_there_is_not() -> None:
 
 def test_a_graph_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be read: No such file"):
-        OrtCpuBackend(1).open(GraphFile(tmp_path / "x.onnx"))
+        OrtCpuBackend(1).open(GraphFile.outside(tmp_path / "x.onnx"))
     (tmp_path / "x.onnx").write_bytes(b"no graph")
-    graph = GraphFile(tmp_path / "x.onnx")
+    graph = GraphFile.outside(tmp_path / "x.onnx")
     refused("ONNX Runtime refuses x.onnx", lambda: OrtCpuBackend(1).open(graph))
 
 

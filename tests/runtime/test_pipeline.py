@@ -160,9 +160,9 @@ def test_what_is_out_of_range_is_refused(
 
 
 def test_layouts_agree(export_to: ExportTo, pipe: Pipeline, expected: Images) -> None:
-    assert pipe.describe()["layout"] == "shared", "auto on a CPU"
+    assert pipe.describe().layout == "shared", "auto on a CPU"
     with Pipeline.load(export_to(batch=2), layout="per-scale", threads=1) as other:
-        assert other.describe()["layout"] == "per-scale"
+        assert other.describe().layout == "per-scale"
         assert difference(other.generate(LABELS, seed=7), expected) <= ROUNDING
 
 
@@ -172,7 +172,7 @@ def test_a_bundle_of_one_layout(
 ) -> None:
     bundle = export_to(batch=2, layout=layout)
     with Pipeline.load(bundle, threads=1) as other:
-        assert other.describe()["layout"] == layout
+        assert other.describe().layout == layout
         assert difference(other.generate(LABELS, seed=7), expected) <= ROUNDING
     with pytest.raises(BundleError, match="has no graph"):
         Pipeline.load(bundle, layout=missing, threads=1)
@@ -193,14 +193,14 @@ def test_without_guidance(export_to: ExportTo, pipe: Pipeline) -> None:
 def test_fp16(export_to: ExportTo, expected: Images) -> None:
     both = export_to(batch=2, precisions=("fp32", "fp16"))
     with Pipeline.load(both, threads=1) as auto:
-        assert auto.describe()["precision"] == "fp32"
+        assert auto.describe().precision == "fp32"
         np.testing.assert_array_equal(auto.generate(LABELS, seed=7), expected)
     half = export_to(batch=2, precisions=("fp16",))
     with (
         Pipeline.load(both, precision="fp16", threads=1) as asked,
         Pipeline.load(half, threads=1) as only,
     ):
-        assert only.describe()["precision"] == "fp16"
+        assert only.describe().precision == "fp16"
         greedy = only.generate(LABELS, seed=7, top_k=1)
         np.testing.assert_array_equal(asked.generate(LABELS, seed=7, top_k=1), greedy)
         assert greedy.std() > 10
@@ -219,7 +219,7 @@ def test_threads(export_to: ExportTo, expected: Images) -> None:
     with pytest.raises(UsageError, match="threads must be at least 1, found 0"):
         Pipeline.load(export_to(batch=2), threads=0)
     with Pipeline.load(export_to(batch=2), threads=2) as two:
-        assert two.describe()["threads"] == "2"
+        assert two.describe().settings["threads"] == "2"
         assert difference(two.generate(LABELS, seed=7), expected) <= ROUNDING
 
 

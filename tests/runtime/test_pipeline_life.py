@@ -32,7 +32,7 @@ def test_close(export_to: ExportTo) -> None:
     with pytest.raises(BackendError, match="this pipeline is closed"):
         closed.generate([0])
     closed.close()
-    assert closed.describe()["backend"] == "onnxruntime-cpu"
+    assert closed.describe().backend == "onnxruntime-cpu"
 
 
 def test_a_callback_cannot_use_its_own_pipeline(pipe: Pipeline, expected: Images) -> None:

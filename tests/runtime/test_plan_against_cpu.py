@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy.config import Precision
+from var_deploy.config import Layout, Precision
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.costs import Workload, graph_weights
 from var_deploy.planning.memory import (
     CPU_IMPORTS,
-    Layout,
     buffer_bytes,
     cache_bytes,
     footprint,

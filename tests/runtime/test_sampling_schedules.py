@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from var_deploy.config import Layout
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.sampling import Sampling, uniforms
 from var_deploy.spec import ModelSpec

@@ -21,10 +21,11 @@ import fake_tensorrt as trt
 from fake_tensorrt import cudart, engine
 from var_deploy import names
 from var_deploy.bundle_files import GraphFile
+from var_deploy.config import Layout
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.loop import Layout, ScaleLoop
+from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Array, Backend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
@@ -356,7 +357,7 @@ def test_a_session_can_go_before_the_others(bundle: Bundle) -> None:
     folder = bundle(1, True)
     trt_backend = backend(folder)
     paths = [folder / "fp16" / f"{graph}.onnx" for graph in ("step", "decoder")]
-    sessions = [trt_backend.open(GraphFile(path)) for path in paths]
+    sessions = [trt_backend.open(GraphFile.outside(path)) for path in paths]
     sessions[0].close()
     assert cudart.live()["engine"] == 1
     sessions[0].close()
@@ -457,7 +458,7 @@ def test_a_tensor_that_would_lie_on_the_host_is_refused(bundle: Bundle) -> None:
 def test_an_input_that_is_not_aligned_is_refused(bundle: Bundle) -> None:
     folder = bundle(1, True)
     trt_backend = backend(folder)
-    session = trt_backend.open(GraphFile(folder / "fp16" / "decoder.onnx"))
+    session = trt_backend.open(GraphFile.outside(folder / "fp16" / "decoder.onnx"))
     place = trt_backend.allocate(4096)
     f_hat = Array(place.address + 4, (1, 8, 4, 4), np.dtype(np.float32), place.owner)
     with pytest.raises(BackendError, match=r"the input f_hat lies at 0x.* multiple of 256"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.machine import usable_cores
 from var_deploy.pipeline import Pipeline
@@ -31,7 +32,7 @@ for threads in (None, 3):
         for path in glob.glob("/proc/self/task/*/status"):
             with open(path) as status:
                 masks |= {line.split()[1] for line in status if line.startswith("Cpus_allowed_l")}
-        found.append([pipe.describe()["threads"], sorted(masks)])
+        found.append([pipe.describe().settings["threads"], sorted(masks)])
 print(json.dumps(found))
 """
 
@@ -52,14 +53,14 @@ def test_no_thread_runs_outside_of_the_mask(export_to: ExportTo) -> None:
 
 def test_the_number_is_told(export_to: ExportTo) -> None:
     with Pipeline.load(export_to(batch=2)) as pipe:
-        assert pipe.describe()["threads"] == str(usable_cores() or "all cores")
+        assert pipe.describe().settings["threads"] == str(usable_cores() or "all cores")
 
 
 @pytest.mark.parametrize("number", [100_000, 10**30, -1, True, 1.5])
 def test_absurd_numbers_are_refused_at_once(export_to: ExportTo, number: Any) -> None:
     for start in (
         lambda: Pipeline.load(export_to(batch=2), threads=number),
-        lambda: Settings(threads=number),
+        lambda: Settings(configs=(RuntimeConfig(threads=number),)),
     ):
         with pytest.raises(UsageError, match="threads must be"):
             start()

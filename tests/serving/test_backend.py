@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from serving.client import Client, running
 
+from var_deploy.config import Loaded
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
@@ -33,8 +34,8 @@ class Elsewhere:
         self.works: list[Any] = []
         self.closed = 0
 
-    def describe(self) -> dict[str, str]:
-        return {"backend": "elsewhere", "precision": "fp32"}
+    def describe(self) -> Loaded:
+        return Loaded(backend="elsewhere", precision="fp32", layout="shared")
 
     async def draw(self, work: Any) -> AsyncGenerator[Any, None]:
         from var_deploy.serving.backend import BusyError, Drawn, Queued

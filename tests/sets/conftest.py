@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from var_deploy.config import Loaded
 from var_deploy.runtime.request import Request
 from var_deploy.sampling import Sampling
 from var_deploy.sets.folder import SetFolder
@@ -28,8 +29,8 @@ class FakePipeline:
         self.before: Callable[[], object] = lambda: None
         self._channels = channels
 
-    def describe(self) -> dict[str, str]:
-        return {"precision": "fp32", "backend": "onnxruntime-cpu", "layout": "shared"}
+    def describe(self) -> Loaded:
+        return Loaded(precision="fp32", backend="onnxruntime-cpu", layout="shared")
 
     def draw(self, request: Request) -> NDArray[np.uint8]:
         self.before()

@@ -15,6 +15,7 @@ from tritonserver.server import PYTHON
 
 from cli_steps import done, refused, run, tree
 from var_deploy.manifest import read_manifest
+from var_deploy.runtime import backends
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
 from var_deploy.runtime.tensorrt.target import Target
@@ -179,6 +180,21 @@ def test_on_a_gpu(small: Path, tmp_path: Path) -> None:
     config = parsed(tmp_path / "a" / "small" / "config.pbtxt")
     assert config["instance_group"] == [{"count": 1, "kind": "KIND_GPU", "gpus": [0]}]
     assert "default_queue_policy" not in config["dynamic_batching"], "nobody asked for a bound"
+
+
+def test_a_gpu_without_engines(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a pipeline would take ONNX Runtime's CUDA provider, instances belong to the GPU."""
+    monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
+    monkeypatch.setattr(backends, "_has_gpu", lambda: True)
+    for name, options, kind in (
+        ("a", (), "gpu"),
+        ("b", ("--threads", 1), "cpu"),
+        ("c", ("--backend", "onnxruntime-cpu"), "cpu"),
+    ):
+        written = done("triton", small, "--out", tmp_path / name, *options, "--json")
+        assert json.loads(written.stdout)["kind"] == kind
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from var_deploy.cli.console import Progress, echo, echo_json, human_bytes, table
 from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS
 from var_deploy.cli.outputs import STDOUT, refusal
 from var_deploy.cli.services import SCHEME, load_text
+from var_deploy.config import BACKENDS, PRECISIONS, RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.files import check_writable, whole_file
 from var_deploy.terminal import visible_json
@@ -148,16 +149,17 @@ def bench(
         _tell(found.to_json(), lambda: load_text(found), json_out, target, quiet)
         return
     _refuse(ctx, OF_SERVICES, "a bundle")
-    from var_deploy.pipeline import BACKENDS, PRECISIONS
     from var_deploy.runtime.bench.run import PEERS, Settings
     from var_deploy.runtime.bench.run import bench as run
 
+    runner = _known("--backend", backend, BACKENDS)[0]
     settings = Settings(
         batches=_numbers("--batch", batch),
-        precisions=_known("--precision", precision, PRECISIONS),
-        backend=_known("--backend", backend, BACKENDS)[0],
+        configs=tuple(
+            RuntimeConfig(precision=each, backend=runner, threads=threads)
+            for each in _known("--precision", precision, PRECISIONS)
+        ),
         against=_known("--against", against, PEERS) if against.strip() else (),
-        threads=threads,
         repeat=repeat,
         warm_up=warm_up,
     )
@@ -368,7 +370,7 @@ def _notes(run: Run) -> str:
     """What ran, and why something is missing."""
     lines = []
     for result in run.results:
-        about = {k: v for k, v in result.about.items() if k != "chosen because"}  # it can be long
+        about = result.about.settings if result.about else {}  # not the reason, which can be long
         said = result.problem or ", ".join(f"{k} {v}" for k, v in about.items())
         lines.append(f"{result.name}: {'not run: ' if result.problem else ''}{said}")
         if result.ran:

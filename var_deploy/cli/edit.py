@@ -13,13 +13,15 @@ from PIL import Image
 from var_deploy import names
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
-    RuntimeOptions,
     SamplingOptions,
+    check_graphs,
+    load_pipeline,
     report_options,
     runtime_options,
     sampling_options,
 )
 from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels
+from var_deploy.config import RuntimeConfig
 from var_deploy.editing import box_mask, keep_masks
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
@@ -81,7 +83,7 @@ def edit(
     keep_pixels: bool,
     out: str,
     sampling: SamplingOptions,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -111,25 +113,25 @@ def edit(
     new = _new(picture, mask, box, outside, tokenizer.image_side)
     keep_masks(new, tokenizer.patch_nums)  # which refuses an edit that changes no token
     pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)[0]
-    runtime.check_graphs(manifest, names.ENCODER)
+    check_graphs(manifest, config, names.ENCODER)
 
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle, manifest) as pipe:
+        with load_pipeline(bundle, manifest, config) as pipe:
             images = pipe.edit(
                 pixels,
                 new,
                 label=chosen,
                 seed=seeds,
-                **vars(settings),
+                sampling=settings,
                 keep_pixels=keep_pixels,
                 on_progress=progress.step,
             )
             how = pipe.describe()
     seconds = time.monotonic() - started
 
-    text = settings_text(manifest, how["precision"], settings, seeds)
+    text = settings_text(manifest, how.precision, settings, seeds)
     text["picture"] = image.name
     text |= {"box": box.strip()} if box is not None else {"mask": mask.name if mask else ""}
     text |= {"outside": "yes"} if outside else {}
@@ -141,7 +143,7 @@ def edit(
 
     if as_json:
         done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
-        target.tell_json({**done, "settings": written, "runtime": how})
+        target.tell_json({**done, "settings": written, "runtime": how.to_json()})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
 

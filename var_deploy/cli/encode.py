@@ -10,9 +10,10 @@ import click
 
 from var_deploy import names
 from var_deploy.cli.console import Progress, echo, say
-from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.options import check_graphs, load_pipeline, report_options, runtime_options
 from var_deploy.cli.outputs import OUTPUT, output_file
 from var_deploy.cli.token_files import SUFFIX, save_tokens
+from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import read_manifest
 from var_deploy.pictures import read_pictures
 
@@ -33,7 +34,7 @@ def encode(
     bundle: Path,
     image: Path,
     out: Path,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -53,12 +54,12 @@ def encode(
     manifest = read_manifest(bundle)
     tokenizer = manifest.model.tokenizer
     pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
-    runtime.check_graphs(manifest, names.ENCODER)
+    check_graphs(manifest, config, names.ENCODER)
 
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle, manifest) as pipe:
+        with load_pipeline(bundle, manifest, config) as pipe:
             progress.update("encoding", 0.5)
             tokens = pipe.encode(pixels)
             how = pipe.describe()
@@ -67,8 +68,8 @@ def encode(
 
     lengths = [found.shape[1] for found in tokens]
     if as_json:
-        done = {"out": str(out), "tokens": lengths, "seconds": round(seconds, 3), "runtime": how}
-        echo(json.dumps(done, indent=1))
+        done = {"out": str(out), "tokens": lengths, "seconds": round(seconds, 3)}
+        echo(json.dumps({**done, "runtime": how.to_json()}, indent=1))
     elif not quiet:
         what = f"{sum(lengths)} tokens of {len(lengths)} scales"
         say(f"wrote {out} ({what}, {seconds:.1f} s)")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
-    RuntimeOptions,
     SamplingOptions,
+    load_pipeline,
     report_options,
     runtime_options,
     sampling_options,
@@ -30,6 +30,7 @@ from var_deploy.cli.outputs import (
     output_file,
 )
 from var_deploy.cli.story import MOST_IMAGES, Story
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
 from var_deploy.manifest import Manifest, read_manifest
@@ -94,7 +95,7 @@ def generate(
     gif: Path | None,
     deadline: float | None,
     sampling: SamplingOptions,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -145,7 +146,7 @@ def generate(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle, manifest) as pipe:
+        with load_pipeline(bundle, manifest, config) as pipe:
             how = pipe.describe()
             images: Any
             if count > at_once:
@@ -154,7 +155,7 @@ def generate(
                 images = pipe.generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,
                     seed=seeds if len(seeds) > 1 else seeds[0],
-                    **vars(settings),
+                    sampling=settings,
                     on_progress=progress.step,
                     **watched,
                 )
@@ -163,7 +164,7 @@ def generate(
                 images=images,
                 labels=wanted,
                 seeds=seeds,
-                text=settings_text(manifest, how["precision"], settings, seeds),
+                text=settings_text(manifest, how.precision, settings, seeds),
                 scales_done=None if deadline is None else images.scales_done.tolist(),
             )
             seconds = time.monotonic() - started
@@ -184,7 +185,7 @@ def generate(
         done: dict[str, Any] = {**files, "count": count, "seconds": round(seconds, 3)}
         if drawn.scales_done is not None:
             done["scales_done"] = drawn.scales_done
-        target.tell_json({**done, "settings": written, "runtime": how})
+        target.tell_json({**done, "settings": written, "runtime": how.to_json()})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:

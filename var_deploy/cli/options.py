@@ -1,7 +1,7 @@
 """Options that several commands share, and what is made of them.
 
 Each decorator adds its options to a command. `sampling_options` hands them over as one argument
-`sampling`, `runtime_options` as one argument `runtime`, `checkpoint_options` as one argument
+`sampling`, `runtime_options` as one argument `config`, `checkpoint_options` as one argument
 `weights`, `report_options` as `quiet` and `as_json`.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from var_deploy.cli.console import needs_extra
+from var_deploy.config import AUTO, BACKENDS, LAYOUT_CHOICES, PRECISIONS, RuntimeConfig
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling, parse_setting
 
@@ -40,41 +41,29 @@ class SamplingOptions:
     top_p: str | None
     temperature: str | None
 
-    def over(self, manifest: Manifest) -> Sampling:
-        """The bundle's defaults with these in their place. Raises UsageError."""
-        from var_deploy.runtime.request import settings
-
+    def over(self, manifest: Manifest, base: Sampling | None = None) -> Sampling:
+        """`base`, or else the bundle's defaults, with these in their place. Raises UsageError."""
         scales, given = manifest.model.scales, dataclasses.asdict(self)
         parsed = {k: v if v is None else parse_setting(k, v, scales) for k, v in given.items()}
-        return settings(manifest, **parsed)
+        return manifest.sampling(base, **parsed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuntimeOptions:
-    """What `Pipeline.load` takes besides a bundle."""
+def load_pipeline(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Pipeline:
+    """The pipeline of the bundle whose manifest was read before, and of no other that has taken
+    its place. Where ONNX Runtime is missing, one line says what to install."""
+    with needs_extra("cpu", click.get_current_context().info_name or "this"):
+        from var_deploy.pipeline import Pipeline
 
-    precision: str
-    layout: str
-    backend: str
-    threads: int | None
-    cuda_graph: bool
+        return Pipeline.open(bundle, config, digest=manifest.digest())
 
-    def load(self, bundle: Path, manifest: Manifest) -> Pipeline:
-        """The pipeline of the bundle whose manifest was read before, and of no other that has taken
-        its place. Where ONNX Runtime is missing, one line says what to install."""
-        with needs_extra("cpu", click.get_current_context().info_name or "this"):
-            from var_deploy.pipeline import Pipeline
 
-            options = dataclasses.asdict(self)
-            return Pipeline.load(bundle, **options, digest=manifest.digest())
-
-    def check_graphs(self, manifest: Manifest, *graphs: str) -> None:
-        """Raise BundleError where the bundle lacks a graph: in the precision that was asked for,
-        or with "auto" in every one."""
-        chosen = [self.precision] if self.precision != "auto" else list(manifest.graphs)
-        for graph in graphs:
-            if not any(graph in manifest.graphs.get(precision, {}) for precision in chosen):
-                manifest.graph(chosen[0], graph)
+def check_graphs(manifest: Manifest, config: RuntimeConfig, *graphs: str) -> None:
+    """Raise BundleError where the bundle lacks a graph: in the precision that was asked for, or
+    with "auto" in every one."""
+    chosen = [config.precision] if config.precision != AUTO else list(manifest.graphs)
+    for graph in graphs:
+        if not any(graph in manifest.graphs.get(precision, {}) for precision in chosen):
+            manifest.graph(chosen[0], graph)
 
 
 def sampling_options(command: Command) -> Command:
@@ -93,27 +82,26 @@ def sampling_options(command: Command) -> Command:
 
 
 def runtime_options(command: Command) -> Command:
-    """--precision --layout --backend --threads --cuda-graph, as a `RuntimeOptions`."""
-    backends = ["auto", "tensorrt", "tensorrt_rtx", "onnxruntime-cuda", "onnxruntime-cpu"]
+    """--precision --layout --backend --threads --cuda-graph, as a `RuntimeConfig`."""
     options = [
         click.option(
             "--precision",
-            type=click.Choice(["auto", "fp32", "fp16", "int8"]),
-            default="auto",
+            type=click.Choice(PRECISIONS),
+            default=AUTO,
             show_default=True,
             help="auto: fp16 on a GPU; on a CPU int8 where the bundle has it, else fp32.",
         ),
         click.option(
             "--layout",
-            type=click.Choice(["auto", "per-scale", "shared"]),
-            default="auto",
+            type=click.Choice(LAYOUT_CHOICES),
+            default=AUTO,
             show_default=True,
             help="One graph a scale, or one for all of them.",
         ),
         click.option(
             "--backend",
-            type=click.Choice(backends),
-            default="auto",
+            type=click.Choice(BACKENDS),
+            default=AUTO,
             show_default=True,
             help="What runs the graphs; auto takes the fastest that can.",
         ),
@@ -130,7 +118,8 @@ def runtime_options(command: Command) -> Command:
             help="TensorRT: record every launch and replay it.",
         ),
     ]
-    return _added(options, _gathered(command, "runtime", RuntimeOptions))
+    names = ("precision", "layout", "backend", "threads", "cuda_graph")
+    return _added(options, _gathered(command, "config", RuntimeConfig, names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,13 +198,16 @@ def report_options(command: Command) -> Command:
     return _added(options, command)
 
 
-def _gathered(command: Command, argument: str, kind: Any) -> Command:
-    """The command with the fields of a dataclass gathered into one argument."""
+def _gathered(
+    command: Command, argument: str, kind: Any, names: Sequence[str] | None = None
+) -> Command:
+    """The command with options gathered into one argument, a dataclass: those called `names`, or
+    one per field."""
+    names = names or [field.name for field in dataclasses.fields(kind)]
 
     @functools.wraps(command)  # with the options that it has already
     def gather(**given: Any) -> None:
-        fields = {field.name: given.pop(field.name) for field in dataclasses.fields(kind)}
-        command(**given, **{argument: kind(**fields)})
+        command(**{argument: kind(**{name: given.pop(name) for name in names})}, **given)
 
     return gather
 

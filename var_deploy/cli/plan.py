@@ -147,7 +147,7 @@ def _workload(
         )
 
     from var_deploy.manifest import read_manifest
-    from var_deploy.planning.plan import workload_of
+    from var_deploy.planning.costs import workload_of
 
     manifest = read_manifest(path)
     _check_guidance(guidance, manifest.model.transformer.conditional)
@@ -171,11 +171,12 @@ def _workload(
 
 def _best(manifest: Manifest, device: Device) -> Precision:
     """What the runtime would take of a bundle by itself."""
-    from var_deploy.planning.precisions import cpu_precision, gpu_precision
+    from var_deploy.config import CPU, TENSORRT, RuntimeConfig
+    from var_deploy.planning.selection import Engines, Facts, select
 
-    if device.sm is None:
-        return cast("Precision", cpu_precision(manifest.graphs))
-    return cast("Precision", gpu_precision(manifest.graphs, f"TensorRT on {device.title}"))
+    config = RuntimeConfig(backend=CPU if device.sm is None else TENSORRT)
+    facts = Facts(engines=Engines(runner=f"TensorRT on {device.title}"))
+    return cast("Precision", select(config, manifest, facts).config.precision)
 
 
 def _preset(name: str) -> ModelSpec:

@@ -10,9 +10,10 @@ import numpy as np
 
 from var_deploy import names
 from var_deploy.cli.console import Progress
-from var_deploy.cli.options import RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.options import check_graphs, load_pipeline, report_options, runtime_options
 from var_deploy.cli.outputs import check_at_once, png_target
 from var_deploy.cli.token_files import SUFFIX, read_tokens
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.images import grid, origin_text
 from var_deploy.manifest import read_manifest
@@ -43,7 +44,7 @@ def reconstruct(
     image: Path,
     scales: str,
     out: str,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -69,15 +70,15 @@ def reconstruct(
         tokens = check_tokens(manifest.model, read_tokens(image, most), max(counts))
     else:
         pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
-        runtime.check_graphs(manifest, names.ENCODER)
+        check_graphs(manifest, config, names.ENCODER)
     shown = len(counts) * (1 if tokens is None else len(tokens[0]))
     check_at_once(shown, tokenizer.image_side)
-    runtime.check_graphs(manifest, names.ACCUMULATE)
+    check_graphs(manifest, config, names.ACCUMULATE)
 
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with runtime.load(bundle, manifest) as pipe:
+        with load_pipeline(bundle, manifest, config) as pipe:
             if pixels is not None:
                 progress.update("encoding", 0.0)
                 tokens = pipe.encode(pixels)
@@ -92,7 +93,7 @@ def reconstruct(
     images = rows.reshape(-1, *rows.shape[2:])
     sheet = images[0] if len(images) == 1 else grid(images, columns=len(counts))
     settings = {
-        **origin_text(manifest, how["precision"]),
+        **origin_text(manifest, how.precision),
         "picture": image.name,
         "scales": f"{','.join(map(str, counts))} of {most}",
     }
@@ -100,7 +101,7 @@ def reconstruct(
 
     if as_json:
         done = {"out": str(target.path), "scales": counts, "seconds": round(seconds, 3)}
-        target.tell_json({**done, "settings": settings, "runtime": how})
+        target.tell_json({**done, "settings": settings, "runtime": how.to_json()})
     elif not quiet:
         target.tell(f"wrote {target} (from {settings['scales']} scales, {seconds:.1f} s)")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 import time
@@ -15,19 +14,19 @@ import click
 
 from var_deploy.cli.console import Progress, Terminated, echo, needs_extra, say
 from var_deploy.cli.options import (
-    RuntimeOptions,
     SamplingOptions,
+    load_pipeline,
     report_options,
     runtime_options,
     sampling_options,
 )
 from var_deploy.cli.outputs import OUTPUT
+from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling
 from var_deploy.sets.folder import NPZ_FILE, SetFolder, damage
 from var_deploy.sets.spec import (
-    DECIDED,
     FID_PER_CLASS,
     FID_SAMPLING,
     FORMATS,
@@ -130,7 +129,7 @@ def sample(
     workers: int | None,
     check: bool,
     sampling: SamplingOptions,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -160,12 +159,13 @@ def sample(
         raise UsageError("--workers are those of a cluster: say which with --ray")
     manifest, there = read_manifest(bundle), folder.read()
     if there is not None:  # what is left open is as in the set
-        left_open = {k: v for k, v in there.decided.items() if getattr(runtime, k) == "auto"}
-        runtime = dataclasses.replace(runtime, **left_open)
+        config = there.complete(config)
     transformer = manifest.model.transformer
     spec = SetSpec(
         bundle=manifest.digest(),
-        **{name: getattr(runtime, name) for name in DECIDED},
+        precision=config.precision,
+        backend=config.backend,
+        layout=config.layout,
         sampling=_sampling(manifest, recipe, sampling),
         seed=seed,
         classes=transformer.classes if transformer.conditional else 0,
@@ -192,18 +192,18 @@ def sample(
     mine = range(first, spec.shards, step)
     wants_npz = npz if npz is not None else recipe == "fid"
     made: list[int] = []
-    how: dict[str, str] = {}
+    how: Loaded | None = None
     ray: dict[str, Any] | None = None
     started = time.monotonic()
     with _telling_what_is_kept(folder, spec), Progress(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
             if cluster is not None:
-                spread = _on_ray(cluster, bundle, folder, spec, runtime, workers, progress.update)
+                spread = _on_ray(cluster, bundle, folder, spec, config, workers, progress.update)
                 spec, how, made = spread.spec, spread.how, spread.shards
                 ray = spread.to_json()
             else:
-                with runtime.load(bundle, manifest) as pipe:
+                with load_pipeline(bundle, manifest, config) as pipe:
                     how = pipe.describe()
                     spec = spec.decided_by(how)
                     folder.begin(spec)
@@ -229,7 +229,7 @@ def sample(
             "npz": str(out / NPZ_FILE) if wants_npz and complete else None,
             "seconds": round(seconds, 3),
             "settings": spec.to_json(),
-            "runtime": how,
+            "runtime": how.to_json() if how else {},
             "ray": ray,
         }
         echo(json.dumps(report, indent=1))
@@ -259,7 +259,7 @@ def _on_ray(
     bundle: Path,
     folder: SetFolder,
     spec: SetSpec,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     workers: int | None,
     tell: Tell,
 ) -> Made:
@@ -273,8 +273,7 @@ def _on_ray(
             spec,
             range(spec.shards),
             tell,
-            threads=runtime.threads,
-            cuda_graph=runtime.cuda_graph,
+            config=config,
             workers=workers,
         )
 
@@ -312,7 +311,7 @@ def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) ->
                 "the published recipe draws without more_smooth, with which this bundle was "
                 "exported: export it again without --more-smooth"
             )
-        manifest = dataclasses.replace(manifest, defaults=Sampling(**FID_SAMPLING))
+        return given.over(manifest, Sampling(**FID_SAMPLING))
     return given.over(manifest)
 
 

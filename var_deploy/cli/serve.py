@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from var_deploy.cli.console import Progress, needs_extra, say
-from var_deploy.cli.options import RuntimeOptions, runtime_options
+from var_deploy.cli.options import load_pipeline, runtime_options
 from var_deploy.cluster.replicas import Replicas
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest, read_manifest
 
@@ -129,7 +129,7 @@ def serve(
     log_format: str | None,
     address: str | None,
     replicas: str | None,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
 ) -> None:
     """Serve BUNDLE over HTTP, with a page to draw and edit in the browser.
@@ -176,14 +176,14 @@ def serve(
             if value is not None:
                 raise UsageError(f"{name} is of one process: with --ray, Ray's proxies see to it")
         many = Replicas.parse("1" if replicas is None else replicas)
-        _serve_on_ray(bundle, manifest, address, many, host, port, settings, runtime, quiet)
+        _serve_on_ray(bundle, manifest, address, many, host, port, settings, config, quiet)
         return
     if replicas is not None:
         raise UsageError("--replicas needs --ray: without it one process draws")
     with listen(host, port) as listening:
         with Progress(quiet=quiet) as progress:
             progress.update("loading", 0.0)
-            pipe = runtime.load(bundle, manifest)
+            pipe = load_pipeline(bundle, manifest, config)
         with pipe:
             if not quiet:
                 say(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
@@ -201,7 +201,7 @@ def _serve_on_ray(
     host: str,
     port: int,
     settings: Settings,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
 ) -> None:
     with needs_extra("ray", "serve --ray"):
@@ -218,7 +218,7 @@ def _serve_on_ray(
             from var_deploy.cluster.service import deployed, plan_for, until_stopped
 
         progress.update("starting replicas", 0.0)
-        plan = plan_for(bundle, manifest, replicas, settings, dataclasses.asdict(runtime))
+        plan = plan_for(bundle, manifest, replicas, settings, config)
         with deployed(plan, host, port, alone=address == LOCAL) as handle:
             if not quiet:
                 say(f"serving {bundle} on {url_of(host, port)} (Ctrl-C stops)")

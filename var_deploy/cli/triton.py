@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import click
 
 from var_deploy.cli.console import Progress, echo, human_bytes, say
-from var_deploy.cli.options import MOST_BATCH, RuntimeOptions, report_options, runtime_options
+from var_deploy.cli.options import MOST_BATCH, report_options, runtime_options
 from var_deploy.cli.outputs import OUTPUT
+from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import read_manifest
 
 MAX_DELAY = 60_000  # milliseconds
@@ -58,7 +58,7 @@ def triton(
     instances: int,
     queue: int | None,
     queue_delay: float,
-    runtime: RuntimeOptions,
+    config: RuntimeConfig,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -73,19 +73,19 @@ def triton(
       var-deploy triton build/pocket --out model_repository
       var-deploy triton build/d16 --out models --name var --instances 2 --queue-delay 20
     """
-    from var_deploy.triton.config import Runtime, Serving
+    from var_deploy.triton.config import Serving, handed_over
     from var_deploy.triton.repository import on_gpu, write_repository
 
-    manifest, options = read_manifest(bundle), Runtime(**dataclasses.asdict(runtime))
+    manifest = read_manifest(bundle)
     serving = Serving(
         name=bundle.resolve().name if name is None else name,
         instances=instances,
         queue=queue,
         queue_delay=round(1000 * queue_delay),
-        on_gpu=on_gpu(bundle, options),
+        on_gpu=on_gpu(bundle, manifest, config),
     )
     with Progress(quiet=quiet) as progress:
-        written = write_repository(bundle, manifest, out, serving, options, progress.update)
+        written = write_repository(bundle, manifest, out, serving, config, progress.update)
     if as_json:
         report = {
             "out": str(out),
@@ -97,7 +97,7 @@ def triton(
             "kind": "gpu" if serving.on_gpu else "cpu",
             "bytes": written.size,
             "bytes_copied": written.copied,
-            "runtime": dataclasses.asdict(options),
+            "runtime": handed_over(config),
         }
         echo(json.dumps(report, indent=1))
     elif not quiet:

@@ -11,6 +11,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from var_deploy.cluster.drawer import Batch, Begun, Item
+from var_deploy.config import Loaded
 from var_deploy.manifest import Manifest
 from var_deploy.serving.backend import Drawn, Queued, RefusedError, Work
 from var_deploy.serving.batches import Job
@@ -38,7 +39,7 @@ class RayBackend(Line):
         self,
         drawer: DeploymentHandle[Any],
         manifest: Manifest,
-        how: dict[str, str],
+        how: Loaded,
         metrics: Metrics,
     ) -> None:
         super().__init__(metrics)
@@ -50,8 +51,8 @@ class RayBackend(Line):
         self._idle.set()
         self._pace = 1.0  # seconds from a request to its images, the last ones counting most
 
-    def describe(self) -> dict[str, str]:
-        return dict(self._how)
+    def describe(self) -> Loaded:
+        return self._how
 
     async def stop(self) -> None:
         """See `serving.backend.Backend`."""

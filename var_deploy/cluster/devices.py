@@ -7,16 +7,13 @@ from typing import Any, cast
 
 import ray
 
-from var_deploy.config import Precision
+from var_deploy.config import Layout, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
-from var_deploy.machine import check_threads
 from var_deploy.manifest import Manifest
-from var_deploy.pipeline import BACKENDS
-from var_deploy.planning.memory import Layout, Library, footprint
-from var_deploy.planning.plan import workload_of
-from var_deploy.planning.precisions import CPU, ON_GPU, cpu_precision, gpu_precision
+from var_deploy.planning.costs import workload_of
+from var_deploy.planning.memory import Library, footprint
+from var_deploy.planning.selection import Facts, select
 
-GPU_BACKENDS = tuple(name for name in BACKENDS if name not in ("auto", CPU))
 WORKER = 100_000_000  # bytes of Ray itself in a worker process, measured
 
 
@@ -56,44 +53,26 @@ class Device:
         )
 
 
-def device_of(
-    manifest: Manifest,
-    *,
-    precision: str,
-    backend: str,
-    layout: str,
-    threads: int | None,
-    images: int,
-) -> Device:
+def device_of(manifest: Manifest, config: RuntimeConfig, *, images: int) -> Device:
     """A GPU where the backend is one, or is open and the cluster has GPUs; else CPU threads.
 
     Memory is the peak that `plan` gives, with `images` that are held and the worker itself. On a
     GPU it is the same of the host, which holds an engine no longer than it takes to load it.
 
-    Raises UsageError for threads out of range. A worker has as many as it has CPUs of the cluster.
+    Raises what `select` raises. A worker has as many threads as it has CPUs of the cluster.
     """
-    threads = check_threads(threads)
-    on_gpu = backend in GPU_BACKENDS or (
-        backend == "auto"
-        and threads is None  # who names CPU threads wants the CPU
-        and precision in ("auto", *ON_GPU)
-        and any(precision in manifest.graphs for precision in ON_GPU)
-        and cast(Any, ray).cluster_resources().get("GPU", 0) >= 1
-    )
-    if precision == "auto" and on_gpu:
-        precision = gpu_precision(manifest.graphs, "a GPU")
-    elif precision == "auto":
-        precision = cpu_precision(manifest.graphs)
+    gpu = cast(Any, ray).cluster_resources().get("GPU", 0) >= 1
+    selection = select(config, manifest, Facts(cuda=gpu, cores=1))
+    chosen, on_gpu = selection.config, selection.on_gpu
     library: Library = "tensorrt" if on_gpu else "onnxruntime-cpu"
-    workload = workload_of(manifest, cast(Precision, precision))
-    chosen = cast(Layout, "shared" if layout == "auto" else layout)
+    workload = workload_of(manifest, cast(Precision, chosen.precision))
     tokenizer = manifest.model.tokenizer
     held = images * tokenizer.image_side**2 * tokenizer.image_channels
     return Device(
-        cpus=1 if on_gpu else threads or 1,
+        cpus=chosen.threads or 1,
         gpus=int(on_gpu),
-        memory=footprint(workload, chosen, library).peak + held + WORKER,
-        threads=None if on_gpu else threads or 1,
+        memory=footprint(workload, cast(Layout, chosen.layout), library).peak + held + WORKER,
+        threads=chosen.threads,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 
 from var_deploy.cluster.place import Offer
+from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import CancelledError, VarDeployError
 from var_deploy.pipeline import Pipeline
 from var_deploy.serving.backend import Drawn, Event, Work
@@ -61,17 +62,17 @@ class Drawer:
     """A replica.
 
     Args:
-        options: of `Pipeline.load`.
+        cores: CPU threads that are this replica's, for where it draws without a GPU after all.
     """
 
-    def __init__(self, offer: Offer, options: Mapping[str, Any]) -> None:
-        self._pipeline = Pipeline.load(offer.path(), **options, digest=offer.digest)
+    def __init__(self, offer: Offer, config: RuntimeConfig, cores: int) -> None:
+        self._pipeline = Pipeline.open(offer.path(), config, digest=offer.digest, cores=cores)
         self._batches = BatchDrawer(self._pipeline)
         self._orders: list[Order] = []  # all that are here, in the order in which they came
         turn: Any = self._turn  # it has more to it than its types say
         turn.set_max_batch_size(self._pipeline.manifest.batch)
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> Loaded:
         return self._pipeline.describe()
 
     async def draw(self, work: Work, end: float | None) -> AsyncGenerator[Item, None]:

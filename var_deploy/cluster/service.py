@@ -6,6 +6,7 @@ proxies ──► Ingress: `create_app` with a `RayBackend` ──► Drawer, Dr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import queue
@@ -14,7 +15,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from var_deploy.cluster.devices import Device, device_of, places
 from var_deploy.cluster.drawer import Drawer
 from var_deploy.cluster.place import Offer, offer
 from var_deploy.cluster.replicas import Replicas
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.manifest import Manifest
 from var_deploy.serving.app import create_app
@@ -56,14 +58,13 @@ class Plan:
     """What is deployed.
 
     Attributes:
-        options: of `Pipeline.load`.
         device: what a replica that draws occupies.
         name: what the model is called where it is no preset.
     """
 
     manifest: Manifest
     offer: Offer
-    options: Mapping[str, Any]
+    config: RuntimeConfig
     device: Device
     replicas: Replicas
     settings: Settings
@@ -75,18 +76,17 @@ def plan_for(
     manifest: Manifest,
     replicas: Replicas,
     settings: Settings,
-    options: Mapping[str, Any],
+    config: RuntimeConfig,
 ) -> Plan:
-    """What the cluster that this process is connected to is to run; `options` as they were given.
+    """What the cluster that this process is connected to is to run.
 
     Raises BundleError for a bundle that lacks files.
     """
-    chosen = {name: options[name] for name in ("precision", "backend", "layout", "threads")}
-    device = device_of(manifest, **chosen, images=manifest.batch)
+    device = device_of(manifest, config, images=manifest.batch)
     return Plan(
         manifest=manifest,
-        offer=offer(bundle, options["precision"]),
-        options={**options, "threads": device.threads},
+        offer=offer(bundle, config.precision),
+        config=dataclasses.replace(config, threads=device.threads),
         device=device,
         replicas=replicas,
         settings=settings,
@@ -139,7 +139,7 @@ def application(plan: Plan) -> Any:
         max_constructor_retry_count=1,
         **how_many,
         **shared,
-    ).bind(plan.offer, dict(plan.options))
+    ).bind(plan.offer, plan.config, plan.device.cpus)
     ingress = deployment(
         Ingress,
         ray_actor_options={"num_cpus": 0},

@@ -7,6 +7,7 @@ the driver, so nodes share no folder and the set appears exactly as with one pro
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections import Counter, deque
@@ -21,6 +22,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from var_deploy.cluster.devices import Device, device_of, places
 from var_deploy.cluster.place import cause_of, offer
 from var_deploy.cluster.worker import Drawn, Worker
+from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import VarDeployError, one_line
 from var_deploy.manifest import read_manifest
 from var_deploy.sets.folder import SetFolder
@@ -39,7 +41,7 @@ class Made:
     """What a run did.
 
     Attributes:
-        how: `Pipeline.describe` of the first worker that was ready.
+        how: `Pipeline.describe` of the first worker that was ready, None while none is.
         shards: those that were made.
         workers: the most that drew at one time; lost: those that ended too early.
         drawing, waiting: seconds of all workers with a shard, and between two.
@@ -47,7 +49,7 @@ class Made:
     """
 
     spec: SetSpec
-    how: dict[str, str] = field(default_factory=dict)
+    how: Loaded | None = None
     shards: list[int] = field(default_factory=list)
     workers: int = 0
     lost: int = 0
@@ -69,8 +71,7 @@ def make_missing(
     shards: Sequence[int],
     tell: Tell,
     *,
-    threads: int | None = None,
-    cuda_graph: bool = True,
+    config: RuntimeConfig,
     workers: int | None = None,
 ) -> Made:
     """Draw those of `shards` that are not in the folder on the cluster that is connected.
@@ -79,23 +80,21 @@ def make_missing(
     then. However this ends, set.json lists what is there, and the workers are ended.
 
     Args:
-        threads: of a worker on a CPU; None is one.
+        config: how a worker runs the bundle, but for what the set decides; threads that are left
+            open are one.
         workers: the most at one time; None takes every device.
 
     Raises UsageError where no node can hold a worker, what a worker raised or
     `SetFolder.write`, and VarDeployError where workers are lost again and again.
     """
-    device = device_of(
-        read_manifest(bundle),
-        **spec.decided,
-        threads=threads,
-        images=spec.shard_size,
-    )
+    device = device_of(read_manifest(bundle), spec.config(config), images=spec.shard_size)
     if not places(device):
         raise device.too_large()
-    load = {"threads": device.threads, "cuda_graph": cuda_graph}
     hire = functools.partial(
-        ray.remote(**device.options)(Worker).remote, offer(bundle, spec.precision), load
+        ray.remote(**device.options)(Worker).remote,
+        offer(bundle, spec.precision),
+        dataclasses.replace(config, threads=device.threads),
+        device.cpus,
     )
     run = _Run(folder, spec, shards, tell, device, hire, workers)
     try:
@@ -114,7 +113,7 @@ class _Worker:
         self.actor = actor
         self.calls: deque[int | None] = deque([None])
         self.ready = False
-        self.loading = self.actor.load.remote(spec.decided)
+        self.loading = self.actor.load.remote(spec)
 
 
 class _Run:
@@ -140,7 +139,7 @@ class _Run:
 
     def begin(self) -> SetSpec:
         """Wait for the first worker, and begin the set as it draws. Returns the settings."""
-        while not self.made.how:
+        while self.made.how is None:
             self._step()
         self._folder.begin(self.made.spec)
         return self.made.spec
@@ -215,16 +214,16 @@ class _Run:
             raise _raised(error) from None
         shard = worker.calls.popleft()
         if shard is None:
-            self._welcome(worker, cast(dict[str, str], result))
+            self._welcome(worker, cast(Loaded, result))
         else:
             self._keep(shard, cast(Drawn, result), time.monotonic() - started)
 
-    def _welcome(self, worker: _Worker, how: dict[str, str]) -> None:
+    def _welcome(self, worker: _Worker, how: Loaded) -> None:
         worker.ready = True
         self._losses[None] = 0
         made = self.made
         made.workers = max(made.workers, sum(worker.ready for worker in self._workers))
-        if not made.how:
+        if made.how is None:
             made.how = how
             made.spec = made.spec.decided_by(how)
 

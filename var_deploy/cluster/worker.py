@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from var_deploy.cluster.place import Offer
+from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.sets.shards import draw_shard
 from var_deploy.sets.spec import SetSpec
 
@@ -25,41 +25,51 @@ class Drawn:
 
 
 class Worker:
-    """Draws shards of an offered bundle. `options` are those of `Pipeline.load` besides
-    those that the set decides."""
+    """Draws shards of an offered bundle.
 
-    def __init__(self, offered: Offer, options: Mapping[str, Any]) -> None:
-        self._offered, self._options = offered, options
+    Args:
+        config: how to run it, but for what the set decides.
+        cores: CPU threads that are this worker's, for where it draws without a GPU after all.
+    """
+
+    def __init__(self, offered: Offer, config: RuntimeConfig, cores: int) -> None:
+        self._offered, self._config, self._cores = offered, config, cores
         self._pipe: Pipeline | None = None
         self._free: float | None = None
 
-    def load(self, chosen: Mapping[str, str]) -> dict[str, str]:
-        """Have the bundle loaded as `chosen`, which may be "auto"; `Pipeline.describe` of it.
+    def load(self, spec: SetSpec) -> Loaded:
+        """Have the bundle loaded for a set, which may leave "auto" open; `Pipeline.describe` of it.
 
         Raises what `Offer.path` and `Pipeline.load` raise.
         """
-        self._loaded(chosen)
-        assert self._pipe is not None
-        return self._pipe.describe()
+        return self._loaded(spec).describe()
 
     def draw(self, spec: SetSpec, shard: int) -> Drawn:
         """Raises what `load` and `draw_shard` raise."""
         started = time.monotonic()
-        pipe = self._loaded(spec.decided)
+        pipe = self._loaded(spec)
         data = draw_shard(pipe, spec, shard)
         waiting = 0.0 if self._free is None else started - self._free
         self._free = time.monotonic()
         return Drawn(data=data, drawing=self._free - started, waiting=waiting)
 
-    def _loaded(self, chosen: Mapping[str, str]) -> Pipeline:
+    def close(self) -> None:
+        """Give the bundle back, if one is loaded."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+    def _loaded(self, spec: SetSpec) -> Pipeline:
         from var_deploy.pipeline import Pipeline
 
         if self._pipe is not None:
-            how = self._pipe.describe()
-            if all(wanted in ("auto", how[name]) for name, wanted in chosen.items()):
+            if spec.drawn_by(self._pipe.describe()):
                 return self._pipe
-            self._pipe.close()
-            self._pipe = None
-        options = {**self._options, **chosen, "digest": self._offered.digest}
-        self._pipe = Pipeline.load(self._offered.path(), **options)
+            self.close()
+        self._pipe = Pipeline.open(
+            self._offered.path(),
+            spec.config(self._config),
+            digest=self._offered.digest,
+            cores=self._cores,
+        )
         return self._pipe

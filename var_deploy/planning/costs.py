@@ -16,6 +16,7 @@ from typing import Literal
 from var_deploy import names
 from var_deploy.config import Precision
 from var_deploy.families import family_of
+from var_deploy.manifest import Manifest
 from var_deploy.spec import ModelSpec, TokenizerSpec
 
 FULL = 4  # bytes of an fp32 or int32 number
@@ -54,6 +55,17 @@ class Workload:
     def scale_graphs(self) -> tuple[str, ...]:
         """Names of the static graphs of all scales."""
         return tuple(names.scale_graph(k) for k in range(self.model.scales))
+
+
+def workload_of(manifest: Manifest, precision: Precision) -> Workload:
+    """What a bundle runs."""
+    return Workload(
+        model=manifest.model,
+        batch=manifest.batch,
+        guidance=manifest.guidance,
+        precision=precision,
+        more_smooth=manifest.more_smooth,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

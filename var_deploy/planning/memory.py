@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from var_deploy import names
-from var_deploy.config import Precision
+from var_deploy.config import Layout, Precision
 from var_deploy.families import family_of
+from var_deploy.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.planning.costs import (
     FULL,
     Workload,
@@ -23,9 +24,7 @@ from var_deploy.planning.costs import (
     graph_weights,
 )
 
-Layout = Literal["per-scale", "shared"]
 Library = Literal["tensorrt", "onnxruntime-cpu"]
-LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 
 ALIGNMENT = 256  # every buffer of the runtime starts on a multiple of it
 
@@ -76,10 +75,8 @@ class Footprint:
 
 
 def layout_graphs(workload: Workload, layout: Layout) -> tuple[str, ...]:
-    """Graphs that a generation opens, in order."""
-    scales = (names.STEP,) if layout == "shared" else workload.scale_graphs
-    condition = (names.CONDITION,) if workload.model.transformer.conditional else ()
-    return (*condition, *scales, names.DECODER)
+    """Names of the graphs that a generation opens, in order."""
+    return tuple(graph.name for graph in generation_graphs(workload.model, layout))
 
 
 def footprint(
@@ -145,7 +142,7 @@ def plan_bytes(workload: Workload, graph: str) -> int:
 
 def engine_bytes(workload: Workload, layout: Layout) -> int:
     """Disk that the engines of a layout take, with those for images and tokens as input."""
-    graphs = (*layout_graphs(workload, layout), names.ENCODER, names.ACCUMULATE)
+    graphs = (*layout_graphs(workload, layout), *(graph.name for graph in tokenizer_graphs()))
     return sum(plan_bytes(workload, graph) for graph in graphs)
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from var_deploy import names
-from var_deploy.config import Precision
+from var_deploy.config import LAYOUTS, Layout
+from var_deploy.graph_refs import held_layouts
 from var_deploy.manifest import Manifest
 from var_deploy.planning.costs import FULL, Work, Workload, launches
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import (
-    LAYOUTS,
     BuildMemory,
     Footprint,
-    Layout,
     Library,
     build_memory,
     bundle_bytes,
@@ -25,6 +23,7 @@ from var_deploy.planning.memory import (
     upload_bytes,
 )
 from var_deploy.planning.precisions import check_gpu_precision
+from var_deploy.planning.selection import ASKED, layout_that_fits
 
 ASSUMPTION = (
     "A floor, not a promise: every launch takes the longer of its bytes over the published "
@@ -32,7 +31,6 @@ ASSUMPTION = (
     "leave the caches and clocks below the maximum come on top; weights small enough to stay in a "
     "cache from one scale to the next may beat it."
 )
-HEADROOM = 0.9  # share of the free memory that the larger layout may take: part of it is estimated
 ESTIMATES: Mapping[Library, str] = {
     "tensorrt": "Cache and buffers are exact; scratch memory, the runtime, the engines and what "
     "building takes are estimates that no board has confirmed yet.",
@@ -163,12 +161,14 @@ def make_plan(
     if device.sm is not None:
         check_gpu_precision(workload.precision, f"TensorRT on {device.title}")
     plans = {each: _layout_plan(workload, device, each, library) for each in LAYOUTS}
-    held = _layouts_of(manifest, workload.precision) if manifest else LAYOUTS
-    chosen, reason = _choose(
+    held = LAYOUTS if manifest is None else held_layouts(
+        manifest.graphs.get(workload.precision, {})
+    )
+    chosen, reason = layout_that_fits(
         {each: plans[each].footprint for each in held or LAYOUTS}, device.available, library
     )
     if layout is not None:
-        chosen, reason = layout, "as asked for"
+        chosen, reason = layout, ASKED
     measured = manifest is not None and workload.precision in manifest.graphs
     if manifest is not None and measured:
         bundle = sum(file.size for file in manifest.files.values())
@@ -185,49 +185,6 @@ def make_plan(
         bundle=bundle,
         measured=measured,
         launches=launch_times(workload, device),
-    )
-
-
-def choose_layout(
-    source: Manifest | Workload,
-    memory: int,
-    *,
-    precision: str = "fp16",
-    library: Library = "tensorrt",
-    one_memory: bool = False,
-) -> tuple[Layout, str]:
-    """The layout to take where the caller leaves it open, and the reason in words.
-
-    On a GPU the static engines of "per-scale" are taken where they fit, since nothing in them is
-    decided at run time; "shared" holds the weights once. On a CPU it is always "shared".
-
-    Args:
-        source: a bundle, of which only the layouts that it holds are considered, or sizes.
-        memory: bytes that the process may use.
-        precision: of the bundle's graphs; sizes carry their own.
-        one_memory: CPU and GPU share their memory.
-
-    Raises BundleError where the bundle has no graphs of that precision.
-    """
-    held: Collection[Layout] = LAYOUTS
-    if isinstance(source, Workload):
-        workload = source
-    else:
-        source.graph(precision, names.DECODER)
-        workload = workload_of(source, cast(Precision, precision))
-        held = _layouts_of(source, precision)
-    options = {each: footprint(workload, each, library, one_memory=one_memory) for each in held}
-    return _choose(options, memory, library)
-
-
-def workload_of(manifest: Manifest, precision: Precision) -> Workload:
-    """What a bundle runs."""
-    return Workload(
-        model=manifest.model,
-        batch=manifest.batch,
-        guidance=manifest.guidance,
-        precision=precision,
-        more_smooth=manifest.more_smooth,
     )
 
 
@@ -269,32 +226,3 @@ def _layout_plan(
         build=build,
         build_missing=max(needed - device.available, 0),
     )
-
-
-def _layouts_of(manifest: Manifest, precision: str) -> Collection[Layout]:
-    """The layouts that a bundle holds."""
-    graphs = manifest.graphs.get(precision, {})
-    needed: Mapping[Layout, str] = {"per-scale": names.scale_graph(0), "shared": names.STEP}
-    return tuple(layout for layout in LAYOUTS if needed[layout] in graphs)
-
-
-def _choose(
-    options: Mapping[Layout, Footprint], memory: int, library: Library
-) -> tuple[Layout, str]:
-    if len(options) < 2:
-        only: Layout = next(iter(options), "per-scale")
-        return only, "the bundle holds no other layout"
-    if library != "tensorrt":
-        return "shared", "on a CPU every session would hold a copy of its weights"
-    needs = {layout: option.peak for layout, option in options.items()}
-    said = ", ".join(f"{layout} needs {_gigabytes(peak)}" for layout, peak in needs.items())
-    said += f", {_gigabytes(memory)} are free"
-    if needs["per-scale"] <= HEADROOM * memory:
-        return "per-scale", f"it fits and is the faster one: {said}"
-    if needs["shared"] <= memory:
-        return "shared", f"per-scale would not leave a tenth free: {said}"
-    return "shared", f"neither fits: {said}"
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

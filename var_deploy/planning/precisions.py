@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from var_deploy.config import CPU
 from var_deploy.errors import BackendError, UsageError
 
-CPU = "onnxruntime-cpu"
 # What is taken first where the choice is open. On a CPU int8 is the fastest, and a bundle has it
 # only where its export was asked for it; fp16 graphs are computed in fp32 there, with casts.
 ON_CPU, ON_GPU = ("int8", "fp32", "fp16"), ("fp16", "fp32")
@@ -19,6 +19,14 @@ def check_gpu_precision(precision: str, runner: str) -> None:
     """Raises UsageError for int8; `runner` is what would run it on a GPU."""
     if precision == "int8":
         raise UsageError(f"precision int8 is for {CPU}, not for {runner}; take fp16 or fp32")
+
+
+def refuse_int8(problem: str) -> None:
+    """Raise BackendError where `problem` says what is wrong with int8 on this CPU."""
+    if problem:
+        raise BackendError(
+            f"{problem}; take another --precision, or another version of onnxruntime"
+        )
 
 
 def gpu_precision(held: Collection[str], runner: str) -> str:

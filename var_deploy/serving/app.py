@@ -167,7 +167,7 @@ class Service:
             guidance=manifest.guidance,
             defaults=schemas.Defaults.model_validate(plain_settings(manifest.defaults)),
             precision=self._precision,
-            backend=self._how.get("backend", "unknown"),
+            backend=self._how.backend,
             batch=manifest.batch,
             limits=schemas.LimitsAnswer.model_validate(limits),
             editing=can_edit(manifest, self._precision),
@@ -203,7 +203,7 @@ class Service:
 
     @property
     def _precision(self) -> str:
-        return self._how["precision"]
+        return self._how.precision
 
     async def _asked_images(
         self, request: Request, previews: bool = False

@@ -15,7 +15,7 @@ from var_deploy.editing import box_mask, keep_masks
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 from var_deploy.pictures import read_mask, read_pictures, upright
-from var_deploy.runtime.request import Request, label_numbers, settings, streams
+from var_deploy.runtime.request import Request, label_numbers, streams
 from var_deploy.serving.backend import Edit, Work
 from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody
@@ -131,7 +131,9 @@ def _work(
     drawn: Sequence[tuple[int, int]],
     previews: bool,
 ) -> Work:
-    sampling = settings(manifest, body.cfg, body.top_k, body.top_p, body.temperature)
+    sampling = manifest.sampling(
+        cfg=body.cfg, top_k=body.top_k, top_p=body.top_p, temperature=body.temperature
+    )
     request = Request(labels=labels, streams=drawn, sampling=sampling)
     return Work(request=request, previews=previews, deadline=_deadline(body))
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.config import Loaded
 from var_deploy.errors import VarDeployError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.request import Request
@@ -124,7 +125,7 @@ class Backend(Protocol):
         """Whether new work is refused."""
         ...
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> Loaded:
         """As `Pipeline.describe`."""
         ...
 

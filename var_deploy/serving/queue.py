@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from var_deploy.config import Loaded
 from var_deploy.errors import CancelledError
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
@@ -39,7 +40,7 @@ class LocalQueue(Line):
     def manifest(self) -> Manifest:
         return self._pipeline.manifest
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> Loaded:
         return self._pipeline.describe()
 
     async def stop(self) -> None:

@@ -32,10 +32,11 @@ def draw_shard(
 
 def check_pipeline(pipe: Pipeline, spec: SetSpec) -> None:
     """Raise UsageError where the pipeline would not draw the images of this set."""
-    own = {**pipe.describe(), "bundle": pipe.manifest.digest()}
-    for name in (*DECIDED, "bundle"):
-        if own[name] != (expected := getattr(spec, name)):
-            raise UsageError(f"a pipeline with {name} {own[name]} draws no set with {expected}")
+    how = pipe.describe()
+    found = {**{name: getattr(how, name) for name in DECIDED}, "bundle": pipe.manifest.digest()}
+    for name, own in found.items():
+        if own != (expected := getattr(spec, name)):
+            raise UsageError(f"a pipeline with {name} {own} draws no set with {expected}")
 
 
 def _draw(

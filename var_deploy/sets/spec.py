@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from var_deploy.config import AUTO, Loaded, RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.sampling import Sampling, check_seed
 
@@ -83,15 +84,26 @@ class SetSpec:
         """000000.tar, as WebDataset reads it: images/{000000..000195}.tar."""
         return f"{shard:06d}.{self.format}"
 
-    @property
-    def decided(self) -> dict[str, Any]:
-        """How it is drawn, as `Pipeline.load` and `Pipeline.describe` name it."""
-        return {name: getattr(self, name) for name in DECIDED}
+    def config(self, given: RuntimeConfig) -> RuntimeConfig:
+        """`given` with the precision, backend and layout that draw this set."""
+        return dataclasses.replace(
+            given, precision=self.precision, backend=self.backend, layout=self.layout
+        )
 
-    def decided_by(self, how: Mapping[str, str]) -> SetSpec:
-        """The same set, drawn as `Pipeline.describe` tells."""
-        found: dict[str, Any] = {name: how[name] for name in DECIDED}
-        return dataclasses.replace(self, **found)
+    def complete(self, given: RuntimeConfig) -> RuntimeConfig:
+        """`given` with those of this set where it leaves them open."""
+        own = {name: getattr(self, name) for name in DECIDED if getattr(given, name) == AUTO}
+        return dataclasses.replace(given, **own)
+
+    def decided_by(self, how: Loaded) -> SetSpec:
+        """The same set, drawn as a loaded pipeline draws."""
+        return dataclasses.replace(
+            self, precision=how.precision, backend=how.backend, layout=how.layout
+        )
+
+    def drawn_by(self, how: Loaded) -> bool:
+        """Whether a loaded pipeline is one that draws this set, as far as that is decided."""
+        return all(getattr(self, name) in (AUTO, getattr(how, name)) for name in DECIDED)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -6,7 +6,6 @@ is the number that `Pipeline.generate` takes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from var_deploy import __version__
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
-from var_deploy.machine import check_threads
 from var_deploy.manifest import Manifest
 
 LABEL, SEED, NUMBER, IMAGE = "LABEL", "SEED", "NUMBER", "IMAGE"
@@ -30,37 +29,30 @@ LONGEST_WAIT = 3_600_000_000  # microseconds; a request's own timeout counts whe
 VERSION_DIGITS = 13
 
 
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """What the server hands to `Pipeline.load`; "auto" is decided where it runs."""
+# fields of `RuntimeConfig` that the server hands to the pipeline; "auto" is decided where it runs
+HANDED_OVER = ("precision", "layout", "backend", "threads", "cuda_graph")
 
-    precision: str = "auto"
-    layout: str = "auto"
-    backend: str = "auto"
-    threads: int | None = None
-    cuda_graph: bool = True
 
-    def __post_init__(self) -> None:
-        check_threads(self.threads)  # the server may be another machine, which looks again
+def handed_over(config: RuntimeConfig) -> dict[str, Any]:
+    """What the server is told of a config."""
+    return {name: getattr(config, name) for name in HANDED_OVER}
 
-    def parameters(self) -> dict[str, str]:
-        """As texts; what is None is left out."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return {name: str(value).lower() for name, value in given.items()}
 
-    @classmethod
-    def read(cls, parameters: Mapping[str, str]) -> Runtime:
-        """From the texts of `parameters`. Raises UsageError where one was changed to nonsense."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        given: dict[str, Any] = {name: parameters[name] for name in known if name in parameters}
-        for name, value in given.items():
-            if name not in ("threads", "cuda_graph"):
-                continue  # words, which `Pipeline.load` looks at
-            pattern = r"[1-9][0-9]{0,5}" if name == "threads" else "true|false"
-            if not re.fullmatch(pattern, value):
-                raise UsageError(f"the parameter {name} of the model cannot be {value!r}")
-            given[name] = json.loads(value)
-        return cls(**given)
+def parameters_of(config: RuntimeConfig) -> dict[str, str]:
+    """`handed_over` as texts; what is None is left out."""
+    told = handed_over(config).items()
+    return {name: str(value).lower() for name, value in told if value is not None}
+
+
+def read_config(parameters: Mapping[str, str]) -> RuntimeConfig:
+    """The config of `parameters_of`. Raises UsageError where one was changed to nonsense."""
+    given: dict[str, Any] = {name: parameters[name] for name in HANDED_OVER if name in parameters}
+    for name, pattern in (("threads", r"[1-9][0-9]{0,5}"), ("cuda_graph", "true|false")):
+        if name in given:
+            if not re.fullmatch(pattern, given[name]):
+                raise UsageError(f"the parameter {name} of the model cannot be {given[name]!r}")
+            given[name] = json.loads(given[name])
+    return RuntimeConfig(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +87,11 @@ def version_of(digest: str) -> int:
     return int(digest[:VERSION_DIGITS], 16)
 
 
-def config_text(manifest: Manifest, serving: Serving, runtime: Runtime) -> str:
+def config_text(manifest: Manifest, serving: Serving, config: RuntimeConfig) -> str:
     """config.pbtxt of the model."""
     tokenizer, batch = manifest.model.tokenizer, manifest.batch
     side, digest = tokenizer.image_side, manifest.digest()
-    parameters = {"digest": digest, "var_deploy": __version__, **runtime.parameters()}
+    parameters = {"digest": digest, "var_deploy": __version__, **parameters_of(config)}
     instances = f"count: {serving.instances} kind: "
     instances += "KIND_GPU gpus: [ 0 ]" if serving.on_gpu else "KIND_CPU"
     lines = [

@@ -6,7 +6,6 @@ it from one thread. See config.py for the tensors.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from var_deploy.errors import BundleError, UsageError, VarDeployError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.request import Request, label_numbers, settings
+from var_deploy.runtime.request import Request, label_numbers
 from var_deploy.sampling import Sampling
 from var_deploy.triton.config import (
     IMAGE,
@@ -29,7 +28,7 @@ from var_deploy.triton.config import (
     NUMBER,
     SEED,
     SETTINGS,
-    Runtime,
+    read_config,
     version_of,
 )
 from var_deploy.triton.repository import BUNDLE
@@ -113,8 +112,7 @@ def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
         Row(
             label=_label(labels[n], manifest),
             stream=(seeds[n], numbers[n]),
-            sampling=settings(
-                manifest,
+            sampling=manifest.sampling(
                 **{
                     argument: _setting(given[name][n]) if name in given else None
                     for name, argument in SETTINGS.items()
@@ -145,11 +143,11 @@ def _load(args: Mapping[str, str]) -> Pipeline:
     """The pipeline of the version that Triton asks for."""
     folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
     parameters = json.loads(args["model_config"])["parameters"]
-    runtime = Runtime.read({k: v["string_value"] for k, v in parameters.items()})
+    config = read_config({k: v["string_value"] for k, v in parameters.items()})
     digest = read_manifest(folder).digest()
     if version_of(digest) != int(args["model_version"]):
         raise BundleError(
             f"{folder} has digest {digest[:13]}…, which is version {version_of(digest)}: another "
             "bundle lies there; write the repository again with var-deploy triton"
         )
-    return Pipeline.load(folder, **dataclasses.asdict(runtime), digest=digest)
+    return Pipeline.open(folder, config, digest=digest)

@@ -7,14 +7,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from var_deploy import names
+from var_deploy.config import AUTO, Layout, RuntimeConfig
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.folders import check_folder_writable, whole_folder
+from var_deploy.graph_refs import generation_graphs
 from var_deploy.manifest import Manifest, check_files
-from var_deploy.planning.precisions import CPU, check_gpu_precision
-from var_deploy.runtime.tensorrt.engine_files import ENGINES, copy_engines, engine_folders
-from var_deploy.triton.config import Runtime, Serving, config_text, version_of
+from var_deploy.planning.selection import check_options, select
+from var_deploy.runtime.backends import facts_here
+from var_deploy.runtime.tensorrt.engine_files import copy_engines, engine_folders
+from var_deploy.triton.config import Serving, config_text, version_of
 from var_deploy.work_folders import entries_that_count
 
 CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
@@ -43,26 +47,26 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out} is not empty ({there[0]} is there); choose another --out")
 
 
-def check_runtime(manifest: Manifest, runtime: Runtime) -> None:
+def check_config(manifest: Manifest, config: RuntimeConfig) -> None:
     """Raise what `Pipeline.load` would raise in the server, as far as it can be known here.
 
     UsageError for options that exclude each other, BundleError for graphs that are not there.
     """
-    if runtime.backend not in ("auto", CPU):
-        check_gpu_precision(runtime.precision, runtime.backend)
-        if runtime.threads is not None:
-            raise UsageError(f"threads are for {CPU}, not for {runtime.backend}")
-    scale = names.STEP if runtime.layout == "shared" else names.scale_graph(0)
-    for precision in manifest.graphs if runtime.precision == "auto" else [runtime.precision]:
-        manifest.graph(precision, names.DECODER if runtime.layout == "auto" else scale)
+    check_options(config)
+    for precision in manifest.graphs if config.precision == AUTO else [config.precision]:
+        manifest.graph(precision, names.DECODER)
+        if config.layout != AUTO:
+            for graph in generation_graphs(manifest.model, cast(Layout, config.layout)):
+                manifest.graph(precision, graph.name)
 
 
-def on_gpu(bundle: Path, runtime: Runtime) -> bool:
-    """Whether the instances belong to a GPU: one is asked for, or the bundle has engines."""
-    if runtime.backend != "auto":
-        return runtime.backend != CPU
-    no_cpu = runtime.threads is None and runtime.precision != "int8"
-    return no_cpu and (bundle / ENGINES).is_dir()
+def on_gpu(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> bool:
+    """Whether the instances belong to a GPU: where a pipeline of this machine would run on one, or
+    the bundle has engines, which some machine runs.
+
+    Raises what `select` raises.
+    """
+    return select(config, manifest, facts_here(bundle)).on_gpu
 
 
 def write_repository(
@@ -70,16 +74,16 @@ def write_repository(
     manifest: Manifest,
     out: Path,
     serving: Serving,
-    runtime: Runtime,
+    config: RuntimeConfig,
     progress: Callable[[str, float], object] = lambda message, fraction: None,
 ) -> Written:
     """Write `out`, whole or not at all. Files of the bundle are hard links where that is possible.
 
-    Raises UsageError as `check_out` and `check_runtime`, BundleError for a damaged bundle,
+    Raises UsageError as `check_out` and `check_config`, BundleError for a damaged bundle,
     VarDeployError where the disk refuses.
     """
     check_out(out)
-    check_runtime(manifest, runtime)
+    check_config(manifest, config)
     check_files(bundle, manifest, hashes=False)
     size = sum(info.size for info in manifest.files.values())
     read = 0
@@ -111,7 +115,7 @@ def write_repository(
             copy_engines(folder, place, placed.add)
         written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
         (model / str(version) / MODEL).write_text(MODEL_TEXT, encoding="utf-8")
-        text = config_text(manifest, serving, runtime)
+        text = config_text(manifest, serving, config)
         (model / CONFIG).write_text(text, encoding="utf-8")
     return Written(
         folder=out / serving.name, version=version, size=written, copied=placed.copied

@@ -1,0 +1,88 @@
+"""Which graphs a bundle may hold, and what each of them is.
+
+A graph goes by its name in files, manifests and messages. What it is, and which scale it computes,
+is asked of its `GraphRef`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Literal
+
+from var_deploy import names
+from var_deploy.config import LAYOUTS, Layout
+from var_deploy.spec import ModelSpec
+
+Kind = Literal["condition", "scale", "step", "decoder", "encoder", "accumulate", "other"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRef:
+    """A graph by what it is.
+
+    Attributes:
+        name: in the bundle, as `var_deploy.names` spells it.
+        kind: what it computes; "other" for a graph that is not one of a bundle.
+        scale: the one that a static graph of kind "scale" computes, None for any other graph.
+        precision: the folder that it lies in; "" where no file is meant.
+    """
+
+    name: str
+    kind: Kind
+    scale: int | None = None
+    precision: str = ""
+
+
+def generation_graphs(
+    model: ModelSpec, layout: Layout | Literal["both"], precision: str = ""
+) -> tuple[GraphRef, ...]:
+    """The graphs that generate images, each once, in the order of their first launch."""
+    scales: list[GraphRef] = []
+    if layout != "per-scale":
+        scales.append(_step(precision))
+    if layout != "shared":
+        scales += [_scale(k, precision) for k in range(model.scales)]
+    condition = GraphRef(name=names.CONDITION, kind="condition", precision=precision)
+    decoder = GraphRef(name=names.DECODER, kind="decoder", precision=precision)
+    return (*([condition] if model.transformer.conditional else []), *scales, decoder)
+
+
+def scale_graphs(model: ModelSpec, layout: Layout, precision: str = "") -> tuple[GraphRef, ...]:
+    """The graph that computes each scale: K of them, all the same one in layout "shared"."""
+    shared = layout == "shared"
+    return tuple(
+        _step(precision) if shared else _scale(k, precision) for k in range(model.scales)
+    )
+
+
+def tokenizer_graphs(precision: str = "") -> tuple[GraphRef, ...]:
+    """The graphs that read images and add up tokens: not needed to generate."""
+    return (
+        GraphRef(name=names.ENCODER, kind="encoder", precision=precision),
+        GraphRef(name=names.ACCUMULATE, kind="accumulate", precision=precision),
+    )
+
+
+def bundle_graphs(model: ModelSpec, precision: str = "") -> tuple[GraphRef, ...]:
+    """Every graph that a bundle may hold."""
+    return (*generation_graphs(model, "both", precision), *tokenizer_graphs(precision))
+
+
+def graph_ref(model: ModelSpec, precision: str, name: str) -> GraphRef:
+    """The graph of this name. Raises KeyError where no bundle of the model may hold one."""
+    return {ref.name: ref for ref in bundle_graphs(model, precision)}[name]
+
+
+def held_layouts(graphs: Container[str]) -> tuple[Layout, ...]:
+    """The layouts whose scale graphs, or engines of them, are among those with these names."""
+    first = {"per-scale": names.scale_graph(0), "shared": names.STEP}
+    return tuple(layout for layout in LAYOUTS if first[layout] in graphs)
+
+
+def _step(precision: str) -> GraphRef:
+    return GraphRef(name=names.STEP, kind="step", precision=precision)
+
+
+def _scale(scale: int, precision: str) -> GraphRef:
+    return GraphRef(name=names.scale_graph(scale), kind="scale", scale=scale, precision=precision)
