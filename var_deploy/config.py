@@ -54,7 +54,7 @@ class RuntimeConfig:
         layout: one of LAYOUT_CHOICES.
         threads: CPU threads; None leaves their number open. With backend "auto" a number asks for
             the CPU.
-        cuda_graph: TensorRT only: record each launch once and replay it.
+        cuda_graph: on a GPU, record each launch once and replay it.
         check: "hashes" reads every file of the bundle once; "sizes" trusts files of the right size.
 
     Raises UsageError for a value that is none of these. The bound of `threads` is that of another

@@ -99,7 +99,7 @@ class Pipeline:
                 elsewhere each has its own.
             threads: CPU threads; None takes one for each physical core that the process may use,
                 within the quota of its control groups. With "auto" a number asks for the CPU.
-            cuda_graph: TensorRT only: record each launch once and replay it.
+            cuda_graph: on a GPU, record each launch once and replay it.
             check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
                 trusts files of the right size. Engines are always checked whole.
             digest: `Manifest.digest()` that the bundle must have; None takes any.

@@ -183,11 +183,16 @@ def states(found: dict[str, Any]) -> dict[str, str]:
 
 def test_on_a_gpu_everything_is_built_compared_and_timed(gpu: None, bundle: Path) -> None:
     found = check(bundle)
+    others = [
+        f"onnxruntime-cuda {precision} {layout}"
+        for precision in ("fp16", "fp32")
+        for layout in ("per-scale", "shared")
+    ]
     assert [name for name, state in states(found).items() if state != "done"] == [
-        "onnxruntime-cuda fp16 shared",
-        "onnxruntime-cuda fp32 shared",
+        *(name + graphs for name in others for graphs in ("", ", no CUDA graph")),
         "onnxruntime-cpu fp16 per-scale",
         "onnxruntime-cpu fp16 shared",
+        *(f"CUDA graph changes nothing, {name}" for name in others),
         "PyTorch",
     ]
     assert found["GPU"]["result"]["name"].startswith("Orin")
@@ -216,7 +221,7 @@ def test_on_a_gpu_everything_is_built_compared_and_timed(gpu: None, bundle: Path
         assert [row["launch"] for row in result["floor"]["launches"]] == LAUNCHES
         assert result["floor"]["rates"] == "published"
     for layout in ("per-scale", "shared"):
-        assert found[f"CUDA graph changes nothing, {layout}"]["result"]["equal"]
+        assert found[f"CUDA graph changes nothing, tensorrt fp16 {layout}"]["result"]["equal"]
     assert found["layouts agree"]["result"]["between"] == [ENGINES[0], ENGINES[2]]
     assert found["generate"]["result"]["runs_on"]["backend"] == "tensorrt"
     assert found["plan"]["result"]["device"]["sm"] == 90, "the machine that was asked"
@@ -253,7 +258,7 @@ def test_a_wrong_engine_shows(
         assert found[name]["result"]["latency"], "it is timed all the same"
     assert found["report"]["failed"] == [f"small: {name}" for name in broken]
     assert not found["report"]["passed"]
-    assert found["CUDA graph changes nothing, shared"]["state"] == "done", "equally wrong"
+    assert found["CUDA graph changes nothing, tensorrt fp16 shared"]["state"] == "done", "equally wrong"
 
 
 def test_layouts_that_differ_are_seen(
@@ -274,7 +279,7 @@ def test_recorded_graphs_that_do_nothing_are_seen(
     for name in ENGINES:
         assert found[name]["state"] == ("done" if "no CUDA graph" in name else "failed")
     assert "do not keep the tokens" in found[ENGINES[0]]["reason"]
-    assert found["CUDA graph changes nothing, shared"]["state"] == "not run"
+    assert found["CUDA graph changes nothing, tensorrt fp16 shared"]["state"] == "not run"
 
 
 def test_a_build_that_fails_does_not_stop_the_rest(
@@ -297,7 +302,7 @@ def test_onnxruntime_on_the_gpu_and_pytorch_beside_it(
 ) -> None:
     manifest = read_manifest(bundle)
 
-    def backend(cuda: Any) -> TensorRtBackend:
+    def backend(cuda: Any, cuda_graph: bool) -> TensorRtBackend:
         """What computes there is a stand-in, in the precision whose turn it is."""
         precision = turns.pop(0)
 
@@ -311,9 +316,12 @@ def test_onnxruntime_on_the_gpu_and_pytorch_beside_it(
             }
             return fake.PLAN + json.dumps(data).encode()
 
-        return TensorRtBackend(Library(fake_tensorrt), plan, cuda=cuda)
+        return TensorRtBackend(
+            Library(fake_tensorrt), plan, cuda=cuda, cuda_graph=cuda_graph
+        )
 
-    turns = list(manifest.graphs)
+    # of each precision both layouts, with and without CUDA graphs
+    turns = [precision for precision in manifest.graphs for _ in range(4)]
     assert set(turns) == {"fp16", "fp32"}
     monkeypatch.setattr(variants, "OrtCudaBackend", backend)
     monkeypatch.setattr(bundle_check, "onnxruntime_lacks", lambda manifest, variant: "")
@@ -397,7 +405,7 @@ def test_without_a_gpu_it_runs_what_it_can(
     assert result["agreement"]["tokens"] == 21
     assert found["layouts agree"]["result"]["between"][0].startswith("onnxruntime-cpu")
     text = capsys.readouterr().out
-    assert "passed (9 done, 14 not run)" in text
+    assert "passed (9 done, 24 not run)" in text
     assert "  not run GPU: no GPU can be used" in text
 
 

@@ -39,6 +39,9 @@ class CudaStandIn(HostMemory):
 
     name = CUDA
 
+    def __init__(self, cuda_graph: bool = True) -> None:
+        self.cuda_graph = cuda_graph
+
     def close(self) -> None:
         pass
 
@@ -71,7 +74,7 @@ def test_a_provider_without_a_gpu(
 ) -> None:
     """onnxruntime-gpu lists its provider on any machine."""
 
-    def nothing() -> Any:
+    def nothing(*arguments: object) -> Any:
         raise BackendError("no GPU")
 
     monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)

@@ -115,7 +115,7 @@ def runtime_options(command: Command) -> Command:
             "--cuda-graph/--no-cuda-graph",
             default=True,
             show_default=True,
-            help="TensorRT: record every launch and replay it.",
+            help="On a GPU: record every launch and replay it.",
         ),
     ]
     names = ("precision", "layout", "backend", "threads", "cuda_graph")
