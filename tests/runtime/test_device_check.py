@@ -258,7 +258,8 @@ def test_a_wrong_engine_shows(
         assert found[name]["result"]["latency"], "it is timed all the same"
     assert found["report"]["failed"] == [f"small: {name}" for name in broken]
     assert not found["report"]["passed"]
-    assert found["CUDA graph changes nothing, tensorrt fp16 shared"]["state"] == "done", "equally wrong"
+    equally_wrong = found["CUDA graph changes nothing, tensorrt fp16 shared"]
+    assert equally_wrong["state"] == "done"
 
 
 def test_layouts_that_differ_are_seen(
