@@ -21,6 +21,7 @@ from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
 from var_deploy.runtime.backends import Choice, choose_backend
 from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.protocol import Clock
 from var_deploy.runtime.request import (
     Batches,
     Images,
@@ -374,6 +375,12 @@ class Pipeline:
     def describe(self) -> dict[str, str]:
         """Backend, versions, precision, layout: what a result should be reported with."""
         return dict(self._how)
+
+    def start_clock(self) -> Clock:
+        """A clock of the generations to come, closed with the pipeline; see
+        `ScaleLoop.start_clock`."""
+        with self._running() as loop:
+            return loop.start_clock()
 
     def close(self) -> None:
         """Release the sessions; safe to call twice."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -14,23 +13,13 @@ from typing import Any
 
 from var_deploy import __version__
 from var_deploy.labels import spread_labels
-from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.backends import choose_backend
 from var_deploy.runtime.bench.contender import Sample, contender_parser, serve
-from var_deploy.runtime.cuda import CudaMemory
-from var_deploy.runtime.measure import (
-    ClockedBackend,
-    CudaClock,
-    WallClock,
-    add_launches,
-    launch_names,
-)
-from var_deploy.runtime.protocol import Backend
+from var_deploy.runtime.measure import add_launches, launch_names
 
 
 class Ours:
-    """Loaded as `Pipeline.load` does it, hashes included, but for the clock.
+    """Loaded as `Pipeline.load` does it, hashes included.
 
     Args:
         images: of one generation, whatever the bundle's batch.
@@ -40,18 +29,10 @@ class Ours:
     def __init__(
         self, bundle: Path, images: int, *, precision: str, backend: str, threads: int
     ) -> None:
-        manifest = read_manifest(bundle)
-        options: dict[str, Any] = {"threads": threads or None}
-        choice = choose_backend(bundle, manifest, backend=backend, precision=precision, **options)
-        try:
-            self._clock = _clock_of(choice.backend)
-        except BaseException:
-            choice.backend.close()
-            raise
-        clocked = ClockedBackend(choice.backend, self._clock, gaps=True)
-        choice = dataclasses.replace(choice, backend=clocked)
-        self._pipeline = Pipeline.assemble(bundle, manifest, choice, options)
+        self._pipeline = Pipeline.load(bundle, backend, precision, threads=threads or None)
+        self._clock = self._pipeline.start_clock()
         self._clock.each = True
+        manifest = self._pipeline.manifest
         self._labels = spread_labels(manifest.model.transformer.classes, images)
         self._launches, self._batch = launch_names(manifest), manifest.batch
 
@@ -74,15 +55,7 @@ class Ours:
         )
 
     def close(self) -> None:
-        self._clock.close()
         self._pipeline.close()
-
-
-def _clock_of(backend: Backend) -> WallClock | CudaClock:
-    """CUDA events where launches go to a GPU: nothing has to wait for them."""
-    if isinstance(backend, CudaMemory):
-        return CudaClock(backend._cuda.stream)
-    return WallClock(backend.synchronize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,11 +15,10 @@ from fake_tensorrt import cudart
 from var_deploy import __version__
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.bench import ours as module
 from var_deploy.runtime.bench import rates
 from var_deploy.runtime.bench.ours import Ours
 from var_deploy.runtime.bench.rates import RateProbes, amounts
-from var_deploy.runtime.cuda import Cuda, CudaMemory
+from var_deploy.runtime.cuda import Cuda, CudaClock, CudaMemory
 
 ExportTo = Callable[..., Path]
 CPU = {"precision": "fp32", "backend": "onnxruntime-cpu", "threads": 1}
@@ -85,11 +84,10 @@ def test_a_bundle_is_checked_as_ever(bundle: Path, tmp_path: Path) -> None:
         Ours(bundle, 1, **{**CPU, "precision": "int8"})
 
 
-def test_a_gpu_is_clocked_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_clocked_by_its_own_events() -> None:
     cudart.reset()
-    monkeypatch.setattr(module, "CudaClock", lambda stream: ("events on", stream))
     cuda = Cuda(cudart)
-    assert module._clock_of(CudaMemory(cuda)) == ("events on", cuda.stream)
+    assert isinstance(CudaMemory(cuda).clock(), CudaClock)
     cuda.close()
 
 
