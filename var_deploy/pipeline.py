@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
-from var_deploy.editing import Kept, blend, keep_masks
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
+from var_deploy.pictures import Mask, Picture, read_edit, read_pictures
 from var_deploy.runtime.backends import Choice, choose_backend
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.protocol import Clock
@@ -305,28 +304,15 @@ class Pipeline:
         The other arguments and errors are those of `generate`.
         """
         end = end_of(deadline)
-        tokenizer = self.manifest.model.tokenizer
         sampling = settings(self.manifest, cfg, top_k, top_p, temperature)
-        picture = upright(image, tokenizer.image_channels)
-        new = read_mask(mask, picture.width, picture.height, tokenizer.image_side)
-        pixels = self._pixels(picture)
-        masks = keep_masks(new, tokenizer.patch_nums)
+        edit = read_edit(image, mask, self.manifest.model.tokenizer, keep_pixels=keep_pixels)
         numbers, drawn = self._variants(label, seed)
         with self._running():
-            tokens = self._tokenizer.encode(pixels)
-            count = len(numbers)
-            request = Request(
-                labels=numbers,
-                streams=drawn,
-                sampling=sampling,
-                kept=Kept(
-                    masks=tuple(np.tile(m, (count, 1)) for m in masks),
-                    tokens=tuple(np.tile(t, (count, 1)) for t in tokens),
-                ),
-            )
+            kept = edit.kept(self._tokenizer.encode(edit.pixels)).rows([0] * len(numbers))
+            request = Request(labels=numbers, streams=drawn, sampling=sampling, kept=kept)
             images = self._batches.draw(request, on_progress, on_scale, end)
         if keep_pixels:
-            images[...] = blend(images, pixels[0], new)
+            images[...] = edit.finish(images)
         return images
 
     def vary(
