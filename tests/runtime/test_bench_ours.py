@@ -19,6 +19,7 @@ from var_deploy.runtime.bench import rates
 from var_deploy.runtime.bench.ours import Ours
 from var_deploy.runtime.bench.rates import RateProbes, amounts
 from var_deploy.runtime.cuda import Cuda, CudaClock, CudaMemory
+from var_deploy.runtime.measure import add_launches
 
 ExportTo = Callable[..., Path]
 CPU = {"precision": "fp32", "backend": "onnxruntime-cpu", "threads": 1}
@@ -67,9 +68,11 @@ def test_launches_of_all_batches_are_added_up(contender: Ours) -> None:
         assert min(sample.launches.values()) > 0
 
 
-def test_launches_that_do_not_fit_are_left_out(contender: Ours) -> None:
-    contender._launches.append("one more")
-    assert contender.generate().launches == {}
+def test_launches_that_do_not_fit_are_left_out() -> None:
+    laps = [1.0, 0.5, 2.0, 0.25, 4.0, 0.125, 8.0]  # every second one lies between two launches
+    assert add_launches(laps, ["first", "last"]) == {"first": 5.0, "last": 10.0}
+    assert add_launches(laps, ["first", "last", "one more"]) == {}
+    assert add_launches([], ["first"]) == {}
 
 
 def test_a_bundle_is_checked_as_ever(bundle: Path, tmp_path: Path) -> None:
