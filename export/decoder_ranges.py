@@ -91,10 +91,11 @@ def _draw(loop: ScaleLoop, manifest: Manifest, number: int) -> list[NDArray[np.i
     """Tokens [B, L_k] a scale of one batch, with labels spread over the classes."""
     spec, batch = manifest.model, manifest.batch
     first, classes = number * batch, max(spec.transformer.classes, 1)
-    # multiples of the golden ratio never cluster, however many there are
+    # multiples of the golden ratio never cluster, however many there are; those of `spread_labels`
+    # would all be low numbers where images are few and classes many
     labels = [int(classes * ((first + i) * 0.6180339887 % 1)) for i in range(batch)]
     draws = stack_uniforms(numbered(SEED, first, batch), spec.total_tokens)
-    return loop.draw(labels, draws, manifest.defaults)
+    return loop.generate_tokens(labels, draws, manifest.defaults)
 
 
 @torch.inference_mode()

@@ -56,7 +56,8 @@ class ScaleLoop:
         backend: the loop's own from here on; closed with it, also when this fails.
         layout: "shared" drives all scales through the one `step` graph, which keeps one copy of
             the weights in memory; "per-scale" opens the K static graphs.
-        decoder: False leaves the decoder out, which the bundle may then lack: for `draw` alone.
+        decoder: False leaves the decoder out, which the bundle may then lack: for
+            `generate_tokens` alone.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class ScaleLoop:
         self._check_scales()
         return self._checked_image(self._done)
 
-    def draw(
+    def generate_tokens(
         self, labels: Sequence[int], uniforms_BT: NDArray[np.float32], sampling: Sampling
     ) -> list[NDArray[np.int64]]:
         """The tokens [B, L_k] of every scale that `run` would draw, without an image of them.
@@ -178,7 +179,10 @@ class ScaleLoop:
     ) -> None:
         """Decode f_hat as the last scale that is done left it."""
         _refuse_cancelled(cancelled)
-        self._decoder_after(self._done)()
+        decode = self._decoder_after(self._done)
+        if self._clock is not None:
+            decode = clocked(decode, self._clock, last=True)
+        decode()
         if observer is not None:
             self._backend.synchronize()
             observer.after_decoder()
@@ -264,7 +268,7 @@ class ScaleLoop:
         """A clock of the runs to come, closed with the loop.
 
         It marks the start of a run's first launch and the end of its decoder; with `each` the
-        start and the end of every launch.
+        start and the end of every launch. Previews are not marked.
         """
         if self._clock is None:
             self._clock = clock = self._backend.clock()
@@ -275,10 +279,6 @@ class ScaleLoop:
                 clocked(launch, clock, first=before is None and scale == 0)
                 for scale, launch in enumerate(self._scales)
             ]
-            self._decoders = {
-                place: clocked(launch, clock, last=True)
-                for place, launch in self._decoders.items()
-            }
         return self._clock
 
     def close(self) -> None:

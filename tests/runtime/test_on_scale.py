@@ -19,6 +19,7 @@ from var_deploy.errors import BackendError, CancelledError, UsageError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.measure import launch_seconds
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.protocol import Launch
 from var_deploy.runtime.request import Pace, ScaleEvent
@@ -136,6 +137,21 @@ def test_progress_counts_the_launches_of_all_batches(pipe: Pipeline) -> None:
     assert told == [(n, 3 * (SCALES + 1)) for n in range(1, 3 * (SCALES + 1) + 1)]
 
 
+def test_a_clock_marks_generations_or_launches(fresh: Pipeline) -> None:
+    clock = fresh.start_clock()
+    assert fresh.start_clock() is clock
+    fresh.generate(LABELS[:2])
+    (whole,) = clock.laps()
+    clock.each = True
+    fresh.generate(LABELS[:2])
+    launches = launch_seconds(clock.laps())
+    assert len(launches) == 1 + SCALES + 1 and min(launches) >= 0 < whole
+    # a generation that ends early is marked to its end as well
+    clock.each = False
+    fresh.generate(LABELS[:2], deadline=1e-6)
+    assert len(clock.laps()) == 1
+
+
 def test_a_loop_without_a_decoder_draws_the_same_tokens(export_to: ExportTo) -> None:
     folder = export_to(batch=2)
     manifest = read_manifest(folder)
@@ -148,7 +164,7 @@ def test_a_loop_without_a_decoder_draws_the_same_tokens(export_to: ExportTo) -> 
     short = ScaleLoop(files, lacking, OrtCpuBackend(1), "fp32", "shared", decoder=False)
     try:
         whole.run(*given)
-        for found, wanted in zip(short.draw(*given), whole.tokens(), strict=True):
+        for found, wanted in zip(short.generate_tokens(*given), whole.tokens(), strict=True):
             np.testing.assert_array_equal(found, wanted)
         np.testing.assert_array_equal(short.f_hat(), whole.f_hat())
         with pytest.raises(BackendError, match="made without a decoder"):
