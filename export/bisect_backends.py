@@ -14,16 +14,14 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import helper
 
 from var_deploy import names
 from var_deploy.bundle_files import by_descriptor
 from var_deploy.errors import BackendError, UsageError, one_line
-from var_deploy.export.lint import values_of
+from var_deploy.export.graph_runner import add_outputs, run_session, session_options
 from var_deploy.export.torch_graph import TorchGraph
 from var_deploy.held_files import HeldFile
-from var_deploy.machine import usable_cores
-from var_deploy.runtime.ort_session import EXTERNAL_FOLDER, SILENT, quiet
+from var_deploy.runtime.ort_session import EXTERNAL_FOLDER
 from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, load_library
 
 Values = Mapping[str, NDArray[Any]]
@@ -34,17 +32,8 @@ Runner = Callable[[Path, Values, Sequence[str]], Values]
 def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values:
     """On the CPU, optimised as far as values that are looked at allow."""
     model = onnx.load(str(path), load_external_data=False)
-    types = values_of(onnx.shape_inference.infer_shapes(model).graph)
-    given = {value.name for value in model.graph.output}
-    model.graph.output.extend(
-        helper.make_tensor_value_info(name, types[name].elem_type, None)
-        for name in wanted
-        if name not in given
-    )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = SILENT
-    options.intra_op_num_threads = usable_cores() or 0
-    quiet(onnxruntime)
+    add_outputs(model, wanted)
+    options = session_options(model)
     try:
         weights = HeldFile(path.with_name(names.WEIGHTS))
         data = model.SerializeToString()
@@ -52,10 +41,9 @@ def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values
         options.add_session_config_entry(EXTERNAL_FOLDER, folder)
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         weights.close()
-        found = session.run(list(wanted), dict(inputs))
     except Exception as error:  # ONNX Runtime raises types of its own, all Exception
         raise BackendError(f"ONNX Runtime failed in {path.stem}: {one_line(error)}") from error
-    return dict(zip(wanted, found, strict=True))
+    return run_session(session, path.stem, inputs, wanted)
 
 
 def run_pytorch(path: Path, inputs: Values, wanted: Sequence[str]) -> Values:

@@ -201,12 +201,10 @@ def _calibrate(
         report("rounding to int8", 0.0)
         check_weights(decoder, read)  # before it is watched at work
         found = plan.write(scratch, "int8", _manifest(model, shared), read, lambda count: None)
-        # the decoder is named, and never opened
-        graphs = {**found.graphs["int8"], decoder.name: _info(decoder, "int8")}
         return decoder_ranges(
             model,
             scratch,
-            dataclasses.replace(found, graphs={"int8": graphs}),
+            found,
             options.calibration,
             lambda done, batches: report("calibrating int8", CALIBRATION * done / batches),
         )
@@ -270,22 +268,18 @@ class _Plan:
         files = {weights: write_weights(folder / weights, self.layout, read, advance)}
         infos = {}
         for graph in self.graphs:
-            infos[graph.name] = info = _info(graph, precision)
+            infos[graph.name] = info = GraphInfo(
+                file=f"{precision}/{names.graph_file(graph.name)}",
+                inputs=tuple(graph.inputs),
+                outputs=tuple(graph.outputs),
+                weight_bytes=sum(w.nbytes for w in graph.weights.values()),
+            )
             files[info.file] = _save_graph(graph, folder / info.file, self.layout.locate)
         return dataclasses.replace(
             manifest,
             graphs={**manifest.graphs, precision: infos},
             files={**manifest.files, **files},
         )
-
-
-def _info(graph: GraphBuilder, precision: Precision) -> GraphInfo:
-    return GraphInfo(
-        file=f"{precision}/{names.graph_file(graph.name)}",
-        inputs=tuple(graph.inputs),
-        outputs=tuple(graph.outputs),
-        weight_bytes=sum(w.nbytes for w in graph.weights.values()),
-    )
 
 
 def cached_reader(model: LoadedModel) -> ReadKey:

@@ -10,24 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from var_deploy.bundle_files import GraphFile
 from var_deploy.export.checkpoint import LoadedModel, empty_modules, load_into
 from var_deploy.export.graphs.int8 import ConvRanges, Range, Ranges
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.host_memory import host_view
 from var_deploy.runtime.int8_check import check_int8
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-from var_deploy.runtime.protocol import Arrays, Launch
-from var_deploy.sampling import uniforms
+from var_deploy.sampling import numbered, stack_uniforms
 from var_deploy.spec import TokenizerSpec
 
 SEED = 0
@@ -64,7 +60,7 @@ def decoder_ranges(
     where this machine computes int8 wrongly.
 
     Args:
-        manifest: of the folder; of its graphs all but the decoder are needed.
+        manifest: of the folder, which needs no decoder.
         progress: called with (batches done, batches in all).
     """
     tokenizer, _ = empty_modules(model.spec)
@@ -74,9 +70,9 @@ def decoder_ranges(
         if key in seen:
             module.register_forward_hook(seen[key])
     batches = -(-images // manifest.batch)
-    backend = _NoDecoder()
+    backend = OrtCpuBackend()
     check_int8(backend)  # ranges of noise would be another model's
-    loop = ScaleLoop(folder, manifest, backend, "int8", "shared")
+    loop = ScaleLoop(folder, manifest, backend, "int8", "shared", decoder=False)
     try:
         for number in range(batches):
             tokens = _draw(loop, manifest, number)
@@ -95,11 +91,11 @@ def _draw(loop: ScaleLoop, manifest: Manifest, number: int) -> list[NDArray[np.i
     """Tokens [B, L_k] a scale of one batch, with labels spread over the classes."""
     spec, batch = manifest.model, manifest.batch
     first, classes = number * batch, max(spec.transformer.classes, 1)
-    # multiples of the golden ratio never cluster, however many there are
+    # multiples of the golden ratio never cluster, however many there are; those of `spread_labels`
+    # would all be low numbers where images are few and classes many
     labels = [int(classes * ((first + i) * 0.6180339887 % 1)) for i in range(batch)]
-    draws = np.stack([uniforms(SEED, first + i, spec.total_tokens) for i in range(batch)])
-    loop.run(labels, draws, manifest.defaults)
-    return loop.tokens()
+    draws = stack_uniforms(numbered(SEED, first, batch), spec.total_tokens)
+    return loop.generate_tokens(labels, draws, manifest.defaults)
 
 
 @torch.inference_mode()
@@ -156,20 +152,3 @@ def _widen(value: float) -> float:
         return 0.0
     steps = math.ceil(math.log2(abs(value)) * STEPS_AN_OCTAVE)
     return math.copysign(2 ** (steps / STEPS_AN_OCTAVE), value)
-
-
-class _NoDecoder(OrtCpuBackend):
-    """Leaves the decoder out: it is what we are about to make."""
-
-    def open(self, graph: GraphFile) -> Any:
-        return _Idle() if graph.ref.kind == "decoder" else super().open(graph)
-
-
-class _Idle:
-    def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
-        for array in outputs.values():
-            host_view(array)[...] = 0.5  # grey, as nothing clamped it
-        return lambda: None
-
-    def close(self) -> None:
-        pass

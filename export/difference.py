@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 SMALLEST = 1e-6  # of a magnitude that something is divided by
+
+
+class Compared(NamedTuple):
+    """How far a tensor is from what it should be: the largest difference, a relative measure of
+    it, and what that may be."""
+
+    tensor: str
+    error: float
+    relative: float
+    bound: float
 
 
 def largest_error(expected: NDArray[Any], found: NDArray[Any]) -> tuple[float, float]:

@@ -9,42 +9,34 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import helper
 
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.machine import usable_cores
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.buffers import step_geometry, step_shapes
-from var_deploy.runtime.ort_session import open_session, quiet
+from var_deploy.runtime.ort_session import SILENT, open_session, quiet
 
 
 class GraphRunner:
     """A graph in ONNX Runtime on the CPU.
 
     Args:
-        interior: values inside the graph to add to the outputs, all fp32.
+        interior: values inside the graph to add to the outputs.
+
+    Raises BundleError where the graph cannot be trusted, BackendError where ONNX Runtime refuses
+    it.
     """
 
     def __init__(self, graph: GraphFile, info: GraphInfo, interior: Sequence[str] = ()) -> None:
-        """Raises BundleError where the graph cannot be trusted, BackendError where ONNX Runtime
-        refuses it."""
         model = onnx.ModelProto.FromString(graph.read())
+        add_outputs(model, interior)
         self._inputs = {t.name: t for t in info.inputs}
-        for name in interior:
-            model.graph.output.append(
-                helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-            )
-        quiet(onnxruntime)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = usable_cores() or 0
-        # with open sizes, planning which buffer may serve again takes longer than all the rest
-        options.enable_mem_reuse = graph.ref.kind != "step"
         self._name = graph.ref.name
         self._session = open_session(
             onnxruntime,
             graph,
-            options,
+            session_options(model),
             data=model.SerializeToString(),
             providers=["CPUExecutionProvider"],
         )
@@ -59,12 +51,38 @@ class GraphRunner:
             for name, tensor in self._inputs.items()
         }
         outputs = [output.name for output in self._session.get_outputs()]
-        try:
-            found = self._session.run(outputs, feed)
-        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
-            words = one_line(error)
-            raise BackendError(f"ONNX Runtime failed in {self._name}: {words}") from error
-        return dict(zip(outputs, found, strict=True))
+        return run_session(self._session, self._name, feed, outputs)
+
+
+def add_outputs(model: onnx.ModelProto, values: Sequence[str]) -> None:
+    """Make values inside a graph outputs of it; ONNX Runtime finds out their types."""
+    known = {value.name for value in model.graph.output}
+    added = (name for name in values if name not in known)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
+
+
+def session_options(model: onnx.ModelProto) -> Any:
+    """SessionOptions for one run of a graph on all cores."""
+    quiet(onnxruntime)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = SILENT
+    options.intra_op_num_threads = usable_cores() or 0
+    # with open sizes, planning which buffer may serve again takes longer than all the rest
+    options.enable_mem_reuse = not any(
+        dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim
+    )
+    return options
+
+
+def run_session(
+    session: Any, graph: str, feed: Mapping[str, NDArray[Any]], wanted: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """The outputs `wanted`, by name. Raises BackendError where ONNX Runtime fails."""
+    try:
+        found = session.run(list(wanted), dict(feed))
+    except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+        raise BackendError(f"ONNX Runtime failed in {graph}: {one_line(error)}") from error
+    return dict(zip(wanted, found, strict=True))
 
 
 def complete_step(

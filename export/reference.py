@@ -1,8 +1,13 @@
-"""Generation with the PyTorch modules, keeping what every graph takes and gives: the reference."""
+"""Generation with the PyTorch modules, keeping what every graph takes and gives: the reference.
+
+The loop over the scales is written here a second time on purpose. `verify` compares the graphs and
+`runtime.loop` with it, so it shares neither buffers nor bindings nor cache views with them: a fault
+in those shows as a difference.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +22,9 @@ from var_deploy.export.families import export_family_of
 from var_deploy.export.models.sampler import draw, filter_logits, guide, mix_weights
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Cache, Modulation
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest
-from var_deploy.sampling import Sampling, gumbel, uniforms
+from var_deploy.sampling import Sampling, gumbel, numbered, stack_uniforms
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -33,6 +39,10 @@ class ScaleTrace:
     inputs: Arrays
     outputs: Arrays
     margins: NDArray[Any]
+
+    def compared(self, found: Collection[str]) -> Arrays:
+        """Outputs that are compared by value: all that are found but the tokens."""
+        return {k: v for k, v in self.outputs.items() if k in found and k != names.TOKENS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +166,14 @@ def trace_reference(model: LoadedModel, manifest: Manifest, seed: int) -> Refere
 
 def request(manifest: Manifest, seed: int, first: int) -> Given:
     """What the images `first` … of a request are drawn from."""
-    spec, images = manifest.model, range(first, first + manifest.batch)
+    spec, streams = manifest.model, numbered(seed, first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
-    noise = []
+    spread, noise = spread_labels(classes, manifest.batch, first), []
     if manifest.more_smooth:
-        noise = [gumbel(seed, i, total, spec.tokenizer.vocab_size) for i in images]
+        noise = [gumbel(*stream, total, spec.tokenizer.vocab_size) for stream in streams]
     return Given(
-        labels=[(7 * i + seed) % classes for i in images],
-        uniforms=np.stack([uniforms(seed, i, total) for i in images]),
+        labels=[(label + seed) % classes for label in spread],
+        uniforms=stack_uniforms(streams, total),
         noise=noise,
     )
 

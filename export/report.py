@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from var_deploy.export.difference import Compared
 from var_deploy.export.sample_study import SampleStudy, SkippedStudy
 
 HEADER = (
@@ -58,6 +60,26 @@ class Check:
     def failed(self, why: str) -> Check:
         """The same, with why it does not hold; what failed before stays the reason."""
         return dataclasses.replace(self, passed=False, detail=why) if self.passed else self
+
+    def of_tensors(
+        self, found: Sequence[Compared], complaint: Callable[[Compared], str]
+    ) -> Check:
+        """The same with the tensor that is nearest to its bound, of equals the last; failed with
+        the complaint about the first that leaves its bound."""
+        if not found:
+            return self
+        worst = max(reversed(found), key=lambda one: one.relative / one.bound)
+        check = dataclasses.replace(self, **worst._asdict())
+        beyond = [one for one in found if one.relative > one.bound]
+        return check.failed(complaint(beyond[0])) if beyond else check
+
+    def with_psnr(self, least: float) -> Check:
+        """The same, bound to a PSNR of `least` dB; the check has an image's."""
+        check = dataclasses.replace(self, least_psnr=least)
+        assert check.psnr is not None
+        if check.psnr >= least:  # written so that NaN fails
+            return check
+        return check.failed(f"{check.tensor} has {check.psnr:.2f} dB, bound {least:.0f} dB")
 
     def remarked(self, detail: str) -> Check:
         """The same with a remark, where it holds."""

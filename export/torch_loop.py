@@ -1,4 +1,4 @@
-"""A generation through the interpreter: the graphs of one precision, driven as a runtime would."""
+"""The interpreter as one more backend of the scale loop: graphs in true fp16, on any CPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.export.graph_runner import complete_step
+from var_deploy.bundle_files import BundleFiles, GraphFile
 from var_deploy.export.torch_graph import OnValue, TorchGraph
 from var_deploy.manifest import Manifest
-from var_deploy.sampling import gumbel, uniforms
+from var_deploy.runtime.host_memory import HostMemory, host_view
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.protocol import Arrays, Launch
+from var_deploy.sampling import gumbel, numbered, stack_uniforms
 
-Arrays = dict[str, NDArray[Any]]
 Watch = Callable[[str], OnValue]  # graph name → what sees its values
 Progress = Callable[[str, float], None]
 
@@ -47,102 +50,100 @@ def generate(
         labels: B class numbers.
         first: number of the first image of the batch; it decides the uniforms.
         forced: tokens that take the place of the drawn ones, so that every scale starts from the
-            same tokens as another generation.
+            same tokens as another generation. The drawn ones are returned all the same.
+
+    Raises BackendError where the graphs give what is not finite, and what `watch` raises.
     """
-    graphs = _Graphs(bundle, manifest, precision, watch)
-    scales = manifest.model.scales
-    report = progress or (lambda message, fraction: None)
+    spec = manifest.model
+    scales, done = spec.scales, 0
 
-    def announce(graph: str, done: int) -> None:
-        report(f"{precision}/{graph}", done / (scales + 1))
+    def announce(title: str) -> None:
+        nonlocal done
+        if progress and title != names.CONDITION:
+            progress(f"{precision}/{title}", done / (scales + 1))
+            done += 1
 
-    tokens, f_hat = _draw(graphs, labels, first, seed, forced, announce)
-    announce(names.DECODER, scales)  # by now the cache is gone: these activations are the largest
-    image = graphs.run(names.DECODER, {names.F_HAT: f_hat})[names.IMAGE]
-    return Generation(tokens=tokens, image=image)
-
-
-@dataclass(frozen=True)
-class _Graphs:
-    """The graphs of one precision, each loaded for the moment in which it runs."""
-
-    bundle: Path
-    manifest: Manifest
-    precision: str
-    watch: Watch | None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.manifest.graphs[self.precision]
-
-    def load(self, name: str) -> TorchGraph:
-        return TorchGraph(self.bundle / self.manifest.graph(self.precision, name).file)
-
-    def run(self, name: str, given: Arrays) -> Arrays:
-        return self.load(name).run(given, on_value=self.watched(name))
-
-    def watched(self, title: str) -> OnValue | None:
-        return self.watch(title) if self.watch else None
-
-
-def _draw(
-    graphs: _Graphs,
-    labels: Sequence[int],
-    first: int,
-    seed: int,
-    forced: Sequence[NDArray[Any]] | None,
-    announce: Callable[[str, int], None],
-) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-    """All scales: what was drawn in each, and the last f_hat."""
-    manifest = graphs.manifest
-    spec, batch = manifest.model, manifest.batch
-    draws = np.stack([uniforms(seed, first + i, spec.total_tokens) for i in range(batch)])
-    noise: list[NDArray[Any]] = []
+    streams = numbered(seed, first, manifest.batch)
+    noise = []
     if manifest.more_smooth:
         codes = spec.tokenizer.vocab_size
-        noise = [gumbel(seed, first + i, spec.total_tokens, codes) for i in range(batch)]
-    state: Arrays = {}
-    if names.CONDITION in graphs:
-        rows = np.full(manifest.rows, spec.transformer.classes)
-        rows[:batch] = labels
-        state |= graphs.run(names.CONDITION, {names.LABELS: rows})
-    latent = (batch, spec.tokenizer.code_width, *[spec.tokenizer.latent_side] * 2)
-    state[names.F_HAT] = np.zeros(latent, np.float32)
-    drawn = []
-    for k, length in enumerate(spec.scale_lengths):
-        start, name = spec.prefix_lengths[k], names.scale_graph(k)
-        settings = manifest.defaults.at(k, spec.scales)
-        title = name if name in graphs else f"{names.STEP} @ {k}"
-        announce(title, k)
-        given = {
-            **state,
-            names.UNIFORMS: draws[:, start : start + length],
-            names.CFG: np.array(settings.guidance),
-            names.TEMPERATURE: np.array(settings.temperature),
-            names.TOP_K: np.array(settings.top_k),
-            names.TOP_P: np.array(settings.top_p),
-            names.KEEP_MASK: np.full((batch, length), forced is not None),
-            names.KEEP_TOKENS: forced[k] if forced else np.zeros((batch, length), np.int64),
-        }
-        if manifest.more_smooth:
-            given[names.NOISE] = np.stack([numbers[start : start + length] for numbers in noise])
-        if name not in graphs:
-            name = names.STEP
-            given = complete_step(manifest, graphs.precision, k, given)
-        graph = graphs.load(name)
-        choice = graph.maker(names.TOKENS).input[2]  # before forced tokens take its place
-        made = graph.run(given, also=[choice], on_value=graphs.watched(title))
-        drawn.append(made[choice])
-        state[names.F_HAT] = made[names.NEW_F_HAT]
-        if k + 1 < spec.scales:
-            state[names.INPUT] = made[names.NEXT_INPUT]
-            _append_cache(state, made, spec.transformer.depth)
-    return drawn, state[names.F_HAT]
+        noise = [gumbel(*stream, spec.total_tokens, codes) for stream in streams]
+    backend = TorchBackend(watch, announce)
+    static = names.scale_graph(0) in manifest.graphs[precision]
+    # what is interpreted is read by path: to hash the weights would take longer than to use them
+    files = BundleFiles(bundle, manifest, precision, hashes=False)
+    try:
+        loop = ScaleLoop(files, manifest, backend, precision, "per-scale" if static else "shared")
+        try:
+            image = loop.run(
+                labels,
+                stack_uniforms(streams, spec.total_tokens),
+                manifest.defaults,
+                forced=forced or (),
+                noise=noise,
+            )
+            return Generation(tokens=backend.choices, image=image.copy())
+        finally:
+            loop.close()
+    finally:
+        files.close()
 
 
-def _append_cache(state: Arrays, made: Arrays, depth: int) -> None:
-    for layer in range(depth):
-        for past, new in (
-            (names.past_key(layer), names.new_key(layer)),
-            (names.past_value(layer), names.new_value(layer)),
-        ):
-            state[past] = np.concatenate([state[past], made[new]]) if past in state else made[new]
+class TorchBackend(HostMemory):
+    """Interprets graphs with PyTorch; each is loaded for the moment in which it runs.
+
+    Args:
+        watch: gives what sees the values of a graph, by its title: the name, of `step` with the
+            scale.
+        announce: called with the title before each launch.
+
+    Attributes:
+        choices: what each scale drew, [B, L_k], before forced tokens took its place.
+    """
+
+    name = "pytorch"
+
+    def __init__(
+        self, watch: Watch | None = None, announce: Callable[[str], None] = lambda title: None
+    ) -> None:
+        self.watch, self.announce = watch, announce
+        self.choices: list[NDArray[np.int64]] = []
+
+    def open(self, graph: GraphFile) -> _TorchSession:
+        graph.read()  # which checks the file
+        return _TorchSession(graph, self)
+
+    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return launches
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": self.name, "torch": torch.__version__}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _TorchSession:
+    def __init__(self, graph: GraphFile, backend: TorchBackend) -> None:
+        self._graph, self._backend = graph, backend
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
+        given = {name: host_view(array) for name, array in inputs.items()}
+        made = {name: host_view(array) for name, array in outputs.items()}
+        return lambda: self._run(given, made)
+
+    def _run(self, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> None:
+        backend, title = self._backend, self._graph.ref.name
+        if self._graph.ref.kind == "step":
+            title = f"{title} @ {int(inputs[names.SCALE])}"
+        backend.announce(title)
+        graph = TorchGraph(self._graph.path)
+        drawn = [graph.maker(names.TOKENS).input[2]] if names.TOKENS in outputs else []
+        on_value = backend.watch(title) if backend.watch else None
+        found = graph.run(inputs, also=drawn, on_value=on_value)
+        for name, place in outputs.items():
+            place[...] = found[name]
+        backend.choices += [found[name] for name in drawn]
+
+    def close(self) -> None:
+        pass

@@ -21,7 +21,6 @@ from typing import Any
 
 import click
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -29,7 +28,7 @@ from var_deploy.errors import BackendError, VarDeployError, one_line
 from var_deploy.export.checkpoint import load_into
 from var_deploy.export.families import export_family_of
 from var_deploy.export.models.sampler import filter_logits, guide
-from var_deploy.export.models.tokenizer import Phi, Tokenizer
+from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import (
     Cache,
     Modulation,
@@ -38,6 +37,7 @@ from var_deploy.export.models.transformer import (
 )
 from var_deploy.export.published_path import Mark, generate_as_published
 from var_deploy.export.random_weights import RandomWeights
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import read_manifest
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
@@ -89,7 +89,9 @@ class Peer:
     """A generation in PyTorch: B labels and uniforms [B, T] → images [B, 3, S, S] in [-1, 1].
 
     Nothing waits for the GPU in between. Everything is of one type, also what the graphs keep in
-    fp32: this is about time, and the fastest that a user would run.
+    fp32: this is about time, and the fastest that a user would run. It drives the modules of
+    `reference`, in a loop of its own: each scale is one function that can be compiled and records
+    nothing, where the reference records everything and draws in fp64.
 
     Args:
         compiler: a backend of torch.compile, such as "inductor"; None leaves the modules as they
@@ -115,9 +117,6 @@ class Peer:
             tokenizer.to(device, dtype),
             transformer.to(device, dtype),
         )
-        phis = [module for module in tokenizer.quantize.modules() if isinstance(module, Phi)]
-        served = (spec.tokenizer.phi_index(k) for k in range(spec.scales))
-        self._phis = [phis[index] for index in served] if phis else []
         self._scale, self._decode = self._eager_scale, tokenizer.decode
         if compiler is not None:
             from torch import _dynamo  # not at the top: see random_modules
@@ -166,19 +165,11 @@ class Peer:
         kept = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
         cdf = kept.softmax(dim=-1).cumsum(dim=-1)
         tokens = (cdf > draws_BL.unsqueeze(-1) * cdf[..., -1:]).int().argmax(dim=-1)
-        f_hat = f_hat + self._contribution(scale, quantize.lookup(scale, tokens))
+        f_hat = f_hat + quantize.contribution(scale, quantize.lookup(scale, tokens))
         if scale + 1 == spec.scales:
             return f_hat, None
         family = export_family_of(spec.transformer)
         return f_hat, family.next_input(self.transformer, self.tokenizer, scale, tokens, f_hat)
-
-    def _contribution(self, scale: int, codes: Tensor) -> Tensor:
-        """As `MultiScaleQuantizer.contribution`; that one looks for φ with NumPy, where a compiler
-        cannot follow."""
-        side = self.spec.tokenizer.latent_side
-        if self.spec.patch_nums[scale] != side:
-            codes = F.interpolate(codes, size=(side, side), mode="bicubic")
-        return self._phis[scale](codes) if self._phis else codes
 
 
 class PublishedPeer:
@@ -248,7 +239,8 @@ def time_peers(
 
 def _time_peer(peer: Peer | PublishedPeer, budget: float) -> dict[str, Any]:
     device = peer.device
-    labels = torch.arange(peer.batch, device=device) % max(peer.spec.transformer.classes, 1)
+    spread = spread_labels(peer.spec.transformer.classes, peer.batch)
+    labels = torch.tensor(spread, device=device)
     generator = torch.Generator().manual_seed(0)
     draws = torch.rand(peer.batch, peer.spec.total_tokens, generator=generator).to(device)
     if device.type == "cuda":

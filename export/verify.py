@@ -159,14 +159,14 @@ def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
     """What agrees with the model in `precision`."""
     rounded = precision == "int8"
     plain = "fp32" if rounded else precision
-    floats = FloatTolerance(
+    kind = Int8Tolerance if rounded else FloatTolerance
+    return kind(
         precision=plain,
         bound=BOUNDS[plain],
         image_bound=IMAGE_BOUNDS[plain],
         coin_toss=COIN_TOSS[plain],
         mixed_psnr=MIXED_PSNR[plain] if more_smooth else None,
     )
-    return Int8Tolerance(exact=floats) if rounded else floats
 
 
 def widest_first(manifest: Manifest) -> list[str]:

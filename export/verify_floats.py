@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.export.difference import largest_error, place_of_error
+from var_deploy.export.difference import Compared, largest_error, place_of_error
 from var_deploy.export.lint import lint_file
 from var_deploy.export.reference import ScaleTrace
 from var_deploy.export.report import Check
@@ -51,20 +51,20 @@ class FloatTolerance:
 
     def tensors(self, check: Check, expected: Tensors, found: Tensors) -> Check:
         """Largest error over all tensors; names the first that leaves the bound."""
-        check = dataclasses.replace(check, bound=self.bound)
-        failure = ""
-        for tensor, want in expected.items():
-            error, relative = largest_error(want, found[tensor])
-            if relative >= check.relative:
-                check = dataclasses.replace(check, tensor=tensor, error=error, relative=relative)
-            if relative > self.bound and not failure:
-                place = place_of_error(want, found[tensor])
-                failure = f"{tensor} is off by {relative:.2e} at [{place}], bound {self.bound:.0e}"
-        return check.failed(failure) if failure else check
+
+        def complaint(one: Compared) -> str:
+            place = place_of_error(expected[one.tensor], found[one.tensor])
+            off = f"{one.tensor} is off by {one.relative:.2e} at [{place}]"
+            return f"{off}, bound {one.bound:.0e}"
+
+        compared = [
+            Compared(tensor, *largest_error(want, found[tensor]), self.bound)
+            for tensor, want in expected.items()
+        ]
+        return check.of_tensors(compared, complaint)
 
     def scale(self, check: Check, trace: ScaleTrace, found: Tensors) -> Check:
-        expected = {k: v for k, v in trace.outputs.items() if k in found and k != names.TOKENS}
-        check = self.tensors(check, expected, found)
+        check = self.tensors(check, trace.compared(found), found)
         differ = found[names.TOKENS] != trace.outputs[names.TOKENS]
         margin = float(trace.margins[differ].max(initial=0.0))
         if margin > self.coin_toss:
@@ -100,7 +100,7 @@ class FloatTolerance:
         self, check: Check, traces: Sequence[ScaleTrace], tokens: Sequence[NDArray[Any]]
     ) -> Check:
         if self.mixed_psnr is not None:
-            return self._mixed_loop(check, self.mixed_psnr)
+            return check.with_psnr(self.mixed_psnr)
         for scale, (trace, found) in enumerate(zip(traces, tokens, strict=True)):
             differ = found != trace.outputs[names.TOKENS]
             if differ.any():  # all that follows is another image
@@ -111,10 +111,3 @@ class FloatTolerance:
                     return check.failed(told.format("beyond rounding"))
                 return check.remarked(told.format("by rounding"))
         return self.decoder(check)
-
-    def _mixed_loop(self, check: Check, least: float) -> Check:
-        check = dataclasses.replace(check, least_psnr=least)
-        assert check.psnr is not None  # it has an image
-        if check.psnr >= least:  # written so that NaN fails
-            return check
-        return check.failed(f"{names.IMAGE} has {check.psnr:.2f} dB, bound {least:.0f} dB")

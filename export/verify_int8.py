@@ -9,7 +9,6 @@ tips, and from there on are two pictures of the same thing. Many of those are ju
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.export.difference import largest_error, norm_error
+from var_deploy.export.difference import Compared, largest_error, norm_error
 from var_deploy.export.lint_int8 import Rounded, lint_int8
 from var_deploy.export.reference import ScaleTrace
 from var_deploy.export.report import Check
@@ -39,13 +38,10 @@ EXACT = (names.FIRST_INPUT, names.NEW_F_HAT, names.NEXT_INPUT)  # look-ups and s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8Tolerance:
-    """
-    Attributes:
-        exact: for what is fp32 in an int8 bundle as well.
-    """
+class Int8Tolerance(FloatTolerance):
+    """Its own for what is rounded; encoder, `accumulate` and what `EXACT` names are fp32 in an int8
+    bundle as well."""
 
-    exact: FloatTolerance
     _checked: set[Rounded] = field(default_factory=set)
 
     drawn: ClassVar[int] = DRAWN
@@ -55,48 +51,36 @@ class Int8Tolerance:
         return lint_int8(path, self._checked)
 
     def condition(self, check: Check, expected: Tensors, found: Tensors) -> Check:
-        return self._tensors(check, expected, found, {names.MODULATION: CONDITION_BOUND})
+        return self._rounded(check, expected, found, {names.MODULATION: CONDITION_BOUND})
 
     def scale(self, check: Check, trace: ScaleTrace, found: Tensors) -> Check:
-        expected = {k: v for k, v in trace.outputs.items() if k in found and k != names.TOKENS}
-        return self._tensors(check, expected, found, {names.LOGITS: LOGITS_BOUND})
+        return self._rounded(check, trace.compared(found), found, {names.LOGITS: LOGITS_BOUND})
 
-    def _tensors(
+    def _rounded(
         self, check: Check, expected: Tensors, found: Tensors, bounds: Mapping[str, float]
     ) -> Check:
         """The tensor nearest to its bound; names the first that leaves it."""
-        failure, nearest = "", -1.0
-        for tensor, want in expected.items():
-            if tensor in EXACT:
-                continue
-            bound = bounds.get(tensor, CACHE_BOUND)
-            relative = norm_error(want, found[tensor])
-            if relative / bound > nearest:
-                nearest = relative / bound
-                error, _ = largest_error(want, found[tensor])
-                check = dataclasses.replace(
-                    check, tensor=tensor, error=error, relative=relative, bound=bound
-                )
-            if relative > bound and not failure:
-                failure = f"{tensor} is off by {relative:.1%} of its norm, bound {bound:.0%}"
-        if failure:
-            return check.failed(failure)
+        compared = [
+            Compared(
+                tensor=tensor,
+                error=largest_error(want, found[tensor])[0],
+                relative=norm_error(want, found[tensor]),
+                bound=bounds.get(tensor, CACHE_BOUND),
+            )
+            for tensor, want in expected.items()
+            if tensor not in EXACT
+        ]
+        check = check.of_tensors(
+            compared,
+            lambda one: f"{one.tensor} is off by {one.relative:.1%} of its norm, "
+            f"bound {one.bound:.0%}",
+        )
         exact = {tensor: expected[tensor] for tensor in EXACT if tensor in expected}
-        judged = self.exact.tensors(dataclasses.replace(check, relative=0.0), exact, found)
-        return check if judged.passed else judged
-
-    def encoder(self, check: Check, expected: Tensors, found: Tensors) -> Check:
-        return self.exact.encoder(check, expected, found)
-
-    def accumulate(self, check: Check, expected: Tensors, found: Tensors) -> Check:
-        return self.exact.accumulate(check, expected, found)
+        judged = self.tensors(check, exact, found)
+        return judged if check.passed and not judged.passed else check
 
     def decoder(self, check: Check) -> Check:
-        check = dataclasses.replace(check, least_psnr=DECODER_PSNR)
-        assert check.psnr is not None  # it has an image
-        if check.psnr >= DECODER_PSNR:
-            return check
-        return check.failed(f"{names.IMAGE} has {check.psnr:.2f} dB, bound {DECODER_PSNR:.0f} dB")
+        return check.with_psnr(DECODER_PSNR)
 
     def loop(
         self, check: Check, traces: Sequence[ScaleTrace], tokens: Sequence[NDArray[Any]]

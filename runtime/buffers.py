@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,22 @@ _SETTINGS: dict[str, DTypeLike] = {
     names.TOP_K: np.int64,
     names.TOP_P: np.float32,
 }
+
+
+class FHatPlace(Enum):
+    """Where f_hat lies: a graph never writes what it reads, so scales leave it in two places in
+    turn. Before the first scale it is zeros that nobody writes."""
+
+    ZEROS = "zeros"
+    ODD = "after an odd number of scales"
+    EVEN = "after an even number of scales"
+
+    @classmethod
+    def after(cls, scales: int) -> FHatPlace:
+        """Of what the first `scales` scales add up to."""
+        if scales == 0:
+            return cls.ZEROS
+        return cls.ODD if scales % 2 else cls.EVEN
 
 
 class CacheArena:
@@ -157,7 +174,7 @@ class LoopBuffers:
     def f_hat(self, scales: int) -> NDArray[np.float32]:
         """What the first `scales` scales add up to, [B, Cv, p_K, p_K]; valid after
         `latent.download()`, and only of the last two that were computed."""
-        return self.latent.host[_f_hat_key(scales)]
+        return self.latent.host[FHatPlace.after(scales).value]
 
     def condition_inputs(self) -> dict[str, Array]:
         return {names.LABELS: self.given[names.LABELS]}
@@ -177,14 +194,14 @@ class LoopBuffers:
             **{n: self._fixed[_at(n, scale)] for n in fixed},
             **self.arena.past(scale),
             names.INPUT: self._inner[_at(names.INPUT, scale)],
-            names.F_HAT: self._f_hat(scale),
+            names.F_HAT: self._f_hat(FHatPlace.after(scale)),
         }
 
     def scale_outputs(self, scale: int) -> dict[str, Array]:
         """Where a scale leaves its results; at the last scale nothing for a next one."""
         outputs = {
             names.TOKENS: self.made[_at(names.TOKENS, scale)],
-            names.NEW_F_HAT: self._f_hat(scale + 1),
+            names.NEW_F_HAT: self._f_hat(FHatPlace.after(scale + 1)),
             **self.arena.new(scale),
         }
         if scale + 1 < self._spec.scales:
@@ -193,19 +210,17 @@ class LoopBuffers:
 
     def fill_f_hat(self, f_hat: NDArray[np.float32]) -> None:
         """Put an f_hat [B, Cv, p_K, p_K] from elsewhere where the last scale leaves its own."""
-        self.latent.host[_f_hat_key(self._spec.scales)][...] = f_hat
+        self.latent.host[FHatPlace.after(self._spec.scales).value][...] = f_hat
         self.latent.upload()
 
-    def decoder_inputs(self, scales: int | None = None) -> dict[str, Array]:
-        """What the first `scales` scales add up to; all of them where it is left out."""
-        return {names.F_HAT: self._f_hat(self._spec.scales if scales is None else scales)}
+    def decoder_inputs(self, place: FHatPlace) -> dict[str, Array]:
+        return {names.F_HAT: self._f_hat(place)}
 
     def decoder_outputs(self) -> dict[str, Array]:
         return {names.IMAGE: self.made[names.IMAGE]}
 
-    def _f_hat(self, scale: int) -> Array:
-        """f_hat before a scale."""
-        return self.latent[_f_hat_key(scale)]
+    def _f_hat(self, place: FHatPlace) -> Array:
+        return self.latent[place.value]
 
 
 def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
@@ -246,12 +261,6 @@ def _at(name: str, scale: int) -> str:
     return f"{name}@{scale}"
 
 
-def _f_hat_key(scale: int) -> str:
-    """Of f_hat before a scale: zeros that nobody writes, then two buffers in turn, since a graph
-    never writes what it reads."""
-    return _at(names.F_HAT, 0 if scale == 0 else 1 + scale % 2)
-
-
 def _given_fields(manifest: Manifest) -> Fields:
     """The settings of sampling have a place a scale, so that a whole generation can be launched
     without the host stepping in."""
@@ -283,7 +292,7 @@ def _made_fields(manifest: Manifest) -> Fields:
 def _latent_fields(manifest: Manifest) -> Fields:
     t = manifest.model.tokenizer
     shape = (manifest.batch, t.code_width, t.latent_side, t.latent_side)
-    return {_at(names.F_HAT, which): (shape, np.float32) for which in range(3)}
+    return {place.value: (shape, np.float32) for place in FHatPlace}
 
 
 def _inner_fields(manifest: Manifest) -> Fields:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,10 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait for the stream. What failed on the device since the last time is raised here."""
         self._call("cudaStreamSynchronize", self._stream)
+
+    def clock(self) -> CudaClock:
+        """A clock of the stream, to be closed before this."""
+        return CudaClock(self.stream, self._api)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy `size` bytes between two addresses of this memory, the host's part of it included,
@@ -217,6 +222,44 @@ class CudaMemory:
 
     def forget(self, array: Array) -> None:
         """Device memory stays: captured launches know its addresses."""
+
+    def clock(self) -> CudaClock:
+        return self._cuda.clock()
+
+
+class CudaClock:
+    """CUDA events on the stream of the launches: the device notes the time, nobody waits.
+
+    Args:
+        stream: handle of the stream.
+        api: `cuda.bindings.runtime` or what stands for it; None imports it.
+    """
+
+    source = "CUDA events"
+
+    def __init__(self, stream: int, api: Any = None) -> None:
+        self.each = False
+        self._api, self._stream = api or load_api(), stream
+        self._events: list[Any] = []
+        self._used = 0
+
+    def mark(self) -> None:
+        if self._used == len(self._events):
+            self._events.append(call(self._api, "cudaEventCreate"))
+        call(self._api, "cudaEventRecord", self._events[self._used], self._stream)
+        self._used += 1
+
+    def laps(self) -> list[float]:
+        events, self._used = self._events[: self._used], 0
+        if not events:
+            return []
+        call(self._api, "cudaEventSynchronize", events[-1])
+        pairs = pairwise(events)
+        return [1e-3 * float(call(self._api, "cudaEventElapsedTime", *pair)) for pair in pairs]
+
+    def close(self) -> None:
+        while self._events:
+            call(self._api, "cudaEventDestroy", self._events.pop())
 
 
 def load_api() -> Any:

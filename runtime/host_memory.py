@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.errors import BackendError
+from var_deploy.runtime.measure import WallClock
 from var_deploy.runtime.protocol import ALIGNMENT, Array
 
 WORTH_GIVING_BACK = 1 << 24  # bytes; a page fault costs about as much as computing on 1 kB
@@ -64,6 +65,9 @@ class HostMemory:
 
     def synchronize(self) -> None:
         pass
+
+    def clock(self) -> WallClock:
+        return WallClock(self.synchronize)
 
     def forget(self, array: Array) -> None:
         """Where pages cannot be given back, or too few to be worth the faults, nothing happens."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +18,31 @@ from var_deploy.editing import Kept
 from var_deploy.errors import BackendError, CancelledError
 from var_deploy.graph_refs import generation_graphs, scale_graphs
 from var_deploy.manifest import GraphInfo, Manifest
-from var_deploy.runtime.buffers import LoopBuffers
+from var_deploy.runtime.buffers import FHatPlace, LoopBuffers
+from var_deploy.runtime.measure import clocked
 from var_deploy.runtime.plausible import check_f_hat, check_image, check_tokens
-from var_deploy.runtime.protocol import Arrays, Backend, Launch, Session
+from var_deploy.runtime.protocol import Arrays, Backend, Clock, Launch, Session
 from var_deploy.sampling import Sampling
+
+
+class Answer(Enum):
+    """What an `Observer` says after a scale."""
+
+    GO_ON = "draw the next scale"
+    DECODE = "draw no more: decode the scales that are done"
+
+
+class Observer(Protocol):
+    """Looks on while a loop runs; on a GPU the host waits for the work before each call.
+
+    It may ask the loop for `drawn`, `f_hat` and `preview`.
+    """
+
+    def after_scale(self, done: int) -> Answer:
+        """`done` of K scales are done. After the last one the answer changes nothing."""
+        ...
+
+    def after_decoder(self) -> None: ...
 
 
 class ScaleLoop:
@@ -33,6 +56,8 @@ class ScaleLoop:
         backend: the loop's own from here on; closed with it, also when this fails.
         layout: "shared" drives all scales through the one `step` graph, which keeps one copy of
             the weights in memory; "per-scale" opens the K static graphs.
+        decoder: False leaves the decoder out, which the bundle may then lack: for
+            `generate_tokens` alone.
     """
 
     def __init__(
@@ -42,34 +67,39 @@ class ScaleLoop:
         backend: Backend,
         precision: str,
         layout: Layout,
+        *,
+        decoder: bool = True,
     ) -> None:
         self._manifest, self._spec, self._backend = manifest, manifest.model, backend
         self._half = precision == "fp16"
         self._scale_names = [graph.name for graph in scale_graphs(self._spec, layout)]
         self._opened: dict[str, Session] = {}
-        self._launches: Sequence[Launch] = ()  # all but the decoder
-        self._decoders: Sequence[Launch] = ()  # the last one reads what the last scale leaves
+        self._condition: Launch | None = None
+        self._scales: list[Launch] = []
+        self._decoders: dict[FHatPlace, Launch] = {}
         self._done = 0
+        self._clock: Clock | None = None
         self._own_files: BundleFiles | None = None
         if isinstance(bundle, BundleFiles):
             files = bundle
         else:
             files = self._own_files = BundleFiles(bundle, manifest, precision)
         try:
-            graphs = self._graphs(precision, layout)
+            graphs = self._graphs(precision, layout, decoder)
             cache = np.float16 if self._half else np.float32
             self._buffers = LoopBuffers(manifest, cache, backend)
             # the decoder first: its weights are reordered while it loads, and that passing second
             # copy should not come on top of everything else
             for name in sorted(graphs, key=lambda name: name != names.DECODER):
                 self._opened[name] = backend.open(files.graph(name))
-            launches = self._bind_all(graphs, layout)
+            bound = self._bind_all(graphs)
             # a backend may run everything once: with a generation that is as good as any
             draws = np.zeros((manifest.batch, self._spec.total_tokens), np.float32)
             self._buffers.fill([0] * manifest.batch, draws, Sampling())
-            ready = list(backend.finish(launches))
-            decoders = min(self._spec.scales, 2)
-            self._launches, self._decoders = ready[:-decoders], ready[-decoders:]
+            ready = dict(zip(bound, backend.finish(list(bound.values())), strict=True))
+            self._condition = ready.get(names.CONDITION)
+            self._scales = [ready[scale] for scale in range(self._spec.scales)]
+            self._decoders = {place: ready[place] for place in FHatPlace if place in ready}
         except BaseException:
             self.close()
             raise
@@ -79,7 +109,7 @@ class ScaleLoop:
         labels: Sequence[int],
         uniforms_BT: NDArray[np.float32],
         sampling: Sampling,
-        on_step: Callable[[int], object] | None = None,
+        observer: Observer | None = None,
         forced: Sequence[NDArray[np.int64]] = (),
         keep: Kept | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -90,9 +120,7 @@ class ScaleLoop:
         The returned array is overwritten by the next run, and by `preview` and `decode`.
 
         Args:
-            on_step: called after each scale with how many are done, and with K + 1 after the
-                decoder; on a GPU that makes the host wait at each. Where it returns True after a
-                scale, that was the last one: what there is gets decoded.
+            observer: told after each scale and after the decoder; it may end the run early.
             forced: the tokens [B, L_k] of the first scales; the others are drawn.
             keep: tokens of the other scales that are not drawn either.
             cancelled: asked before each launch, which waits for nothing.
@@ -103,36 +131,96 @@ class ScaleLoop:
         CancelledError where `cancelled` says True; the loop can be used again after both.
         """
         self._check_open()
-        buffers, backend = self._buffers, self._backend
+        self._buffers.fill(labels, uniforms_BT, sampling, forced, keep, noise)
+        with self._completed():
+            self._run_scales(observer, cancelled)
+            self._run_decoder(observer, cancelled)
+            self._buffers.made.download()
+            self._buffers.latent.download()
+        self._check_scales()
+        return self._checked_image(self._done)
+
+    def generate_tokens(
+        self, labels: Sequence[int], uniforms_BT: NDArray[np.float32], sampling: Sampling
+    ) -> list[NDArray[np.int64]]:
+        """The tokens [B, L_k] of every scale that `run` would draw, without an image of them.
+
+        Raises BackendError as `run` does.
+        """
+        self._check_open()
+        self._buffers.fill(labels, uniforms_BT, sampling)
+        with self._completed():
+            self._run_scales(None, None)
+            self._buffers.made.download()
+            self._buffers.latent.download()
+        self._check_scales()
+        return self.tokens()
+
+    def _run_scales(
+        self, observer: Observer | None, cancelled: Callable[[], bool] | None
+    ) -> None:
+        """Launch all scales, or those until the observer says that it is enough."""
         self._done = 0
-        buffers.fill(labels, uniforms_BT, sampling, forced, keep, noise)
-        try:
-            self._draw(on_step, cancelled)
-            buffers.arena.forget()  # the decoder needs the room, not the cache
+        if self._condition is not None:
             _refuse_cancelled(cancelled)
-            self._decode()
-            if on_step:
-                backend.synchronize()
-                on_step(self._spec.scales + 1)
-            buffers.made.download()
-            buffers.latent.download()
+            self._condition()
+        for launch in self._scales:
+            _refuse_cancelled(cancelled)
+            launch()
+            self._done += 1
+            if observer is not None:
+                self._backend.synchronize()
+                if observer.after_scale(self._done) is Answer.DECODE:
+                    break
+        self._buffers.arena.forget()  # the decoder needs the room, not the cache
+
+    def _run_decoder(
+        self, observer: Observer | None, cancelled: Callable[[], bool] | None
+    ) -> None:
+        """Decode f_hat as the last scale that is done left it."""
+        _refuse_cancelled(cancelled)
+        decode = self._decoder_after(self._done)
+        if self._clock is not None:
+            decode = clocked(decode, self._clock, last=True)
+        decode()
+        if observer is not None:
+            self._backend.synchronize()
+            observer.after_decoder()
+
+    def _decoder_after(self, scales: int) -> Launch:
+        """The launch that decodes what the first `scales` scales add up to."""
+        if not self._decoders:
+            raise BackendError("this scale loop was made without a decoder")
+        return self._decoders[FHatPlace.after(scales)]
+
+    @contextlib.contextmanager
+    def _completed(self) -> Iterator[None]:
+        """Launches and copies within are complete afterwards, also where they fail: nothing may
+        still read what the next run is given."""
+        try:
+            yield
         except BaseException:
             with contextlib.suppress(BackendError):
-                backend.synchronize()  # nothing may still read what the next run is given
+                self._backend.synchronize()
             raise
-        backend.synchronize()
-        for scale in range(self._done):
-            self._check_tokens(scale)
-        self._check_f_hat()
-        return self._checked_image(self._done)
+        self._backend.synchronize()
+
+    @property
+    def scales(self) -> int:
+        """K."""
+        return self._spec.scales
 
     @property
     def scales_done(self) -> int:
         """Scales of the run that is going on, or of the last one."""
         return self._done
 
+    def tokens(self) -> list[NDArray[np.int64]]:
+        """Copies of the last run's tokens, [B, L_k] a scale that it came to."""
+        return [self._buffers.tokens(k).copy() for k in range(self._done)]
+
     def drawn(self, scale: int) -> NDArray[np.int64]:
-        """A copy of the tokens [B, L_k] of a scale that is done, also from within `on_step`.
+        """A copy of the tokens [B, L_k] of a scale that is done, for an observer.
 
         Raises BackendError where they are no codes.
         """
@@ -152,11 +240,11 @@ class ScaleLoop:
     def preview(self) -> NDArray[np.float32]:
         """What the scales that are done look like, decoded [B, side, side, channels] in [0, 1].
 
-        For use within `on_step`. The returned array is overwritten by the next one. Raises
-        BackendError where f_hat or the image are not what a model can give.
+        For an observer. The returned array is overwritten by the next one. Raises BackendError
+        where f_hat or the image are not what a model can give.
         """
         self._check_open()
-        self._decode()
+        self._decoder_after(self._done)()
         self._buffers.made.download()
         self._buffers.latent.download()
         self._backend.synchronize()
@@ -171,41 +259,56 @@ class ScaleLoop:
         """
         self._check_open()
         self._buffers.fill_f_hat(f_hat)
-        self._decoders[-1]()
+        self._decoder_after(self._spec.scales)()
         self._buffers.made.download()
         self._backend.synchronize()
         return self._checked_image(None)
 
-    def _draw(
-        self, on_step: Callable[[int], object] | None, cancelled: Callable[[], bool] | None
-    ) -> None:
-        """All scales, or those until `on_step` says that it is enough."""
-        before = len(self._launches) - self._spec.scales  # `condition`, where there is one
-        for number, launch in enumerate(self._launches):
-            _refuse_cancelled(cancelled)
-            launch()
-            if number < before:
-                continue
-            self._done = number - before + 1
-            if on_step:
-                self._backend.synchronize()
-                if on_step(self._done) is True:
-                    return
+    def start_clock(self) -> Clock:
+        """A clock of the runs to come, closed with the loop.
 
-    def _decode(self) -> None:
-        """Start the decoder on f_hat as it is after the last scale that is done."""
-        self._decoders[-1 - (self._spec.scales - self._done) % 2]()
+        It marks the start of a run's first launch and the end of its decoder; with `each` the
+        start and the end of every launch. Previews are not marked.
+        """
+        if self._clock is None:
+            self._clock = clock = self._backend.clock()
+            before = self._condition
+            if before is not None:
+                self._condition = clocked(before, clock, first=True)
+            self._scales = [
+                clocked(launch, clock, first=before is None and scale == 0)
+                for scale, launch in enumerate(self._scales)
+            ]
+        return self._clock
+
+    def close(self) -> None:
+        """Release every session and the backend's memory; safe to call twice."""
+        if self._clock is not None:
+            self._clock.close()
+            self._clock = None
+        for session in self._opened.values():
+            session.close()
+        self._opened.clear()
+        self._condition, self._scales, self._decoders = None, [], {}
+        self._backend.close()
+        if self._own_files is not None:
+            self._own_files.close()
 
     def _check_open(self) -> None:
-        if not self._launches:
+        if not self._scales:
             raise BackendError("this scale loop is closed")
+
+    def _check_scales(self) -> None:
+        """Tokens and f_hat of the scales that are done, after they were downloaded."""
+        for scale in range(self._done):
+            self._check_tokens(scale)
+        self._check_f_hat()
 
     def _check_tokens(self, scale: int) -> None:
         codes, graph = self._spec.tokenizer.vocab_size, self._scale_names[scale]
         check_tokens(self._buffers.tokens(scale), codes, scale, graph)
 
     def _check_f_hat(self) -> None:
-        """f_hat after the last scale that is done; valid after `latent.download()`."""
         last = self._done - 1
         check_f_hat(self._buffers.f_hat(self._done), last, self._scale_names[last])
 
@@ -214,50 +317,37 @@ class ScaleLoop:
         check_image(image, scales, self._half)
         return image
 
-    def tokens(self) -> list[NDArray[np.int64]]:
-        """Copies of the last run's tokens, [B, L_k] a scale that it came to."""
-        return [self._buffers.tokens(k).copy() for k in range(self._done)]
-
-    def close(self) -> None:
-        """Release every session and the backend's memory; safe to call twice."""
-        for session in self._opened.values():
-            session.close()
-        self._opened.clear()
-        self._launches = self._decoders = ()
-        self._backend.close()
-        if self._own_files is not None:
-            self._own_files.close()
-
-    def _graphs(self, precision: str, layout: Layout) -> dict[str, GraphInfo]:
+    def _graphs(self, precision: str, layout: Layout, decoder: bool) -> dict[str, GraphInfo]:
         wanted = generation_graphs(self._spec, layout)
+        if not decoder:
+            wanted = tuple(graph for graph in wanted if graph.kind != "decoder")
         return {graph.name: self._manifest.graph(precision, graph.name) for graph in wanted}
 
-    def _bind_all(self, graphs: Mapping[str, GraphInfo], layout: Layout) -> list[Launch]:
-        """Launches in the order of a generation.
-
-        The decoder is there twice: scales leave f_hat in two places in turn, and a preview is
-        decoded from the place where the last scale does not leave it.
-        """
-        b, scales = self._buffers, self._scale_names
-        launches = []
+    def _bind_all(self, graphs: Mapping[str, GraphInfo]) -> dict[Hashable, Launch]:
+        """Launches in the order of a generation: `condition`, the scales by number, and the decoder
+        by place of f_hat. It is there twice, since a preview is decoded from the place where the
+        last scale does not leave it; from that one it comes last."""
+        b, scales = self._buffers, self._spec.scales
+        bound: dict[Hashable, Launch] = {}
         if names.CONDITION in graphs:
-            condition = graphs[names.CONDITION]
-            launches.append(
-                self._bind(condition, names.CONDITION, b.condition_inputs(), b.condition_outputs())
+            bound[names.CONDITION] = self._bind(
+                graphs, names.CONDITION, b.condition_inputs(), b.condition_outputs()
             )
-        for k, name in enumerate(scales):
-            launches.append(
-                self._bind(graphs[name], name, b.scale_inputs(k), b.scale_outputs(k))
-            )
-        decoder, outputs = graphs[names.DECODER], b.decoder_outputs()
-        for done in range(max(len(scales) - 1, 1), len(scales) + 1):
-            launches.append(self._bind(decoder, names.DECODER, b.decoder_inputs(done), outputs))
-        return launches
+        for scale, name in enumerate(self._scale_names):
+            inputs, outputs = b.scale_inputs(scale), b.scale_outputs(scale)
+            bound[scale] = self._bind(graphs, name, inputs, outputs)
+        if names.DECODER in graphs:
+            for place in map(FHatPlace.after, range(max(scales - 1, 1), scales + 1)):
+                inputs, outputs = b.decoder_inputs(place), b.decoder_outputs()
+                bound[place] = self._bind(graphs, names.DECODER, inputs, outputs)
+        return bound
 
-    def _bind(self, graph: GraphInfo, name: str, inputs: Arrays, outputs: Arrays) -> Launch:
-        """Bind what the graph names out of what there is."""
-        wanted = {t.name: inputs[t.name] for t in graph.inputs}
-        given = {t.name for t in graph.outputs}
+    def _bind(
+        self, graphs: Mapping[str, GraphInfo], name: str, inputs: Arrays, outputs: Arrays
+    ) -> Launch:
+        """Bind the inputs and outputs that a graph declares."""
+        wanted = {t.name: inputs[t.name] for t in graphs[name].inputs}
+        given = {t.name for t in graphs[name].outputs}
         return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in given})
 
 

@@ -1,7 +1,7 @@
 """How long images and launches take.
 
-A `Clock` is handed to a `ClockedBackend`, which marks moments between the launches of a loop: CUDA
-events where a GPU works on its own, the host's clock where the launch is the work.
+A backend's `Clock` marks moments between the launches of a loop: CUDA events where a GPU works on
+its own, the host's clock where the launch is the work.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
 
 import numpy as np
 
-from var_deploy.bundle_files import GraphFile
 from var_deploy.graph_refs import generation_graphs
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.cuda import call, load_api
-from var_deploy.runtime.protocol import Array, Backend, Launch, Session, Shared
+from var_deploy.runtime.protocol import Clock, Launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +42,6 @@ class Spread:
         }
 
 
-class Clock(Protocol):
-    """Marks moments in the order of the work.
-
-    Attributes:
-        each: mark after every launch, not only after the last.
-        source: what is read, for the report.
-    """
-
-    each: bool
-    source: str
-
-    def mark(self) -> None: ...
-
-    def laps(self) -> list[float]:
-        """Seconds between the marks since the last call; waits for the work."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class WallClock:
     """The host's clock; what was launched is waited for at every mark."""
 
@@ -86,99 +63,32 @@ class WallClock:
         pass
 
 
-class CudaClock:
-    """CUDA events on the stream of the launches: the device notes the time, nobody waits.
+def clocked(launch: Launch, clock: Clock, *, first: bool = False, last: bool = False) -> Launch:
+    """`launch` between two marks where the clock marks each; else the first launch of a generation
+    is marked where it starts, and the last where it ends."""
 
-    Args:
-        stream: handle of the stream.
-        api: `cuda.bindings.runtime` or what stands for it; None imports it.
-    """
+    def run() -> None:
+        if first or clock.each:
+            clock.mark()
+        launch()
+        if last or clock.each:
+            clock.mark()
 
-    source = "CUDA events"
-
-    def __init__(self, stream: int, api: Any = None) -> None:
-        self.each = False
-        self._api, self._stream = api or load_api(), stream
-        self._events: list[Any] = []
-        self._used = 0
-
-    def mark(self) -> None:
-        if self._used == len(self._events):
-            self._events.append(call(self._api, "cudaEventCreate"))
-        call(self._api, "cudaEventRecord", self._events[self._used], self._stream)
-        self._used += 1
-
-    def laps(self) -> list[float]:
-        events, self._used = self._events[: self._used], 0
-        if not events:
-            return []
-        call(self._api, "cudaEventSynchronize", events[-1])
-        pairs = pairwise(events)
-        return [1e-3 * float(call(self._api, "cudaEventElapsedTime", *pair)) for pair in pairs]
-
-    def close(self) -> None:
-        while self._events:
-            call(self._api, "cudaEventDestroy", self._events.pop())
+    return run
 
 
-class ClockedBackend:
-    """A backend whose launches are clocked; all else is left to it. Closed with it.
-
-    Args:
-        gaps: where every launch is marked, mark its start as well: every second lap is then what
-            lies between two launches.
-    """
-
-    def __init__(self, backend: Backend, clock: Clock, *, gaps: bool = False) -> None:
-        self._backend, self._clock, self._gaps = backend, clock, gaps
-
-    @property
-    def name(self) -> str:
-        return self._backend.name
-
-    def allocate(self, size: int) -> Array:
-        return self._backend.allocate(size)
-
-    def share(self, size: int) -> Shared:
-        return self._backend.share(size)
-
-    def synchronize(self) -> None:
-        self._backend.synchronize()
-
-    def forget(self, array: Array) -> None:
-        self._backend.forget(array)
-
-    def open(self, graph: GraphFile) -> Session:
-        return self._backend.open(graph)
-
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
-        ready = self._backend.finish(launches)
-        last = len(ready) - 1
-        return [self._clocked(launch, n == 0, n == last) for n, launch in enumerate(ready)]
-
-    def describe(self) -> dict[str, str]:
-        return self._backend.describe()
-
-    def close(self) -> None:
-        self._backend.close()
-
-    def _clocked(self, launch: Launch, first: bool, last: bool) -> Launch:
-        def run() -> None:
-            if first or (self._gaps and self._clock.each):
-                self._clock.mark()
-            launch()
-            if last or self._clock.each:
-                self._clock.mark()
-
-        return run
+def launch_seconds(laps: Sequence[float]) -> list[float]:
+    """Of the laps of a clock that marks each launch those of the launches; the others lie between
+    two launches."""
+    return list(laps[::2])
 
 
 def add_launches(laps: Sequence[float], launches: Sequence[str]) -> dict[str, float]:
     """Seconds by launch, those of several generations added up; nothing where a mark is missing.
 
-    `laps` are those of a `ClockedBackend` with `gaps` whose clock marks each launch.
+    `laps` are those of a clock that marks each launch.
     """
-    seconds, count = laps[::2], len(launches)  # the others lie between two launches
+    seconds, count = launch_seconds(laps), len(launches)
     if not seconds or len(seconds) % count:
         return {}
     return {name: sum(seconds[n::count]) for n, name in enumerate(launches)}

@@ -68,6 +68,26 @@ class Shared(Protocol):
         ...
 
 
+class Clock(Protocol):
+    """Marks moments in the order of the work, see `ScaleLoop.start_clock`.
+
+    Attributes:
+        each: mark the start and the end of every launch, not only of a generation.
+        source: what is read, for a report.
+    """
+
+    each: bool
+    source: str
+
+    def mark(self) -> None: ...
+
+    def laps(self) -> list[float]:
+        """Seconds between the marks since the last call; waits for the work."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Memory(Protocol):
     """Allocations live until the backend is closed. All start at a multiple of 256, as zeros."""
 
@@ -87,6 +107,10 @@ class Memory(Protocol):
     def forget(self, array: Array) -> None:
         """What `array` holds will not be read again before it is written; it may come back as
         zeros. Memory of the host goes back to the system until then."""
+        ...
+
+    def clock(self) -> Clock:
+        """A clock of the work that is launched; the caller closes it before the backend."""
         ...
 
 

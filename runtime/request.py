@@ -16,8 +16,8 @@ from var_deploy.editing import Kept
 from var_deploy.errors import UsageError
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.sampling import Sampling, check_seed, gumbel, uniforms
+from var_deploy.runtime.loop import Answer, ScaleLoop
+from var_deploy.sampling import Sampling, check_seed, gumbel, numbered, stack_uniforms
 
 REMEMBERED = 3  # runs that the next one is expected to be no slower than
 
@@ -146,26 +146,16 @@ class Batches:
         side = spec.tokenizer.image_side
         images = Images.blank((count, side, side, spec.tokenizer.image_channels), spec.scales)
         starts = range(0, count, batch)
-        launches = spec.scales + 1
         shared = self._cancelled
         stop = shared if cancelled is None else lambda: shared() or cancelled()
-        for number, first in enumerate(starts):
+        watcher: _Watcher | None = None
+        if on_progress or on_scale or end is not None:
+            watcher = _Watcher(self._loop, self._pace, len(starts), on_progress, on_scale, end)
+        for first in starts:
             rows = list(range(first, min(first + batch, count)))
-            watch: _Watch | None = None
-            if on_progress or on_scale or end is not None:
-                left = len(starts) - number
-                now = time.perf_counter()
-                watch = _Watch(
-                    loop=self._loop,
-                    pace=self._pace,
-                    first=first,
-                    count=len(rows),
-                    scales=spec.scales,
-                    on_scale=on_scale,
-                    end=None if end is None else now + (end - now) / left,
-                    told=_told(on_progress, number * launches, len(starts) * launches),
-                )
-            drawn = self._batch(request, rows, watch, stop)
+            if watcher:
+                watcher.begin_batch(first, len(rows))
+            drawn = self._batch(request, rows, watcher, stop)
             images[first : first + len(rows)] = to_uint8(drawn[: len(rows)])
             images.scales_done[first : first + len(rows)] = self._loop.scales_done
         return images
@@ -174,7 +164,7 @@ class Batches:
         self,
         request: Request,
         rows: list[int],
-        watch: Callable[[int], bool] | None,
+        watcher: _Watcher | None,
         cancelled: Callable[[], bool],
     ) -> NDArray[np.float32]:
         padded = rows + rows[-1:] * (self._manifest.batch - len(rows))
@@ -186,9 +176,9 @@ class Batches:
             noise += noise[-1:] * (len(padded) - len(rows))
         return self._loop.run(
             [request.labels[n] for n in padded],
-            np.stack([uniforms(*request.streams[n], total) for n in padded]),
+            stack_uniforms((request.streams[n] for n in padded), total),
             request.sampling,
-            watch,
+            watcher,
             forced=[tokens[padded] for tokens in request.forced],
             keep=request.kept.rows(padded) if request.kept else None,
             cancelled=cancelled,
@@ -196,58 +186,66 @@ class Batches:
         )
 
 
-def _told(
-    on_progress: Callable[[int, int], None] | None, before: int, launches: int
-) -> Callable[[int], None]:
-    def tell(done: int) -> None:
-        if on_progress:
-            on_progress(before + done, launches)
+class _Watcher:
+    """An `Observer` of the batches of one request: reports, tells of scales, keeps the deadline.
 
-    return tell
-
-
-class _Watch:
-    """What happens after each launch of a batch: True where the time is up."""
+    Args:
+        batches: of the request.
+        end: see `Batches.draw`.
+    """
 
     def __init__(
         self,
-        *,
         loop: ScaleLoop,
         pace: Pace,
-        first: int,
-        count: int,
-        scales: int,
+        batches: int,
+        on_progress: Callable[[int, int], None] | None,
         on_scale: Callable[[ScaleEvent], object] | None,
         end: float | None,
-        told: Callable[[int], None],
     ) -> None:
-        self._loop, self._pace, self._first, self._count = loop, pace, first, count
-        self._scales, self._on_scale, self._end, self._told = scales, on_scale, end, told
-        self._since = time.perf_counter()
+        self._loop, self._pace, self._scales = loop, pace, loop.scales
+        self._on_progress, self._on_scale = on_progress, on_scale
+        self._batches_left, self._launched = batches, 0
+        self._launches = batches * (self._scales + 1)
+        self._end = self._batch_end = end
+        self._first = self._count = 0
+        self._since = 0.0
 
-    def __call__(self, done: int) -> bool:
-        """`done` scales are done, or with K + 1 the decoder as well."""
-        took = time.perf_counter() - self._since
-        stop = False
-        if done > self._scales:
-            self._pace.saw_decoder(took)
-        else:
-            self._pace.saw_scale(done - 1, took)
-            if self._on_scale:
-                self._on_scale(self._event(done - 1))
-            stop = done < self._scales and self._late(done)
-        self._told(done)
+    def begin_batch(self, first: int, count: int) -> None:
+        """The next run of the loop draws the request's images `first` … `first + count - 1`."""
+        self._first, self._count = first, count
+        self._since = now = time.perf_counter()
+        if self._end is not None:
+            self._batch_end = now + (self._end - now) / self._batches_left
+        self._batches_left -= 1
+
+    def after_scale(self, done: int) -> Answer:
+        self._pace.saw_scale(done - 1, time.perf_counter() - self._since)
+        if self._on_scale:
+            self._on_scale(self._event(done - 1))
+        late = done < self._scales and self._late(done)
+        self._report(done)
+        return Answer.DECODE if late else Answer.GO_ON
+
+    def after_decoder(self) -> None:
+        self._pace.saw_decoder(time.perf_counter() - self._since)
+        self._launched += self._scales + 1
+        self._report(0)
+
+    def _report(self, done: int) -> None:
+        """`done` scales of this batch are done."""
+        if self._on_progress:
+            self._on_progress(self._launched + done, self._launches)
         self._since = time.perf_counter()
-        return stop
 
     def _late(self, following: int) -> bool:
         """Whether the next scale and the decoder would end too late."""
-        if self._end is None:
+        if self._batch_end is None:
             return False
         if self._pace.decoder is None:  # the first deadline of all: see how long it takes
             self._preview()
         decoder = self._pace.decoder or 0.0
-        return time.perf_counter() + self._pace.scale(following) + decoder > self._end
+        return time.perf_counter() + self._pace.scale(following) + decoder > self._batch_end
 
     def _event(self, scale: int) -> ScaleEvent:
         return ScaleEvent(
@@ -278,7 +276,7 @@ def streams(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int
     """
     if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
         seed = check_seed(seed)
-        return [(seed, number) for number in range(1 if count is None else count)]
+        return numbered(seed, 0, 1 if count is None else count)
     wanted = len(seed) if count is None else count
     if len(seed) != wanted or not wanted:
         raise UsageError(f"seed must be one number, or one an image, found {len(seed)} numbers")

@@ -15,7 +15,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from var_deploy.labels import spread_labels
@@ -47,7 +46,7 @@ def main(bundle: Path, precision: str, layout: Any, cuda_graph: bool) -> None:
         for _ in range(RUNS):
             loop.run(labels, draws, manifest.defaults)
     loop.close()
-    events = [e for e in found.events() if e.device_type == DeviceType.CUDA]
+    events = [e for e in found.events() if e.device_type.name == "CUDA"]
     report(events)
 
 

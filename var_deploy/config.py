@@ -89,6 +89,7 @@ class Loaded:
         precision, backend, layout: those that were taken, never "auto".
         settings: versions, device and settings of the backend, by what a person calls them.
         reason: why this backend, where that was left open; "" where nothing was passed over.
+        threads: CPU threads of a launch, None on a GPU.
     """
 
     precision: str
@@ -96,6 +97,7 @@ class Loaded:
     layout: str
     settings: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
+    threads: int | None = None
 
     def to_json(self) -> dict[str, str]:
         """Everything as text, as reports hold it."""

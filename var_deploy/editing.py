@@ -40,6 +40,47 @@ class Kept:
             tokens=tuple(drawn[chosen] for drawn in self.tokens),
         )
 
+    @classmethod
+    def nothing(cls, lengths: Sequence[int]) -> Kept:
+        """Of one image whose scales have these lengths: every token is drawn."""
+        return cls(
+            masks=tuple(np.zeros((1, n), np.bool_) for n in lengths),
+            tokens=tuple(np.zeros((1, n), np.int64) for n in lengths),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Kept]) -> Kept:
+        """Those of several groups of images, one group after another."""
+        return cls(
+            masks=tuple(map(np.concatenate, zip(*(part.masks for part in parts), strict=True))),
+            tokens=tuple(map(np.concatenate, zip(*(part.tokens for part in parts), strict=True))),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edit:
+    """A picture and what of it is to be new, made by `pictures.read_edit`.
+
+    Attributes:
+        pixels: the picture, uint8 [1, side, side, C].
+        new: bool [side, side], True where it is to be new.
+        masks: one [L_k] bool a scale, True where the token stays, see `keep_masks`.
+        keep_pixels: put the picture's own pixels back where it is not to be new.
+    """
+
+    pixels: NDArray[np.uint8]
+    new: NDArray[np.bool_]
+    masks: tuple[NDArray[np.bool_], ...]
+    keep_pixels: bool
+
+    def kept(self, tokens: Sequence[NDArray[np.int64]]) -> Kept:
+        """What one image keeps; `tokens` are those of the picture, [1, L_k] a scale."""
+        return Kept(masks=tuple(mask[None] for mask in self.masks), tokens=tuple(tokens))
+
+    def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Generated images [N, side, side, C] as they are given away."""
+        return blend(images, self.pixels[0], self.new) if self.keep_pixels else images
+
 
 def keep_masks(
     new: NDArray[np.bool_], patch_nums: Sequence[int], threshold: float = THRESHOLD

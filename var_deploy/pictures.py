@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from var_deploy.editing import Edit, keep_masks
 from var_deploy.errors import UsageError
+from var_deploy.spec import TokenizerSpec
 
 # VAR's training resizes the short side to round(1.125 · side) with a Lanczos filter and crops.
 MARGIN = 1.125
@@ -108,6 +110,31 @@ def read_mask(
     if not found.any():
         raise UsageError("the mask marks nothing that could be drawn anew")
     return found
+
+
+def read_edit(
+    picture: Picture,
+    mask: Mask,
+    tokenizer: TokenizerSpec,
+    *,
+    outside: bool = False,
+    keep_pixels: bool = False,
+) -> Edit:
+    """A picture and its mask as an edit of the model needs them; see `read_mask`.
+
+    Raises UsageError for what is no picture or no mask of it, and UnchangedError where the mask is
+    too small to change a token.
+    """
+    side, channels = tokenizer.image_side, tokenizer.image_channels
+    image = upright(picture, channels)
+    new = read_mask(mask, image.width, image.height, side, outside)
+    masks = keep_masks(new, tokenizer.patch_nums)
+    return Edit(
+        pixels=read_pictures(image, side, channels),
+        new=new,
+        masks=tuple(masks),
+        keep_pixels=keep_pixels,
+    )
 
 
 def _bright(image: Image.Image, name: str) -> NDArray[np.bool_]:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
 from var_deploy.config import Layout, Loaded, RuntimeConfig
-from var_deploy.editing import Kept, blend, keep_masks
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.pictures import Mask, Picture, read_mask, read_pictures, upright
+from var_deploy.pictures import Mask, Picture, read_edit, read_pictures
 from var_deploy.runtime.backends import Choice, choose_backend
 from var_deploy.runtime.generation_options import (
     SETTINGS,
@@ -27,6 +26,7 @@ from var_deploy.runtime.generation_options import (
     takes_generation_options,
 )
 from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.protocol import Clock
 from var_deploy.runtime.request import (
     Batches,
     Images,
@@ -190,6 +190,7 @@ class Pipeline:
             layout=config.layout,
             settings=settings,
             reason=choice.reason,
+            threads=config.threads,
         )
         tokenizer = TokenizerGraphs(
             files, manifest, precision, lambda: choose_backend(bundle, manifest, config).backend
@@ -300,27 +301,14 @@ class Pipeline:
         The other arguments and errors are those of `generate`.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
-        tokenizer = self.manifest.model.tokenizer
-        picture = upright(image, tokenizer.image_channels)
-        new = read_mask(mask, picture.width, picture.height, tokenizer.image_side)
-        pixels = self._pixels(picture)
-        masks = keep_masks(new, tokenizer.patch_nums)
+        edit = read_edit(image, mask, self.manifest.model.tokenizer, keep_pixels=keep_pixels)
         numbers, drawn = self._variants(label, seed)
         with self._running():
-            tokens = self._tokenizer.encode(pixels)
-            count = len(numbers)
-            request = Request(
-                labels=numbers,
-                streams=drawn,
-                sampling=sampling,
-                kept=Kept(
-                    masks=tuple(np.tile(m, (count, 1)) for m in masks),
-                    tokens=tuple(np.tile(t, (count, 1)) for t in tokens),
-                ),
-            )
+            kept = edit.kept(self._tokenizer.encode(edit.pixels)).rows([0] * len(numbers))
+            request = Request(labels=numbers, streams=drawn, sampling=sampling, kept=kept)
             images = self._generate(request, options, end)
         if keep_pixels:
-            images[...] = blend(images, pixels[0], new)
+            images[...] = edit.finish(images)
         return images
 
     @takes_generation_options
@@ -363,6 +351,12 @@ class Pipeline:
     def describe(self) -> Loaded:
         """Backend, versions, precision, layout: what a result should be reported with."""
         return self._loaded
+
+    def start_clock(self) -> Clock:
+        """A clock of the generations to come, closed with the pipeline; see
+        `ScaleLoop.start_clock`."""
+        with self._running() as loop:
+            return loop.start_clock()
 
     def close(self) -> None:
         """Release the sessions; safe to call twice."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,6 +213,16 @@ def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:
     drawn: NDArray[np.float32] = (bits >> np.uint64(40)).astype(np.float32)
     drawn *= np.float32(2.0**-24)
     return drawn
+
+
+def stack_uniforms(streams: Iterable[tuple[int, int]], tokens: int) -> NDArray[np.float32]:
+    """[N, tokens] numbers: the `uniforms` of each (seed, image number)."""
+    return np.stack([uniforms(seed, image, tokens) for seed, image in streams])
+
+
+def numbered(seed: int, first: int, count: int) -> list[tuple[int, int]]:
+    """Streams of the images `first` … `first + count - 1` of a request with one seed."""
+    return [(seed, image) for image in range(first, first + count)]
 
 
 def smoothing(scale: int, scales: int) -> tuple[float, float]:

@@ -62,7 +62,8 @@ class MultiScaleQuantizer(nn.Module):
             )
         else:
             self.embedding = nn.Embedding(spec.vocab_size, spec.code_width)
-        self._phis = phis  # aliases for lookup; the modules above own the keys
+        # aliases, one a scale; the modules above own the keys
+        self._phis = [phis[spec.phi_index(k)] for k in range(scales)] if phis else []
 
     def codebook(self, scale: int) -> nn.Embedding:
         table = self.embedding[scale] if self.spec.codebook_per_scale else self.embedding  # type: ignore[index]
@@ -71,10 +72,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def phi(self, scale: int, h: Tensor) -> Tensor:
         """φ_k(h); the identity where the tokenizer has none."""
-        if not self.spec.phi_count:
-            return h
-        out: Tensor = self._phis[self.spec.phi_index(scale)](h)
-        return out
+        return self._phis[scale](h) if self._phis else h
 
     def contribution(self, scale: int, codes_BCpp: Tensor) -> Tensor:
         """What a map of codes [B, Cv, p_k, p_k] adds to f_hat [B, Cv, p_K, p_K]."""

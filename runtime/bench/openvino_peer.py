@@ -30,7 +30,7 @@ from var_deploy.manifest import check_files, read_manifest
 from var_deploy.runtime.bench.contender import About, Sample, contender_parser, serve
 from var_deploy.runtime.host_memory import HostMemory, host_view
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.measure import ClockedBackend, WallClock, add_launches, launch_names
+from var_deploy.runtime.measure import add_launches, launch_names
 from var_deploy.runtime.protocol import Arrays, Launch
 from var_deploy.runtime.request import Batches, Images, Request
 
@@ -166,13 +166,12 @@ class OpenVinoContender:
             layout = "per-scale" if "per-scale" in held else "shared"
         check_files(bundle, manifest, prefix=f"{precision}/", hashes=False)
         self._backend = OpenVinoBackend(hint, threads)
-        self._clock = WallClock(self._backend.synchronize)
-        self._clock.each = True
         self._layout, self._graphs = layout, precision
         t = manifest.model.tokenizer
         self.images = Images.blank((images, t.image_side, t.image_side, t.image_channels), 0)
-        clocked = ClockedBackend(self._backend, self._clock, gaps=True)
-        self._loop = ScaleLoop(bundle, manifest, clocked, precision, layout)
+        self._loop = ScaleLoop(bundle, manifest, self._backend, precision, layout)
+        self._clock = self._loop.start_clock()
+        self._clock.each = True
         self._batches = Batches(manifest, self._loop, cancelled=lambda: False)
 
     def describe(self) -> About:

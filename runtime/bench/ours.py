@@ -15,43 +15,25 @@ from typing import Any
 from var_deploy import __version__
 from var_deploy.config import RuntimeConfig
 from var_deploy.labels import spread_labels
-from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.backends import choose_backend
 from var_deploy.runtime.bench.contender import About, Sample, contender_parser, serve
-from var_deploy.runtime.cuda import CudaMemory
-from var_deploy.runtime.measure import (
-    ClockedBackend,
-    CudaClock,
-    WallClock,
-    add_launches,
-    launch_names,
-)
-from var_deploy.runtime.protocol import Backend
+from var_deploy.runtime.measure import add_launches, launch_names
 
 
 class Ours:
-    """Loaded as `Pipeline.load` does it, hashes included, but for the clock.
+    """Loaded as `Pipeline.load` does it, hashes included.
 
     Args:
         images: of one generation, whatever the bundle's batch.
     """
 
     def __init__(self, bundle: Path, images: int, config: RuntimeConfig) -> None:
-        manifest = read_manifest(bundle)
-        choice = choose_backend(bundle, manifest, config)
-        try:
-            self._clock = _clock_of(choice.backend)
-        except BaseException:
-            choice.backend.close()
-            raise
-        clocked = ClockedBackend(choice.backend, self._clock, gaps=True)
-        choice = dataclasses.replace(choice, backend=clocked)
-        self._pipeline = Pipeline.assemble(bundle, manifest, choice)
+        self._pipeline = Pipeline.open(bundle, config)
+        self._clock = self._pipeline.start_clock()
         self._clock.each = True
+        manifest = self._pipeline.manifest
         self._labels = spread_labels(manifest.model.transformer.classes, images)
         self._launches, self._batch = launch_names(manifest), manifest.batch
-        self._threads = choice.config.threads or 0
 
     def describe(self) -> About:
         loaded = self._pipeline.describe()
@@ -64,7 +46,7 @@ class Ours:
             },
             graphs=loaded.precision,
             backend=loaded.backend,
-            threads=self._threads,
+            threads=loaded.threads or 0,
             reason=loaded.reason,
         )
 
@@ -79,15 +61,7 @@ class Ours:
         )
 
     def close(self) -> None:
-        self._clock.close()
         self._pipeline.close()
-
-
-def _clock_of(backend: Backend) -> WallClock | CudaClock:
-    """CUDA events where launches go to a GPU: nothing has to wait for them."""
-    if isinstance(backend, CudaMemory):
-        return CudaClock(backend._cuda.stream)
-    return WallClock(backend.synchronize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

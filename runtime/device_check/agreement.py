@@ -20,7 +20,7 @@ from var_deploy.errors import BackendError
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.sampling import Sampling, uniforms
+from var_deploy.sampling import Sampling, numbered, stack_uniforms
 
 Tokens = NDArray[np.int64]
 Image = NDArray[np.float32]
@@ -50,7 +50,7 @@ def make_cases(manifest: Manifest, images: int) -> list[Case]:
     return [
         Case(
             labels=spread_labels(classes, batch, first),
-            uniforms=np.stack([uniforms(0, n, tokens) for n in range(first, first + batch)]),
+            uniforms=stack_uniforms(numbered(0, first, batch), tokens),
             sampling=manifest.defaults,
         )
         for first in range(0, images, batch)

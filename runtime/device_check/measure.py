@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_deploy.runtime.measure import Clock, Spread
+from var_deploy.runtime.measure import Spread, launch_seconds
+from var_deploy.runtime.protocol import Clock
 
 BUDGET = 20.0  # seconds for one kind of repetition
 WARM_UP = 0.1  # share of it that is run before; clocks rise and caches fill meanwhile
@@ -39,8 +40,8 @@ class Latency:
 def time_images(
     run: Callable[[], object], clock: Clock, launches: Sequence[str], budget: float = BUDGET
 ) -> Latency:
-    """Time `run`, a generation on a `ClockedBackend` with this clock: first as a whole, then
-    launch by launch, each for about `budget` seconds."""
+    """Time `run`, a generation of a loop with this clock: first as a whole, then launch by launch,
+    each for about `budget` seconds."""
     clock.each = False
     clock.laps()  # what was marked before belongs to nobody
     _repeat(run, FEWEST_WARM_UPS, WARM_UP * budget, clock.laps, most=None)
@@ -48,7 +49,7 @@ def time_images(
     calls = _repeat(run, FEWEST, budget, lambda: images.append(sum(clock.laps())))
     clock.each = True
     parts: list[list[float]] = []
-    _repeat(run, FEWEST, budget, lambda: parts.append(clock.laps()))
+    _repeat(run, FEWEST, budget, lambda: parts.append(launch_seconds(clock.laps())))
     clock.each = False
     fit = all(len(laps) == len(launches) for laps in parts)
     columns = zip(launches, zip(*parts, strict=True), strict=True) if fit else ()

@@ -14,10 +14,9 @@ from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import Cuda
 from var_deploy.runtime.int8_check import check_int8
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.measure import ClockedBackend, CudaClock, WallClock
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
-from var_deploy.runtime.protocol import Backend
+from var_deploy.runtime.protocol import Backend, Clock
 from var_deploy.runtime.tensorrt.engine_files import find_target, load_plan
 from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.session import TensorRtBackend
@@ -52,7 +51,7 @@ class Running:
     """
 
     loop: ScaleLoop
-    clock: WallClock | CudaClock
+    clock: Clock
     runs_on: dict[str, str]
     free: int
     cuda: Cuda | None
@@ -85,17 +84,14 @@ def opened(
     """
     cuda, free = None, 0
     backend: Backend
-    clock: WallClock | CudaClock
     if variant.backend == ORT_CPU:
         backend = OrtCpuBackend()
         if variant.precision == "int8":
             check_int8(backend)
-        clock = WallClock(backend.synchronize)
     else:
         cuda = Cuda()
         try:
             free = cuda.free_memory()[0]
-            clock = CudaClock(cuda.stream)
             if variant.backend == ORT_CUDA:
                 backend = OrtCudaBackend(cuda=cuda, cuda_graph=variant.cuda_graph)
             else:
@@ -104,12 +100,11 @@ def opened(
         except BaseException:
             cuda.close()
             raise
-    clocked = ClockedBackend(backend, clock)
-    loop = ScaleLoop(bundle, manifest, clocked, variant.precision, variant.layout)
+    loop = ScaleLoop(bundle, manifest, backend, variant.precision, variant.layout)
     try:
-        yield Running(loop=loop, clock=clock, runs_on=backend.describe(), free=free, cuda=cuda)
+        clock, runs_on = loop.start_clock(), backend.describe()
+        yield Running(loop=loop, clock=clock, runs_on=runs_on, free=free, cuda=cuda)
     finally:
-        clock.close()
         loop.close()
 
 

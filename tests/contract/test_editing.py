@@ -7,6 +7,8 @@ import pytest
 
 from var_deploy.editing import Kept, blend, box_mask, feather, keep_masks
 from var_deploy.errors import UnchangedError, UsageError
+from var_deploy.pictures import read_edit
+from var_deploy.spec import TokenizerSpec
 
 PATCHES = (1, 2, 4)
 
@@ -94,3 +96,30 @@ def test_pixels_outside_the_mask_are_put_back() -> None:
     assert (mixed[:, ~mask] == 200).all()
     assert (mixed[:, 18:46, 18:46] == 10).all()
     assert 10 < mixed[0, 16, 30, 0] < 200
+
+
+def test_a_picture_and_its_mask_become_an_edit_of_the_models_size() -> None:
+    spec = TokenizerSpec(
+        patch_nums=PATCHES, vocab_size=16, code_width=4, base_width=32, width_multipliers=(1, 2)
+    )
+    side = spec.image_side
+    picture = np.random.RandomState(0).randint(0, 255, (side, side, 3)).astype(np.uint8)
+    mask = box_mask((0, 0, side // 2, side), side, side)
+    edit = read_edit(picture, mask, spec, outside=True, keep_pixels=True)
+    np.testing.assert_array_equal(edit.pixels, picture[None])
+    np.testing.assert_array_equal(edit.new, ~mask)
+    tokens = [np.full((1, p * p), p) for p in PATCHES]
+    kept = edit.kept(tokens)
+    for found, wanted in zip(kept.masks, keep_masks(~mask, PATCHES), strict=True):
+        np.testing.assert_array_equal(found, wanted[None])
+    np.testing.assert_array_equal(kept.tokens[2], tokens[2])
+    grey = np.full((2, side, side, 3), 128, np.uint8)
+    np.testing.assert_array_equal(edit.finish(grey), blend(grey, picture, ~mask))
+    plain = read_edit(picture, mask, spec)
+    assert plain.finish(grey) is grey, "only what is asked for is put back"
+    # one edit for several images, and beside images that keep nothing
+    together = Kept.joined([kept.rows([0, 0]), Kept.nothing([p * p for p in PATCHES])])
+    np.testing.assert_array_equal(together.masks[1][:2], kept.masks[1][[0, 0]])
+    assert not together.masks[1][2].any() and together.tokens[2].shape == (3, 16)
+    with pytest.raises(UnchangedError, match="too small"):
+        read_edit(picture, box_mask((0, 0, 1, 1), side, side), spec)

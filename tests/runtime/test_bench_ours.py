@@ -17,11 +17,11 @@ from var_deploy import __version__
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.bench import ours as module
 from var_deploy.runtime.bench import rates
 from var_deploy.runtime.bench.ours import Ours
 from var_deploy.runtime.bench.rates import RateProbes, amounts
-from var_deploy.runtime.cuda import Cuda, CudaMemory
+from var_deploy.runtime.cuda import Cuda, CudaClock, CudaMemory
+from var_deploy.runtime.measure import add_launches
 
 ExportTo = Callable[..., Path]
 CPU: dict[str, Any] = {"precision": "fp32", "backend": "onnxruntime-cpu", "threads": 1}
@@ -70,9 +70,11 @@ def test_launches_of_all_batches_are_added_up(contender: Ours) -> None:
         assert min(sample.launches.values()) > 0
 
 
-def test_launches_that_do_not_fit_are_left_out(contender: Ours) -> None:
-    contender._launches.append("one more")
-    assert contender.generate().launches == {}
+def test_launches_that_do_not_fit_are_left_out() -> None:
+    laps = [1.0, 0.5, 2.0, 0.25, 4.0, 0.125, 8.0]  # every second one lies between two launches
+    assert add_launches(laps, ["first", "last"]) == {"first": 5.0, "last": 10.0}
+    assert add_launches(laps, ["first", "last", "one more"]) == {}
+    assert add_launches([], ["first"]) == {}
 
 
 def test_a_bundle_is_checked_as_ever(bundle: Path, tmp_path: Path) -> None:
@@ -87,11 +89,10 @@ def test_a_bundle_is_checked_as_ever(bundle: Path, tmp_path: Path) -> None:
         Ours(bundle, 1, RuntimeConfig(**{**CPU, "precision": "int8"}))
 
 
-def test_a_gpu_is_clocked_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_clocked_by_its_own_events() -> None:
     cudart.reset()
-    monkeypatch.setattr(module, "CudaClock", lambda stream: ("events on", stream))
     cuda = Cuda(cudart)
-    assert module._clock_of(CudaMemory(cuda)) == ("events on", cuda.stream)
+    assert isinstance(CudaMemory(cuda).clock(), CudaClock)
     cuda.close()
 
 

@@ -13,7 +13,13 @@ from var_deploy import names
 from var_deploy.manifest import Manifest
 from var_deploy.resize import area_matrix, bicubic_matrix
 from var_deploy.runtime.blocks import Block, SharedBlock, pack
-from var_deploy.runtime.buffers import CacheArena, LoopBuffers, step_geometry, step_shapes
+from var_deploy.runtime.buffers import (
+    CacheArena,
+    FHatPlace,
+    LoopBuffers,
+    step_geometry,
+    step_shapes,
+)
 from var_deploy.runtime.host_memory import HostMemory, host_view
 from var_deploy.runtime.protocol import ALIGNMENT, Array
 from var_deploy.sampling import Sampling
@@ -159,7 +165,8 @@ def test_f_hat_goes_back_and_forth_and_begins_with_zeros() -> None:
             assert outputs[names.NEW_F_HAT] is following[names.F_HAT]
             assert outputs[names.NEXT_INPUT] is following[names.INPUT]
         else:
-            assert outputs[names.NEW_F_HAT] is buffers.decoder_inputs()[names.F_HAT]
+            place = FHatPlace.after(len(SIDES))
+            assert outputs[names.NEW_F_HAT] is buffers.decoder_inputs(place)[names.F_HAT]
             assert names.NEXT_INPUT not in outputs
 
 

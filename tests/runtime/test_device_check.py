@@ -26,7 +26,7 @@ from var_deploy.manifest import read_manifest
 from var_deploy.planning.costs import Workload
 from var_deploy.planning.devices import DEVICES
 from var_deploy.planning.plan import launch_times
-from var_deploy.runtime.cuda import Graph
+from var_deploy.runtime.cuda import CudaClock, Graph
 from var_deploy.runtime.device_check import agreement, bundle_check, command, variants
 from var_deploy.runtime.device_check.agreement import (
     Case,
@@ -42,7 +42,7 @@ from var_deploy.runtime.device_check.measure import time_images
 from var_deploy.runtime.device_check.report import Found, NotRunError, Report
 from var_deploy.runtime.floors import floors, reached
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.measure import CudaClock, Spread, WallClock
+from var_deploy.runtime.measure import Spread, WallClock, clocked
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library
@@ -659,18 +659,18 @@ def test_a_spread() -> None:
 
 def test_launches_are_timed_one_by_one() -> None:
     clock = WallClock(lambda: None)
+    slow = clocked(lambda: time.sleep(0.004), clock, first=True)
+    quick = clocked(lambda: None, clock, last=True)
 
     def run() -> None:
-        clock.mark()
-        for seconds in (0.004, 0.0):
-            time.sleep(seconds)
-            if clock.each or not seconds:
-                clock.mark()
+        slow()
+        time.sleep(0.004)  # between two launches
+        quick()
         time.sleep(0.004)  # after the last launch: copies, checks
 
     latency = time_images(run, clock, ["slow", "quick"], budget=0.1)
     assert latency.launches["slow"].median > 0.004 > latency.launches["quick"].median
-    assert 0.004 < latency.image.median < latency.call.median - 0.003
+    assert 0.008 < latency.image.median < latency.call.median - 0.003
     assert latency.image.count >= 5
     assert not clock.each
     assert time_images(run, clock, ["only one name"], budget=0.0).launches == {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from var_deploy import names
+from var_deploy.bundle_files import BundleFiles
 from var_deploy.errors import BackendError, CancelledError, UsageError
+from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.measure import launch_seconds
+from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.protocol import Launch
 from var_deploy.runtime.request import Pace, ScaleEvent
+from var_deploy.sampling import stack_uniforms
 
 ExportTo = Callable[..., Path]
 
@@ -23,28 +32,50 @@ SCALES, SIDE = 3, 8
 LENGTHS = (1, 4, 16)
 
 
-@pytest.fixture
-def fresh(export_to: ExportTo) -> Iterator[Pipeline]:
-    """A pipeline that has not learned how long anything takes."""
-    with Pipeline.load(export_to(batch=2), threads=1) as pipeline:
-        yield pipeline
+class Noting(OrtCpuBackend):
+    """Notes what a loop asks for; every launch of a scale or the decoder takes `seconds` more."""
 
+    def __init__(self) -> None:
+        super().__init__(threads=1)
+        self.seconds, self.decoded, self.waits = 0.0, 0, 0
 
-def slow_down(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let every scale and the decoder take this long at least."""
-    loop = pipe._loop
-    assert loop is not None
+    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        condition, *scales = launches[:-2]
+        return [condition, *map(self._slow, scales), *map(self._decode, launches[-2:])]
 
-    def slow(launch: Callable[[], None]) -> Callable[[], None]:
+    def synchronize(self) -> None:
+        self.waits += 1
+
+    def _slow(self, launch: Launch) -> Launch:
         def run() -> None:
-            time.sleep(seconds)
+            time.sleep(self.seconds)
             launch()
 
         return run
 
-    condition, *scales = loop._launches
-    monkeypatch.setattr(loop, "_launches", [condition, *map(slow, scales)])
-    monkeypatch.setattr(loop, "_decoders", [slow(launch) for launch in loop._decoders])
+    def _decode(self, launch: Launch) -> Launch:
+        slow = self._slow(launch)
+
+        def run() -> None:
+            self.decoded += 1
+            slow()
+
+        return run
+
+
+@pytest.fixture
+def noting() -> Noting:
+    return Noting()
+
+
+@pytest.fixture
+def fresh(export_to: ExportTo, noting: Noting) -> Iterator[Pipeline]:
+    """A pipeline on `noting` that has not learned how long anything takes."""
+    folder = export_to(batch=2)
+    manifest = read_manifest(folder)
+    loop = ScaleLoop(folder, manifest, noting, "fp32", "shared")
+    with Pipeline(manifest, loop, "fp32", "shared", noting.describe()) as pipeline:
+        yield pipeline
 
 
 # events
@@ -86,34 +117,62 @@ def test_previews_are_the_images_so_far(pipe: Pipeline, expected: NDArray[np.uin
     assert np.abs(np.concatenate(previews[0]).astype(int) - expected).max() > 30
 
 
-def test_nothing_is_decoded_that_is_not_asked_for(
-    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = fresh._loop
-    assert loop is not None
-    decoded: list[int] = []
-
-    def counted(launch: Callable[[], None]) -> Callable[[], None]:
-        return lambda: (decoded.append(1), launch())[1]
-
-    monkeypatch.setattr(loop, "_decoders", [counted(launch) for launch in loop._decoders])
+def test_nothing_is_decoded_that_is_not_asked_for(fresh: Pipeline, noting: Noting) -> None:
     fresh.generate(LABELS, on_scale=lambda event: None)
-    assert len(decoded) == 3  # one a batch
+    assert noting.decoded == 3  # one a batch
     fresh.generate(LABELS[:2], on_scale=lambda event: event.preview())
-    assert len(decoded) == 3 + 1 + SCALES
+    assert noting.decoded == 3 + 1 + SCALES
 
 
-def test_without_a_callback_nothing_waits(
-    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[int] = []
-    loop = fresh._loop
-    assert loop is not None
-    monkeypatch.setattr(loop._backend, "synchronize", lambda: waits.append(1))
+def test_without_a_callback_nothing_waits(fresh: Pipeline, noting: Noting) -> None:
     fresh.generate(LABELS[:2])
-    assert len(waits) == 1
+    assert noting.waits == 1
     fresh.generate(LABELS[:2], on_progress=lambda done, steps: None)
-    assert len(waits) == 1 + 1 + SCALES + 1
+    assert noting.waits == 1 + 1 + SCALES + 1
+
+
+def test_progress_counts_the_launches_of_all_batches(pipe: Pipeline) -> None:
+    told: list[tuple[int, int]] = []
+    pipe.generate(LABELS, on_progress=lambda done, steps: told.append((done, steps)))
+    assert told == [(n, 3 * (SCALES + 1)) for n in range(1, 3 * (SCALES + 1) + 1)]
+
+
+def test_a_clock_marks_generations_or_launches(fresh: Pipeline) -> None:
+    clock = fresh.start_clock()
+    assert fresh.start_clock() is clock
+    fresh.generate(LABELS[:2])
+    (whole,) = clock.laps()
+    clock.each = True
+    fresh.generate(LABELS[:2])
+    launches = launch_seconds(clock.laps())
+    assert len(launches) == 1 + SCALES + 1 and min(launches) >= 0 < whole
+    # a generation that ends early is marked to its end as well
+    clock.each = False
+    fresh.generate(LABELS[:2], deadline=1e-6)
+    assert len(clock.laps()) == 1
+
+
+def test_a_loop_without_a_decoder_draws_the_same_tokens(export_to: ExportTo) -> None:
+    folder = export_to(batch=2)
+    manifest = read_manifest(folder)
+    graphs = {name: g for name, g in manifest.graphs["fp32"].items() if name != names.DECODER}
+    lacking = dataclasses.replace(manifest, graphs={"fp32": graphs})
+    draws = stack_uniforms([(7, 0), (7, 1)], manifest.model.total_tokens)
+    given = ([1, 2], draws, manifest.defaults)
+    files = BundleFiles(folder, manifest, "fp32")
+    whole = ScaleLoop(files, manifest, OrtCpuBackend(1), "fp32", "shared")
+    short = ScaleLoop(files, lacking, OrtCpuBackend(1), "fp32", "shared", decoder=False)
+    try:
+        whole.run(*given)
+        for found, wanted in zip(short.generate_tokens(*given), whole.tokens(), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(short.f_hat(), whole.f_hat())
+        with pytest.raises(BackendError, match="made without a decoder"):
+            short.run(*given)
+    finally:
+        whole.close()
+        short.close()
+        files.close()
 
 
 # seeds
@@ -165,9 +224,9 @@ def test_one_scale_at_least(pipe: Pipeline) -> None:
 
 
 def test_a_deadline_sets_time_aside_for_the_decoder(
-    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
+    fresh: Pipeline, noting: Noting
 ) -> None:
-    slow_down(fresh, monkeypatch, 0.04)
+    noting.seconds = 0.04
     whole = fresh.generate([0, 1], seed=7, deadline=100)
     assert whole.scales_done.tolist() == [SCALES] * 2
     started = time.perf_counter()
@@ -181,9 +240,9 @@ def test_a_deadline_sets_time_aside_for_the_decoder(
 
 
 def test_the_first_deadline_of_all_looks_how_long_the_decoder_takes(
-    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch
+    fresh: Pipeline, noting: Noting
 ) -> None:
-    slow_down(fresh, monkeypatch, 0.04)
+    noting.seconds = 0.04
     images = fresh.generate([0], deadline=0.06)
     assert images.scales_done.tolist() == [1]
 
@@ -224,18 +283,18 @@ def test_a_callback_cancels(pipe: Pipeline, expected: NDArray[np.uint8], scale: 
 
 
 def test_another_thread_cancels(
-    fresh: Pipeline, monkeypatch: pytest.MonkeyPatch, expected: NDArray[np.uint8]
+    fresh: Pipeline, noting: Noting, expected: NDArray[np.uint8]
 ) -> None:
     fresh.cancel()  # nothing is drawn: nothing happens
-    with monkeypatch.context() as patch:
-        slow_down(fresh, patch, 0.05)
-        timer = threading.Timer(0.07, fresh.cancel)
-        timer.start()
-        started = time.perf_counter()
-        with pytest.raises(CancelledError):
-            fresh.generate([0] * 20)  # two seconds and more
-        assert time.perf_counter() - started < 1
-        timer.join()
+    noting.seconds = 0.05
+    timer = threading.Timer(0.07, fresh.cancel)
+    timer.start()
+    started = time.perf_counter()
+    with pytest.raises(CancelledError):
+        fresh.generate([0] * 20)  # two seconds and more
+    assert time.perf_counter() - started < 1
+    timer.join()
+    noting.seconds = 0.0
     np.testing.assert_array_equal(fresh.generate(LABELS, seed=7), expected)
 
 
@@ -247,11 +306,13 @@ def test_a_callback_cannot_use_its_own_pipeline(pipe: Pipeline) -> None:
 
 
 def test_a_closed_loop_decodes_nothing(export_to: ExportTo) -> None:
-    with Pipeline.load(export_to(batch=2), threads=1) as closed:
-        loop = closed._loop
-    assert loop is not None
+    folder = export_to(batch=2)
+    loop = ScaleLoop(folder, read_manifest(folder), OrtCpuBackend(1), "fp32", "shared")
+    loop.close()
     with pytest.raises(BackendError, match="closed"):
         loop.preview()
+    with Pipeline.load(folder, threads=1) as closed:
+        pass
     for call in (
         lambda: closed.encode(np.zeros((8, 8, 3), np.uint8)),
         lambda: closed.decode([np.zeros((1, 1), int)]),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.config import GraphForm
 from var_deploy.manifest import read_manifest
-from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.loop import Answer, ScaleLoop
 from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.sampling import Sampling, uniforms
 from var_deploy.spec import ModelSpec
@@ -69,6 +69,16 @@ def likelihood(tokens: Array, probabilities: Array) -> float:
 )
 def test_the_tail_is_that_of_the_tables(statistic: float, degrees: int, tail: float) -> None:
     assert chi_square_tail(statistic, degrees) == pytest.approx(tail, abs=2e-5)
+
+
+class OneScale:
+    """Ends every run after its first scale."""
+
+    def after_scale(self, done: int) -> Answer:
+        return Answer.DECODE
+
+    def after_decoder(self) -> None:
+        pass
 
 
 @cache
@@ -166,7 +176,7 @@ def test_the_images_of_a_bundle_are_independent_draws(
         tokens = []
         for first in range(0, DRAWS, batch):
             given = np.stack([uniforms(seed, first + n, total) for n in range(batch)])
-            loop.run([label] * batch, given, sampling, on_step=lambda done: True)
+            loop.run([label] * batch, given, sampling, OneScale())
             tokens.append(loop.tokens()[0])
     finally:
         loop.close()

@@ -33,6 +33,7 @@ from var_deploy.export.pocket.classifier import (
     load_classifier,
 )
 from var_deploy.export.pocket.model import CLASS_NAMES
+from var_deploy.images import psnr as image_psnr
 from var_deploy.pipeline import Pipeline
 
 Distances = NDArray[np.float32]
@@ -88,11 +89,10 @@ def reconstruct(tokenizer: Tokenizer, images: Images) -> Images:
 
 def psnr(images: Images, others: Images) -> float:
     """Mean of each picture's peak signal-to-noise ratio in dB, peak 255."""
-    squares = np.square(images.astype(np.float32) - others.astype(np.float32))
-    error = squares.reshape(len(images), -1).mean(axis=1)
     # two equal pictures count as one grey level off in one value, not as infinitely good
-    floor = 1 / squares[0].size
-    return float((10 * np.log10(255**2 / np.maximum(error, floor))).mean())
+    most = 10 * np.log10(255**2 * images[0].size)
+    pairs = zip(images / np.float32(255), others / np.float32(255), strict=True)
+    return float(np.mean([min(most, image_psnr(*pair)) for pair in pairs]))
 
 
 def tokenizer_psnr(tokenizer: Tokenizer, images: Images) -> float:

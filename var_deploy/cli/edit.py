@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from var_deploy import names
@@ -22,11 +20,11 @@ from var_deploy.cli.options import (
 )
 from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels
 from var_deploy.config import RuntimeConfig
-from var_deploy.editing import box_mask, keep_masks
+from var_deploy.editing import box_mask
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
 from var_deploy.manifest import read_manifest
-from var_deploy.pictures import read_mask, read_pictures, upright
+from var_deploy.pictures import Mask, read_edit, upright
 from var_deploy.sampling import check_seed, parse_seeds
 
 
@@ -110,9 +108,7 @@ def edit(
     chosen = None if label is None else known_labels([label], manifest, "--label")[0]
     tokenizer = manifest.model.tokenizer
     picture = upright(image, tokenizer.image_channels)
-    new = _new(picture, mask, box, outside, tokenizer.image_side)
-    keep_masks(new, tokenizer.patch_nums)  # which refuses an edit that changes no token
-    pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)[0]
+    prepared = read_edit(picture, _mask(picture, mask, box), tokenizer, outside=outside)
     check_graphs(manifest, config, names.ENCODER)
 
     started = time.monotonic()
@@ -120,8 +116,8 @@ def edit(
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config) as pipe:
             images = pipe.edit(
-                pixels,
-                new,
+                prepared.pixels[0],
+                prepared.new,
                 label=chosen,
                 seed=seeds,
                 sampling=settings,
@@ -159,15 +155,11 @@ def _seeds(text: str, count: int | None) -> list[int]:
     return list(range(seeds[0], seeds[0] + count))
 
 
-def _new(
-    picture: Image.Image, mask: Path | None, box: str | None, outside: bool, side: int
-) -> NDArray[np.bool_]:
-    """[side, side], True where the image is to be new."""
+def _mask(picture: Image.Image, mask: Path | None, box: str | None) -> Mask:
+    """The mask as it was given, a box as a mask of the picture's size."""
     if (mask is None) == (box is None):
         raise UsageError("say with --mask or with --box, one of them, what is to be drawn anew")
-    width, height = picture.size
-    where = mask if mask is not None else box_mask(_corners(box or ""), height, width)
-    return read_mask(where, width, height, side, outside)
+    return mask if mask is not None else box_mask(_corners(box or ""), *picture.size[::-1])
 
 
 def _corners(text: str) -> list[int]:

@@ -114,7 +114,7 @@ class RayBackend(Line):
     def _take(self, job: Job, item: Item) -> None:
         if isinstance(item, Begun):
             if job in self._waiting:
-                job.begun = job.work.count
+                job.take(job.work.count)
                 self._begins(job)
                 self._waiting.remove(job)
                 self._tell_positions()

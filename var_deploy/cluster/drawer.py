@@ -90,7 +90,7 @@ class Drawer:
             async for item in order.items():
                 yield item
         finally:
-            order.gone = True
+            order.leave()
             self._orders.remove(order)
             turn.cancel()
 
@@ -121,9 +121,9 @@ class Drawer:
                 pass  # it was for nobody
             except Exception as error:  # whatever it is, the next batch may do better
                 for share in shares:
-                    share.job.gone = True
+                    share.job.leave()
                     share.job.tell(error)
 
 
 def _waits(order: Order) -> bool:
-    return order.begun < order.work.count and not order.gone
+    return order.left > 0 and not order.gone

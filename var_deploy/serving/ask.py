@@ -6,17 +6,15 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from var_deploy import names
-from var_deploy.editing import box_mask, keep_masks
+from var_deploy.editing import Edit, box_mask
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
-from var_deploy.pictures import read_mask, read_pictures, upright
+from var_deploy.pictures import Mask, read_edit, upright
 from var_deploy.runtime.request import Request, label_numbers, streams
-from var_deploy.serving.backend import Edit, Work
+from var_deploy.serving.backend import Work
 from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody
 from var_deploy.serving.settings import Settings
@@ -72,19 +70,17 @@ def can_edit(manifest: Manifest, precision: str) -> bool:
 
 def _edit(body: EditBody, manifest: Manifest, limits: Settings) -> Edit:
     tokenizer = manifest.model.tokenizer
-    side, channels = tokenizer.image_side, tokenizer.image_channels
-    picture = upright(open_picture(body.image, "the picture", limits.pixels), channels)
-    width, height = picture.size
-    mask: Image.Image | NDArray[np.bool_]
+    picture = open_picture(body.image, "the picture", limits.pixels)
+    picture = upright(picture, tokenizer.image_channels)
+    mask: Mask
     if body.box is not None:
-        mask = box_mask(body.box, height, width)
+        mask = box_mask(body.box, picture.height, picture.width)
     else:
         assert body.mask is not None  # or there is a box
         mask = open_picture(body.mask, "the mask", limits.pixels)
-    new = read_mask(mask, width, height, side, body.outside)
-    keep_masks(new, tokenizer.patch_nums)  # which refuses an edit that changes no token
-    pixels = read_pictures(picture, side, channels)
-    return Edit(pixels=pixels, new=new, keep_pixels=body.keep_pixels)
+    return read_edit(
+        picture, mask, tokenizer, outside=body.outside, keep_pixels=body.keep_pixels
+    )
 
 
 def open_picture(text: EncodedText, what: str, pixels: int) -> Image.Image:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.config import Loaded
+from var_deploy.editing import Edit
 from var_deploy.errors import VarDeployError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.request import Request
@@ -46,21 +47,6 @@ class LateError(RefusedError):
     """The deadline came before the request's turn."""
 
     status = 504
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Edit:
-    """What an edit starts from.
-
-    Attributes:
-        pixels: the picture, uint8 [1, side, side, C].
-        new: bool [side, side], True where it is to be new.
-        keep_pixels: put the picture's own pixels back elsewhere.
-    """
-
-    pixels: NDArray[np.uint8]
-    new: NDArray[np.bool_]
-    keep_pixels: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

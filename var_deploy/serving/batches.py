@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.editing import Kept, blend, keep_masks
+from var_deploy.editing import Kept
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import Images, Request, ScaleEvent
 from var_deploy.serving.backend import Drawn, Event, ScaleDone, Work
@@ -26,24 +27,29 @@ T = TypeVar("T")
 
 
 class Job:
-    """A `Work` that somebody waits for."""
+    """A `Work` that somebody waits for.
+
+    Who waits and who draws are two threads: what changes is behind one lock.
+
+    Attributes:
+        came: when, on the clock of `time.perf_counter`.
+        end: by when it is to be done, None without a deadline.
+    """
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.came = time.perf_counter()
         self.end = None if work.deadline is None else self.came + work.deadline
-        self.begun = 0  # images that were given to batches
-        self.done = 0  # images that came back
-        self.gone = False  # nobody waits any more
-        self.kept: Kept | None = None  # tokens [1, L_k] that every image keeps
-        self.images: NDArray[np.uint8] | None = None
-        self.scales_done = np.zeros(work.count, np.int64)
+        self._lock = threading.Lock()
+        self._begun = self._done = 0
+        self._gone = False
+        self._kept: Kept | None = None
+        self._images: NDArray[np.uint8] | None = None
+        self._scales_done = np.zeros(work.count, np.int64)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
-    def tell(self, event: Event | Exception) -> None:
-        """From any thread."""
-        self._put(self._events, event)
+    # who waits
 
     async def next(self, timeout: float | None = None) -> Event:
         """The next event. Raises what went wrong, and asyncio.TimeoutError."""
@@ -51,6 +57,72 @@ class Job:
         if isinstance(event, Exception):
             raise event
         return event
+
+    def leave(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            self._gone = True
+
+    # who draws
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits any more."""
+        with self._lock:
+            return self._gone
+
+    @property
+    def begun(self) -> bool:
+        """Whether any of its images were given to a batch."""
+        with self._lock:
+            return self._begun > 0
+
+    @property
+    def left(self) -> int:
+        """Images that no batch has taken yet."""
+        with self._lock:
+            return self.work.count - self._begun
+
+    def take(self, most: int) -> range:
+        """Up to `most` of the images that are left, as begun."""
+        with self._lock:
+            start = self._begun
+            self._begun = min(start + most, self.work.count)
+            return range(start, self._begun)
+
+    def keep(self, encode: Callable[[NDArray[np.uint8]], Sequence[NDArray[np.int64]]]) -> None:
+        """Encode the picture of an edit; once, however many batches there are."""
+        edit = self.work.edit
+        if edit is not None and self.kept is None:
+            kept = edit.kept(encode(edit.pixels))
+            with self._lock:
+                self._kept = kept
+
+    @property
+    def kept(self) -> Kept | None:
+        """What each image keeps, [1, L_k]; None before `keep`, and where there is no edit."""
+        with self._lock:
+            return self._kept
+
+    def deliver(
+        self, rows: range, images: NDArray[np.uint8], scales_done: NDArray[np.int64]
+    ) -> None:
+        """Images `rows` came back; with the last ones all are told."""
+        place = slice(rows.start, rows.stop)
+        with self._lock:
+            if self._images is None:
+                self._images = np.empty((self.work.count, *images.shape[1:]), np.uint8)
+            self._images[place] = images
+            self._scales_done[place] = scales_done
+            self._done += len(rows)
+            complete = self._done == self.work.count
+            drawn = Drawn(images=self._images, scales_done=self._scales_done)
+        if complete:
+            self.tell(drawn)
+
+    def tell(self, event: Event | Exception) -> None:
+        """From any thread."""
+        self._put(self._events, event)
 
     def _put(self, queue: asyncio.Queue[T], event: T) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
@@ -64,11 +136,6 @@ class Job:
             and mine.previews == theirs.previews
             and self.end is other.end is None
         )
-
-    def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Images as they are given away."""
-        edit = self.work.edit
-        return blend(images, edit.pixels[0], edit.new) if edit and edit.keep_pixels else images
 
 
 J = TypeVar("J", bound=Job)
@@ -88,7 +155,9 @@ class Share(Generic[J]):
         return self.rows.start == 0
 
     def of(self, batch: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return self.job.finish(batch[self.place : self.place + len(self.rows)])
+        """Its part of a batch, as it is given away."""
+        images, edit = batch[self.place : self.place + len(self.rows)], self.job.work.edit
+        return images if edit is None else edit.finish(images)
 
 
 def gather(waiting: Sequence[J], batch: int) -> list[Share[J]]:
@@ -100,11 +169,10 @@ def gather(waiting: Sequence[J], batch: int) -> list[Share[J]]:
     shares = []
     for job in waiting:
         if job is first or job.shares_batches_with(first):
-            rows = range(job.begun, min(job.begun + batch - place, job.work.count))
+            rows = job.take(batch - place)
             if not rows:
                 break
             shares.append(Share(job=job, rows=rows, place=place))
-            job.begun = rows.stop
             place += len(rows)
     return shares
 
@@ -114,16 +182,12 @@ class BatchDrawer:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._manifest = pipeline, pipeline.manifest
-        lengths = self._manifest.model.scale_lengths
-        self._nothing = Kept(
-            masks=tuple(np.zeros((1, n), np.bool_) for n in lengths),
-            tokens=tuple(np.zeros((1, n), np.int64) for n in lengths),
-        )
+        self._nothing = Kept.nothing(self._manifest.model.scale_lengths)
 
     def draw(self, shares: Sequence[Share[J]]) -> Images:
         """The images of a batch; previews are told on the way. Raises what `Pipeline.draw` does."""
         for share in shares:
-            self._look(share.job)
+            share.job.keep(self._pipeline.encode)
         first, last = shares[0], self._manifest.model.scales - 1
 
         def show(event: ScaleEvent) -> None:
@@ -143,15 +207,8 @@ class BatchDrawer:
         if shares[0].job.work.previews and images.scales_done[0] == scales:
             self._tell(shares, scales - 1, np.asarray(images))
         for share in shares:
-            job, own = share.job, share.of(np.asarray(images))
-            if job.images is None:
-                job.images = np.empty((job.work.count, *own.shape[1:]), np.uint8)
-            rows = slice(share.rows.start, share.rows.stop)
-            job.images[rows] = own
-            job.scales_done[rows] = images.scales_done[share.place : share.place + len(own)]
-            job.done += len(own)
-            if job.done == job.work.count:
-                job.tell(Drawn(images=job.images, scales_done=job.scales_done))
+            own, place = share.of(np.asarray(images)), share.place
+            share.job.deliver(share.rows, own, images.scales_done[place : place + len(own)])
 
     def _tell(self, shares: Sequence[Share[J]], scale: int, images: NDArray[np.uint8]) -> None:
         scales = self._manifest.model.scales
@@ -159,25 +216,12 @@ class BatchDrawer:
             own, first = share.of(images), share.rows.start
             share.job.tell(ScaleDone(scale=scale, scales=scales, first=first, images=own))
 
-    def _look(self, job: Job) -> None:
-        """The tokens that an edit keeps."""
-        edit = job.work.edit
-        if edit is not None and job.kept is None:
-            masks = keep_masks(edit.new, self._manifest.model.patch_nums)
-            job.kept = Kept(
-                masks=tuple(mask[None] for mask in masks),
-                tokens=tuple(self._pipeline.encode(edit.pixels)),
-            )
-
     def _join(self, shares: Sequence[Share[J]]) -> Request:
         rows = [(share.job, n) for share in shares for n in share.rows]
-        kept = [job.kept or self._nothing for job, _ in rows]
+        kept = [job.kept for job, _ in rows]
         together = None
-        if any(job.kept for job, _ in rows):
-            together = Kept(
-                masks=tuple(map(np.concatenate, zip(*(k.masks for k in kept), strict=True))),
-                tokens=tuple(map(np.concatenate, zip(*(k.tokens for k in kept), strict=True))),
-            )
+        if any(kept):
+            together = Kept.joined([one or self._nothing for one in kept])
         return Request(
             labels=[job.work.request.labels[n] for job, n in rows],
             streams=[job.work.request.streams[n] for job, n in rows],

@@ -67,7 +67,7 @@ class Line(ABC):
         with self._lock:
             self._stopping = True
             for job in self._jobs:
-                job.gone = True
+                job.leave()
                 job.tell(StoppingError("the service was stopped"))
             self._waiting.clear()
             self._lock.notify_all()
@@ -103,7 +103,7 @@ class Line(ABC):
     def _leave(self, job: Job) -> None:
         """Nobody waits for this job any more."""
         with self._lock:
-            job.gone = True
+            job.leave()
             self._jobs.discard(job)
             if job in self._waiting:
                 self._waiting.remove(job)

@@ -64,7 +64,7 @@ class LocalQueue(Line):
 
     def _wait(self) -> float:
         """Seconds in which what waits is drawn, as far as is known."""
-        images = sum(job.work.count - job.begun for job in self._waiting)
+        images = sum(job.left for job in self._waiting)
         return math.ceil(images / self.manifest.batch) * self._pace
 
     # the thread
@@ -94,7 +94,7 @@ class LocalQueue(Line):
             for share in shares:
                 if share.begins:
                     self._begins(share.job)
-            self._waiting = [job for job in self._waiting if job.begun < job.work.count]
+            self._waiting = [job for job in self._waiting if job.left]
             self._tell_positions()
             return shares
 
