@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.installation import pip_install
 from var_deploy.labels import spread_labels
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import check_files, read_manifest
@@ -90,8 +91,8 @@ class OpenVinoBackend(HostMemory):
             import openvino
         except ImportError:
             raise BackendError(
-                'openvino is not installed; run pip install "var-deploy[openvino]", or leave it '
-                "out of --against"
+                f"openvino is not installed; run {pip_install('openvino', 'openvino')}, or leave "
+                "it out of --against"
             ) from None
         self._openvino, self._core, self._hint = openvino, openvino.Core(), hint
         self._options: dict[str, Any] = {
