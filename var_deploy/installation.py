@@ -112,18 +112,18 @@ def activation() -> str:
     return "" if program() == PROGRAM or not script.is_file() else f". {_shell_path(script)}"
 
 
-def pip_install(extra: str, *names: str) -> str:
+def pip_install(extra: str, *names: str, missing: str = "") -> str:
     """The command that installs an extra's packages where this program runs.
 
     It holds those packages of the extra that are not installed, or all of them where none is
-    missing; with `names` those of these names alone.
+    missing; with `names` those of these names alone. `missing` is one that could not be imported.
     """
-    needed = _requirements(extra)
-    if names:
-        chosen = [r for r in needed if _distribution(r) in map(_distribution, names)]
-    else:
-        chosen = [r for r in needed if not _installed(_distribution(r))]
-    return pip_command(*(chosen or needed or names))
+    needed = {_distribution(requirement): requirement for requirement in _requirements(extra)}
+    absent = [name for name in needed if name == _distribution(missing) or not _installed(name)]
+    chosen = [needed.get(name, name) for name in map(_distribution, names)]
+    chosen = chosen or [needed[name] for name in absent] or list(needed.values())
+    # without metadata, which a package on an added path has not, the extra's name must do
+    return pip_command(*chosen) if chosen else pip_command(f"{DISTRIBUTION}[{extra}]")
 
 
 def pip_command(*requirements: str) -> str:

@@ -241,7 +241,8 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         if module in ("", "var_deploy"):
             raise
         raise VarDeployError(
-            f"{what} needs {module}, which is not installed; run {pip_install(extra)}"
+            f"{what} needs {module}, which is not installed; run "
+            f"{pip_install(extra, missing=module)}"
         ) from error
 
 
