@@ -279,7 +279,7 @@ def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         raise ModuleNotFoundError("No module named 'cuda'", name="cuda")
 
     monkeypatch.setattr(module.importlib, "import_module", missing)
-    text = r'cuda-python is not installed; run .*pip install "cuda-python<13" .*JetPack 6.*JetPack 7'
+    text = r'not installed; run .*pip install "cuda-python<13" .*JetPack 6.*JetPack 7'
     with pytest.raises(BackendError, match=text):
         Cuda()
 
