@@ -44,7 +44,13 @@ def fresh_environment(folder: Path) -> dict[str, str]:
     path = [str(folder / ".bin")]
     path += [p for p in os.environ["PATH"].split(os.pathsep) if p and Path(p) != own]
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
-    return {**kept, "PATH": os.pathsep.join(path), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    return {
+        **kept,
+        "PATH": os.pathsep.join(path),
+        "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),  # other versions: make test-pythons
+        "PIP_NO_COMPILE": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
 
 
 @cache

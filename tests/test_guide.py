@@ -1,8 +1,8 @@
 """README and the pages for users: every block of commands and of Python is run, in order, with
 pocket.
 
-README and INSTALL are followed as by somebody who has nothing yet: in a copy of the checkout, where
-their own lines install var-deploy, without PyTorch. Other pages find it installed.
+The README is followed as by somebody who has nothing yet: in a copy of the checkout, where its own
+lines install var-deploy, without PyTorch. Other pages find it installed.
 
 A block that needs what a test cannot have is marked with its reason, and only looked up: its
 commands and options must exist, as must the rules of make and the extras of pip that it names.
@@ -34,7 +34,6 @@ from var_deploy.images import read_settings
 ROOT = Path(__file__).parents[1]
 README, INSTALL, GUIDE = "README.md", "docs/INSTALL.md", "docs/GUIDE.md"
 DOCUMENTS = (README, INSTALL, GUIDE, "docs/CLUSTER.md", "docs/TRITON.md", "docs/CONTAINERS.md")
-FROM_NOTHING = (README, INSTALL)
 ALL_PAGES = (*DOCUMENTS, "docs/JETSON.md", "CONTRIBUTING.md")
 REASONS = (
     "needs a GPU",
@@ -46,10 +45,11 @@ REASONS = (
     "needs another machine",
     "installs PyTorch",
     "is run in README.md",
+    "is run for the tests of the wheel",
 )
 MARKED = {
     README: {"needs another machine": 1, "needs a released checkpoint": 1, "needs a GPU": 1},
-    INSTALL: {"is run in README.md": 1, "installs PyTorch": 1},
+    INSTALL: {reason: 1 for reason in REASONS[-3:]},
     GUIDE: {reason: 1 for reason in REASONS[:3]},
     "docs/CLUSTER.md": {"needs an installation": 1},
     "docs/TRITON.md": {
@@ -63,6 +63,8 @@ MARKED = {
 FOREIGN = ("docker", "kubectl")
 OF_OTHERS = {f"--{name}" for name in ("build-arg", "gpus", "init", "rounds", "runtime", "target")}
 OF_OTHERS |= {"--load-model", "--model-control-mode", "--force-reinstall", "--no-deps"}
+# a virtual environment that is made, activated, or both
+ENVIRONMENT = r"(python3 -m venv (\.?\w+) && )?\. (\.?\w+)/bin/activate"
 # what makes it quick, by the same way as everybody sets options in the environment
 QUICK = {
     "OMP_NUM_THREADS": "1",
@@ -71,7 +73,6 @@ QUICK = {
     "VAR_DEPLOY_BENCH_THREADS": "1",
     "VAR_DEPLOY_GENERATE_THREADS": "1",
     "VAR_DEPLOY_SERVE_PORT": "0",
-    "PIP_NO_COMPILE": "1",
 }
 
 
@@ -221,7 +222,7 @@ def walks(
     found = {}
     for document in DOCUMENTS:
         folder = tmp_path_factory.mktemp(Path(document).stem)
-        if document in FROM_NOTHING:
+        if document == README:
             checkout = copy_checkout(folder / "var-deploy")
             found[document] = Walk(folder=checkout, from_nothing=True)
             continue
@@ -242,7 +243,7 @@ def test_a_block_runs(block: Block, walks: dict[str, Walk]) -> None:
     if block.starts_service or ADDRESS in block.text:
         pytest.importorskip("fastapi", reason="the extra serve is not installed")
         pytest.importorskip("uvicorn", reason="the extra serve is not installed")
-    if block.document in FROM_NOTHING and (problem := index_problem()):
+    if block.document == README and (problem := index_problem()):
         pytest.skip(problem)
     walks[block.document].up_to(block)
 
@@ -287,9 +288,7 @@ def unknown(line: str) -> str:
         return " ".join(set(words[1:]) - set(rules))
     if words[:2] == ["pip", "install"]:
         return unknown_to_pip(words[2:])
-    if words[0] in (*FOREIGN, "scp") or line == ". .venv/bin/activate":
-        return ""
-    if line in [each for block in RUN if block.document == README for each in block.commands()]:
+    if words[0] in (*FOREIGN, "scp") or re.fullmatch(ENVIRONMENT, line):
         return ""
     if words[:1] == ["eval"]:
         return "" if "_VAR_DEPLOY_COMPLETE=bash_source var-deploy" in line else line
@@ -327,10 +326,12 @@ def test_nothing_is_installed_from_an_index_that_lacks_it() -> None:
             assert not unknown_to_pip([word.strip("\"'") for word in wanted.split()]), (page, line)
 
 
-def test_what_installs_pytorch_is_run_elsewhere() -> None:
-    """By tests/test_make.py, in the environment that make has made."""
-    (block,) = (b for b in ALL if b.reason == "installs PyTorch")
-    assert list(block.commands()) == ["make demo", ". .venv/bin/activate"]
+def test_what_installs_is_run_elsewhere() -> None:
+    """`make demo` by tests/test_make.py, the rest by the README and by tests/test_wheel.py."""
+    blocks_of = {b.reason: list(b.commands()) for b in ALL if b.document == INSTALL}
+    assert blocks_of["installs PyTorch"] == ["make demo", ". .venv/bin/activate"]
+    readme = [line for b in RUN if b.document == README for line in b.commands()]
+    assert set(blocks_of["is run in README.md"]) <= set(readme)
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.reason], ids=str)

@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,6 @@ from var_deploy.images import read_settings
 from var_deploy.manifest import read_manifest
 
 REMEDY = "an export of pocket has changed: run `make bundle` and commit export/pocket/bundle.zip"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VAR_DEPLOY_GENERATE_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +59,8 @@ def test_the_picture_is_what_generate_makes(
     built: Path, pocket_bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "same.png"
-    done("generate", pocket_bundle, "--count", 40, "--seed", 1, "--out", out, "--quiet")
+    options = ("--count", 40, "--seed", 1, "--threads", 1, "--quiet")
+    done("generate", pocket_bundle, *options, "--out", out)
     np.testing.assert_array_equal(pixels(built / "demo.png"), pixels(out))
     assert read_settings(built / "demo.png") == read_settings(out)
 

@@ -47,6 +47,8 @@ def demo(out: Path, quiet: bool, as_json: bool) -> None:
     bundle, picture = out / PRESET, out / "demo.png"
     manifest = _bundle(bundle, say_so=not quiet and not as_json)
     options = ["--count", str(IMAGES_PER_CLASS * len(manifest.labels)), "--seed", str(SEED)]
+    # so small a model gains little from more, and threads that wait for a busy core lose much
+    options += ["--threads", "1"]
     options += ["--quiet"] if quiet or as_json else []
     words = [str(bundle), *options, "--out", str(picture)]
     context = generate.make_context("demo", words, parent=click.get_current_context().find_root())
