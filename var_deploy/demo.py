@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle_place import BUNDLE, check_place
+from var_deploy.config import Precision
 from var_deploy.errors import BundleError, VarDeployError
 from var_deploy.files import disk_errors
 from var_deploy.folders import whole_folder
@@ -33,7 +34,7 @@ PACKAGE = "var_deploy.export.pocket"  # only its files are read: nothing of it i
 ARCHIVE = "bundle.zip"
 RECIPE, STORED = "weights.json", "weights.rest"  # in the archive
 SOURCES = ("transformer.safetensors", "tokenizer.safetensors")
-PRECISION = "fp32"
+PRECISION: Precision = "fp32"
 SAFETENSORS_TYPES = {"F16": "<f2", "F32": "<f4", "I64": "<i8"}
 
 
