@@ -21,6 +21,7 @@ from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.graph_runner import add_outputs, run_session, session_options
 from var_deploy.export.torch_graph import TorchGraph
 from var_deploy.held_files import HeldFile
+from var_deploy.installation import pip_command
 from var_deploy.runtime.ort_session import EXTERNAL_FOLDER
 from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, load_library
 
@@ -117,8 +118,8 @@ def _polygraphy(library: str, complaints: logging.Handler) -> Any:
         backend = importlib.import_module("polygraphy.backend.trt")
     except ModuleNotFoundError:
         raise BackendError(
-            f'{library} is compared through Polygraphy, which is not installed; run: '
-            'pip install "polygraphy>=0.53"'
+            f"{library} is compared through Polygraphy, which is not installed; run "
+            f"{pip_command('polygraphy>=0.53')}"
         ) from None
     if rtx != config.USE_TENSORRT_RTX:
         raise UsageError("tensorrt and tensorrt_rtx cannot be compared in one process")

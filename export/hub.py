@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from var_deploy.errors import CheckpointError
+from var_deploy.installation import pip_install
 
 
 def fetch(
@@ -26,8 +27,8 @@ def fetch(
         import huggingface_hub
     except ImportError:
         raise CheckpointError(
-            f"fetching {filename} needs huggingface_hub: pip install 'var-deploy[export]', "
-            f"or {by_hand}"
+            f"fetching {filename} needs huggingface_hub: run "
+            f"{pip_install('export', 'huggingface_hub')}, or {by_hand}"
         ) from None
     # a released file never changes: asking the Hub first would make a cached one wait offline
     cached = huggingface_hub.try_to_load_from_cache(repo, filename)

@@ -17,14 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.errors import BackendError, one_line
+from var_deploy.installation import pip_command
 from var_deploy.runtime.protocol import Array
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # the second before cuda-python 12.6.1
 DEVICE = 0  # the first that CUDA sees; CUDA_VISIBLE_DEVICES chooses another
-INSTALL = (
-    'run pip install "cuda-python<13" for a driver of CUDA 12 (JetPack 6), '
-    "pip install cuda-python for CUDA 13 (JetPack 7)"
-)
 MB = 2**20
 
 
@@ -271,9 +268,17 @@ def load_api() -> Any:
             if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
                 continue
             raise BackendError(
-                f"{name} is installed but does not load ({one_line(error)}); {INSTALL}"
+                f"{name} is installed but does not load ({one_line(error)}); {_remedy()}"
             ) from None
-    raise BackendError(f"cuda-python is not installed; {INSTALL}")
+    raise BackendError(f"cuda-python is not installed; {_remedy()}")
+
+
+def _remedy() -> str:
+    """Which cuda-python to install."""
+    return (
+        f"run {pip_command('cuda-python<13')} for a driver of CUDA 12 (JetPack 6), "
+        f"{pip_command('cuda-python')} for CUDA 13 (JetPack 7)"
+    )
 
 
 def device_name_and_sm(api: Any = None) -> tuple[str, int]:
@@ -302,5 +307,5 @@ def call(api: Any, name: str, *arguments: Any) -> Any:
     title, text = (w.decode(errors="replace") if isinstance(w, bytes) else str(w) for w in words)
     hint = ""
     if title == "cudaErrorInsufficientDriver":
-        hint = f"; NVIDIA's driver is missing or older than cuda-python; {INSTALL}"
+        hint = f"; NVIDIA's driver is missing or older than cuda-python; {_remedy()}"
     raise BackendError(f"{name} failed: {title} ({text}){hint}")

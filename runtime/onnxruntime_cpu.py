@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
+from var_deploy.installation import pip_install
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.runtime.ort_session import SILENT, open_session, quiet
@@ -78,7 +79,7 @@ class OrtCpuBackend(HostMemory):
             import onnxruntime
         except ImportError:
             raise BackendError(
-                'onnxruntime is not installed; run pip install "var-deploy[cpu]"'
+                f"onnxruntime is not installed; run {pip_install('cpu', 'onnxruntime')}"
             ) from None
         quiet(onnxruntime)
         self._ort, self._threads = onnxruntime, threads or usable_cores()

@@ -10,12 +10,12 @@ from typing import Any
 
 from var_deploy.bundle_files import GraphFile
 from var_deploy.errors import BackendError, one_line
+from var_deploy.installation import pip, pip_command, pip_install
 from var_deploy.runtime.cuda import DEVICE, Cuda, CudaMemory, Graph
 from var_deploy.runtime.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.protocol import Arrays, Launch
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = 'pip install "var-deploy[gpu]"'
 WARM_UPS = 2  # the first run allocates and loads kernels, which a recording may not
 
 
@@ -163,8 +163,8 @@ class OrtCudaBackend(CudaMemory):
             quiet(self._ort)
             if PROVIDER not in self._ort.get_available_providers():
                 raise BackendError(
-                    f"onnxruntime {self._ort.__version__} has no {PROVIDER}; run pip uninstall "
-                    f"onnxruntime, then {INSTALL}"
+                    f"onnxruntime {self._ort.__version__} has no {PROVIDER}; run {pip()} uninstall "
+                    f"onnxruntime, then {pip_install('gpu')}"
                 )
             super().__init__(cuda or Cuda())
         except BaseException:
@@ -187,7 +187,8 @@ class OrtCudaBackend(CudaMemory):
         if PROVIDER not in opened.session.get_providers():
             raise BackendError(
                 f"onnxruntime {self._ort.__version__} does not load its {PROVIDER}: the CUDA "
-                'libraries or cuDNN are missing; run pip install "onnxruntime-gpu[cuda,cudnn]"'
+                "libraries or cuDNN are missing; run "
+                f"{pip_command('onnxruntime-gpu[cuda,cudnn]')}"
             )
         return opened
 
@@ -248,7 +249,7 @@ def _import() -> Any:
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError:
-        raise BackendError(f"onnxruntime-gpu is not installed; run {INSTALL}") from None
+        raise BackendError(f"onnxruntime-gpu is not installed; run {pip_install('gpu')}") from None
     # finds CUDA and cuDNN where pip put them (from 1.21 on); what it misses it prints, and what
     # is really missing shows when a session is made
     if PROVIDER in ort.get_available_providers() and hasattr(ort, "preload_dlls"):

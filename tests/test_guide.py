@@ -1,6 +1,9 @@
 """README and the pages for users: every block of commands and of Python is run, in order, with
 pocket.
 
+The README is followed as by somebody who has nothing yet: in a copy of the checkout, where its own
+lines install var-deploy, without PyTorch. Other pages find it installed.
+
 A block that needs what a test cannot have is marked with its reason, and only looked up: its
 commands and options must exist, as must the rules of make and the extras of pip that it names.
 """
@@ -21,14 +24,17 @@ from typing import Any
 
 import click
 import pytest
+from fresh_checkout import copy_checkout, fresh_environment, index_problem
 from PIL import Image
 
+from var_deploy import __version__
 from var_deploy.cli import main
 from var_deploy.images import read_settings
 
 ROOT = Path(__file__).parents[1]
-GUIDE = "docs/GUIDE.md"
-DOCUMENTS = ("README.md", GUIDE, "docs/CLUSTER.md", "docs/TRITON.md", "docs/CONTAINERS.md")
+README, INSTALL, GUIDE = "README.md", "docs/INSTALL.md", "docs/GUIDE.md"
+DOCUMENTS = (README, INSTALL, GUIDE, "docs/CLUSTER.md", "docs/TRITON.md", "docs/CONTAINERS.md")
+ALL_PAGES = (*DOCUMENTS, "docs/JETSON.md", "CONTRIBUTING.md")
 REASONS = (
     "needs a GPU",
     "needs a released checkpoint",
@@ -36,9 +42,14 @@ REASONS = (
     "needs a cluster",
     "needs a container engine",
     "needs Triton",
+    "needs another machine",
+    "installs PyTorch",
+    "is run in README.md",
+    "is run for the tests of the wheel",
 )
 MARKED = {
-    "README.md": {"needs an installation": 2, "needs a released checkpoint": 2, "needs a GPU": 1},
+    README: {"needs another machine": 1, "needs a released checkpoint": 1, "needs a GPU": 1},
+    INSTALL: {reason: 1 for reason in REASONS[-3:]},
     GUIDE: {reason: 1 for reason in REASONS[:3]},
     "docs/CLUSTER.md": {"needs an installation": 1},
     "docs/TRITON.md": {
@@ -51,7 +62,9 @@ MARKED = {
 # other programs, at whose lines tests/deploy/test_doc.py looks; and options that are no command's
 FOREIGN = ("docker", "kubectl")
 OF_OTHERS = {f"--{name}" for name in ("build-arg", "gpus", "init", "rounds", "runtime", "target")}
-OF_OTHERS |= {"--load-model", "--model-control-mode"}
+OF_OTHERS |= {"--load-model", "--model-control-mode", "--force-reinstall", "--no-deps"}
+# a virtual environment that is made, activated, or both
+ENVIRONMENT = r"(python3 -m venv (\.?\w+) && )?\. (\.?\w+)/bin/activate"
 # what makes it quick, by the same way as everybody sets options in the environment
 QUICK = {
     "OMP_NUM_THREADS": "1",
@@ -122,6 +135,7 @@ class Walk:
     """
 
     folder: Path
+    from_nothing: bool = False
     service: subprocess.Popen[str] | None = None
     address: str = ADDRESS
     names: dict[str, Any] = field(default_factory=dict)
@@ -145,6 +159,11 @@ class Walk:
         return None
 
     def _python(self, block: Block) -> None:
+        if self.from_nothing:
+            ran = self._bash(f"python - <<'EOF'\n{block.text}EOF")
+            _, complaints = ran.communicate(timeout=300)
+            assert (ran.returncode, complaints) == (0, ""), f"{block}:\n{complaints}"
+            return
         here = Path.cwd()
         os.chdir(self.folder)
         try:
@@ -162,16 +181,23 @@ class Walk:
         else:
             ran = self._bash(script.replace(ADDRESS, self.address))
             printed, complaints = ran.communicate(timeout=300)
-            assert (ran.returncode, complaints) == (0, ""), f"{block}:\n{complaints}"
+            assert ran.returncode == 0, f"{block}:\n{complaints}"
+            # pip and the tools that build a wheel warn of what is theirs
+            assert not complaints or re.search(r"^(pip|make) ", script, re.M), complaints
         for line in block.output():
             assert plain(line) in plain(printed), f"{block}: {line!r} is not printed"
 
     def _bash(self, script: str) -> subprocess.Popen[str]:
         path = f"{self.folder / '.bin'}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path}
+        if self.from_nothing:
+            environment = fresh_environment(self.folder)
+            if (self.folder / ".venv" / "bin" / "activate").exists():  # an earlier block made it
+                script = f". .venv/bin/activate\n{script}"
         return subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=self.folder,
-            env={**os.environ, **QUICK, "PATH": path},
+            env={**environment, **QUICK},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -196,6 +222,10 @@ def walks(
     found = {}
     for document in DOCUMENTS:
         folder = tmp_path_factory.mktemp(Path(document).stem)
+        if document == README:
+            checkout = copy_checkout(folder / "var-deploy")
+            found[document] = Walk(folder=checkout, from_nothing=True)
+            continue
         script = folder / ".bin" / "var-deploy"
         script.parent.mkdir()
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m var_deploy.cli "$@"\n')
@@ -213,7 +243,26 @@ def test_a_block_runs(block: Block, walks: dict[str, Walk]) -> None:
     if block.starts_service or ADDRESS in block.text:
         pytest.importorskip("fastapi", reason="the extra serve is not installed")
         pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    if block.document == README and (problem := index_problem()):
+        pytest.skip(problem)
     walks[block.document].up_to(block)
+
+
+def test_readme_needs_no_torch(walks: dict[str, Walk]) -> None:
+    """Nothing that its lines installed brought PyTorch along, so all of them do without."""
+    if problem := index_problem():
+        pytest.skip(problem)
+    walks[README].up_to([b for b in RUN if b.document == README][-1])
+    (packages,) = (walks[README].folder / ".venv" / "lib").glob("python*/site-packages")
+    installed = {path.name.partition("-")[0] for path in packages.glob("*.dist-info")}
+    assert {"var_deploy", "onnxruntime", "fastapi"} <= installed
+    assert not {"torch", "onnx", "safetensors"} & installed
+    with Image.open(walks[README].folder / "build" / "demo.png") as picture:
+        assert picture.size == (10 * 64 + 9 * 2, 4 * 64 + 3 * 2)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / README).read_text(encoding="utf-8").split()) <= 900
 
 
 def test_nothing_else_is_left_out() -> None:
@@ -238,10 +287,8 @@ def unknown(line: str) -> str:
         rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         return " ".join(set(words[1:]) - set(rules))
     if words[:2] == ["pip", "install"]:
-        extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
-        asked = re.findall(r"var-deploy\[([\w,]+)\]", " ".join(words))
-        return " ".join(set(",".join(asked).split(",")) - set(extras))
-    if words[0] in FOREIGN:
+        return unknown_to_pip(words[2:])
+    if words[0] in (*FOREIGN, "scp") or re.fullmatch(ENVIRONMENT, line):
         return ""
     if words[:1] == ["eval"]:
         return "" if "_VAR_DEPLOY_COMPLETE=bash_source var-deploy" in line else line
@@ -253,6 +300,38 @@ def unknown(line: str) -> str:
     except click.UsageError as error:
         return error.format_message()
     return ""
+
+
+def unknown_to_pip(words: list[str]) -> str:
+    """What of the packages in a `pip install` is no extra of ours, no wheel of `make wheel` and on
+    no index."""
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    wrong = []
+    for word in words:
+        what, _, asked = word.rstrip("]").partition("[")
+        ours = what == "." or what.endswith(f"/var_deploy-{__version__}-py3-none-any.whl")
+        if ours:
+            wrong += [extra for extra in asked.split(",") if extra not in extras]
+        elif re.search("var.?deploy", what):
+            wrong.append(word)
+    return " ".join(wrong)
+
+
+def test_nothing_is_installed_from_an_index_that_lacks_it() -> None:
+    for page in ALL_PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        lines = re.findall(r"(?<!`)pip install ([^\n`]*)", text.replace("\\\n", " "))
+        for line in lines:
+            wanted = line.split("' && ")[0].split(" && ")[0].partition("#")[0]
+            assert not unknown_to_pip([word.strip("\"'") for word in wanted.split()]), (page, line)
+
+
+def test_what_installs_is_run_elsewhere() -> None:
+    """`make demo` by tests/test_make.py, the rest by the README and by tests/test_wheel.py."""
+    blocks_of = {b.reason: list(b.commands()) for b in ALL if b.document == INSTALL}
+    assert blocks_of["installs PyTorch"] == ["make demo", ". .venv/bin/activate"]
+    readme = [line for b in RUN if b.document == README for line in b.commands()]
+    assert set(blocks_of["is run in README.md"]) <= set(readme)
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.reason], ids=str)
@@ -268,7 +347,9 @@ def test_what_is_not_run_exists(block: Block) -> None:
         "var-deploy build d16 --fast",
         "var-deploy build d16 --layout quick",
         "make board",
-        'pip install "var-deploy[magic]"',
+        'pip install ".[magic]"',
+        'pip install "var-deploy[cpu]"',
+        'pip install "./var_deploy-0.0.9-py3-none-any.whl[cpu]"',
         "rm -rf /",
     ],
 )

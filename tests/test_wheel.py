@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh_checkout import copy_checkout, fresh_environment, index_problem
 from PIL import Image
 
 from var_deploy import __version__
 from var_deploy.images import read_settings
+from var_deploy.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "var_deploy", "export", "runtime")
@@ -57,15 +60,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def slim(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout in which the lines of docs/INSTALL.md about the wheel were run."""
+    if problem := index_problem():
+        pytest.skip(problem)
+    text = (ROOT / "docs" / "INSTALL.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```console\n(\$ make wheel\n.*?)```", text, re.S)
+    checkout = copy_checkout(tmp_path_factory.mktemp("wheel") / "var-deploy")
+    done = subprocess.run(
+        ["bash", "-euc", re.sub(r"^\$ ", "", block, flags=re.M)],
+        cwd=checkout,
+        # the versions of this environment, whose pictures are compared with those made there
+        env=fresh_environment(checkout),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    assert "wrote there/demo.png" in done.stdout
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def slim(followed: Path) -> Path:
     """bin/ of an environment that holds the wheel, its `cpu` extra and what those need."""
-    home = tmp_path_factory.mktemp("slim")
-    call(sys.executable, "-m", "venv", "venv", folder=home)
-    programs = home / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    install = ("-m", "pip", "install", "-q", "--disable-pip-version-check")
-    constraints = ("-c", ROOT / "constraints.txt")
-    call(programs / "python", *install, *constraints, f"{wheel}[cpu]", folder=home)
-    return programs
+    return followed / "there" / "bin"
 
 
 def test_the_wheel_is_complete(wheel: Path) -> None:
@@ -80,7 +100,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         for top in ("var_deploy", "export", "runtime")
         for path in (ROOT / top).rglob("*.py")
     }
-    weights = {f"var_deploy/export/pocket/{name}" for name in WEIGHTS}
+    weights = {f"var_deploy/export/pocket/{name}" for name in (*WEIGHTS, "bundle.zip")}
     probes = {f"var_deploy/runtime/bench/{name}.onnx" for name in PROBES}
     probes.add("var_deploy/runtime/int8_probe.onnx")
     page = {str(path.relative_to(ROOT)) for path in PAGE.iterdir() if path.suffix in PAGE_FILES}
@@ -95,6 +115,24 @@ def test_the_weights_of_pocket_are_small(wheel: Path) -> None:
         sizes = [i.file_size for i in archive.infolist() if i.filename.endswith(".safetensors")]
     assert len(sizes) == len(WEIGHTS)
     assert sum(sizes) <= 8_000_000
+
+
+@pytest.mark.slow
+def test_the_demo_needs_neither_torch_nor_onnx(
+    followed: Path, pocket_bundle: Path, tmp_path: Path
+) -> None:
+    """The block made the bundle of an export, and the picture that it gives."""
+    assert read_manifest(followed / "there" / "pocket").digest() == (
+        read_manifest(pocket_bundle).digest()
+    )
+    options = ("--count", 40, "--seed", 1, "--threads", 1, "--quiet")
+    here = (sys.executable, "-m", "var_deploy.cli", "generate", pocket_bundle, *options)
+    call(*here, "--out", "here.png", folder=tmp_path)
+    there = followed / "there" / "demo.png"
+    with Image.open(there) as one, Image.open(tmp_path / "here.png") as other:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    (environment,) = (followed / "there" / "lib").glob("python*/site-packages")
+    assert not [path for path in environment.iterdir() if path.name in ("torch", "onnx")]
 
 
 @pytest.mark.slow

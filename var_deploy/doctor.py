@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from var_deploy import __version__
+from var_deploy.installation import pip, pip_command, pip_install
 from var_deploy.machine import (
     NO_DRIVER,
     TEGRA_RELEASE,
@@ -32,7 +33,6 @@ OLDEST_SM = 75  # of TensorRT 10
 # Jetson Linux → JetPack
 JETPACK = {"35": "5", "36": "6", "38": "7", "39": "7"}
 SYSTEM_PYTHON = "python3 -m venv --system-site-packages .venv"
-INSTALL = 'pip install "var-deploy[{}]"'
 FLASH = "flash JetPack 6.1 or newer"
 FASTER = "grep POWER_MODEL /etc/nvpmodel.conf; sudo nvpmodel -m ID; sudo jetson_clocks"
 TRAINING = ("torch", "onnx", "safetensors")
@@ -94,12 +94,13 @@ def examine(machine: Machine) -> Report:
     tensorrt = _tensorrt(machine, jetson is not None)
     bindings = _bindings(machine, driver)
     training = [
-        _package(machine, name, "export and verify", INSTALL.format("export")) for name in TRAINING
+        _package(machine, name, "export and verify", pip_install("export", name))
+        for name in TRAINING
     ]
     hub = "export of a preset whose files are not here"
     optional = [
-        _package(machine, "huggingface_hub", hub, INSTALL.format("export")),
-        _package(machine, "polygraphy", "look into graphs and engines", "pip install polygraphy"),
+        _package(machine, "huggingface_hub", hub, pip_install("export", "huggingface_hub")),
+        _package(machine, "polygraphy", "look into graphs and engines", pip_command("polygraphy")),
     ]
     findings += [cuda, *gpus, onnxruntime, *int8, tensorrt, bindings, *training, *optional]
     engines = _lacking([tensorrt, bindings, cuda, *gpus[:1]])
@@ -220,7 +221,8 @@ def _gpus(driver: Driver) -> list[Finding]:
 
 
 def _onnxruntime(machine: Machine) -> Finding:
-    name, purpose, remedy = "onnxruntime", "generate on the CPU; verify", INSTALL.format("cpu")
+    name, purpose = "onnxruntime", "generate on the CPU; verify"
+    remedy = pip_install("cpu", name)
     if not machine.has_module(name):
         return _missing(name, purpose, remedy)
     answer = machine.import_module(name)
@@ -233,7 +235,7 @@ def _onnxruntime(machine: Machine) -> Finding:
     if len(held) < 2:
         return _ok(name, found, purpose)
     # the two packages overwrite each other's files: the last one installed is what runs
-    remedy = f"pip uninstall {' '.join(held)}, then {remedy}"
+    remedy = f"{pip()} uninstall {' '.join(held)}, then {remedy}"
     return _ok(name, f"{found}, from one of {' and '.join(held)}", purpose, remedy)
 
 
@@ -243,7 +245,8 @@ def _int8(machine: Machine) -> Finding:
     answer = machine.int8()
     problem = answer.problem or answer.output.strip()
     if problem:
-        remedy = f"--precision fp32, or another version: {INSTALL.format('cpu')} --upgrade"
+        newer = pip_install("cpu", "onnxruntime")
+        remedy = f"--precision fp32, or another version: {newer} --upgrade"
         return _problem(name, problem, purpose, remedy)
     return _ok(name, "computed correctly", purpose)
 
@@ -251,7 +254,7 @@ def _int8(machine: Machine) -> Finding:
 def _tensorrt(machine: Machine, jetson: bool) -> Finding:
     """`tensorrt`, or on a PC `tensorrt_rtx`: the first that loads."""
     name, purpose, broken = "TensorRT", "build engines and run them", ""
-    remedy = FLASH if jetson else INSTALL.format("tensorrt")
+    remedy = FLASH if jetson else pip_install("tensorrt", "tensorrt")
     for module in ("tensorrt", "tensorrt_rtx"):
         if not machine.has_module(module):
             continue
@@ -282,7 +285,7 @@ def _bindings(machine: Machine, driver: Driver) -> Finding:
     name, purpose = "cuda-python", "device memory and CUDA graphs for TensorRT"
     newest = _numbers(driver.cuda)[0]
     below = f",<{newest + 1}" if newest else ""
-    remedy = f'pip install "cuda-python>=12.6{below}"'
+    remedy = pip_command(f"cuda-python>=12.6{below}")
     if not machine.has_module("cuda"):
         return _missing(name, purpose, remedy)
     answer = machine.import_module("cuda.bindings.runtime", "cuda.bindings")

@@ -1,4 +1,5 @@
-"""Where this package is installed, and commands that run it in child processes.
+"""Where this package is installed, commands that run it in child processes, and what a shell here
+would have to be told to run it or to install what it lacks.
 
 `python -m` and `python -c` look for modules in the current folder first. Started inside a checkout
 of this repository, or beside a file that is called like a module, a child would load that instead
@@ -8,12 +9,16 @@ of what this process runs. The commands made here search the folders that this p
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
 ROOT = str(Path(__file__).parents[1])  # the folder that holds this package
 HALVES = ("var_deploy.export", "var_deploy.runtime")
+PROGRAM, DISTRIBUTION = "var-deploy", "var-deploy"  # of the script, and of the metadata
 
 # the two lines before a child's own code; nothing but `sys`, which is built in, can be imported
 # before the path is set
@@ -87,3 +92,96 @@ def shadowed(error: ModuleNotFoundError) -> str:
         "package; run `var-deploy` instead of `python -m var_deploy`, start Python in another "
         f"folder, or install the checkout: pip install -e {ROOT}"
     )
+
+
+# what a shell is told; the package is on no index, so an extra is named by its packages
+
+
+def program() -> str:
+    """How a shell in the current folder calls the program `var-deploy` of this environment."""
+    script = _beside_python(PROGRAM)
+    if _on_path(PROGRAM, script):
+        return PROGRAM
+    return _shell_path(script) if script.is_file() else f"{_python()} -m var_deploy"
+
+
+def activation() -> str:
+    """The command after which `var-deploy` alone is enough; "" where it is already, or where
+    there is none."""
+    script = _beside_python("activate")
+    return "" if program() == PROGRAM or not script.is_file() else f". {_shell_path(script)}"
+
+
+def pip_install(extra: str, *names: str, missing: str = "") -> str:
+    """The command that installs an extra's packages where this program runs.
+
+    It holds those packages of the extra that are not installed, or all of them where none is
+    missing; with `names` those of these names alone. `missing` is one that could not be imported.
+    """
+    needed = {_distribution(requirement): requirement for requirement in _requirements(extra)}
+    absent = [name for name in needed if name == _distribution(missing) or not _installed(name)]
+    chosen = [needed.get(name, name) for name in map(_distribution, names)]
+    chosen = chosen or [needed[name] for name in absent] or list(needed.values())
+    # without metadata, which a package on an added path has not, the extra's name must do
+    return pip_command(*chosen) if chosen else pip_command(f"{DISTRIBUTION}[{extra}]")
+
+
+def pip_command(*requirements: str) -> str:
+    """`pip install …` for this environment, whatever environment the `pip` of the shell is of."""
+    quoted = (f'"{r}"' if re.search(r"[^\w.-]", r) else r for r in requirements)
+    return " ".join([pip(), "install", *quoted])
+
+
+def pip() -> str:
+    """How a shell in the current folder calls the pip of this environment."""
+    return "pip" if _on_path("pip", _beside_python("pip")) else f"{_python()} -m pip"
+
+
+def _requirements(extra: str) -> list[str]:
+    """What the metadata of this package list for an extra, as in "onnxruntime>=1.20"."""
+    try:
+        listed = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # a zipped package, a path that was added
+        return []
+    pairs = (line.partition(";")[::2] for line in listed)
+    return [
+        requirement.strip()
+        for requirement, marker in pairs
+        if re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", marker)
+    ]
+
+
+def _distribution(requirement: str) -> str:
+    """ "ray[serve]>=2.60" → "ray", in the one spelling that pip takes all others for."""
+    name = re.match(r"[\w.-]+", requirement)
+    return re.sub(r"[-_.]+", "-", name[0] if name else requirement).lower()
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _beside_python(name: str) -> Path:
+    return Path(sys.executable).parent / name
+
+
+def _on_path(name: str, script: Path) -> bool:
+    """Whether a shell that is told `name` runs this script."""
+    found = shutil.which(name)
+    return found is not None and script.is_file() and os.path.samefile(found, script)
+
+
+def _python() -> str:
+    return _shell_path(Path(sys.executable))
+
+
+def _shell_path(path: Path) -> str:
+    """A path as one types it: relative where it lies below the current folder."""
+    with contextlib.suppress(ValueError, FileNotFoundError):  # elsewhere; a deleted folder
+        path = path.relative_to(Path.cwd())
+    text = str(path)
+    return f'"{text}"' if re.search(r"\s", text) else text

@@ -24,6 +24,7 @@ from var_deploy.bundle_files import GraphFile
 from var_deploy.config import Layout
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.graph_refs import held_layouts
+from var_deploy.installation import pip_install
 from var_deploy.labels import spread_labels
 from var_deploy.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import check_files, read_manifest
@@ -91,8 +92,8 @@ class OpenVinoBackend(HostMemory):
             import openvino
         except ImportError:
             raise BackendError(
-                'openvino is not installed; run pip install "var-deploy[openvino]", or leave it '
-                "out of --against"
+                f"openvino is not installed; run {pip_install('openvino', 'openvino')}, or leave "
+                "it out of --against"
             ) from None
         self._openvino, self._core, self._hint = openvino, openvino.Core(), hint
         self._options: dict[str, Any] = {

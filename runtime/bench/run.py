@@ -14,7 +14,7 @@ from var_deploy import names
 from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.graph_refs import generation_graphs
-from var_deploy.installation import module_command
+from var_deploy.installation import module_command, pip_install
 from var_deploy.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.planning.costs import graph_weights, workload_of
@@ -170,7 +170,7 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
             command = module_command(peer.module, *options, *peer.arguments)
             found.append(Entry(name=name, ours=False, command=command))
         else:
-            problem = f'{peer.needs} is not installed; run pip install "var-deploy[{peer.extra}]"'
+            problem = f"{peer.needs} is not installed; run {pip_install(peer.extra, peer.needs)}"
             found.append(Entry(name=name, ours=False, problem=problem))
     return found
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.graph_refs import held_layouts
+from var_deploy.installation import pip_install
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.planning.costs import workload_of
@@ -176,7 +177,7 @@ class BundleCheck:
 
     def _refer(self) -> Found:
         if importlib.util.find_spec("onnxruntime") is None:
-            raise NotRunError('onnxruntime is not installed; run pip install "var-deploy[cpu]"')
+            raise NotRunError(f"onnxruntime is not installed; run {pip_install('cpu')}")
         if "fp32" not in self.manifest.graphs:
             raise NotRunError(f"the bundle has no fp32 graphs to compare with; {EXPORT_BOTH}")
         cases = make_cases(self.manifest, self._images)

@@ -25,7 +25,7 @@ from typing import Any
 
 from var_deploy.doctor import examine
 from var_deploy.errors import BackendError, UsageError, VarDeployError, one_line
-from var_deploy.installation import module_command
+from var_deploy.installation import module_command, pip_command
 from var_deploy.machine import Machine
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.runtime.cuda import Cuda
@@ -216,7 +216,9 @@ def _ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
     Raises NotRunError where PyTorch or its CUDA is missing, BackendError where it fails.
     """
     if importlib.util.find_spec("torch") is None:
-        raise NotRunError("PyTorch is not installed; pip install torch, one built for CUDA")
+        raise NotRunError(
+            f"PyTorch is not installed; run {pip_command('torch')}, one built for CUDA"
+        )
     late: list[dict[str, Any]] = []
     try:
         done = subprocess.run(

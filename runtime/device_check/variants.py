@@ -10,6 +10,7 @@ from pathlib import Path
 
 from var_deploy.config import Layout
 from var_deploy.graph_refs import held_layouts
+from var_deploy.installation import pip, pip_install
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.cuda import Cuda
 from var_deploy.runtime.int8_check import check_int8
@@ -60,7 +61,7 @@ class Running:
 def onnxruntime_lacks(manifest: Manifest, variant: Variant) -> str:
     """Why ONNX Runtime cannot run a variant, "" where it can."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return 'onnxruntime is not installed; run pip install "var-deploy[cpu]"'
+        return f"onnxruntime is not installed; run {pip_install('cpu')}"
     if variant.layout not in held_layouts(manifest.graphs.get(variant.precision, {})):
         return f"the bundle has no layout {variant.layout} in {variant.precision}"
     if variant.backend == ORT_CUDA:
@@ -68,8 +69,8 @@ def onnxruntime_lacks(manifest: Manifest, variant: Variant) -> str:
 
         if PROVIDER not in onnxruntime.get_available_providers():
             return (
-                f"onnxruntime {onnxruntime.__version__} has no {PROVIDER}; run pip uninstall "
-                'onnxruntime, then pip install "var-deploy[gpu]"'
+                f"onnxruntime {onnxruntime.__version__} has no {PROVIDER}; run {pip()} uninstall "
+                f"onnxruntime, then {pip_install('gpu')}"
             )
     return ""
 

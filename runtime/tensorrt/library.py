@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.installation import pip_command, pip_install
 
 TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 OLDEST = (10, 3)  # JetPack 6.1
@@ -19,11 +20,7 @@ KEPT_LINES = 20
 SHOWN_LINES = 3
 SHOWN_CHARACTERS = 700
 
-INSTALL = {
-    TENSORRT: "on a Jetson it comes with JetPack (make the virtual environment with "
-    '--system-site-packages), elsewhere run pip install "var-deploy[tensorrt]"',
-    RTX: "run pip install tensorrt_rtx",
-}
+LIBRARIES = (TENSORRT, RTX)
 
 
 class Library:
@@ -64,7 +61,7 @@ def load_library(prefer: str | None = None) -> Library:
     Raises UsageError for another name, BackendError where the module is missing, does not load or
     is too old, with what to do about it.
     """
-    if prefer is not None and prefer not in INSTALL:
+    if prefer is not None and prefer not in LIBRARIES:
         raise UsageError(f"library must be {TENSORRT} or {RTX}, found {prefer!r}")
     for name in (prefer,) if prefer else (TENSORRT, RTX):
         try:
@@ -77,27 +74,37 @@ def load_library(prefer: str | None = None) -> Library:
             raise BackendError(_broken(name, error)) from None
         return _checked(module, name)
     missing = f"{prefer} is not" if prefer else f"neither {TENSORRT} nor {RTX} is"
-    raise BackendError(f"{missing} installed: {INSTALL[prefer or TENSORRT]}")
+    raise BackendError(f"{missing} installed: {_remedy(prefer or TENSORRT)}")
 
 
 def _checked(module: Any, name: str) -> Library:
     if not hasattr(module, "Builder"):
         # a folder of this name on the path, or the empty package that holds the name on PyPI
         where = getattr(module, "__file__", None) or "its place"
-        raise BackendError(f"the module {name} in {where} is not NVIDIA's: {INSTALL[name]}")
+        raise BackendError(f"the module {name} in {where} is not NVIDIA's: {_remedy(name)}")
     library = Library(module, name)
     parts = library.version.split(".")[:2]
     oldest = ".".join(map(str, OLDEST))
     if name == TENSORRT and tuple(int(p) for p in parts if p.isdigit()) < OLDEST:
         raise BackendError(
-            f"tensorrt {library.version} is too old, {oldest} or newer is needed: {INSTALL[name]}"
+            f"tensorrt {library.version} is too old, {oldest} or newer is needed: {_remedy(name)}"
         )
     return library
 
 
 def _broken(name: str, error: Exception) -> str:
     words = one_line(error)
-    return f"{name} is installed but does not load ({words}); install it again: {INSTALL[name]}"
+    return f"{name} is installed but does not load ({words}); install it again: {_remedy(name)}"
+
+
+def _remedy(name: str) -> str:
+    """How to get this library."""
+    if name == RTX:
+        return f"run {pip_command(RTX)}"
+    return (
+        "on a Jetson it comes with JetPack (make the virtual environment with "
+        f"--system-site-packages), elsewhere run {pip_install('tensorrt')}"
+    )
 
 
 @cache

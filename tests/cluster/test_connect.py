@@ -160,7 +160,7 @@ def test_without_ray(command: list[Any], monkeypatch: pytest.MonkeyPatch) -> Non
     for name in [name for name in sys.modules if name.startswith("var_deploy.cluster.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ray", None)
-    refused(1, *command, "--ray", "local", parts=('run: pip install "var-deploy[ray]"',))
+    refused(1, *command, "--ray", "local", parts=('pip install "ray[serve]>=',))
 
 
 def test_interrupted_on_a_cluster_of_its_own(

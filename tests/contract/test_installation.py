@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from var_deploy import installation
-from var_deploy.installation import ROOT, code_command, module_command, search_path, shadowed
+from var_deploy.installation import (
+    ROOT,
+    activation,
+    code_command,
+    module_command,
+    pip_command,
+    pip_install,
+    program,
+    search_path,
+    shadowed,
+)
 from var_deploy.machine import Machine
 from var_deploy.runtime.bench.process import ContenderProcess
 
@@ -190,3 +202,90 @@ def test_one_module_makes_commands_of_this_interpreter() -> None:
         if makes_commands(path.read_text(encoding="utf-8"))
     }
     assert found == {"installation.py"}
+
+
+# what a shell is told
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment .venv in the current folder, whose programs no shell finds."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "pip", "var-deploy", "activate"):
+        (programs / name).touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    return programs
+
+
+def test_programs_that_no_shell_finds_are_named_by_their_path(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert program() == ".venv/bin/var-deploy"
+    assert activation() == ". .venv/bin/activate"
+    assert pip_command("numpy") == ".venv/bin/python -m pip install numpy"
+    (tmp_path / "below it").mkdir()
+    monkeypatch.chdir(tmp_path / "below it")
+    assert program() == str(environment / "var-deploy")
+    (environment / "var-deploy").unlink()
+    assert program() == f"{environment / 'python'} -m var_deploy"
+
+
+def test_programs_of_an_activated_environment_go_by_their_names(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(environment))
+    assert (program(), activation()) == ("var-deploy", "")
+    assert pip_command("numpy", "ray[serve]>=2") == 'pip install numpy "ray[serve]>=2"'
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("pip", "var-deploy"):
+        (other / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{other}:{environment}")
+    assert program() == ".venv/bin/var-deploy", "not the one of another environment"
+    assert pip_command("numpy") == ".venv/bin/python -m pip install numpy"
+
+
+def test_a_folder_with_a_space_is_quoted(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = tmp_path / "my venv"
+    (tmp_path / ".venv").rename(spaced)
+    monkeypatch.setattr(sys, "executable", str(spaced / "bin" / "python"))
+    assert program() == '"my venv/bin/var-deploy"'
+
+
+def test_an_extra_is_named_by_the_packages_that_are_missing(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {"numpy", "torch", "onnx"}
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setenv("PATH", str(environment))
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    cpu = pip_install("cpu")
+    assert cpu.startswith('pip install "onnxruntime>=') and cpu.count(">=") == 1
+    export = pip_install("export")
+    assert "onnxruntime>=" in export and "safetensors>=" in export and "torch" not in export
+    assert '"torch>=' in pip_install("export", missing="torch"), "it is there, and broken"
+    assert pip_install("export", "torch").startswith('pip install "torch>=')
+    here |= {"onnxruntime"}
+    assert pip_install("cpu") == cpu, "all of them, where none is missing"
+    assert "prometheus-client>=" in pip_install("serve", missing="prometheus_client")
+
+
+def test_every_hint_names_what_an_index_has() -> None:
+    """var-deploy itself is on no index: no message says `pip install var-deploy…`."""
+    telling = [
+        path.name
+        for top in ("var_deploy", "export", "runtime")
+        for path in (SOURCES / top).rglob("*.py")
+        if re.search(r"pip install ..?var-deploy", path.read_text(encoding="utf-8"))
+    ]
+    assert telling == []

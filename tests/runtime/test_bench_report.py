@@ -16,6 +16,7 @@ from fake_machine import FakeMachine, jetson, meminfo, workstation
 from var_deploy import names
 from var_deploy.cli.bench import _as_text
 from var_deploy.config import RuntimeConfig
+from var_deploy.installation import pip_install
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.costs import workload_of
 from var_deploy.planning.plan import launch_times
@@ -107,9 +108,9 @@ def test_the_programs_of_peers_are_there() -> None:
 
 def test_what_is_not_installed_says_what_to_install() -> None:
     problems = {entry.name: entry.problem for entry in entries(Path("b"), ALL, 4, PC)}
-    told = 'torch is not installed; run pip install "var-deploy[export]"'
+    told = f"torch is not installed; run {pip_install('export', 'torch')}"
     assert problems["torch-compile"] == told
-    told = 'openvino is not installed; run pip install "var-deploy[openvino]"'
+    told = f"openvino is not installed; run {pip_install('openvino')}"
     assert problems["openvino"] == told
 
 

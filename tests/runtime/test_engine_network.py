@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 import fake_tensorrt
 from fake_tensorrt import builder as fake
 from var_deploy.errors import BackendError, UsageError
+from var_deploy.installation import pip_command
 from var_deploy.runtime.tensorrt.library import Library, load_library
 from var_deploy.runtime.tensorrt.monitor import PhaseTree, held_interrupt
 from var_deploy.runtime.tensorrt.network import BuiltEngine, build_engine
@@ -390,7 +391,7 @@ def test_the_first_library_that_is_installed_is_taken(
     [
         (None, "neither tensorrt nor tensorrt_rtx is installed: on a Jetson it comes with"),
         ("tensorrt", "tensorrt is not installed: on a Jetson it comes with JetPack"),
-        ("tensorrt_rtx", "tensorrt_rtx is not installed: run pip install tensorrt_rtx"),
+        ("tensorrt_rtx", f"tensorrt_rtx is not installed: run {pip_command('tensorrt_rtx')}"),
     ],
 )
 def test_a_missing_library_says_what_to_install(

@@ -237,14 +237,16 @@ def test_it_says_what_it_runs_on(ort: Any) -> None:
 
 def test_without_the_provider_it_says_what_to_install(ort: Any) -> None:
     ort.get_available_providers = lambda: [CPU]
-    with pytest.raises(BackendError, match=r"has no CUDAExecution.*; run .*var-deploy\[gpu\]"):
+    words = r"has no CUDAExecution.*; run .*pip install .*onnxruntime-gpu>="
+    with pytest.raises(BackendError, match=words):
         OrtCudaBackend(ort, Cuda(cudart))
     assert cudart.live() == {}, "the device that it was given is its own, also when it fails"
 
 
 def test_without_onnxruntime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r'not installed; run pip install "var-deploy\[gpu\]"'):
+    words = r'not installed; run .*pip install .*"onnxruntime-gpu>='
+    with pytest.raises(BackendError, match=words):
         OrtCudaBackend(cuda=Cuda(cudart))
 
 

@@ -15,6 +15,7 @@ import pytest
 from var_deploy.bundle_files import GraphFile
 from var_deploy.config import Layout
 from var_deploy.errors import BackendError, BundleError, UsageError
+from var_deploy.installation import pip_command
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.bench.contender import serve
@@ -142,4 +143,5 @@ def test_without_openvino_there_is_one_clear_line(
     replies = io.StringIO()
     assert serve(lambda: OpenVinoContender(bundle, 1), io.StringIO(), replies) == 1
     (line,) = replies.getvalue().splitlines()
-    assert json.loads(line)["problem"].startswith("openvino is not installed; run pip install")
+    told = f'openvino is not installed; run {pip_command()} "openvino'
+    assert json.loads(line)["problem"].startswith(told)

@@ -20,6 +20,7 @@ from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.config import BACKENDS, PRECISIONS, RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.files import check_writable, whole_file
+from var_deploy.installation import pip_install
 from var_deploy.terminal import visible_json
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def _figure(plot: str) -> Path:
         raise UsageError(f"figures are written as .png, found {path.name}")
     if importlib.util.find_spec("matplotlib") is None:
         raise VarDeployError(
-            '--plot needs matplotlib, which is not installed; run: pip install "var-deploy[bench]"'
+            f"--plot needs matplotlib, which is not installed; run {pip_install('bench')}"
         )
     return path
 

@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from var_deploy.errors import VarDeployError
-from var_deploy.installation import shadowed
+from var_deploy.installation import pip_install, shadowed
 from var_deploy.terminal import (
     INTERRUPTED,
     is_terminal,
@@ -241,7 +241,8 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         if module in ("", "var_deploy"):
             raise
         raise VarDeployError(
-            f'{what} needs {module}, which is not installed; run: pip install "var-deploy[{extra}]"'
+            f"{what} needs {module}, which is not installed; run "
+            f"{pip_install(extra, missing=module)}"
         ) from error
 
 

@@ -8,6 +8,7 @@ from var_deploy import __version__
 from var_deploy.cli.bench import bench
 from var_deploy.cli.build import build
 from var_deploy.cli.console import Program
+from var_deploy.cli.demo import demo
 from var_deploy.cli.doctor import doctor
 from var_deploy.cli.edit import edit
 from var_deploy.cli.encode import encode
@@ -38,6 +39,7 @@ def main() -> None:
 
     \b
     Example:
+      var-deploy demo
       var-deploy export pocket --out build/pocket
       var-deploy verify build/pocket
       var-deploy generate build/pocket --labels star,3 --count 16 --out grid.png
@@ -57,6 +59,7 @@ def main() -> None:
 
 
 # the help lists them in this order
+main.add_command(demo)
 main.add_command(export)
 main.add_command(verify)
 main.add_command(inspect)
