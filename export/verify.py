@@ -15,8 +15,9 @@ from pathlib import Path
 from var_deploy import names
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.export.checkpoint import LoadedModel, load_model
-from var_deploy.export.checkpoint_files import TOP
+from var_deploy.export.checkpoint_files import TOP, Part, open_checkpoint
 from var_deploy.export.hints import NO_HINTS, Hints
+from var_deploy.export.module_weights import weights_sha256
 from var_deploy.export.reference import trace_reference
 from var_deploy.export.report import Check, Report
 from var_deploy.export.sample_study import (
@@ -193,18 +194,18 @@ def load_bundle_model(
     Raises UsageError where files are needed, are not those that the manifest names, or are of
     another architecture.
     """
-    for part, file in (("transformer", checkpoint), ("tokenizer", tokenizer)):
+    places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
+    for part, file, key in (
+        ("transformer", checkpoint, hints.key or places["transformer"]),
+        ("tokenizer", tokenizer, hints.tokenizer_key or places["tokenizer"]),
+    ):
         if file is not None:
-            _check_origin(manifest, part, file)
+            _check_origin(manifest, part, file, key)
     random = manifest.checkpoint["transformer"].get("random_weights")
     if checkpoint is None and tokenizer is None and random is not None:
         return load_model(manifest.preset, random_weights=random)
     if not manifest.preset and (checkpoint is None or tokenizer is None):
-        raise UsageError(
-            "this bundle was made from checkpoint files: give the same ones to verify with "
-            "--checkpoint and --tokenizer"
-        )
-    places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
+        raise UsageError(_what_to_give(manifest))
     model = load_model(
         manifest.preset or None,
         checkpoint=checkpoint,
@@ -228,7 +229,21 @@ def load_bundle_model(
     return model
 
 
-def _check_origin(manifest: Manifest, part: str, file: Path) -> None:
+def _what_to_give(manifest: Manifest) -> str:
+    modules = {str(s["module"]) for s in manifest.checkpoint.values() if s.get("module")}
+    if modules:
+        return (
+            f"this bundle was made from modules in memory ({', '.join(sorted(modules))}): give them "
+            "with --module PACKAGE.FILE:FUNCTION, or files with their state dicts with "
+            "--checkpoint and --tokenizer"
+        )
+    return (
+        "this bundle was made from checkpoint files: give the same ones to verify with "
+        "--checkpoint and --tokenizer"
+    )
+
+
+def _check_origin(manifest: Manifest, part: Part, file: Path, key: str) -> None:
     """Raise UsageError where a checkpoint is not the one that the bundle was made from."""
     origin = manifest.checkpoint.get(part) or {}
     again = f"its {part} has random weights of seed {origin.get('random_weights')}"
@@ -236,9 +251,14 @@ def _check_origin(manifest: Manifest, part: str, file: Path) -> None:
         expected = origin.get("sha256")
         if expected is None or not file.is_file():  # nothing to compare, or told when it is opened
             return
-        found = file_sha256(file)
+        saved = "module" in origin  # its hash is of the weights, not of a file
+        found = (
+            weights_sha256(open_checkpoint(file, part, default_key=key))
+            if saved
+            else file_sha256(file)
+        )
         if found == expected:
             return
-        name = origin.get("file", "another file")
+        name = f"a {origin['module']} in memory" if saved else origin.get("file", "another file")
         again = f"its {part} comes from {name}, sha256 {expected[:12]}, found {found[:12]}"
     raise UsageError(f"{file} is not the file this bundle was made from: {again}")
