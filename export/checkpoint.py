@@ -22,8 +22,8 @@ from var_deploy.export.checkpoint_files import (
 )
 from var_deploy.export.checkpoint_formats import shown
 from var_deploy.export.families import export_family_of
-from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.held_modules import recognise_modules, tokenizer_of
+from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import NextScaleTransformer
 from var_deploy.export.module_weights import ModuleWeights

@@ -211,9 +211,7 @@ class OwnForward:
                     f"{one_line(error)}"
                 ) from error
 
-    def _checked(
-        self, module: nn.Module, name: str, found: Any, shape: tuple[int, ...]
-    ) -> Tensor:
+    def _checked(self, module: nn.Module, name: str, found: Any, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(found, Tensor) or tuple(found.shape) != shape:
             raise UsageError(
                 f"{type(module).__name__}.{name} gave {_described(found)}, expected {list(shape)}"

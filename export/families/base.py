@@ -16,7 +16,6 @@ from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import NextScaleTransformer
 from var_deploy.spec import ModelSpec, TokenizerSpec
 
-
 HasKey = Callable[[str], bool]
 SizeOf = Callable[[str, int], int]  # (key, dimension) → its size
 

@@ -157,7 +157,7 @@ class CheckpointOptions:
 
 
 def checkpoint_options(command: Command) -> Command:
-    """--checkpoint --tokenizer --key --tokenizer-key --patch-nums --heads, as a `CheckpointOptions`."""
+    """--checkpoint --tokenizer, their keys, --patch-nums --heads, as a `CheckpointOptions`."""
     file = click.Path(path_type=Path, dir_okay=False)
     options = [
         click.option("--checkpoint", type=file, help="Transformer weights, .pth or .safetensors."),
