@@ -29,27 +29,26 @@ Generate = Callable[[Sequence[Tensor]], "Trace"]
 def own_trace(own: OwnForward, manifest: Manifest, given: Given, generate: Generate) -> Trace:
     """The trace of a generation whose logits, tokens and image are the user's modules' own.
 
-    What the interface of those modules does not show (keys and values, f_hat, the next input) is
-    from `generate`, which takes the tokens of the first scales and draws the rest.
+    What the interface of those modules does not show (keys and values, f_hat) is from `generate`,
+    which takes the tokens of the first scales and draws the rest.
     """
     trace = generate(())
     left = len(trace.scales)  # each turn settles a scale at least
     while True:
-        logits, tokens, margins = _draws(own, manifest, given, trace)
+        teacher, logits, tokens, margins = _draws(own, manifest, given, trace)
         found = [torch.from_numpy(scale.outputs[names.TOKENS]) for scale in trace.scales]
         same = [torch.equal(a, b) for a, b in zip(found, tokens, strict=True)]
         if all(same) or not left:
             break
         left -= 1
         trace = generate(tokens[: same.index(False) + 1])
-    scales = [
-        dataclasses.replace(
-            scale,
-            outputs={**scale.outputs, names.LOGITS: logits[k].numpy()},
-            margins=margins[k].numpy(),
-        )
-        for k, scale in enumerate(trace.scales)
-    ]
+    scales = []
+    for k, scale in enumerate(trace.scales):
+        outputs = {**scale.outputs, names.LOGITS: logits[k].numpy()}
+        if k < len(teacher):
+            outputs[names.NEXT_INPUT] = teacher[k].numpy()
+        changed = dataclasses.replace(scale, outputs=outputs, margins=margins[k].numpy())
+        scales.append(changed)
     image = None if manifest.more_smooth else own.decode_tokens(found)
     if image is None:
         image = own.decode(torch.from_numpy(trace.f_hat))
@@ -58,8 +57,9 @@ def own_trace(own: OwnForward, manifest: Manifest, given: Given, generate: Gener
 
 def _draws(
     own: OwnForward, manifest: Manifest, given: Given, trace: Trace
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Guided logits, tokens and their margins by scale, from the tokens that the trace has."""
+) -> tuple[Sequence[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Inputs of scales 1..K-1, then guided logits, tokens and their margins of every scale, from
+    the tokens that the trace has."""
     spec, batch = manifest.model, len(given.labels)
     tokens = [torch.from_numpy(scale.outputs[names.TOKENS]) for scale in trace.scales]
     inputs = [torch.from_numpy(s.outputs[names.NEXT_INPUT]) for s in trace.scales[:-1]]
@@ -80,7 +80,7 @@ def _draws(
         guided.append(logits)
         drawn.append(found)
         margins.append(margin)
-    return guided, drawn, margins
+    return teacher.split(lengths[1:], dim=1), guided, drawn, margins
 
 
 def as_picture(image: Tensor) -> NDArray[Any]:

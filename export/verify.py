@@ -59,7 +59,7 @@ Progress = Callable[[str, float], None]
 
 
 def verify_bundle(
-    bundle: Path,
+    bundle: Path | str,
     *,
     checkpoint: Path | None = None,
     tokenizer: Path | None = None,
@@ -75,8 +75,8 @@ def verify_bundle(
     """Compare a bundle with its PyTorch model and write the report into the manifest.
 
     The model is the preset, or the random weights, that the manifest names; otherwise files or
-    modules must be given. Raises BundleError, CheckpointError or UsageError where there is nothing to
-    compare, BundleError where the bundle changed meanwhile; a comparison that fails is in the
+    modules must be given. Raises BundleError, CheckpointError or UsageError where there is nothing
+    to compare, BundleError where the bundle changed meanwhile; a comparison that fails is in the
     report, and so is why it could not be stored, where the bundle cannot be written.
 
     Args:
@@ -92,6 +92,7 @@ def verify_bundle(
             model; 0 skips it.
     """
     check_count(samples)
+    bundle = Path(bundle)
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     own = None
