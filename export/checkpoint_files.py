@@ -151,6 +151,21 @@ def open_checkpoint(
     return _CheckpointFile(path, location, tensors)
 
 
+def parts_of(path: Path) -> list[Part]:
+    """Which parts a file holds, the transformer first.
+
+    Raises CheckpointError for a file that is missing, damaged, no checkpoint, or holds neither.
+    """
+    entries = _Entries(path, open_contents(path))
+    found = [part for part in OTHER if next(entries.find(part), None) is not None]
+    if not found:
+        marks = " or ".join(MARKS[part][0] for part in OTHER)
+        raise CheckpointError(
+            f"{path} holds neither a VAR transformer nor a tokenizer: no keys like {marks} in it"
+        )
+    return found
+
+
 def _choose(
     path: Path, part: Part, places: list[str], key: str | None, default_key: str | None
 ) -> str:

@@ -189,8 +189,8 @@ class OwnForward:
     def _image(self, method: Callable[..., Any], given: Any, **options: Any) -> Tensor:
         t = self._spec.tokenizer
         found = self._call(self._tokenizer, method, given, **options)
-        shape = (len(given[0]) if isinstance(given, list) else len(given), t.image_channels)
-        shape += (t.image_side, t.image_side)
+        batch = len(given[0]) if isinstance(given, list) else len(given)
+        shape = (batch, t.image_channels, t.image_side, t.image_side)
         return self._checked(self._tokenizer, method.__name__, found, shape).float()
 
     def _call(
@@ -228,7 +228,9 @@ def _in_use(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The module as it generates; its training flags and label dropout are put back afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     # the published forward drops labels in evaluation mode as well
-    dropping = [(m, m.cond_drop_rate) for m, _ in modes if hasattr(m, "cond_drop_rate")]
+    dropping: list[tuple[Any, Any]] = [
+        (m, m.cond_drop_rate) for m, _ in modes if hasattr(m, "cond_drop_rate")
+    ]
     exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     plain = torch.autocast(device_type=device.type, enabled=False)
     try:

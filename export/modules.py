@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -68,7 +69,7 @@ def export_modules(
     options = ExportOptions(
         precisions=tuple(precisions),
         batch=batch,
-        guidance=model.spec.transformer.conditional if guidance is None else guidance,
+        guidance=guidance,
         more_smooth=more_smooth,
         layout=layout,
         calibration=calibration,
@@ -90,10 +91,10 @@ def call_module_function(place: str) -> tuple[nn.Module, nn.Module]:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        function: Callable[[], object] = importlib.import_module(name)
+        function: Any = importlib.import_module(name)
         for part in attribute.split("."):
             function = getattr(function, part)
-        found = function()
+        found: object = function()
     except Exception as error:  # the user's code raises what it likes
         raise UsageError(
             f"--module {place} cannot be called: {type(error).__name__}: {one_line(error)}"

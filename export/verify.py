@@ -276,10 +276,11 @@ def load_bundle_model(
     another architecture.
     """
     places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
-    for part, file, key in (
+    given: tuple[tuple[Part, Path | None, str], ...] = (
         ("transformer", checkpoint, hints.key or places["transformer"]),
         ("tokenizer", tokenizer, hints.tokenizer_key or places["tokenizer"]),
-    ):
+    )
+    for part, file, key in given:
         if file is not None:
             _check_origin(manifest, part, file, key)
     random = manifest.checkpoint["transformer"].get("random_weights")

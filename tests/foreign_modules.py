@@ -123,7 +123,7 @@ class ForeignVqvae(Keyed):
         self.sides, self.twist = list(patch_nums), twist
         self.quantize.idxBl_to_var_input = self.var_input  # type: ignore[union-attr]
 
-    def img_to_idxBl(self, image: Tensor) -> list[Tensor]:
+    def img_to_idxBl(self, image: Tensor) -> list[Tensor]:  # noqa: N802
         rest = self.conv(self.encoder_net(image), "quant_conv", padding=1)
         codes = self.w("quantize.embedding.weight")
         found = []
@@ -134,9 +134,12 @@ class ForeignVqvae(Keyed):
             rest = rest - self.part(k, found[-1])
         return found
 
-    def idxBl_to_img(self, tokens: list[Tensor], same_shape: bool, last_one: bool) -> Tensor:
+    def idxBl_to_img(  # noqa: N802
+        self, tokens: list[Tensor], same_shape: bool, last_one: bool
+    ) -> Tensor:
         assert same_shape and last_one
-        return self.fhat_to_img(torch.stack([self.part(k, t) for k, t in enumerate(tokens)]).sum(0))
+        parts = [self.part(k, t) for k, t in enumerate(tokens)]
+        return self.fhat_to_img(torch.stack(parts).sum(0))
 
     def fhat_to_img(self, f_hat: Tensor) -> Tensor:
         image = self.decoder_net(self.conv(f_hat, "post_quant_conv", padding=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
@@ -126,7 +125,7 @@ def export(
         options = ExportOptions(
             precisions=tuple(dict.fromkeys(precision)),
             batch=batch,
-            guidance=guidance is not False,
+            guidance=guidance,
             more_smooth=more_smooth,
             layout=layout,
             calibration=calibration or INT8_IMAGES,
@@ -140,9 +139,6 @@ def export(
                 hints=weights.hints(),
                 progress=lambda message: progress.update(message, 0.0),
             )
-            if guidance is None:
-                conditional = loaded.spec.transformer.conditional
-                options = dataclasses.replace(options, guidance=conditional)
             manifest = export_bundle(loaded, out, options, progress.update, replace=force)
             warning = ""
             if "fp16" in precision and calibration != 0:

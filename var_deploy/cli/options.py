@@ -144,6 +144,11 @@ class CheckpointOptions:
     patch_nums: tuple[int, ...] | None
     heads: int | None
 
+    @property
+    def given(self) -> bool:
+        """Whether any of them was."""
+        return any(value is not None for value in dataclasses.astuple(self))
+
     def hints(self) -> Hints:
         """The same for the half that reads the files."""
         from var_deploy.export.hints import Hints

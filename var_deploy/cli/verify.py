@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -106,23 +107,23 @@ def verify(
     if graph is not None:
         raise UsageError("--graph goes with --bisect")
     with needs_extra("export", "verify"):
-        from var_deploy.export.modules import call_module_function
-        from var_deploy.export.verify import IMAGES, verify_bundle
+        from var_deploy.export.verify import verify_bundle
 
-        modules = call_module_function(module) if module is not None else None
+        asked: dict[str, Any] = {"images": images, "seed": seed, "labels": labels}
+        if module is not None:
+            from var_deploy.export.modules import call_module_function
+
+            asked["modules"] = call_module_function(module)
         with Progress(quiet=quiet) as progress:
             report = verify_bundle(
                 bundle,
                 checkpoint=weights.checkpoint,
                 tokenizer=weights.tokenizer,
                 hints=weights.hints(),
-                modules=modules,
                 precision=precision,
-                images=images or IMAGES,
-                seed=seed or 0,
-                labels=labels,
                 samples=samples,
                 progress=progress.update,
+                **{name: value for name, value in asked.items() if value is not None},
             )
     if as_json or not quiet:
         echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
