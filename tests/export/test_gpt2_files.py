@@ -212,7 +212,6 @@ def test_inspect_and_plan(bundle: Path, files: tuple[Path, Path]) -> None:
         (["inspect", "{file}", "--graph", "step"], "a checkpoint has no graphs"),
         (["plan"], "give a preset, the folder of a bundle, or --checkpoint"),
         (["plan", "pocket", "--checkpoint", "{file}"], "leave pocket out"),
-        (["plan", "{file}"], "is a file: give checkpoints with --checkpoint"),
         (["plan", "--checkpoint", "{file}"], "--tokenizer is missing"),
     ],
 )
@@ -221,6 +220,10 @@ def test_what_does_not_go_together(
 ) -> None:
     filled = [a.format(bundle=bundle, file=files[0]) for a in arguments]
     assert_one_line(run(*filled), 2, told)
+
+
+def test_a_file_is_no_bundle_to_plan(files: tuple[Path, Path]) -> None:
+    assert_one_line(run("plan", files[0]), 1, "is no bundle", "--checkpoint and --tokenizer")
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:

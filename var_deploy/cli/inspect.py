@@ -210,7 +210,7 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
 
 def _origins(manifest: Manifest) -> list[tuple[str, str]]:
     """Where the weights came from, as the manifest tells it."""
-    rows = []
+    rows: list[tuple[str, str]] = []
     for part in ("transformer", "tokenizer"):
         source = manifest.checkpoint.get(part)
         told = source if isinstance(source, Mapping) else {}

@@ -12,7 +12,7 @@ import click
 
 from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table
 from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options
-from var_deploy.errors import UsageError
+from var_deploy.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from var_deploy.config import Precision
@@ -159,7 +159,9 @@ def _workload(
     from var_deploy.planning.plan import workload_of
 
     if path.is_file():
-        raise UsageError(f"{path} is a file: give checkpoints with --checkpoint and --tokenizer")
+        raise BundleError(
+            f"{path} is no bundle but a file: give checkpoints with --checkpoint and --tokenizer"
+        )
     manifest = read_manifest(path)
     _check_guidance(guidance, manifest.model.transformer.conditional)
     if batch not in (None, manifest.batch):
