@@ -53,7 +53,8 @@ class ExportOptions:
     Attributes:
         precisions: folders to write, of "fp32", "fp16" and "int8".
         batch: images a launch, B.
-        guidance: 2B rows for classifier-free guidance, or B at half the work.
+        guidance: 2B rows for classifier-free guidance, or B at half the work; None: guidance where
+            the model has classes.
         more_smooth: mix codes where the published `more_smooth` does, see `sampling.smoothing`.
         layout: per-scale static graphs, the one `step` graph ("shared"), or both over the same
             weights.
@@ -62,7 +63,7 @@ class ExportOptions:
 
     precisions: tuple[Precision, ...] = ("fp32",)
     batch: int = 1
-    guidance: bool = True
+    guidance: bool | None = True
     more_smooth: bool = False
     layout: Layout = "both"
     calibration: int = 8
@@ -83,7 +84,7 @@ class ExportOptions:
         return GraphForm(
             precision=precision,
             batch=self.batch,
-            guidance=self.guidance,
+            guidance=bool(self.guidance),
             more_smooth=self.more_smooth,
         )
 
@@ -136,6 +137,8 @@ def export_bundle(
     Raises UsageError for options that do not fit the model and for an `out` that holds anything
     else, and ExportError where a weight cannot be stored or the disk is full.
     """
+    if options.guidance is None:
+        options = dataclasses.replace(options, guidance=model.spec.transformer.conditional)
     if options.guidance and not model.spec.transformer.conditional:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
     if options.more_smooth and not family_of(model.spec.transformer).mixes_codes:
@@ -224,7 +227,7 @@ def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
         model=model.spec,
         preset=model.preset,
         batch=options.batch,
-        guidance=options.guidance,
+        guidance=bool(options.guidance),
         more_smooth=options.more_smooth,
         graphs={},
         files={},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,16 +22,16 @@ from var_deploy.export.checkpoint_files import (
 )
 from var_deploy.export.checkpoint_formats import shown
 from var_deploy.export.families import export_family_of
+from var_deploy.export.held_modules import recognise_modules, tokenizer_of
 from var_deploy.export.hints import NO_HINTS, Hints
-from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import NextScaleTransformer
+from var_deploy.export.module_weights import ModuleWeights
 from var_deploy.export.presets import Preset, find_preset, own_file
 from var_deploy.export.random_weights import RandomWeights
 from var_deploy.export.recognise import recognise, typed
-from var_deploy.export.var import ImageDecoder, ImageEncoder
 from var_deploy.sampling import Sampling
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, TokenizerSpec
 
 __all__ = [
     "Hints",
@@ -42,6 +41,7 @@ __all__ = [
     "assemble",
     "build_modules",
     "check_state",
+    "default_sampling",
     "empty_modules",
     "load_into",
     "load_model",
@@ -78,40 +78,6 @@ class LoadedModel:
             if key in keys:
                 return source
         raise KeyError(key)
-
-
-class _ModuleWeights:
-    """The weights of a module in memory, as they are when they are read.
-
-    Arrays are copies, so that nothing done to them reaches the module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._name = type(module).__name__
-        self._state: Mapping[str, torch.Tensor] = module.state_dict()  # shares the memory
-
-    @property
-    def description(self) -> Mapping[str, Any]:
-        digest = hashlib.sha256()
-        for key in sorted(self._state):
-            digest.update(f"{key}{self.shape(key)}".encode())
-            digest.update(self.read(key).tobytes())
-        return {"module": self._name, "sha256": digest.hexdigest()}
-
-    def __str__(self) -> str:
-        return f"the {self._name} in memory"
-
-    def keys(self) -> Collection[str]:
-        return self._state.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._state[key].shape)
-
-    def read(self, key: str) -> NDArray[Any]:
-        tensor = self._state[key]
-        dtype = torch.float32 if tensor.is_floating_point() else torch.int64
-        array: NDArray[Any] = tensor.to("cpu", dtype, copy=True).contiguous().numpy()
-        return array
 
 
 class _Complete:
@@ -249,40 +215,63 @@ def assemble(
         tokenizer=_Complete(tokenizer, tokenizer_module),
         transformer=_Complete(transformer, transformer_module),
         labels=labels,
-        defaults=defaults or Sampling(),
+        defaults=defaults or default_sampling(spec),
     )
 
 
 def as_loaded_model(
-    model: Gpt2Transformer,
-    tokenizer: Tokenizer | ImageEncoder | ImageDecoder,
+    transformer: nn.Module,
+    tokenizer: nn.Module,
     *,
     defaults: Sampling | None = None,
+    labels: tuple[str, ...] = (),
 ) -> LoadedModel:
-    """The GPT-2 form out of memory, to be exported without guidance as a checkpoint would be.
+    """A transformer and a tokenizer in memory, to be exported as checkpoint files would be.
 
     Args:
-        model: what `var.build` returned, trained or not.
-        tokenizer: what `var.build_tokenizer` returned (either of the two), or their tokenizer.
-        defaults: sampling settings; None: every code may be drawn, at temperature 1.
+        transformer: VAR of the published code, of `models.transformer`, or what `var.build`
+            returned; of any other class where its state dict has the keys of one of these.
+        tokenizer: the published VQVAE, a Tokenizer, or what `var.build_tokenizer` returned (either
+            of the two).
+        defaults: sampling settings; None: those of `default_sampling`.
+        labels: class names, index = label; empty where they are not known.
 
-    Raises UsageError where the two have other scales or another number of codes.
+    Sizes come from the state dicts, and from attributes (`module_sizes`) where those do not tell.
+    Raises CheckpointError for modules that are not of this family, UsageError where the two do not
+    belong together or where nothing tells a size.
     """
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = tokenizer.tokenizer
-    ours, theirs = model.spec.tokenizer, tokenizer.spec
+    tokenizer = tokenizer_of(tokenizer)
+    weights = ModuleWeights(tokenizer), ModuleWeights(transformer)
+    if isinstance(transformer, NextScaleTransformer) and isinstance(tokenizer, Tokenizer):
+        spec = _joined(transformer.spec, tokenizer.spec)
+    else:
+        spec = recognise_modules(transformer, tokenizer, *weights)
+    if labels and len(labels) != spec.transformer.classes:
+        raise UsageError(
+            f"labels must have a name for each of the {spec.transformer.classes} classes, "
+            f"found {len(labels)}"
+        )
+    return assemble(spec, *weights, defaults=defaults, labels=labels)
+
+
+def _joined(model: ModelSpec, tokenizer: TokenizerSpec) -> ModelSpec:
+    """The transformer's sizes with those of the tokenizer that it is used with."""
     for field in ("patch_nums", "vocab_size"):
-        if getattr(ours, field) != getattr(theirs, field):
+        ours, theirs = getattr(model.tokenizer, field), getattr(tokenizer, field)
+        if ours != theirs:
             raise UsageError(
-                f"the model and the tokenizer do not belong together: {field} is "
-                f"{getattr(ours, field)} and {getattr(theirs, field)}"
+                f"the model and the tokenizer do not belong together: {field} is {ours} and "
+                f"{theirs}"
             )
-    return assemble(
-        ModelSpec(tokenizer=theirs, transformer=model.spec.transformer),
-        _ModuleWeights(tokenizer),
-        _ModuleWeights(model),
-        defaults=defaults or Sampling(cfg=0.0, top_k=0, top_p=0.0),
-    )
+    return ModelSpec(tokenizer=tokenizer, transformer=model.transformer)
+
+
+def default_sampling(spec: ModelSpec) -> Sampling:
+    """Settings of a model that is no preset: those of the paper's demo, or, without classes, every
+    code at temperature 1."""
+    if spec.transformer.conditional:
+        return Sampling()
+    return Sampling(cfg=0.0, top_k=0, top_p=0.0)
 
 
 def _named(name: str | None, preset: Preset) -> dict[str, Any]:

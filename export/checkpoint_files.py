@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from var_deploy.errors import CheckpointError
 from var_deploy.export.checkpoint_formats import Contents, check_names, open_contents, shown
+from var_deploy.export.families import EXPORT_FAMILIES
 from var_deploy.export.mapped_file import StoredTensor
 from var_deploy.export.pickled_names import MAX_DIMENSIONS
 from var_deploy.manifest import file_sha256
@@ -28,7 +29,7 @@ OTHER: Mapping[Part, Part] = {"transformer": "tokenizer", "tokenizer": "transfor
 # keys that only this part has; two of them make a mapping this part, so that a checkpoint which
 # lacks one is still recognised, and the one is reported as missing
 MARKS: Mapping[Part, tuple[str, ...]] = {
-    "transformer": ("pos_1LC", "pos_start", "lvl_embed.weight", "word_embed.weight"),
+    "transformer": tuple(mark for family in EXPORT_FAMILIES.values() for mark in family.marks),
     "tokenizer": (
         "post_quant_conv.weight",
         "quant_conv.weight",
@@ -45,7 +46,9 @@ TOP = "."  # how the top level of a file is called where a key is asked for
 
 # Buffers that follow from the sizes. Checkpoints may hold none of them, or (the statistic
 # ema_vocab_hit_SV) that of another number of scales: they are computed and never read.
-DERIVED_BUFFERS = frozenset({"lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV"})
+DERIVED_BUFFERS = frozenset(
+    {"lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV", "heads_1H"}
+)
 LEVELS = "lvl_1L"  # but for this one, which tells the side lengths of the scales
 # every one of their values is a value of fp32, but for float64, which is rounded
 FLOATS = frozenset(
@@ -146,6 +149,21 @@ def open_checkpoint(
     tensors = {name: contents.tensor(name, said) for name, said in found[location].items()}
     _check_tensors(path, tensors)
     return _CheckpointFile(path, location, tensors)
+
+
+def parts_of(path: Path) -> list[Part]:
+    """Which parts a file holds, the transformer first.
+
+    Raises CheckpointError for a file that is missing, damaged, no checkpoint, or holds neither.
+    """
+    entries = _Entries(path, open_contents(path))
+    found = [part for part in OTHER if next(entries.find(part), None) is not None]
+    if not found:
+        marks = " or ".join(MARKS[part][0] for part in OTHER)
+        raise CheckpointError(
+            f"{path} holds neither a VAR transformer nor a tokenizer: no keys like {marks} in it"
+        )
+    return found
 
 
 def _choose(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint_files import WeightSource
+from var_deploy.export.families import EXPORT_FAMILIES, ExportFamily
 from var_deploy.export.hints import NO_HINTS, Hints
 from var_deploy.export.presets import PRESETS
+from var_deploy.families import FAMILIES
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
-RELEASED_HEAD_WIDTH = 64  # every released VAR has heads of this width
 CODEBOOK_PER_SCALE = "quantize.embedding.0.weight"
 
 # Far beyond the models there are (36 blocks, 10 scales, 2240 tokens, 5 levels of 2 blocks), and
@@ -48,85 +50,93 @@ def recognise(
     not belong together; UsageError where hints are needed or contradict the checkpoint.
     """
     _refuse_swapped(tokenizer, transformer)
-    head_count = _heads(transformer, hints.heads, fallback.heads)
-    patch_nums = _patch_nums(transformer, hints.patch_nums, fallback.patch_nums)
+    family = _family(transformer)
+    head_count = _heads(transformer, family, hints.heads, fallback.heads)
+    patch_nums = _patch_nums(transformer, family, hints.patch_nums, fallback.patch_nums)
     tokenizer_spec = _tokenizer(tokenizer, patch_nums)
-    _check_fit(tokenizer, transformer, tokenizer_spec)
+    _check_fit(tokenizer, transformer, family, tokenizer_spec)
+    own = family.own_sizes(partial(_has, transformer), partial(_size, transformer))
+    if FAMILIES[family.name].conditional and own["classes"] < 1:
+        raise CheckpointError(
+            f"{transformer}: class_emb.weight has {own['classes'] + 1} row, expected one per class "
+            "and one more"
+        )
     try:
         return ModelSpec(
             tokenizer=tokenizer_spec,
             transformer=TransformerSpec(
+                family=family.name,
                 depth=_count(transformer, r"blocks\.(\d+)\.", "blocks", MAX_DEPTH),
-                width=_size(transformer, "pos_start", 2, rank=3),
+                width=_size(transformer, family.start_key, 2, rank=3),
                 heads=head_count,
-                classes=_classes(transformer),
                 ffn_width=_size(transformer, "blocks.0.ffn.fc1.weight", 0),
-                shared_adaln=_has(transformer, "shared_ada_lin.1.weight"),
-                qk_l2_norm=_has_l2_norm(transformer),
+                **own,
             ),
         )
     except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
         raise CheckpointError(f"{transformer} is no transformer of this family: {error}") from None
 
 
+def _family(transformer: WeightSource) -> ExportFamily:
+    """The family of which most keys are there."""
+    families = EXPORT_FAMILIES.values()
+    return max(families, key=lambda family: sum(_has(transformer, key) for key in family.marks))
+
+
 def _refuse_swapped(tokenizer: WeightSource, transformer: WeightSource) -> None:
-    if _has(tokenizer, "pos_1LC") and not _has(transformer, "pos_1LC"):
-        raise CheckpointError(
-            f"{tokenizer} holds a transformer and {transformer} does not: "
-            "were --checkpoint and --tokenizer swapped?"
-        )
+    for family in EXPORT_FAMILIES.values():
+        if _has(tokenizer, family.positions_key) and not _has(transformer, family.positions_key):
+            raise CheckpointError(
+                f"{tokenizer} holds a transformer and {transformer} does not: "
+                "were --checkpoint and --tokenizer swapped?"
+            )
 
 
-def _heads(transformer: WeightSource, asked: int | None, fallback: int | None) -> int:
-    width = _size(transformer, "pos_start", 2, rank=3)
-    if _has_l2_norm(transformer):
-        key = "blocks.0.attn.scale_mul_1H11"
-        stored = _size(transformer, key, 1, rank=4)
+def _heads(
+    transformer: WeightSource, family: ExportFamily, asked: int | None, fallback: int | None
+) -> int:
+    width, key = _size(transformer, family.start_key, 2, rank=3), family.heads_key
+    if _has(transformer, key):
+        stored = _size(transformer, key, 1)
         if asked not in (None, stored):
             raise UsageError(f"--heads {asked} contradicts {transformer}: {key} has {stored} heads")
         return stored
     asked = fallback if asked is None else asked
-    if asked is None and width % RELEASED_HEAD_WIDTH == 0:
-        return width // RELEASED_HEAD_WIDTH
+    usual = family.usual_head_width
+    if asked is None and usual is not None and width % usual == 0:
+        return width // usual
     if asked is None:
+        name = key.removeprefix("blocks.0.")
+        why = "" if usual is None else f" and its width {width} is no multiple of {usual}"
         raise UsageError(
-            f"{transformer} does not tell its number of heads (no attn.scale_mul_1H11) and its "
-            f"width {width} is no multiple of {RELEASED_HEAD_WIDTH}; give it with --heads"
+            f"{transformer} does not tell its number of heads (no {name}){why}; give it with "
+            "--heads"
         )
     if asked < 1 or width % asked:
         raise UsageError(f"--heads must divide the width {width}, found {asked}")
     return asked
 
 
-def _classes(transformer: WeightSource) -> int:
-    rows = _size(transformer, "class_emb.weight", 0)
-    if rows < 2:
-        raise CheckpointError(
-            f"{transformer}: class_emb.weight has {rows} row, expected one per class and one more"
-        )
-    return rows - 1
-
-
-def _has_l2_norm(transformer: WeightSource) -> bool:
-    return _has(transformer, "blocks.0.attn.scale_mul_1H11")
-
-
 def _patch_nums(
-    transformer: WeightSource, asked: tuple[int, ...] | None, fallback: tuple[int, ...] | None
+    transformer: WeightSource,
+    family: ExportFamily,
+    asked: tuple[int, ...] | None,
+    fallback: tuple[int, ...] | None,
 ) -> tuple[int, ...]:
-    total = _size(transformer, "pos_1LC", 1, rank=3, limit=MAX_TOKENS)
-    scales = _size(transformer, "lvl_embed.weight", 0, limit=MAX_SCALES)
-    stored = _stored_patch_nums(transformer, total, scales)
+    positions, levels = family.positions_key, family.levels_key
+    total = _size(transformer, positions, 1, rank=3, limit=MAX_TOKENS)
+    scales = _size(transformer, levels, 0, limit=MAX_SCALES)
+    place = (
+        f"{positions} {_listed(transformer.shape(positions))}, "
+        f"{levels} {_listed(transformer.shape(levels))}"
+    )
+    stored = _stored_patch_nums(transformer, total, scales, family)
     if stored is not None:
         if asked not in (None, stored):
             raise UsageError(
                 f"--patch-nums {typed(asked)} contradicts {transformer}: lvl_1L has {typed(stored)}"
             )
         return stored
-    place = (
-        f"pos_1LC {_listed(transformer.shape('pos_1LC'))}, "
-        f"lvl_embed.weight {_listed(transformer.shape('lvl_embed.weight'))}"
-    )
     if asked is not None:
         _check_growing(asked)
         tokens = sum(side * side for side in asked)
@@ -155,11 +165,12 @@ def _check_growing(patch_nums: tuple[int, ...]) -> None:
 
 
 def _stored_patch_nums(
-    transformer: WeightSource, total: int, scales: int
+    transformer: WeightSource, total: int, scales: int, family: ExportFamily
 ) -> tuple[int, ...] | None:
     """What lvl_1L, the scale of each token, says of the side lengths; None where it is missing."""
     if not _has(transformer, "lvl_1L"):
         return None
+    positions, levels_key = family.positions_key, family.levels_key
     shape = transformer.shape("lvl_1L")
     if math.prod(shape) > MAX_TOKENS:
         raise CheckpointError(
@@ -184,8 +195,8 @@ def _stored_patch_nums(
     if sum(squares) != total or len(sides) != scales:
         raise CheckpointError(
             f"{transformer}: lvl_1L has {sum(squares)} tokens in {len(sides)} scales, expected "
-            f"{total} (pos_1LC {_listed(transformer.shape('pos_1LC'))}) in {scales} "
-            f"(lvl_embed.weight {_listed(transformer.shape('lvl_embed.weight'))})"
+            f"{total} ({positions} {_listed(transformer.shape(positions))}) in {scales} "
+            f"({levels_key} {_listed(transformer.shape(levels_key))})"
         )
     return sides
 
@@ -243,11 +254,13 @@ def _codebook(source: WeightSource) -> str:
     return CODEBOOK_PER_SCALE if _has(source, CODEBOOK_PER_SCALE) else "quantize.embedding.weight"
 
 
-def _check_fit(tokenizer: WeightSource, transformer: WeightSource, spec: TokenizerSpec) -> None:
+def _check_fit(
+    tokenizer: WeightSource, transformer: WeightSource, family: ExportFamily, spec: TokenizerSpec
+) -> None:
     """The transformer reads the tokenizer's codes and predicts its tokens."""
-    width = _size(transformer, "pos_start", 2, rank=3)
+    width = _size(transformer, family.start_key, 2, rank=3)
     expected = {
-        "word_embed.weight": (width, spec.code_width),
+        **family.input_weights(width, spec),
         "head.weight": (spec.vocab_size, width),
     }
     problems = []
@@ -257,7 +270,7 @@ def _check_fit(tokenizer: WeightSource, transformer: WeightSource, spec: Tokeniz
             problems.append(
                 f"{key} is {_listed(transformer.shape(key))}, expected {_listed(shape)}"
             )
-    scales = _size(transformer, "lvl_embed.weight", 0)
+    scales = _size(transformer, family.levels_key, 0)
     if spec.codebook_per_scale:
         codebooks = _count(tokenizer, r"quantize\.embedding\.(\d+)\.", "codebooks", MAX_SCALES)
         if codebooks != scales:

@@ -19,10 +19,12 @@ from torch import Tensor
 from var_deploy import names
 from var_deploy.export.checkpoint import LoadedModel, build_modules
 from var_deploy.export.families import export_family_of
+from var_deploy.export.held_modules import OwnForward
 from var_deploy.export.models.sampler import draw, filter_logits, guide, mix_weights
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Cache, Modulation
-from var_deploy.labels import spread_labels
+from var_deploy.export.own_trace import as_picture, own_trace
+from var_deploy.labels import class_stride
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling, gumbel, numbered, stack_uniforms
 
@@ -117,28 +119,49 @@ class Reference:
         }
 
 
-def trace_reference(model: LoadedModel, manifest: Manifest, seed: int) -> Reference:
-    """Generate B images with the PyTorch model, and encode them."""
-    given, sampling = request(manifest, seed, 0), manifest.defaults
+def trace_reference(
+    model: LoadedModel,
+    manifest: Manifest,
+    seed: int,
+    *,
+    given: Given | None = None,
+    own: OwnForward | None = None,
+) -> Reference:
+    """Generate B images with the PyTorch model, and encode them.
+
+    Args:
+        given: what they are drawn from; None: the first B of a request.
+        own: modules whose own logits, tokens of pictures and images take the place of those that
+            the modules of `model` compute.
+    """
+    given, sampling = given or request(manifest, seed, 0), manifest.defaults
     tokenizer, transformer = build_modules(model)
     noise = given.noise if manifest.more_smooth else None
-    trace = trace_generation(
-        *(tokenizer, transformer, given.labels, given.uniforms, sampling, manifest.guidance),
-        noise=noise,
-    )
+
+    def generate(forced: Sequence[Tensor] = ()) -> Trace:
+        return trace_generation(
+            *(tokenizer, transformer, given.labels, given.uniforms, sampling, manifest.guidance),
+            noise=noise,
+            forced=forced,
+        )
+
+    trace = generate() if own is None else own_trace(own, manifest, given, generate)
     quantize = tokenizer.quantize
     with torch.no_grad():
         image = torch.from_numpy(trace.image).permute(0, 3, 1, 2) * 2 - 1
         latent = tokenizer.features(image)
         encoded = {names.LATENT: latent.numpy()}
-        for k, _, tokens, _ in tokenizer.quantize.encode(latent):
-            encoded[names.encoder_tokens(k)] = tokens.numpy()
+        if own is None:
+            found = [tokens for _, _, tokens, _ in quantize.encode(latent)]
+        else:
+            found = own.encode(image)
+        encoded |= {names.encoder_tokens(k): tokens.numpy() for k, tokens in enumerate(found)}
         drawn = [torch.from_numpy(scale.outputs[names.TOKENS]) for scale in trace.scales]
         maps = [quantize.contribution(k, quantize.lookup(k, t)) for k, t in enumerate(drawn)]
 
     @torch.no_grad()
     def decode(f_hat: NDArray[Any]) -> NDArray[Any]:
-        return _image(tokenizer, torch.from_numpy(f_hat))
+        return _image(own or tokenizer, torch.from_numpy(f_hat))
 
     @torch.no_grad()
     def follow(scale: int, logits: NDArray[Any], mass: NDArray[Any]) -> Arrays:
@@ -168,11 +191,11 @@ def request(manifest: Manifest, seed: int, first: int) -> Given:
     """What the images `first` … of a request are drawn from."""
     spec, streams = manifest.model, numbered(seed, first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
-    spread, noise = spread_labels(classes, manifest.batch, first), []
+    noise = []
     if manifest.more_smooth:
         noise = [gumbel(*stream, total, spec.tokenizer.vocab_size) for stream in streams]
     return Given(
-        labels=[(label + seed) % classes for label in spread],
+        labels=[(class_stride(classes) * i + seed) % classes for _, i in streams],
         uniforms=stack_uniforms(streams, total),
         noise=noise,
     )
@@ -195,11 +218,12 @@ def trace_generation(
     guidance: bool,
     *,
     noise: Sequence[NDArray[Any]] | None = None,
+    forced: Sequence[Tensor] = (),
 ) -> Trace:
     """Generate B images from labels and uniforms [B, T] with the published algorithm.
 
     `transformer` is a Transformer or a Gpt2Transformer. With `noise`, [T, V] of each image, its
-    `more_smooth` variant.
+    `more_smooth` variant. `forced` are tokens [B, L_k] of the first scales, in place of drawn ones.
     """
     spec = transformer.spec
     t, batch = spec.transformer, len(labels)
@@ -230,6 +254,7 @@ def trace_generation(
         logits = guide(transformer.step(k, following, mod, cache), chosen.guidance, batch)
         kept = filter_logits(logits / chosen.temperature, chosen.top_k, chosen.top_p)
         tokens, margins = draw(kept, draws[k])
+        tokens = forced[k] if k < len(forced) else tokens
         start, stop = spec.prefix_lengths[k : k + 2]
         codes = tokenizer.quantize.lookup(k, tokens)
         if noise is not None:
@@ -255,10 +280,9 @@ def trace_generation(
     )
 
 
-def _image(tokenizer: Tokenizer, f_hat: Tensor) -> NDArray[Any]:
+def _image(tokenizer: Tokenizer | OwnForward, f_hat: Tensor) -> NDArray[Any]:
     """[B, side, side, channels] in [0, 1]."""
-    image: NDArray[Any] = ((tokenizer.decode(f_hat) + 1) / 2).permute(0, 2, 3, 1).numpy()
-    return image
+    return as_picture(tokenizer.decode(f_hat))
 
 
 def _cache_arrays(cache: Cache, key: Any, value: Any, start: int = 0) -> Arrays:

@@ -16,9 +16,11 @@ HEADER = (
     *("tokens", "PSNR", ""),
 )
 INT8_REMARK = (
-    "int8: rel error is |found - expected| / |expected| of whole tensors; what the loops draw is "
-    "reported, not bound"
+    "int8: rel error is |found - expected| / |expected| of whole tensors; tokens, top-1 and what "
+    "the loops draw are reported, not bounded"
 )
+REPORTED = "reported, not bounded"
+LOOP = "loop "  # the beginning of the name of a check of whole generations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +83,50 @@ class Check:
             return check
         return check.failed(f"{check.tensor} has {check.psnr:.2f} dB, bound {least:.0f} dB")
 
+    @property
+    def nearness(self) -> float:
+        """How near a check came to its bound: 1 at the bound, more beyond it."""
+        if self.least_psnr is not None:
+            return self.least_psnr / self.psnr if self.psnr and self.psnr > 0 else math.inf
+        if self.bound is None:
+            return self.relative
+        found = self.relative / self.bound
+        return math.inf if math.isnan(found) else found
+
     def remarked(self, detail: str) -> Check:
         """The same with a remark, where it holds."""
         return dataclasses.replace(self, detail=detail) if self.passed else self
+
+
+def merged(checks: Sequence[Check]) -> Check:
+    """One check of several of the same graph on other images: the one that is nearest to its bound,
+    with the tokens of all, and the first failure or remark, which says of which images it is."""
+    wrong = [n for n, check in enumerate(checks) if not check.passed]
+    # an image whose tokens differ is another picture: its bound says nothing of the others
+    unbounded = [c for c in checks if c.bound is None and c.least_psnr is None]
+    chosen = checks[wrong[0]] if wrong else max(unbounded or checks, key=lambda c: c.nearness)
+    told = wrong or [n for n, check in enumerate(checks) if check.detail]
+    detail = checks[told[0]].detail if told else ""
+    if len(checks) > 1 and told and any(check.detail != detail for check in checks):
+        detail += f" (image {told[0] + 1} of {len(checks)})"
+    logits = [check.logits for check in checks if check.logits is not None]
+    psnrs = [check.psnr for check in checks if check.psnr is not None]
+    return dataclasses.replace(
+        chosen,
+        detail=detail,
+        logits=max(logits, default=None),
+        psnr=min(psnrs, default=None),
+        tokens=_total([check.tokens for check in checks]),
+        top_1=_total([check.top_1 for check in checks]),
+    )
+
+
+def _total(counts: Sequence[str]) -> str:
+    """ "3/4" and "5/6" → "8/10"; "" where none are counted."""
+    pairs = [tuple(map(int, count.split("/"))) for count in counts if count]
+    if not pairs:
+        return ""
+    return f"{sum(a for a, _ in pairs)}/{sum(b for _, b in pairs)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +134,9 @@ class Report:
     """All checks, in the order in which a generation runs the graphs.
 
     Attributes:
-        labels, seed: of the images that were compared.
+        labels, seed: of the images that were compared, a label an image.
+        oracle: whose forward they were compared with: "" for the PyTorch model of the bundle's
+            checkpoint, else the class of the modules that were given.
         samples: what became of many images in int8; None where int8 was not compared.
         digest: of the bundle that was compared; the report says nothing of any other.
         unstored: why the report is not in the bundle's manifest, "" where it is.
@@ -101,6 +146,7 @@ class Report:
     labels: tuple[int, ...]
     seed: int
     samples: SampleStudy | SkippedStudy | None = None
+    oracle: str = ""
     digest: str = ""
     unstored: str = ""
 
@@ -124,6 +170,8 @@ class Report:
         return {
             "passed": self.passed,
             "failure": self.failure,
+            "verdict": self.verdict(),
+            "oracle": self.oracle,
             "labels": list(self.labels),
             "seed": self.seed,
             "digest": self.digest,
@@ -144,8 +192,40 @@ class Report:
             lines += ["", INT8_REMARK]
         if self.samples:
             lines += ["", self.samples.text()]
-        verdict = "the deployed graphs are the model" if self.passed else f"FAILED {self.failure}"
-        return "\n".join(line.rstrip() for line in [*lines, "", verdict])
+        return "\n".join(line.rstrip() for line in [*lines, "", *self.verdict()])
+
+    def verdict(self) -> list[str]:
+        """What was shown, a line a precision; one line of failure where a check does not hold."""
+        if not self.passed:
+            return [f"FAILED {self.failure}"]
+        by_precision: dict[str, list[Check]] = {}
+        for check in self.checks:
+            if check.graph.startswith(LOOP):
+                by_precision.setdefault(check.precision, []).append(check)
+        return [self._verdict(name, loops) for name, loops in by_precision.items()]
+
+    def _verdict(self, precision: str, loops: Sequence[Check]) -> str:
+        """From the whole generations of one precision: the layout that agrees least."""
+        agree, total = min(tuple(map(int, c.tokens.split("/"))) for c in loops)
+        count = len(self.labels)
+        images = "1 image" if count == 1 else f"{count} images"
+        whose = f"those of {self.oracle}" if self.oracle else "the PyTorch model's"
+        shown = f"{agree} of {total} tokens of {images} equal {whose}"
+        within = f"within the bounds for {precision}"
+        if precision == "int8":
+            psnr = min(c.psnr for c in loops if c.psnr is not None)
+            if agree < total:
+                within += f"; it draws other images than fp32 ({shown}, {psnr:.1f} dB)"
+            else:
+                within += f" ({shown}, {psnr:.1f} dB)"
+            return f"{precision}: {within}"
+        error = max(c.error for c in loops)
+        if agree < total:
+            return f"{precision}: {shown}, rounding decided the others: {within}"
+        equal = f"{precision}: {shown}, images within {error:.1e}"
+        if precision == "fp32":
+            return f"{equal}: the deployed graphs are the model"
+        return f"{equal}: {within}"
 
 
 def _plain(value: Any) -> Any:

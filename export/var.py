@@ -8,7 +8,8 @@
     logits = VAR.next_scale_prediction(model, token_maps[:2], 2)  # [B, 16, codes] of scale 2
 
 The model is unconditional and has its own token embeddings (`models.gpt2`); the tokenizer has one
-codebook per scale. `var_deploy.export.checkpoint.as_loaded_model` takes both to `export_bundle`.
+codebook per scale. `var_deploy.export.export_modules(model, encoder, folder)` makes a bundle of
+both; saved with `torch.save(model.state_dict(), file)` they are files for the command line.
 """
 
 from __future__ import annotations
@@ -50,8 +51,19 @@ def build(
 ) -> Gpt2Transformer:
     """The next-scale transformer, freshly initialised, in evaluation mode (`.train()` to train).
 
-    Its spec names the tokenizer that `build_tokenizer` makes by default for these scales and codes.
-    Raises UsageError for options that make no model.
+    Args:
+        hidden_size: width C of the residual stream; a multiple of `num_heads`.
+        num_layers: blocks N.
+        num_heads: attention heads H.
+        mlp_ratio: inner width of the feed-forward part over `hidden_size`, rounded down.
+        scales: side length of each scale's token map; they grow from 1, and there are two at least.
+        codebook_size: codes V of each scale.
+        dropout: share of activations that are dropped in training mode, in [0, 1).
+
+    Calling the module with (None, inputs [B, T - 1, C]) gives the logits [B, T, V] of all scales
+    in one pass; `teacher_input` makes the inputs of tokens, `next_scale_prediction` does both for
+    one scale. Its spec names the tokenizer that `build_tokenizer` makes by default for these scales
+    and codes. Raises UsageError for options that make no model.
     """
     width = whole_number("hidden_size", hidden_size)
     ratio = real_number("mlp_ratio", mlp_ratio, 1 / width)
@@ -71,13 +83,20 @@ def build(
 
 
 def recommended_defaults() -> dict[str, Any]:
-    """The options of `build` with their defaults: `build(**recommended_defaults())`."""
+    """The options of `build` with their defaults: `build(**recommended_defaults())`.
+
+    hidden_size 512, num_layers 12, num_heads 8, mlp_ratio 4.0, scales (1, 2, 4, 8, 16),
+    codebook_size 1024, dropout 0.1.
+    """
     options = inspect.signature(build).parameters
     return {name: option.default for name, option in options.items()}
 
 
 def total_tokens(scales: Sequence[int] = SCALES) -> int:
-    """T, the tokens of an image over all scales. Raises UsageError for sides that do not grow."""
+    """T, the tokens of an image over all scales: 341 with the default (1, 2, 4, 8, 16).
+
+    Raises UsageError for sides that do not grow from 1.
+    """
     return sum(side * side for side in _sides(scales))
 
 
@@ -136,8 +155,17 @@ def build_tokenizer(
 ) -> tuple[ImageEncoder, ImageDecoder]:
     """(encoder, decoder): images [B, H, W, C] in [0, 1] to one token map a scale, and back.
 
-    Both share one freshly initialised `.tokenizer` with a codebook a scale, in evaluation mode.
-    `image_size` is the last scale's side times a power of two; UsageError otherwise.
+    Args:
+        image_size: height and width H = W; the last scale's side times a power of two.
+        scales: side length p of each scale's token map; they grow from 1.
+        codebook_size: codes V of each scale.
+        embed_dim: width of a code.
+        in_channels: channels C of the images.
+
+    The encoder gives a list of int64 maps [B, p, p]; the decoder takes such a list (arrays, or rows
+    [B, p * p], as well). Both share one freshly initialised `.tokenizer` with a codebook per scale,
+    in evaluation mode. Decoding is differentiable in codes and decoder; encoding is not. Raises
+    UsageError for options that make no tokenizer.
     """
     side = _sides(scales)[-1]
     factor, rest = divmod(whole_number("image_size", image_size), side)

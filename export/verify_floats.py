@@ -14,7 +14,7 @@ from var_deploy import names
 from var_deploy.export.difference import Compared, largest_error, place_of_error
 from var_deploy.export.lint import lint_file
 from var_deploy.export.reference import ScaleTrace
-from var_deploy.export.report import Check
+from var_deploy.export.report import REPORTED, Check
 from var_deploy.export.verify_graphs import Tensors
 from var_deploy.graph_refs import GraphRef
 
@@ -105,9 +105,8 @@ class FloatTolerance:
             differ = found != trace.outputs[names.TOKENS]
             if differ.any():  # all that follows is another image
                 margin = float(trace.margins[differ].max())
-                check = dataclasses.replace(check, bound=self.image_bound)
                 told = f"tokens part at scale {scale} {{}} (margin {margin:.1e})"
                 if margin > self.coin_toss:
                     return check.failed(told.format("beyond rounding"))
-                return check.remarked(told.format("by rounding"))
+                return check.remarked(f"{told.format('by rounding')}: image {REPORTED}")
         return self.decoder(check)

@@ -18,7 +18,7 @@ from var_deploy.errors import BackendError, BundleError, one_line
 from var_deploy.export.difference import agreement, largest_error, norm_error, top_1_agreement
 from var_deploy.export.graph_runner import GraphRunner, complete_step
 from var_deploy.export.reference import Given, Reference, ScaleTrace, request
-from var_deploy.export.report import Check
+from var_deploy.export.report import LOOP, Check, merged
 from var_deploy.graph_refs import GraphRef, graph_ref, held_layouts
 from var_deploy.images import psnr
 from var_deploy.manifest import Manifest
@@ -87,6 +87,11 @@ def _attempt(work: Callable[[], T], how: str) -> T:
 class GraphVerifier:
     """The checks of one precision.
 
+    Args:
+        references: generations of the model, each of B images; a graph is opened once for all.
+        again: whether these are further images of a bundle whose files were looked at, and whose
+            decoder was tried, before.
+
     Attributes:
         unfit: the first graph that cannot be run at all, "" while there is none.
     """
@@ -96,12 +101,14 @@ class GraphVerifier:
         bundle: Path,
         manifest: Manifest,
         precision: str,
-        reference: Reference,
+        references: Sequence[Reference],
         tolerance: Tolerance,
+        *,
+        again: bool = False,
     ) -> None:
         self._bundle, self._manifest, self._precision = bundle, manifest, precision
         self._files = BundleFiles(bundle, manifest, precision)
-        self._reference, self._trace, self._tolerance = reference, reference.trace, tolerance
+        self._references, self._tolerance, self._again = references, tolerance, again
         self.unfit = ""
 
     def graph(self, name: str) -> list[Check]:
@@ -114,7 +121,8 @@ class GraphVerifier:
         ref = graph_ref(self._manifest.model, self._precision, name)
         problems: list[str] = []
         try:
-            problems = _attempt(lambda: self._tolerance.problems(ref, path), "loaded")
+            if not self._again:
+                problems = _attempt(lambda: self._tolerance.problems(ref, path), "loaded")
             checks = self._graph(ref)
         except _UnfitError as error:
             self.unfit = self.unfit or name
@@ -137,23 +145,34 @@ class GraphVerifier:
         runner = _attempt(lambda: GraphRunner(self._files.graph(name), info, shown), "loaded")
         if ref.kind == "step":
             scales = range(self._manifest.model.scales)
-            return [self._scale(runner, ref, f"{name} @ {k}", k) for k in scales]
+            return [self._scales(runner, ref, f"{name} @ {k}", k) for k in scales]
         if ref.scale is not None:
-            return [self._scale(runner, ref, name, ref.scale)]
-        found = _run(runner, self._reference.inputs(self._manifest, name))
+            return [self._scales(runner, ref, name, ref.scale)]
+        return [merged([self._fixed(runner, name, reference) for reference in self._references])]
+
+    def _fixed(self, runner: GraphRunner, name: str, reference: Reference) -> Check:
+        """A graph that is the same at every scale."""
+        found = _run(runner, reference.inputs(self._manifest, name))
         check = self._blank(name)
         if name == names.CONDITION:
-            return [self._tolerance.condition(check, self._trace.condition, found)]
+            return self._tolerance.condition(check, reference.trace.condition, found)
         if name == names.ENCODER:
-            return [self._tolerance.encoder(check, self._reference.encoded, found)]
+            return self._tolerance.encoder(check, reference.encoded, found)
         if name == names.ACCUMULATE:
-            expected = {names.F_HATS: self._reference.sums}
-            return [self._tolerance.accumulate(check, expected, found)]
-        return [self._tolerance.decoder(self._image(check, self._trace.image, found[names.IMAGE]))]
+            return self._tolerance.accumulate(check, {names.F_HATS: reference.sums}, found)
+        image = self._image(check, reference.trace.image, found[names.IMAGE])
+        return self._tolerance.decoder(image)
 
-    def _scale(self, runner: GraphRunner, ref: GraphRef, title: str, scale: int) -> Check:
-        trace, manifest = self._trace.scales[scale], self._manifest
-        inputs = self._reference.inputs(manifest, ref.name, scale)
+    def _scales(self, runner: GraphRunner, ref: GraphRef, title: str, scale: int) -> Check:
+        return merged(
+            [self._scale(runner, ref, title, scale, one) for one in self._references]
+        )
+
+    def _scale(
+        self, runner: GraphRunner, ref: GraphRef, title: str, scale: int, reference: Reference
+    ) -> Check:
+        trace, manifest = reference.trace.scales[scale], self._manifest
+        inputs = reference.inputs(manifest, ref.name, scale)
         if ref.kind == "step":
             inputs = complete_step(manifest, self._precision, scale, inputs)
         found = _run(runner, inputs)
@@ -163,7 +182,7 @@ class GraphVerifier:
             # a mix turns small differences of logits into large ones, so what it makes of the
             # logits that the graph has is compared
             mass = found[names.KEPT_MASS]
-            follows = self._reference.follow(scale, found[names.LOGITS], mass)
+            follows = reference.follow(scale, found[names.LOGITS], mass)
             trace = dataclasses.replace(trace, outputs={**trace.outputs, **follows})
         elif differ.any():  # what follows from a token is compared with the token forced
             forced = _run(runner, {**inputs, names.KEEP_MASK: np.ones_like(differ)})
@@ -179,15 +198,16 @@ class GraphVerifier:
     def loops(self) -> list[Check]:
         """The whole generation in every layout that the bundle holds, and what it draws besides."""
         graphs = self._manifest.graphs[self._precision]
-        checks, drawn = list[Check](), self._tolerance.drawn
+        checks, drawn = list[Check](), 0 if self._again else self._tolerance.drawn
         for layout in reversed(held_layouts(graphs)):
-            blank = self._blank(f"loop {layout}")
+            blank = self._blank(f"{LOOP}{layout}")
             if self.unfit:
                 checks.append(blank.failed(f"not run, because {self.unfit} is not right"))
                 continue
             try:
                 with self._open(layout) as loop:
-                    checks.append(self._loop(loop, blank))
+                    found = [self._loop(loop, blank, one) for one in self._references]
+                    checks.append(merged(found))
                     if drawn:
                         blank, drawn = self._blank(f"{names.DECODER} drawn"), 0
                         checks.append(self._drawn(loop, blank))
@@ -203,26 +223,28 @@ class GraphVerifier:
         finally:
             loop.close()
 
-    def _loop(self, loop: ScaleLoop, check: Check) -> Check:
+    def _loop(self, loop: ScaleLoop, check: Check, reference: Reference) -> Check:
         """From the reference's labels and uniforms."""
-        traces = self._trace.scales
-        image = self._generate(loop, self._reference.given)
+        traces = reference.trace.scales
+        image = self._generate(loop, reference.given)
         tokens = loop.tokens()
         expected = np.concatenate([trace.outputs[names.TOKENS] for trace in traces], axis=1)
         agree = agreement(expected, np.concatenate(tokens, axis=1))
-        check = dataclasses.replace(self._image(check, self._trace.image, image), tokens=agree)
+        check = dataclasses.replace(self._image(check, reference.trace.image, image), tokens=agree)
         return self._tolerance.loop(check, traces, tokens)
 
     def _drawn(self, loop: ScaleLoop, check: Check) -> Check:
         """The decoder on images that the loop draws, against the model's decoder on the same
         f_hat: the worst of them."""
-        manifest, seed, found = self._manifest, self._reference.seed, list[Check]()
+        reference, found = self._references[0], list[Check]()
+        manifest, seed = self._manifest, reference.seed
         for first in range(0, self._tolerance.drawn, manifest.batch):
             image = self._generate(loop, request(manifest, seed, FIRST_DRAWN + first))
-            found.append(self._image(check, self._reference.decode(loop.f_hat()), image))
+            found.append(self._image(check, reference.decode(loop.f_hat()), image))
         worst = min(found, key=lambda check: check.psnr or 0.0)
         count = len(found) * manifest.batch
-        return self._tolerance.decoder(worst).remarked(f"the worst of {count} that it drew")
+        judged = self._tolerance.decoder(worst)
+        return judged.remarked(f"the worst of {count} that it drew")
 
     def _generate(self, loop: ScaleLoop, given: Given) -> Image:
         sampling = self._manifest.defaults

@@ -21,7 +21,7 @@ from var_deploy import names
 from var_deploy.export.difference import Compared, largest_error, norm_error
 from var_deploy.export.lint_int8 import Rounded, lint_int8
 from var_deploy.export.reference import ScaleTrace
-from var_deploy.export.report import Check
+from var_deploy.export.report import REPORTED, Check
 from var_deploy.export.verify_floats import FloatTolerance
 from var_deploy.export.verify_graphs import Tensors
 from var_deploy.graph_refs import GraphRef
@@ -87,4 +87,4 @@ class Int8Tolerance(FloatTolerance):
     ) -> Check:
         if not np.isfinite(check.error):
             return check.failed(f"{names.IMAGE} holds values that are not numbers")
-        return check.remarked("left to itself, not bound")
+        return check.remarked(REPORTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,11 @@ SHOWN = 60  # characters of a name that a message repeats
 NO_CLASS = "none"  # on the command line, the image without a class
 LONGEST = 1000  # characters of a text that may be a name
 STRIDE = 7  # coprime to the class counts of ImageNet and pocket
+
+
+def class_stride(classes: int) -> int:
+    """The step from one image's class to the next one's that comes to every class."""
+    return next(n for n in range(STRIDE, STRIDE + max(classes, 1)) if math.gcd(n, classes) == 1)
 
 
 def spread_labels(classes: int, count: int, first: int = 0) -> list[int]:

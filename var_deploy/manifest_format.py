@@ -164,6 +164,8 @@ def _parity(data: Value) -> Mapping[str, Any] | None:
     data.member("passed").flag()
     if "failure" in report and report["failure"].raw is not None:
         report["failure"].words()
+    for line in report["verdict"].items() if "verdict" in report else ():
+        line.words()
     for check in report["checks"].items() if "checks" in report else ():
         check.member("passed").flag()
         for name in ("precision", "graph", "tensor", "tokens"):

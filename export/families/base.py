@@ -14,7 +14,10 @@ from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import NextScaleTransformer
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, TokenizerSpec
+
+HasKey = Callable[[str], bool]
+SizeOf = Callable[[str, int], int]  # (key, dimension) → its size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +46,32 @@ class ExportFamily(ABC):
 
     Attributes:
         name: the value of `TransformerSpec.family`.
+        marks: keys that the transformers of this family alone have; two of them tell it.
+        start_key: a learned vector [1, 1, C].
         positions_key, levels_key: position and level embeddings.
+        heads_key: a tensor whose dimension 1 is the number of heads, where there is one.
+        usual_head_width: width of a head where nothing tells; None: it must be told.
         published_loop: whether `published_path` can drive the module as the published code does.
     """
 
     name: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]]
+    start_key: ClassVar[str]
+    heads_key: ClassVar[str]
+    usual_head_width: ClassVar[int | None]
     positions_key: ClassVar[str]
     levels_key: ClassVar[str]
     published_loop: ClassVar[bool]
+
+    # checkpoints
+
+    @abstractmethod
+    def own_sizes(self, has: HasKey, size: SizeOf) -> dict[str, Any]:
+        """The fields of a TransformerSpec that this family alone has, read off a state dict."""
+
+    @abstractmethod
+    def input_weights(self, width: int, tokenizer: TokenizerSpec) -> dict[str, tuple[int, ...]]:
+        """Keys and shapes of what reads the tokenizer's codes or tokens, at model width C."""
 
     # graphs
 

@@ -10,19 +10,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from var_deploy.config import GraphForm
-from var_deploy.export.families.base import BlockContext, ExportFamily
+from var_deploy.export.families.base import BlockContext, ExportFamily, HasKey, SizeOf
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import NextScaleTransformer
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, TokenizerSpec
 
 
 class _Gpt2(ExportFamily):
     name: ClassVar[str] = "gpt2"
+    marks: ClassVar[tuple[str, ...]] = (
+        *("positions", "start", "levels.weight", "token_embed.0.weight"),
+    )
+    start_key: ClassVar[str] = "start"
+    heads_key: ClassVar[str] = "heads_1H"
+    usual_head_width: ClassVar[int | None] = None  # none is released
     positions_key: ClassVar[str] = "positions"
     levels_key: ClassVar[str] = "levels.weight"
     published_loop: ClassVar[bool] = False
+
+    def own_sizes(self, has: HasKey, size: SizeOf) -> dict[str, Any]:
+        return {"classes": 0, "qk_l2_norm": False}
+
+    def input_weights(self, width: int, tokenizer: TokenizerSpec) -> dict[str, tuple[int, ...]]:
+        return {"token_embed.0.weight": (tokenizer.vocab_size, width)}
 
     def condition(self, spec: ModelSpec, form: GraphForm) -> GraphBuilder | None:
         return None

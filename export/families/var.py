@@ -11,19 +11,35 @@ from torch import Tensor
 
 from var_deploy import names
 from var_deploy.config import GraphForm
-from var_deploy.export.families.base import BlockContext, ExportFamily
+from var_deploy.export.families.base import BlockContext, ExportFamily, HasKey, SizeOf
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 from var_deploy.export.graphs.condition import build_condition
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import NextScaleTransformer, Transformer
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, TokenizerSpec
 
 
 class _Var(ExportFamily):
     name: ClassVar[str] = "var"
+    marks: ClassVar[tuple[str, ...]] = (
+        *("pos_1LC", "pos_start", "lvl_embed.weight", "word_embed.weight"),
+    )
+    start_key: ClassVar[str] = "pos_start"
+    heads_key: ClassVar[str] = "blocks.0.attn.scale_mul_1H11"
+    usual_head_width: ClassVar[int | None] = 64  # of every released VAR
     positions_key: ClassVar[str] = "pos_1LC"
     levels_key: ClassVar[str] = "lvl_embed.weight"
     published_loop: ClassVar[bool] = True
+
+    def own_sizes(self, has: HasKey, size: SizeOf) -> dict[str, Any]:
+        return {
+            "classes": size("class_emb.weight", 0) - 1,  # the last row stands for "no class"
+            "shared_adaln": has("shared_ada_lin.1.weight"),
+            "qk_l2_norm": has(self.heads_key),
+        }
+
+    def input_weights(self, width: int, tokenizer: TokenizerSpec) -> dict[str, tuple[int, ...]]:
+        return {"word_embed.weight": (width, tokenizer.code_width)}
 
     def condition(self, spec: ModelSpec, form: GraphForm) -> GraphBuilder | None:
         return build_condition(spec, form)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,7 @@ class Gpt2Transformer(NextScaleTransformer):
     """
 
     lvl_1L: Tensor
+    heads_1H: Tensor
 
     def __init__(self, spec: ModelSpec, dropout: float = 0.0) -> None:
         super().__init__()
@@ -101,7 +103,14 @@ class Gpt2Transformer(NextScaleTransformer):
             output_size=spec.total_tokens,
         )
         self.register_buffer("lvl_1L", levels.view(1, -1))
+        # likewise for the number of heads, which its shape tells as scale_mul_1H11 does in VAR
+        self.register_buffer("heads_1H", torch.zeros(1, t.heads))
         self._initialise()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # state dicts that were saved before it was there are loaded with strict=True as well
+        state_dict.setdefault(f"{prefix}heads_1H", self.heads_1H)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _initialise(self) -> None:
         """GPT-2: normal weights, and branches scaled so that the residual stream does not grow."""

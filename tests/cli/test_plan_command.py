@@ -116,7 +116,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_usage(tmp_path: Path) -> None:
-    refused(2, "plan", parts=("MODEL",))
+    refused(2, "plan", parts=("preset", "bundle", "--checkpoint"))
     refused(2, "plan", "var-d63", parts=("neither the folder of a bundle", "did you mean var-d36?"))
     refused(2, "plan", "pocket", "--device", "orin", parts=("unknown device 'orin'", "thor"))
     refused(2, "plan", "pocket", "--batch", 0, parts=("--batch",))

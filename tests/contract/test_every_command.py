@@ -196,7 +196,8 @@ def test_completion_scripts(shell: str) -> None:
         ("var-deploy plan var-d16 --dev", "plain,--device"),
         ("var-deploy plan var-d16 --device thor", "plain,thor"),
         ("var-deploy plan var-d16 --layout sh", "plain,shared"),
-        ("var-deploy inspect build/p", "dir,build/p"),
+        ("var-deploy generate build/p", "dir,build/p"),
+        ("var-deploy inspect build/p", "file,build/p"),
     ],
 )
 def test_what_a_shell_completes(line: str, found: str) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from var_deploy.errors import UsageError
+from var_deploy.export import var as library_call
 from var_deploy.export.checkpoint import as_loaded_model, build_modules
 from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.transformer import Cache
@@ -85,6 +86,20 @@ def test_options_and_defaults_are_the_documented_ones() -> None:
     }
     assert total_tokens() == 341
     assert total_tokens([1, 2, 3]) == 14
+
+
+def test_the_module_has_five_names_and_each_says_what_it_takes() -> None:
+    assert sorted(library_call.__all__) == [
+        *("build", "build_tokenizer", "next_scale_prediction", "recommended_defaults"),
+        "total_tokens",
+    ]
+    for name in library_call.__all__:
+        function = getattr(library_call, name)
+        told = inspect.getdoc(function) or ""
+        options = inspect.signature(function).parameters
+        assert told and ("Args:" not in told or all(f"{o}: " in told for o in options)), name
+    defaults = inspect.getdoc(recommended_defaults) or ""
+    assert all(f"{name} {value}" in defaults for name, value in recommended_defaults().items())
 
 
 def test_the_default_model_has_the_documented_sizes() -> None:

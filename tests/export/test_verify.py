@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from var_deploy import names
 from var_deploy.cli import main
 from var_deploy.errors import BundleError, UsageError
+from var_deploy.export import verify as verifying
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import LoadedModel, build_modules, load_model
 from var_deploy.export.report import Check, Report
 from var_deploy.export.verify import verify_bundle, verify_model
+from var_deploy.labels import class_stride
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
 from var_deploy.pipeline import Pipeline
 
@@ -108,7 +110,8 @@ def test_the_table_has_a_readable_line_a_graph(bundle: Path, model: LoadedModel)
     starts = [header.index(column) for column in columns]
     assert starts == sorted(starts)
     assert set(rule) == {"-"}
-    assert lines[-1] == "the deployed graphs are the model"
+    assert lines[-1].startswith("fp32: 84 of 84 tokens of 4 images equal the PyTorch model's, ")
+    assert lines[-1].endswith(": the deployed graphs are the model")
     rows = lines[:-2]
     assert len(rows) == len(report.checks)
     for row, check in zip(rows, report.checks, strict=True):
@@ -376,7 +379,50 @@ def test_random_weights_are_drawn_again(tmp_path: Path) -> None:
     export_bundle(model, tmp_path / "bundle", ExportOptions(layout="shared"))
     report = verify_bundle(tmp_path / "bundle")
     assert report.passed, report.table()
-    assert len(report.labels) == 1
+    assert (len(report.labels), len(set(report.labels))) == (4, 4)
+
+
+def test_images_seed_and_labels_are_asked_for(bundle: Path, model: LoadedModel) -> None:
+    asked = {"precision": "fp32", "images": 3, "seed": 5}
+    report = verify_model(bundle, model, labels="4,1,2", **asked)  # type: ignore[arg-type]
+    assert report.passed, report.table()
+    assert (report.labels, report.seed) == ((4, 1, 2, 4), 5), "whole batches of two"
+    assert "84 of 84 tokens of 4 images" in report.verdict()[0]
+    for wrong, told in (({"images": 0}, "images"), ({"labels": [9]}, "label 9 is out of range")):
+        with pytest.raises(UsageError, match=told):
+            verify_model(bundle, model, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 7, 14, 21, 1000])
+def test_images_are_of_other_classes(classes: int) -> None:
+    stride = class_stride(classes)
+    assert len({stride * n % classes for n in range(classes)}) == classes
+
+
+def test_images_that_do_not_fit_together_are_compared_in_turns(
+    bundle: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is the same: one line a graph, files looked at once."""
+    together = verify_model(bundle, model, precision="fp32")
+    held: list[int] = []
+    verifier = verifying.GraphVerifier
+
+    def counted(*given: Any, **options: Any) -> Any:
+        held.append(len(given[3]))
+        return verifier(*given, **options)
+
+    monkeypatch.setattr(verifying, "GraphVerifier", counted)
+    monkeypatch.setattr(verifying, "TRACE_BYTES", 1)
+    assert verify_model(bundle, model, precision="fp32").verdict() == together.verdict()
+    assert held == [1, 1]
+    plant(bundle, SCALE_1, "blocks.0.ffn.fc1.bias", "blocks.1.ffn.fc1.bias")
+    assert SCALE_1 in failed(verify_model(bundle, model, precision="fp32"))
+
+
+def test_options_of_images_do_not_go_with_bisect(bundle: Path) -> None:
+    for option, value in (("--images", 2), ("--seed", 1), ("--labels", "1"), ("--module", "a:b")):
+        result = run_cli(bundle, "--bisect", "onnxruntime,pytorch", option, value)
+        assert result.exit_code == 2 and f"{option} does not go with --bisect" in result.stderr
 
 
 def test_a_precision_that_the_bundle_lacks(bundle: Path, model: LoadedModel) -> None:

@@ -52,7 +52,7 @@ def test_golden_bundles_pass_in_both_precisions(
             assert check.error > 0 and 0 < check.relative <= check.bound, name
             if name.startswith(("scale", "step")):
                 assert check.bound == bound
-        total = golden.spec.total_tokens * before.batch
+        total = golden.spec.total_tokens * len(report.labels)
         for name in ("loop shared", "loop per-scale"):
             psnr = checks[name].psnr
             assert psnr is not None and psnr > (100 if precision == "fp32" else 50)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from var_deploy import names
+from var_deploy.export import export_modules
+from var_deploy.export import var as library_call
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint import load_model, random_model
 from var_deploy.export.presets import find_preset
@@ -64,6 +67,20 @@ def test_every_graph_of_pocket_builds(pocket: Path, library: Library) -> None:
         assert len(plan) == record.size > manifest.graph("fp16", graph).weight_bytes
     again = build_bundle(pocket, layout="both", options=options, library=library)
     assert all(engine.kept for engine in again.engines)
+
+
+@pytest.mark.slow
+def test_every_graph_of_the_gpt2_form_builds(tmp_path: Path, library: Library) -> None:
+    """A codebook a scale, token tables for the next input, no condition and no guidance."""
+    sizes: dict[str, Any] = {"scales": (1, 2, 3), "codebook_size": 32}
+    model = library_call.build(hidden_size=32, num_layers=2, num_heads=4, **sizes)
+    encoder, _ = library_call.build_tokenizer(image_size=12, embed_dim=8, in_channels=1, **sizes)
+    bundle = tmp_path / "bundle"
+    manifest = export_modules(model, encoder, bundle, precisions=("fp16",), batch=2)
+    options = BuildOptions(compute_capability=89, optimization_level=QUICK)
+    report = build_bundle(bundle, layout="both", options=options, library=library)
+    assert {engine.graph for engine in report.engines} == set(manifest.graphs["fp16"])
+    assert names.CONDITION not in manifest.graphs["fp16"]
 
 
 @pytest.mark.slow

@@ -42,11 +42,6 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     help="Draw the weights of a preset instead of loading them, for benchmarks.",
 )
 @click.option(
-    "--heads",
-    type=click.IntRange(1, 4096),
-    help="Attention heads, for a model without L2 norm: its weights do not tell.",
-)
-@click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
     multiple=True,
@@ -63,8 +58,8 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--guidance/--no-guidance",
-    default=True,
-    show_default=True,
+    default=None,
+    show_default="on, where the model has classes",
     help="Classifier-free guidance; doubles the rows.",
 )
 @click.option(
@@ -93,10 +88,9 @@ def export(
     out: Path,
     weights: CheckpointOptions,
     random_weights: int | None,
-    heads: int | None,
     precision: tuple[Literal["fp32", "fp16", "int8"], ...],
     batch: int,
-    guidance: bool,
+    guidance: bool | None,
     more_smooth: bool,
     layout: Literal["both", "per-scale", "shared"],
     calibration: int | None,
@@ -142,7 +136,7 @@ def export(
                 checkpoint=weights.checkpoint,
                 tokenizer=weights.tokenizer,
                 random_weights=random_weights,
-                hints=weights.hints(heads),
+                hints=weights.hints(),
                 progress=lambda message: progress.update(message, 0.0),
             )
             manifest = export_bundle(loaded, out, options, progress.update, replace=force)

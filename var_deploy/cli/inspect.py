@@ -10,14 +10,28 @@ from typing import Any
 import click
 
 from var_deploy.cli import tensors
-from var_deploy.cli.console import echo, echo_json, facts, human_bytes, paint, table
+from var_deploy.cli.console import (
+    echo,
+    echo_json,
+    facts,
+    human_bytes,
+    needs_extra,
+    paint,
+    table,
+)
 from var_deploy.cli.engines import Engines, read_all
+from var_deploy.cli.options import CheckpointOptions, checkpoint_options
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.spec import ModelSpec
 
+AGREES = "verified"
+FILES = {"transformer": "checkpoint", "tokenizer": "tokenizer file"}
+MAX_ORIGIN = 300  # characters: they may come from a stranger
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@checkpoint_options
 @click.option("--graph", metavar="NAME", help="Instead, the tensors of this graph.")
 @click.option(
     "--precision",
@@ -28,22 +42,34 @@ from var_deploy.manifest import Manifest, check_files, read_manifest
 @click.option("--quiet", is_flag=True, help="Check alone: the exit code tells.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 def inspect(
-    bundle: Path, graph: str | None, precision: str | None, quiet: bool, as_json: bool
+    bundle: Path | None,
+    weights: CheckpointOptions,
+    graph: str | None,
+    precision: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Show what BUNDLE holds, and whether every file is intact.
 
-    Model, labels, graphs, engines and the last report of verify; or, with --graph, the tensors
-    that one graph takes and gives, and what each is for. Ends with 1 where a file is missing or
-    damaged. Nothing is loaded or run.
+    Model, labels, checkpoint, graphs, engines and the last report of verify; or, with --graph, the
+    tensors that one graph takes and gives, and what each is for. Ends with 1 where a file is
+    missing or damaged. Nothing is loaded or run.
+
+    With a checkpoint file in place of BUNDLE, or with --checkpoint and --tokenizer: name, hash and
+    sizes of what export would read.
 
     \b
     Example:
       var-deploy inspect build/pocket
+      var-deploy inspect var_d16.pth --tokenizer vae_ch160v4096z32.pth
       var-deploy inspect build/pocket --graph scale_03
       var-deploy inspect build/pocket --quiet && echo intact
     """
     if precision is not None and graph is None:
         raise UsageError("--precision goes with --graph")
+    if bundle is None or bundle.is_file() or weights.given:
+        _inspect_checkpoints(bundle, weights, graph, quiet, as_json)
+        return
     manifest = read_manifest(bundle)
     if graph is not None:
         data, text, damage = _of_graph(bundle, manifest, graph, precision)
@@ -57,6 +83,47 @@ def inspect(
     if damage:
         rest = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         raise BundleError(damage[0] + rest)
+
+
+def _inspect_checkpoints(
+    file: Path | None, weights: CheckpointOptions, graph: str | None, quiet: bool, as_json: bool
+) -> None:
+    if file is None and weights.checkpoint is None and weights.tokenizer is None:
+        raise UsageError("give a bundle, a checkpoint file, or --checkpoint and --tokenizer")
+    if file is not None and not file.is_file():
+        raise UsageError(
+            f"{file} is not a file: --checkpoint, --tokenizer and what tells of them go with "
+            "checkpoint files, not with a bundle"
+        )
+    if graph is not None:
+        raise UsageError("--graph goes with a bundle: a checkpoint has no graphs")
+    with needs_extra("export", "inspect"):
+        from var_deploy.export.checkpoint_facts import describe_checkpoints
+
+        found = describe_checkpoints(
+            file,
+            checkpoint=weights.checkpoint,
+            tokenizer=weights.tokenizer,
+            hints=weights.hints(),
+        )
+    if as_json:
+        echo_json(found.to_json())
+        return
+    rows: list[tuple[str, str]] = []
+    for part in found.parts:
+        place = f" at {part.key}" if part.key else ""
+        rows += [
+            (FILES[part.part], f"{part.file}{place}, {human_bytes(part.size)}"),
+            ("", f"sha256 {part.sha256}"),
+            ("", f"{part.tensors} tensors of {part.parameters / 1e6:.2f} million values"),
+        ]
+    if found.spec is not None:
+        rows += _sizes(found.spec)
+    elif len(found.parts) == 1:
+        lacking = {"transformer": "--tokenizer", "tokenizer": "--checkpoint"}[found.parts[0].part]
+        rows.append(("sizes", f"need the other file as well: {lacking}"))
+    if not quiet:
+        echo(facts(rows))
 
 
 def _of_graph(
@@ -99,8 +166,7 @@ def _facts(
     bundle: Path, manifest: Manifest, damage: Sequence[str], engines: Sequence[Engines]
 ) -> str:
     spec = manifest.model
-    transformer, tokenizer = spec.transformer, spec.tokenizer
-    sides = " ".join(map(str, spec.patch_nums))
+    transformer = spec.transformer
     labels = f"{transformer.classes} classes" if transformer.conditional else "unconditional"
     if manifest.labels:
         shown = ", ".join(manifest.labels[:16])
@@ -112,15 +178,9 @@ def _facts(
         [
             ("bundle", f"{bundle} (digest {manifest.digest()[:16]})"),
             ("model", manifest.preset or "no preset"),
-            ("image", f"{tokenizer.image_side} × {tokenizer.image_side} pixels"),
-            (
-                "transformer",
-                f"{transformer.family}, {transformer.depth} blocks, width {transformer.width}, "
-                f"{transformer.heads} heads",
-            ),
-            ("tokenizer", f"{tokenizer.vocab_size} codes of width {tokenizer.code_width}"),
-            ("scales", f"{spec.scales}: {sides} ({spec.total_tokens} tokens)"),
+            *_sizes(spec),
             ("labels", labels),
+            *_origins(manifest),
             ("batch", f"{manifest.batch}, guidance {'on' if manifest.guidance else 'off'}"),
             ("defaults", str(manifest.defaults)),
             *([("codes", "mixed, more smooth")] if manifest.more_smooth else []),
@@ -128,9 +188,43 @@ def _facts(
             ("engines", ", ".join(folder.name for folder in engines) or "none built"),
             ("size", human_bytes(sum(file.size for file in manifest.files.values()))),
             ("files", intact),
-            ("parity", _parity(manifest, intact=not damage)),
+            *_parity(manifest, intact=not damage),
         ]
     )
+
+
+def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
+    transformer, tokenizer = spec.transformer, spec.tokenizer
+    sides = " ".join(map(str, spec.patch_nums))
+    return [
+        ("image", f"{tokenizer.image_side} × {tokenizer.image_side} pixels"),
+        (
+            "transformer",
+            f"{transformer.family}, {transformer.depth} blocks, width {transformer.width}, "
+            f"{transformer.heads} heads",
+        ),
+        ("tokenizer", f"{tokenizer.vocab_size} codes of width {tokenizer.code_width}"),
+        ("scales", f"{spec.scales}: {sides} ({spec.total_tokens} tokens)"),
+    ]
+
+
+def _origins(manifest: Manifest) -> list[tuple[str, str]]:
+    """Where the weights came from, as the manifest tells it."""
+    rows: list[tuple[str, str]] = []
+    for part in ("transformer", "tokenizer"):
+        source = manifest.checkpoint.get(part)
+        told = source if isinstance(source, Mapping) else {}
+        digest = f", sha256 {str(told['sha256'])[:16]}" if "sha256" in told else ""
+        if told.get("random_weights") is not None:
+            where = f"random weights, seed {told['random_weights']}"
+        elif "module" in told:
+            where = f"a {told['module']} in memory{digest} of its values"
+        elif "file" in told:
+            where = f"{told['file']}{' at ' + str(told['key']) if 'key' in told else ''}{digest}"
+        else:
+            continue
+        rows.append(("checkpoint" if not rows else "", where[:MAX_ORIGIN]))
+    return rows
 
 
 def _graphs(manifest: Manifest) -> str:
@@ -142,8 +236,18 @@ def _graphs(manifest: Manifest) -> str:
     return table(rows, right=(2, 3))
 
 
-def _parity(manifest: Manifest, *, intact: bool) -> str:
-    """What the stored report of verify says of the files that are there now."""
+def _parity(manifest: Manifest, *, intact: bool) -> list[tuple[str, str]]:
+    """What the stored report of verify says of the files that are there now, in rows."""
+    told = _parity_line(manifest, intact=intact)
+    if told != AGREES:
+        return [("parity", told)]
+    report = manifest.parity or {}
+    shown = [str(line) for line in report.get("verdict") or ["agrees with the PyTorch model"]]
+    names = ["parity", *[""] * (len(shown) - 1)]
+    return [(n, paint(f"verified: {line}", "green")) for n, line in zip(names, shown, strict=True)]
+
+
+def _parity_line(manifest: Manifest, *, intact: bool) -> str:
     report, current = manifest.parity, manifest.parity_is_current()
     if report is None:
         return "not verified yet; run var-deploy verify"
@@ -158,7 +262,7 @@ def _parity(manifest: Manifest, *, intact: bool) -> str:
         return paint(old, "yellow")
     if not intact:
         return paint("verified before the files were damaged", "yellow")
-    return paint("verified: agrees with the PyTorch model", "green")
+    return AGREES
 
 
 def _parity_table(report: Mapping[str, Any]) -> str:

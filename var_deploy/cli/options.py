@@ -131,8 +131,14 @@ class CheckpointOptions:
     key: str | None
     tokenizer_key: str | None
     patch_nums: tuple[int, ...] | None
+    heads: int | None
 
-    def hints(self, heads: int | None = None) -> Hints:
+    @property
+    def given(self) -> bool:
+        """Whether any of them was."""
+        return any(value is not None for value in dataclasses.astuple(self))
+
+    def hints(self) -> Hints:
         """The same for the half that reads the files."""
         from var_deploy.export.hints import Hints
 
@@ -140,12 +146,12 @@ class CheckpointOptions:
             key=self.key,
             tokenizer_key=self.tokenizer_key,
             patch_nums=self.patch_nums,
-            heads=heads,
+            heads=self.heads,
         )
 
 
 def checkpoint_options(command: Command) -> Command:
-    """--checkpoint --tokenizer --key --tokenizer-key --patch-nums, as a `CheckpointOptions`."""
+    """--checkpoint --tokenizer, their keys, --patch-nums --heads, as a `CheckpointOptions`."""
     file = click.Path(path_type=Path, dir_okay=False)
     options = [
         click.option("--checkpoint", type=file, help="Transformer weights, .pth or .safetensors."),
@@ -167,6 +173,11 @@ def checkpoint_options(command: Command) -> Command:
             callback=_patch_nums,
             help="Side length of each scale's token map, such as 1,2,3,5,8, for a checkpoint that "
             "lacks the buffer lvl_1L.",
+        ),
+        click.option(
+            "--heads",
+            type=click.IntRange(1, 4096),
+            help="Attention heads, for a model without L2 norm: its weights do not tell.",
         ),
     ]
     return _added(options, _gathered(command, "weights", CheckpointOptions))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, cast
 import click
 
 from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table
-from var_deploy.cli.options import MOST_BATCH
-from var_deploy.errors import UsageError
+from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options
+from var_deploy.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
     from var_deploy.config import Precision
@@ -33,7 +33,8 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@checkpoint_options
 @click.option(
     "--device",
     default="this",
@@ -81,7 +82,8 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     help="Container image in that manifest.",
 )
 def plan(
-    model: str,
+    model: str | None,
+    weights: CheckpointOptions,
     device: str,
     batch: int | None,
     precision: Literal["auto", "fp32", "fp16", "int8"],
@@ -94,7 +96,8 @@ def plan(
     """Predict disk, memory and the least time of MODEL on a device.
 
     Nothing is built or run. MODEL is a preset such as var-d16, or the folder of a bundle, which
-    settles batch and guidance.
+    settles batch and guidance; without it, --checkpoint and --tokenizer are needed, whose sizes are
+    recognised.
 
     \b
     Example:
@@ -106,16 +109,20 @@ def plan(
         raise UsageError("--json and --kubernetes are two forms of a plan; choose one")
     if image is not None and not kubernetes:
         raise UsageError("--image is for the manifest; add --kubernetes")
+    if model is None and not weights.given:
+        raise UsageError("give a preset, the folder of a bundle, or --checkpoint and --tokenizer")
+    if model is not None and weights.given:
+        raise UsageError(f"checkpoint files tell the sizes themselves: leave {model} out")
     from var_deploy.planning.devices import find_device
     from var_deploy.planning.plan import make_plan
 
     target = find_device(device)
     chosen: Precision | None = None if precision == "auto" else precision
-    manifest, workload = _workload(model, target, batch, chosen, guidance)
+    manifest, workload = _workload(model, weights, target, batch, chosen, guidance)
     found = make_plan(
         workload,
         target,
-        name=model,
+        name=model or Path(weights.checkpoint or "").stem,
         layout=None if layout == "auto" else layout,
         manifest=manifest,
     )
@@ -126,18 +133,20 @@ def plan(
 
 
 def _workload(
-    model: str,
+    model: str | None,
+    weights: CheckpointOptions,
     device: Device,
     batch: int | None,
     precision: Precision | None,
     guidance: bool | None,
 ) -> tuple[Manifest | None, Workload]:
-    """Sizes of a bundle or a preset; what the options say must agree with a bundle."""
+    """Sizes of a bundle, a preset or checkpoint files; what the options say must agree with a
+    bundle."""
     from var_deploy.planning.costs import Workload
 
-    path = Path(model)
-    if not path.exists():
-        spec = _preset(model)
+    path = Path(model or "")
+    if model is None or not path.exists():
+        spec = _preset(model) if model is not None else _recognised(weights)
         _check_guidance(guidance, spec.transformer.conditional)
         return None, Workload(
             model=spec,
@@ -149,6 +158,10 @@ def _workload(
     from var_deploy.manifest import read_manifest
     from var_deploy.planning.costs import workload_of
 
+    if path.is_file():
+        raise BundleError(
+            f"{path} is no bundle but a file: give checkpoints with --checkpoint and --tokenizer"
+        )
     manifest = read_manifest(path)
     _check_guidance(guidance, manifest.model.transformer.conditional)
     if batch not in (None, manifest.batch):
@@ -189,6 +202,14 @@ def _preset(name: str) -> ModelSpec:
     raise UsageError(
         f"{name} is neither the folder of a bundle nor a preset ({', '.join(PRESETS)}){hint}"
     )
+
+
+def _recognised(weights: CheckpointOptions) -> ModelSpec:
+    with needs_extra("export", "plan"):
+        from var_deploy.export.checkpoint import load_model
+    return load_model(
+        None, checkpoint=weights.checkpoint, tokenizer=weights.tokenizer, hints=weights.hints()
+    ).spec
 
 
 def _check_guidance(guidance: bool | None, conditional: bool) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from var_deploy.cli.console import Progress, echo, needs_extra, say
 from var_deploy.cli.options import MOST_ROUNDS, CheckpointOptions, checkpoint_options
 from var_deploy.errors import UsageError, VerificationError
+from var_deploy.sampling import MAX_SEED
 
 
 @click.command()
@@ -42,6 +44,28 @@ from var_deploy.errors import UsageError, VerificationError
     help="With int8 and a model that has a classifier (pocket): images per set for the class "
     "accuracy; 0 skips it.",
 )
+@click.option(
+    "--images",
+    type=click.IntRange(1, MOST_ROUNDS),
+    show_default="4",
+    metavar="N",
+    help="Images to generate and compare, rounded up to whole batches.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, MAX_SEED), show_default="0", help="Of these images."
+)
+@click.option(
+    "--labels",
+    metavar="LABELS",
+    show_default="other classes",
+    help="Their classes, by names or numbers, repeated as needed.",
+)
+@click.option(
+    "--module",
+    metavar="PACKAGE.FILE:FUNCTION",
+    help="Compare with PyTorch modules of your own: a function that returns (transformer, "
+    "tokenizer), whose own forward then gives the logits, tokens and images.",
+)
 @click.option("--quiet", is_flag=True, help="No progress and no table: the exit code tells.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def verify(
@@ -51,10 +75,14 @@ def verify(
     backends: str | None,
     graph: str | None,
     samples: int,
+    images: int | None,
+    seed: int | None,
+    labels: str | None,
+    module: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Compare BUNDLE with the PyTorch model, graph by graph, then whole.
+    """Compare BUNDLE with the PyTorch model, graph by graph, then whole images.
 
     Every graph, but for int8 ones, is also checked against what TensorRT 10.3 takes. The report
     is stored in the bundle's manifest, where it can be written. Ends with 1 where a tolerance does
@@ -64,11 +92,16 @@ def verify(
     Example:
       var-deploy verify build/pocket
       var-deploy verify build/d16 --checkpoint var_d16.pth --tokenizer vae_ch160v4096z32.pth
+      var-deploy verify build/mine --module models.mine:load
       var-deploy verify build/pocket --bisect onnxruntime:fp32,tensorrt:fp16 --graph decoder
     """
     if backends is not None:
         if precision is not None:
             raise UsageError("--bisect takes the precision behind each backend, not --precision")
+        given = {"images": images, "seed": seed, "labels": labels, "module": module}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"--{name} does not go with --bisect, which takes one image")
         _bisect(bundle, backends, weights, graph, quiet, as_json)
         return
     if graph is not None:
@@ -76,6 +109,11 @@ def verify(
     with needs_extra("export", "verify"):
         from var_deploy.export.verify import verify_bundle
 
+        asked: dict[str, Any] = {"images": images, "seed": seed, "labels": labels}
+        if module is not None:
+            from var_deploy.export.modules import call_module_function
+
+            asked["modules"] = call_module_function(module)
         with Progress(quiet=quiet) as progress:
             report = verify_bundle(
                 bundle,
@@ -85,6 +123,7 @@ def verify(
                 precision=precision,
                 samples=samples,
                 progress=progress.update,
+                **{name: value for name, value in asked.items() if value is not None},
             )
     if as_json or not quiet:
         echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
