@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.editing import blend, keep_masks
 from var_deploy.errors import VarDeployError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.request import Request
@@ -61,6 +62,35 @@ class Edit:
     new: NDArray[np.bool_]
     keep_pixels: bool
 
+    def keep_masks(self, patch_nums: Sequence[int]) -> list[NDArray[np.bool_]]:
+        """[L_k] of each scale, True where the picture's token stays."""
+        return keep_masks(self.new, patch_nums)
+
+    def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Images [N, side, side, C] as they are answered."""
+        return blend(images, self.pixels[0], self.new) if self.keep_pixels else images
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Variation:
+    """More images like a picture: its tokens of the first scales, and new ones after them.
+
+    Attributes:
+        pixels: the picture, uint8 [1, side, side, C].
+        from_scale: the first scale that is new, 0 … K.
+    """
+
+    pixels: NDArray[np.uint8]
+    from_scale: int
+
+    def keep_masks(self, patch_nums: Sequence[int]) -> list[NDArray[np.bool_]]:
+        """[L_k] of each scale, True where the picture's token stays."""
+        return [np.full(patch**2, k < self.from_scale) for k, patch in enumerate(patch_nums)]
+
+    def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Images [N, side, side, C] as they are answered."""
+        return images
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Work:
@@ -68,13 +98,13 @@ class Work:
 
     Attributes:
         request: labels, streams and settings, all of them valid; tokens to keep are not there yet.
-        edit: None for images from nothing.
+        edit: the picture that the images start from; None for images from nothing.
         previews: whether the images are wanted after each scale as well.
         deadline: seconds from now on.
     """
 
     request: Request
-    edit: Edit | None = None
+    edit: Edit | Variation | None = None
     previews: bool = False
     deadline: float | None = None
 

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.editing import Kept, blend, keep_masks
+from var_deploy.editing import Kept
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import Images, Request, ScaleEvent
 from var_deploy.serving.backend import Drawn, Event, ScaleDone, Work
@@ -67,8 +67,7 @@ class Job:
 
     def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Images as they are given away."""
-        edit = self.work.edit
-        return blend(images, edit.pixels[0], edit.new) if edit and edit.keep_pixels else images
+        return self.work.edit.finish(images) if self.work.edit else images
 
 
 J = TypeVar("J", bound=Job)
@@ -163,7 +162,7 @@ class BatchDrawer:
         """The tokens that an edit keeps."""
         edit = job.work.edit
         if edit is not None and job.kept is None:
-            masks = keep_masks(edit.new, self._manifest.model.patch_nums)
+            masks = edit.keep_masks(self._manifest.model.patch_nums)
             job.kept = Kept(
                 masks=tuple(mask[None] for mask in masks),
                 tokens=tuple(self._pipeline.encode(edit.pixels)),
