@@ -1,7 +1,8 @@
 """What else classes are called, for those who search for one.
 
-A name that lists synonyms ("tench, Tinca tinca") has them itself. For the classes of ImageNet, whose
-labels are the first of their WordNet names, the other WordNet names (Princeton University) are here.
+A name that lists synonyms ("tench, Tinca tinca") has them itself. For the classes of ImageNet,
+whose labels are the first of their WordNet names, the others are here (WordNet 3.0, Copyright 2006
+by Princeton University; https://wordnet.princeton.edu).
 """
 
 from __future__ import annotations

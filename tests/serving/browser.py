@@ -94,7 +94,7 @@ def shown(page: Any) -> list[Pixels]:
 
 def pixels(url: str) -> Pixels:
     with Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image.convert("RGB"), np.uint8)
 
 
 def file(colour: tuple[int, int, int], width: int, height: int) -> dict[str, Any]:

@@ -158,6 +158,13 @@ def test_a_link_may_name_a_synonym_or_a_number(visit: Visit, many: Client) -> No
     assert query(page) == "label=toilet+tissue&label=goldfish&seed=2&count=2"
 
 
+def test_a_link_that_may_mean_two_classes_says_which(visit: Visit, many: Client) -> None:
+    page = visit("?label=crane&seed=2", to=many)
+    assert page.inner_text("#notice-text") == (
+        "The link's “crane” may be crane (bird) (134) or crane (machine) (517). Choose one."
+    )
+
+
 def test_an_edit_has_a_choice_of_its_own(visit: Visit, many: Client) -> None:
     page = visit("?label=hen&seed=1", to=many)
     finished(page)

@@ -62,13 +62,19 @@ async function start() {
   refresh();
   document.body.dataset.ready = "";
   gallery.load(model.digest).then(() => (document.body.dataset.history = ""));
-  if (linked?.unknown.length) showNotice(unknownLabels(linked.unknown));
+  if (linked?.unclear.length) showNotice(unclearLabels(linked.unclear));
   else if (linked && linked.settings.seed !== null) await send();
 }
 
-function unknownLabels(labels) {
-  const quoted = labels.map((label) => `“${label}”`).join(" and ");
+/** What is wrong with labels of a link, each {label, numbers} with the classes it may mean. */
+function unclearLabels(labels) {
+  const quoted = labels.map(({ label }) => `“${label}”`).join(" and ");
   if (!model.conditional) return `The link names ${quoted}, but this model has no classes.`;
+  const several = labels.find(({ numbers }) => numbers.length > 1);
+  if (several) {
+    const which = several.numbers.map((n) => `${form.classes.nameOf(n)} (${n})`).join(" or ");
+    return `The link's “${several.label}” may be ${which}. Choose one.`;
+  }
   const which = labels.length === 1 ? "class" : "classes";
   return `The link names the ${which} ${quoted}, which this model does not have. Choose another.`;
 }
@@ -239,6 +245,7 @@ function refreshActions() {
   $("actions").hidden = !ready;
   $("show-all").hidden = !several || viewer.solo === null;
   $("download-set").hidden = !several || viewer.solo !== null;
+  $("download-set").textContent = `Download all ${set?.pictures.length}`;
   $("replay").hidden = !ready || !set.pictures.some((picture) => picture.scales.length);
   $("back").hidden = !ready || !source || mode !== "edit";
   $("use-settings").hidden = !current || current !== older;
@@ -361,7 +368,7 @@ function openOlder(picture) {
   view = "tiles";
   viewer.show({ kind: picture.kind, pictures: [picture] });
   reveal();
-  say(`${nameOf(picture)} is shown; the settings are as they were.`);
+  say(`${nameOf(picture)} is shown; your settings are unchanged.`);
 }
 
 async function useSettings() {

@@ -244,8 +244,9 @@ export class ClassPicker {
   /** What is typed in full counts as chosen. */
   #leave() {
     this.#close();
-    const number = this.pending ? this.classes.resolve(this.pending) : null;
-    if (number === null) return;
+    const numbers = this.pending ? this.classes.named(this.pending) : [];
+    if (numbers.length !== 1) return;
+    const [number] = numbers;
     $("class-text").value = "";
     if (!this.chosen.includes(number)) this.#toggle(number);
   }

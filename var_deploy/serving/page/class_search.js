@@ -32,15 +32,15 @@ export class Classes {
     return alone && !/^[+-]?\d+$/.test(folded) ? name : number;
   }
 
-  /** The number of the one class that a text names in full, or null. */
-  resolve(text) {
-    const wanted = fold(String(text));
-    if (/^\d{1,9}$/.test(wanted)) return Number(wanted) < this.count ? Number(wanted) : null;
+  /** The numbers of the classes that a text names in full: one, where it is clear. */
+  named(text) {
+    const wanted = fold(text);
+    if (/^\d{1,9}$/.test(wanted)) return Number(wanted) < this.count ? [Number(wanted)] : [];
     const whole = this.entries.filter(({ folded }) => folded === wanted);
     const found = whole.length
       ? whole
       : this.entries.filter(({ others }) => others.includes(wanted));
-    return found.length === 1 ? found[0].number : null;
+    return found.map(({ number }) => number);
   }
 
   /** The entries that a text may mean, the likeliest first; all of them where it is empty. */

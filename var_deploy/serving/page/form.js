@@ -92,18 +92,19 @@ export class Form {
   }
 
   /**
-   * {settings, unknown} of an address, or null where it says nothing. `settings.seed` may be null;
-   * `unknown` are the labels that this model does not have.
+   * {settings, unclear} of an address, or null where it says nothing. `settings.seed` may be null;
+   * `unclear` are the labels that do not name one class, each {label, numbers}.
    */
   parse(text) {
     const query = new URLSearchParams(text);
     const number = (name) => (query.has(name) ? Number(query.get(name)) : null);
     if (!query.has("seed") && !query.has("label")) return null;
     const seed = Number.isSafeInteger(number("seed")) && number("seed") >= 0 ? number("seed") : null;
-    const labels = query.getAll("label").map((label) => [label, this.#labelled(label)]);
-    const unknown = labels.filter(([, found]) => found === undefined).map(([label]) => label);
+    const labels = query.getAll("label").map((label) => ({ label, numbers: this.#named(label) }));
+    const unclear = labels.filter(({ numbers }) => numbers.length !== 1);
     const { limits } = this.model;
-    const known = [...new Set(labels.map(([, found]) => found))].filter((n) => n !== undefined);
+    const clear = labels.filter(({ numbers }) => numbers.length === 1);
+    const known = [...new Set(clear.map(({ numbers }) => numbers[0]))];
     const settings = { seed, labels: known.slice(0, limits.count) };
     if (!settings.labels.length) settings.labels = [null];
     const count = Number.isInteger(number("count")) ? number("count") : 1;
@@ -111,14 +112,14 @@ export class Form {
     for (const name of this.sampling.names) {
       settings[name] = Number.isFinite(number(name)) ? number(name) : null;
     }
-    return { settings, unknown };
+    return { settings, unclear };
   }
 
-  /** A class number, null for "no class", undefined where there is none of that name. */
-  #labelled(label) {
-    if (!this.model.conditional) return undefined;
-    const number = this.classes.resolve(label);
-    return number ?? (label.toLowerCase() === NO_LABEL ? null : undefined);
+  /** The classes that a label may mean, [null] for "no class". */
+  #named(label) {
+    if (!this.model.conditional) return [];
+    const numbers = this.classes.named(label);
+    return numbers.length || label.toLowerCase() !== NO_LABEL ? numbers : [null];
   }
 
   /** One picture for each class at least; where there were as many as classes, as many again. */

@@ -4,6 +4,7 @@ import { zip } from "./zip.js";
 
 const $ = (id) => document.getElementById(id);
 const MOST = 240; // pictures, also where the browser keeps none
+const MOST_WHOLE = 48; // of these with what they were after each scale
 
 /** What a picture is called where it is not seen. */
 export function nameOf(picture) {
@@ -39,6 +40,7 @@ export class Gallery {
   async add(picture) {
     this.pictures.unshift(picture);
     $("gallery").prepend(this.#thumbnail(picture));
+    if (this.pictures.length > MOST_WHOLE) this.pictures[MOST_WHOLE].scales = [];
     if (this.pictures.length > MOST) this.#drop(this.pictures.at(-1));
     this.#refresh();
     const gone = new Set(await this.store.add(picture));
