@@ -82,6 +82,30 @@ class Edit:
         return blend(images, self.pixels[0], self.new) if self.keep_pixels else images
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Variation:
+    """More images like a picture: its tokens of the first scales, and new ones after them.
+
+    Attributes:
+        pixels: the picture, uint8 [1, side, side, C].
+        from_scale: the first scale that is new, 0 … K.
+    """
+
+    pixels: NDArray[np.uint8]
+    from_scale: int
+
+    def kept(self, tokens: Sequence[NDArray[np.int64]]) -> Kept:
+        """What one image keeps; `tokens` are those of the picture, [1, L_k] a scale."""
+        return Kept(
+            masks=tuple(np.full(t.shape, k < self.from_scale) for k, t in enumerate(tokens)),
+            tokens=tuple(tokens),
+        )
+
+    def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Generated images [N, side, side, C] as they are given away."""
+        return images
+
+
 def keep_masks(
     new: NDArray[np.bool_], patch_nums: Sequence[int], threshold: float = THRESHOLD
 ) -> list[NDArray[np.bool_]]:

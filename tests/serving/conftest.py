@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving.browser import Visit, started, visitors
 from serving.client import PATIENCE, Client, running
 
 from var_deploy.pipeline import Pipeline
@@ -96,3 +97,18 @@ def gate(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(pipe, "draw", wait)
     yield held
     held.let_go(1000)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser without a screen."""
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    with started() as program:
+        yield program
+
+
+@pytest.fixture
+def visit(browser: Any, service: Client) -> Iterator[Visit]:
+    """Opens the page of `service`, see `browser.visitors`."""
+    with visitors(browser, service) as begin:
+        yield begin

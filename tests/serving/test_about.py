@@ -15,6 +15,8 @@ ROUTES = {
     ("post", "/v1/images/stream"),
     ("post", "/v1/edit"),
     ("post", "/v1/edit/stream"),
+    ("post", "/v1/vary"),
+    ("post", "/v1/vary/stream"),
     ("get", "/health"),
     ("get", "/metrics"),
 }

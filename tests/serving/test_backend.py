@@ -80,7 +80,7 @@ def test_its_images_are_answered(elsewhere: tuple[Client, Elsewhere]) -> None:
     (work,) = backend.works
     assert (work.deadline, work.previews, work.edit) == (9, False, None)
     with client.stream("/v1/images/stream", {"seed": 7}) as events:
-        assert next(events) == ("queued", {"position": 3})
+        assert next(events) == ("queued", {"position": 3, "seconds": None})
         assert [name for name, _ in events] == ["done"]
     assert backend.works[1].previews and backend.closed == 2
 

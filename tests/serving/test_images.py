@@ -130,7 +130,9 @@ def test_model_says_what_is_served(service: Client, pipe: Pipeline) -> None:
         "patch_nums": [1, 2, 4],
         "scales": 3,
         "labels": ["star", "heart", "house", "tree", "fish"],
+        "synonyms": [[]] * 5,
         "classes": 5,
+        "codes": 48,
         "conditional": True,
         "guidance": True,
         "defaults": {

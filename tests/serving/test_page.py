@@ -1,115 +1,42 @@
-"""The page at /, in a browser without a screen."""
+"""The page at /, in a browser without a screen: what is asked for, and what comes of it."""
 
 from __future__ import annotations
 
-import base64
 import io
 import re
-import shutil
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
+from serving.browser import (
+    Visit,
+    expected,
+    file,
+    finished,
+    focused,
+    generate,
+    open_page,
+    pixels,
+    query,
+    shown,
+)
 from serving.client import Client
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from var_deploy.pipeline import Pipeline
+
 FOLDER = Path(__file__).parents[2] / "var_deploy" / "serving" / "page"
-SIDE, SCALES = 8, 3  # of the small model
-
-Pixels = NDArray[np.uint8]
+SIDE, SCALES, CODES = 8, 3, 48  # of the small model
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("fastapi", reason="the extra serve is not installed")
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed, so no browser can be driven"
-    )
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(PROGRAMS)}")
-    with playwright.sync_playwright() as driver:
-        # in a container Chromium's own sandbox cannot be set up
-        yield driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-
-
-@pytest.fixture
-def visit(browser: Any, service: Client) -> Iterator[Callable[..., Any]]:
-    """Opens the page, at a query, as a visitor of its own; no script may fail on it, and nobody
-    but the service may be asked for anything."""
-    address = f"http://127.0.0.1:{service.port}"
-    contexts, wrong = [], []
-
-    def asked(request: Any) -> None:
-        if not request.url.startswith((address, "data:", "blob:")):
-            wrong.append(request.url)
-
-    def begin(query: str = "", **options: Any) -> Any:
-        contexts.append(browser.new_context(reduced_motion="reduce", **options))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", asked)
-        page.goto(f"{address}/{query}")
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield begin
-    for context in contexts:
-        context.close()
-    assert not wrong
-
-
-def finished(page: Any) -> None:
-    page.wait_for_selector("#panel[aria-busy=false]")
-    page.wait_for_selector("#actions", state="visible")
-
-
-def draw(page: Any, label: str, seed: int, count: int = 1) -> None:
-    page.get_by_text(label, exact=True).click()
-    page.fill("#seed", str(seed))
-    page.fill("#count", str(count))
-    page.click("#draw")
-    finished(page)
-
-
-def shown(page: Any) -> list[Pixels]:
-    """Pictures on the stage, in order."""
-    sources = page.eval_on_selector_all(
-        ".tile:not([hidden]) img:not(.ghost)", "images => images.map(image => image.src)"
-    )
-    return [pixels(source) for source in sources]
-
-
-def pixels(url: str) -> Pixels:
-    with Image.open(io.BytesIO(base64.b64decode(url.partition("base64,")[2]))) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def file(colour: tuple[int, int, int], width: int, height: int) -> dict[str, Any]:
-    stream = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(stream, "png")
-    return {"name": "mine.png", "mimeType": "image/png", "buffer": stream.getvalue()}
-
-
-def expected(service: Client, label: str, seed: int) -> Pixels:
-    reply = service.post("/v1/images", {"labels": [label], "seed": seed})
-    return reply.images()[0]
-
-
-def query(page: Any) -> str:
-    return urlsplit(page.url).query
-
-
-def test_a_picture_is_drawn_and_its_link_shows_it_again(
-    visit: Callable[..., Any], service: Client
+def test_a_picture_is_generated_and_its_link_shows_it_again(
+    visit: Visit, service: Client
 ) -> None:
     page = visit()
-    draw(page, "heart", 3)
+    generate(page, "heart", 3)
     assert query(page) == "label=heart&seed=3"
     (image,) = shown(page)
     np.testing.assert_array_equal(image, expected(service, "heart", 3))
@@ -121,19 +48,19 @@ def test_a_picture_is_drawn_and_its_link_shows_it_again(
     np.testing.assert_array_equal(shown(again)[0], image)
 
 
-def test_settings_travel_in_the_link(visit: Callable[..., Any]) -> None:
+def test_settings_travel_in_the_link(visit: Visit) -> None:
     page = visit("?label=2&seed=7&count=2&top_k=4&cfg=1.5&temperature=oops")
     finished(page)
     assert page.is_checked("#chips input[value='2']")
     assert [page.input_value(f"#{name}-number") for name in ("top_k", "cfg")] == ["4", "1.5"]
     assert query(page) == "label=house&seed=7&count=2&cfg=1.5&top_k=4"
     page.click("#defaults")
-    page.click("#draw")
+    page.click("#generate")
     finished(page)
     assert query(page) == "label=house&seed=7&count=2"
 
 
-def test_every_scale_can_be_looked_at(visit: Callable[..., Any]) -> None:
+def test_every_scale_can_be_looked_at(visit: Visit) -> None:
     page = visit("?label=tree&seed=1")
     finished(page)
     (done,) = shown(page)
@@ -147,10 +74,10 @@ def test_every_scale_can_be_looked_at(visit: Callable[..., Any]) -> None:
 
 
 def test_each_of_several_pictures_has_a_seed_of_its_own(
-    visit: Callable[..., Any], service: Client
+    visit: Visit, service: Client
 ) -> None:
     page = visit()
-    draw(page, "fish", 10, count=3)
+    generate(page, "fish", 10, count=3)
     images = shown(page)
     for n, image in enumerate(images):
         np.testing.assert_array_equal(image, expected(service, "fish", 10 + n))
@@ -161,11 +88,12 @@ def test_each_of_several_pictures_has_a_seed_of_its_own(
     assert len(shown(page)) == 3
 
     page.click("#gallery button >> nth=0")  # the newest
+    page.click("#use-settings")
     assert query(page) == "label=fish&seed=12"
     np.testing.assert_array_equal(shown(page), images[2:])
 
 
-def test_a_part_is_drawn_anew_and_the_rest_stays(visit: Callable[..., Any]) -> None:
+def test_a_part_is_filled_and_the_rest_stays(visit: Visit) -> None:
     page = visit("?label=star&seed=2")
     finished(page)
     (old,) = shown(page)
@@ -173,7 +101,7 @@ def test_a_part_is_drawn_anew_and_the_rest_stays(visit: Callable[..., Any]) -> N
     page.select_option("#region", "left")
     assert "50 %" in page.inner_text("#marked")
     page.get_by_text("heart", exact=True).click()
-    page.click("#draw")
+    page.click("#generate")
     finished(page)
     (new,) = shown(page)
     np.testing.assert_array_equal(new[:, SIDE // 2 :], old[:, SIDE // 2 :])
@@ -184,10 +112,10 @@ def test_a_part_is_drawn_anew_and_the_rest_stays(visit: Callable[..., Any]) -> N
     assert "50 %" in page.inner_text("#marked"), "the mask is still there"
 
 
-def test_a_box_on_a_picture_of_ones_own(visit: Callable[..., Any]) -> None:
+def test_a_box_on_a_picture_of_ones_own(visit: Visit) -> None:
     page = visit()
     page.set_input_files("#file", file((200, 30, 30), 40, 20))
-    page.wait_for_selector("#easel", state="visible")
+    page.wait_for_selector("#mask-editor", state="visible")
     page.get_by_text("Box", exact=True).click()
     frame = page.locator("#mask").bounding_box()
     cell = frame["width"] / SIDE
@@ -197,7 +125,7 @@ def test_a_box_on_a_picture_of_ones_own(visit: Callable[..., Any]) -> None:
     page.mouse.up()
     page.click("#invert")
     with page.expect_request("**/v1/edit/stream") as asked:
-        page.click("#draw")
+        page.click("#generate")
     finished(page)
     sent = asked.value.post_data_json
     wanted = np.full((SIDE, SIDE), 255, np.uint8)
@@ -207,12 +135,12 @@ def test_a_box_on_a_picture_of_ones_own(visit: Callable[..., Any]) -> None:
     assert np.ptp(shown(page)[0][3:6, 2:4], axis=(0, 1)).max() <= 1, "one colour, as before"
 
 
-def test_a_mask_is_painted_with_the_keyboard(visit: Callable[..., Any]) -> None:
+def test_a_mask_is_painted_with_the_keyboard(visit: Visit) -> None:
     page = visit()
     page.set_input_files("#file", file((30, 200, 30), SIDE, SIDE))
-    page.wait_for_selector("#easel", state="visible")
-    page.click("#draw")
-    assert page.inner_text("#notice-text") == "Mark what to draw anew first."
+    page.wait_for_selector("#mask-editor", state="visible")
+    page.click("#generate")
+    assert page.inner_text("#notice-text") == "Mark what to fill first."
     page.fill("#size", "1")
     page.focus("#mask")
     for key in ("Space", "Shift+ArrowRight", "Space"):
@@ -224,7 +152,7 @@ def test_a_mask_is_painted_with_the_keyboard(visit: Callable[..., Any]) -> None:
     assert page.inner_text("#marked") == "Nothing is marked yet."
 
 
-def test_errors_are_told_in_a_sentence(visit: Callable[..., Any]) -> None:
+def test_errors_are_told_in_a_sentence(visit: Visit) -> None:
     page = visit("?label=star&seed=1")
     finished(page)
     before = shown(page)
@@ -232,7 +160,7 @@ def test_errors_are_told_in_a_sentence(visit: Callable[..., Any]) -> None:
 
     def answer(handler: Callable[[Any], None], sentence: str, retry: bool) -> None:
         page.route(stream, handler)
-        page.click("#draw")
+        page.click("#generate")
         page.wait_for_selector("#notice", state="visible")
         finished(page)
         assert page.inner_text("#notice-text") == sentence
@@ -262,63 +190,299 @@ def test_errors_are_told_in_a_sentence(visit: Callable[..., Any]) -> None:
     np.testing.assert_array_equal(shown(page), before)
 
 
-def test_what_takes_too_long_can_be_stopped(visit: Callable[..., Any], gate: Any) -> None:
+def test_a_link_to_a_class_that_is_not_there_says_so(visit: Visit) -> None:
+    page = visit("?label=unicorn&label=star&label=99&seed=3")
+    assert page.inner_text("#notice-text") == (
+        "The link names the classes “unicorn” and “99”, which this model does not have. "
+        "Choose another."
+    )
+    assert page.is_visible("#empty"), "nothing else is generated in their place"
+    assert page.input_value("#seed") == "3"
+    page.click("#generate")
+    finished(page)
+    assert query(page) == "label=star&seed=3"
+
+
+def test_a_link_without_a_seed_fills_the_form_in(visit: Visit) -> None:
+    page = visit("?label=house")
+    assert page.is_checked("#chips input[value='2']") and page.is_visible("#empty")
+
+
+def test_several_classes_at_once(visit: Visit, service: Client) -> None:
     page = visit()
-    page.click("#draw")
-    gate.reached()
-    assert page.inner_text("#draw") == "Stop"
-    page.click("#draw")
-    page.wait_for_selector("#panel[aria-busy=false]")
-    assert page.inner_text("#draw") == "Draw"
-    assert page.inner_text("#status") == "Stopped."
-    assert page.is_visible("#empty")
-    gate.let_go(1)
+    page.check("#several")
+    for label in ("heart", "tree", "no class", "star"):  # star was chosen: now it is not
+        page.get_by_text(label, exact=True).click()
+    assert page.input_value("#count") == "3", "one for each"
+    page.fill("#seed", "5")
+    page.fill("#count", "2")
+    page.click("#generate")
+    assert page.is_visible("#empty"), "the browser says that two are too few"
+    page.fill("#count", "4")
+    with page.expect_request("**/v1/images/stream") as asked:
+        page.click("#generate")
+    sent = asked.value.post_data_json
+    assert sent == {"labels": ["heart", "tree", None], "count": 4, "seed": [5, 6, 7, 8]}
+    finished(page)
+    assert query(page) == "label=heart&label=tree&label=none&seed=5&count=4"
+    images = shown(page)
+    for n, label in enumerate(("heart", "tree", None, "heart")):
+        np.testing.assert_array_equal(images[n], expected(service, label, 5 + n))
+
+    again = visit(f"?{query(page)}")
+    finished(again)
+    np.testing.assert_array_equal(shown(again), images)
+    again.uncheck("#several")
+    assert again.input_value("#count") == "4" and again.is_checked("#chips input[value='1']")
+    again.click("#gallery button >> nth=1")  # the one without a class
+    again.click("#use-settings")
+    assert query(again) == "seed=7" and again.is_checked("#chips input[value='']")
 
 
-def test_many_classes_are_typed_and_defaults_may_vary_by_scale(visit: Callable[..., Any]) -> None:
+def test_no_more_classes_than_pictures(visit: Visit) -> None:
     def answer(route: Any) -> None:
         model = route.fetch().json()
-        model["labels"] += [f"thing {n}" for n in range(995)]
-        model["defaults"]["cfg"] = [0, 1, 2]
+        model["limits"]["count"] = 2
         route.fulfill(json=model)
 
     page = visit()
     page.route("**/v1/model", answer)
     page.reload()
     page.wait_for_selector("body[data-ready]")
-    assert page.locator("#class-names option").count() == 1000
-    assert page.input_value("#cfg-number") == ""
-    page.fill("#class-text", "house")
-    page.fill("#seed", "4")
-    with page.expect_request("**/v1/images/stream") as asked:
-        page.keyboard.press("Enter")
-    assert asked.value.post_data_json == {"labels": ["house"], "count": 1, "seed": [4]}
+    page.check("#several")
+    for label in ("heart", "tree"):
+        page.get_by_text(label, exact=True).click()
+    assert "makes 2 pictures at once" in page.inner_text("#notice-text")
+    assert not page.is_checked("#chips input[value='3']")
+
+
+def test_filters_keep_all_codes_at_the_right_end(visit: Visit) -> None:
+    page = visit()
+    assert page.get_attribute("#top_k", "max") == str(CODES)
+    assert page.input_value("#top_k") == str(CODES), "the default of 900 keeps all of them"
+    assert page.input_value("#top_k-number") == "all"
+
+    def sent() -> dict[str, Any]:
+        with page.expect_request("**/v1/images/stream") as asked:
+            page.click("#generate")
+        finished(page)
+        body: dict[str, Any] = asked.value.post_data_json
+        return {key: body[key] for key in ("top_k", "top_p") if key in body}
+
+    assert sent() == {}
+    page.focus("#top_k")
+    page.keyboard.press("ArrowLeft")
+    assert page.input_value("#top_k-number") == str(CODES - 1)
+    assert page.get_attribute("#top_k", "aria-valuetext") == str(CODES - 1)
+    page.focus("#top_p")
+    page.keyboard.press("End")
+    assert page.input_value("#top_p-number") == "all"
+    assert sent() == {"top_k": CODES - 1, "top_p": 0}
+    assert query(page).endswith("top_k=47&top_p=0")
+    page.fill("#top_k-number", "a few")
+    page.click("#generate")
+    assert not page.is_visible("#generate:has-text('Stop')")
+    assert page.eval_on_selector("#top_k-number", "field => !field.checkValidity()")
+
+
+def test_more_like_a_picture_from_a_scale_on(visit: Visit, pipe: Pipeline) -> None:
+    page = visit("?label=star&seed=2&cfg=1.5")
     finished(page)
-    assert query(page) == "label=house&seed=4"
-
-
-def test_everything_has_a_name(visit: Callable[..., Any]) -> None:
-    page = visit("?label=star&seed=1&count=2")
+    (old,) = shown(page)
+    page.click("#strip button >> nth=1")  # to keep what is there after scale 2
+    assert page.input_value("#from-scale") == "2"
+    with page.expect_request("**/v1/vary/stream") as asked:
+        page.click("#vary")
+    assert focused(page) == "generate", "where it can be stopped"
     finished(page)
-    page.click(".tile >> nth=0")
-    page.click("#edit-this")
-    page.wait_for_selector("#easel", state="visible")
-    page.click("#settings summary")
-    tree = page.locator("body").aria_snapshot()
-    roles = "button|link|radio|slider|spinbutton|combobox|checkbox|img|radiogroup|application"
-    nameless = re.findall(rf"^\s*- (?:{roles})(?: \[.*|:)?$", tree, re.MULTILINE)
-    assert not nameless
-    assert 'slider "Guidance"' in tree
-    assert 'button "star, seed 2"' in tree
+    sent = asked.value.post_data_json
+    np.testing.assert_array_equal(pixels(sent["image"]), old)
+    assert (sent["from_scale"], sent["label"], sent["cfg"]) == (2, "star", 1.5)
+    chosen = {"label": "star", "cfg": 1.5, "seed": sent["seed"]}
+    np.testing.assert_array_equal(shown(page), pipe.vary(old, 2, **chosen))
+    assert query(page) == "label=star&seed=2&cfg=1.5", "a link cannot hold the picture"
+    page.click(".tile >> nth=1")
+    assert "varied from scale 3" in page.inner_text("#caption")
+    assert not page.is_visible("#copy-link")
+    page.click("#before")
+    np.testing.assert_array_equal(shown(page)[0], old)
 
 
-@pytest.mark.parametrize("width", [320, 768, 1280])
-def test_it_fits(visit: Callable[..., Any], width: int) -> None:
-    page = visit("?label=star&seed=1", viewport={"width": width, "height": 800})
+def test_older_pictures_offer_their_settings(visit: Visit) -> None:
+    page = visit()
+    page.fill("#cfg-number", "1.5")
+    generate(page, "fish", 10)
+    page.click("#defaults")
+    generate(page, "tree", 11)
+    assert not page.is_visible("#use-settings")
+    page.click("#gallery button >> nth=1")
+    assert re.fullmatch(r"fish, seed 10, in .* · Guidance 1\.5", page.inner_text("#caption"))
+    assert page.input_value("#seed") == "11", "they are not taken unasked"
+    page.click("#use-settings")
+    assert [page.input_value(field) for field in ("#seed", "#cfg-number")] == ["10", "1.5"]
+    assert page.is_checked("#chips input[value='4']")
+    assert not page.is_visible("#use-settings") and focused(page) == "generate"
+
+
+def test_settings_of_an_edit_come_with_its_picture(visit: Visit) -> None:
+    page = visit()
+    page.set_input_files("#file", file((200, 30, 30), SIDE, SIDE))
+    page.wait_for_selector("#mask-editor", state="visible")
+    page.select_option("#region", "top")
+    generate(page, "heart", 4)
+    page.get_by_text("Generate", exact=True).first.click()
+    page.click("#gallery button")
+    page.click("#use-settings")
+    page.wait_for_selector("#mask-editor", state="visible")
+    assert page.input_value("#seed") == "4" and page.is_checked("#chips input[value='1']")
+    assert page.inner_text("#marked") == "Nothing is marked yet."
+
+
+def test_the_history_survives_a_reload(visit: Visit, service: Client) -> None:
+    page = visit("?label=star&seed=2&count=2")
     finished(page)
-    page.click("#edit-this")
-    page.wait_for_selector("#easel", state="visible")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    images = shown(page)
+    page.wait_for_function(STORED, arg=2)
+    address = f"http://127.0.0.1:{service.port}/"
+    open_page(page, address)
+    assert page.locator("#gallery li").count() == 2
+    page.click("#gallery button >> nth=1")
+    np.testing.assert_array_equal(shown(page)[0], images[0])
+    assert page.locator("#strip button:enabled").count() == SCALES
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#clear-history")
+    page.wait_for_selector("#gallery-actions", state="hidden")
+    assert focused(page) == "gallery-title"
+    open_page(page, address)
+    assert page.locator("#gallery li").count() == 0
+
+
+STORED = """count => new Promise(resolve => {
+  const opening = indexedDB.open("var-deploy");
+  opening.onsuccess = () => {
+    const counting = opening.result.transaction("pictures").objectStore("pictures").count();
+    counting.onsuccess = () => resolve(counting.result === count);
+  };
+})"""  # whether so many pictures are kept
+BOUNDS = """async () => {
+  const { PictureStore } = await import("/page/picture_store.js");
+  const store = new PictureStore();
+  await store.open("one");
+  const picture = { digest: "one", png: "p", before: null, scales: ["s".repeat(1e6)] };
+  for (let n = 0; n < 250; n++) await store.add({ ...picture, n });
+  const many = await new PictureStore().open("one");
+  const large = { digest: "two", png: "p".repeat(30e6), before: null, scales: [] };
+  for (let n = 0; n < 3; n++) await store.add({ ...large, n });
+  const counts = [];
+  for (const digest of ["one", "two"]) counts.push((await new PictureStore().open(digest)).length);
+  return [many.map(({ n }) => n), many.filter(({ scales }) => scales.length).length, counts];
+}"""
+
+
+def test_the_history_has_bounds(visit: Visit) -> None:
+    numbers, with_scales, (small, large) = visit().evaluate(BOUNDS)
+    assert numbers == list(range(249, 9, -1)), "240 pictures, the newest first"
+    assert with_scales == 24, "24 MB of previews"
+    assert (small, large) == (0, 2), "64 MB in all"
+
+
+def test_a_browser_that_keeps_nothing_says_so(visit: Visit, service: Client) -> None:
+    page = visit(ready=False)
+    page.add_init_script("indexedDB.open = () => { throw new Error('not here'); }")
+    open_page(page, f"http://127.0.0.1:{service.port}/?label=star&seed=2")
+    finished(page)
+    assert page.locator("#gallery li").count() == 1
+    assert "until you leave the page" in page.inner_text("#gallery-hint")
+
+
+@pytest.mark.parametrize("button", ["#download-set", "#download-all"])
+def test_all_pictures_come_as_one_file(visit: Visit, tmp_path: Path, button: str) -> None:
+    page = visit("?label=star&seed=2&count=3")
+    finished(page)
+    with page.expect_download() as started:
+        page.click(button)
+    started.value.save_as(tmp_path / "pictures.zip")
+    with zipfile.ZipFile(tmp_path / "pictures.zip") as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"{n + 1}-star-seed-{n + 2}.png" for n in range(3)]
+        for name, image in zip(archive.namelist(), shown(page), strict=True):
+            with Image.open(io.BytesIO(archive.read(name))) as found:
+                np.testing.assert_array_equal(np.asarray(found), image)
+
+
+def test_undo_and_redo_with_the_keyboard(visit: Visit) -> None:
+    page = visit()
+    page.set_input_files("#file", file((30, 200, 30), SIDE, SIDE))
+    page.wait_for_selector("#mask-editor", state="visible")
+    page.select_option("#region", "left")
+    page.click("#invert")
+    page.select_option("#region", "all")
+    marked = []
+    for keys in (*["Control+z"] * 4, "Control+y", "Control+Shift+z"):
+        page.keyboard.press(keys)  # wherever the focus is, but for fields
+        marked.append(page.inner_text("#marked").split()[0])
+    assert marked == ["50", "50", "Nothing", "Nothing", "50", "50"]
+    page.focus("#seed")
+    page.keyboard.press("Control+z")
+    assert page.inner_text("#marked") == "50 % is marked.", "a field has an undo of its own"
+    page.click("#undo")
+    assert page.get_attribute("#redo", "aria-disabled") == "false"
+    page.click("#clear")
+    assert page.get_attribute("#redo", "aria-disabled") == "true", "there is another future now"
+
+
+def test_the_focus_goes_where_the_work_goes_on(visit: Visit) -> None:
+    page = visit("?label=star&seed=2&count=2")
+    finished(page)
+    page.focus(".tile >> nth=1")
+    page.keyboard.press("Enter")
+    page.focus("#show-all")
+    page.keyboard.press("Enter")
+    tile = "[...document.querySelectorAll('.tile')].indexOf(document.activeElement)"
+    assert page.evaluate(tile) == 1
+    page.keyboard.press("Enter")
+    page.focus("#edit-this")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#mask-editor", state="visible")
+    assert focused(page) == "mask"
+    page.select_option("#region", "left")
+    page.focus("#generate")
+    page.keyboard.press("Enter")
+    finished(page)
+    assert focused(page) == "generate"
+    page.focus("#back")
+    page.keyboard.press("Enter")
+    assert focused(page) == "mask"
+    page.focus("[name=mode]:checked")
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#generate") == "Generate"
+    assert page.evaluate("document.activeElement.name") == "mode", "as the arrows are used there"
+    page.focus("#another")
+    page.keyboard.press("Enter")
+    finished(page)
+    assert focused(page) == "another"
+
+
+def test_what_takes_too_long_can_be_stopped(visit: Visit, gate: Any) -> None:
+    page = visit()
+    page.click("#generate")
+    gate.reached()
+    assert page.inner_text("#generate") == "Stop"
+    page.click("#generate")
+    page.wait_for_selector("#panel[aria-busy=false]")
+    assert page.inner_text("#generate") == "Generate"
+    assert page.is_visible("#status")
+    confirmed = r"Stopped after \d+\.\d s, at scale 1 of 3; nothing was kept\."
+    assert re.fullmatch(confirmed, page.inner_text("#status"))
+    assert page.is_visible("#empty")
+    gate.let_go(1)
+
+
+def test_a_double_click_does_not_stop_what_it_begins(visit: Visit) -> None:
+    page = visit()
+    page.dblclick("#generate")
+    finished(page)
+    assert page.inner_text("#status").startswith("Done in ")
 
 
 def test_nothing_comes_from_elsewhere() -> None:

@@ -24,10 +24,29 @@ def told(client: Client, route: str, body: object) -> list[tuple[str, Any]]:
         return list(events)
 
 
+def position(event: tuple[str, Any]) -> int:
+    """Of a request that waits."""
+    name, data = event
+    assert name == "queued"
+    found: int = data["position"]
+    return found
+
+
+def test_the_expected_time_is_that_of_the_last_batches(start: Any, pipe: Pipeline) -> None:
+    client = start()
+    with client.stream(ROUTE, {}) as events:
+        assert next(events) == ("queued", {"position": 0, "seconds": None})
+        list(events)
+    drawing = "var_deploy_drawing_seconds_sum"
+    seconds = client.metrics()[drawing]
+    name, data = told(client, ROUTE, {"count": 3})[0]  # two batches of two
+    assert name == "queued" and data["seconds"] == pytest.approx(2 * seconds, abs=1e-3)
+
+
 def test_events_come_in_order(service: Client) -> None:
     events = told(service, ROUTE, {"labels": [1, 2, 3]})
     assert [name for name, _ in events] == ["queued", *["scale"] * 2 * SCALES, "done"]
-    assert events[0][1] == {"position": 0}
+    assert events[0][1]["position"] == 0
     seen = [
         (data["scale"], data["scales"], [image["number"] for image in data["images"]])
         for name, data in events
@@ -92,8 +111,8 @@ def test_positions_are_told_as_the_queue_moves(start: Any, gate: Any) -> None:
         pool.submit(client.post, "/v1/images", {})
         client.wait_for("var_deploy_queue_depth", 1)
         with client.stream(ROUTE, {}) as events:
-            assert next(events) == ("queued", {"position": 1})
+            assert position(next(events)) == 1
             gate.let_go(1)
-            assert next(events) == ("queued", {"position": 0})
+            assert position(next(events)) == 0
             gate.let_go(2)
             assert [name for name, _ in events] == [*["scale"] * SCALES, "done"]

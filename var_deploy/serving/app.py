@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from var_deploy.errors import (
 from var_deploy.pipeline import Pipeline
 from var_deploy.serving import schemas
 from var_deploy.serving.answers import as_json, as_png, as_text, plain_settings, png
-from var_deploy.serving.ask import ask_edit, ask_images, can_edit
+from var_deploy.serving.ask import ask_edit, ask_images, ask_vary, can_edit
 from var_deploy.serving.backend import (
     Backend,
     Drawn,
@@ -47,6 +48,7 @@ from var_deploy.serving.guard import GONE, IMAGES, Guard, body_limit
 from var_deploy.serving.metrics import MEDIA_TYPE, Metrics
 from var_deploy.serving.queue import LocalQueue
 from var_deploy.serving.settings import Settings
+from var_deploy.synonyms import class_synonyms
 
 PAGE = Path(__file__).parent / "page"
 FAILED: dict[int | str, dict[str, Any]] = {
@@ -113,9 +115,11 @@ def create_app(
     add = app.add_api_route
     add("/v1/model", service.model, responses=FAILED, summary="What is served")
     edit = "Draw a part of a picture anew"
+    vary = "Draw more images like a picture, from a scale on"
     for path, post, streamed, body, what in (
         ("/v1/images", service.images, service.images_stream, schemas.ImagesBody, "Draw images"),
         ("/v1/edit", service.edit, service.edit_stream, schemas.EditBody, edit),
+        ("/v1/vary", service.vary, service.vary_stream, schemas.VaryBody, vary),
     ):
         options: dict[str, Any] = {"methods": ["POST"], "response_model": None}
         options["openapi_extra"] = _described_body(body)
@@ -162,7 +166,9 @@ class Service:
             patch_nums=list(spec.patch_nums),
             scales=spec.scales,
             labels=list(manifest.labels) or None,
+            synonyms=[list(others) for others in class_synonyms(manifest.labels)] or None,
             classes=spec.transformer.classes,
+            codes=spec.tokenizer.vocab_size,
             conditional=spec.transformer.conditional,
             guidance=manifest.guidance,
             defaults=schemas.Defaults.model_validate(plain_settings(manifest.defaults)),
@@ -193,6 +199,16 @@ class Service:
         _, work = await self._asked_edit(request, previews=True)
         return await self._stream(request, work, came)
 
+    async def vary(self, request: Request) -> Response:
+        came = time.perf_counter()
+        answer_format, work = await self._asked_vary(request)
+        return await self._answer(request, answer_format, work, came)
+
+    async def vary_stream(self, request: Request) -> Response:
+        came = time.perf_counter()
+        _, work = await self._asked_vary(request, previews=True)
+        return await self._stream(request, work, came)
+
     async def health(self) -> Response:
         if self.backend.stopping:
             return JSONResponse({"status": "stopping"}, 503)
@@ -219,13 +235,27 @@ class Service:
     async def _asked_edit(
         self, request: Request, previews: bool = False
     ) -> tuple[str | None, Work]:
-        """The format of the answer, and the work: the body itself is large, and goes."""
-
         def ask(data: Body) -> tuple[str | None, Work]:
             body = _validated(schemas.EditBody, data, self._settings)
             how = (self._precision, previews)
             return body.format, ask_edit(body, self._manifest, self._settings, *how)
 
+        return await self._asked_picture(request, ask)
+
+    async def _asked_vary(
+        self, request: Request, previews: bool = False
+    ) -> tuple[str | None, Work]:
+        def ask(data: Body) -> tuple[str | None, Work]:
+            body = _validated(schemas.VaryBody, data, self._settings)
+            how = (self._precision, previews)
+            return body.format, ask_vary(body, self._manifest, self._settings, *how)
+
+        return await self._asked_picture(request, ask)
+
+    async def _asked_picture(
+        self, request: Request, ask: Callable[[Body], tuple[str | None, Work]]
+    ) -> tuple[str | None, Work]:
+        """The format of the answer, and the work: the body itself is large, and goes."""
         limit = body_limit(request.scope, self._settings)
         async with self._memory.read(request.receive, limit) as data, self._unpacking:
             return await asyncio.to_thread(ask, data)
@@ -277,10 +307,17 @@ class Service:
     def _event(self, one: Event, work: Work, came: float) -> bytes:
         """Makes PNGs, which takes a while: not for the event loop, but for Queued."""
         if isinstance(one, Queued):
-            return event("queued", schemas.QueuedEvent(position=one.position).model_dump_json())
+            queued = schemas.QueuedEvent(position=one.position, seconds=self._expected(work))
+            return event("queued", queued.model_dump_json())
         if isinstance(one, ScaleDone):
             return event("scale", _previews(one).model_dump_json())
         return event("done", self._answered(work, one, came))
+
+    def _expected(self, work: Work) -> float | None:
+        """Seconds that drawing these images will take; None before the first batch."""
+        batch = self._metrics.batch_seconds
+        batches = math.ceil(work.count / self._manifest.batch)
+        return None if batch is None else round(batches * batch, 3)
 
     def _answered(self, work: Work, drawn: Drawn, came: float) -> str:
         """JSON of an `Answer`."""
@@ -351,7 +388,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """OpenAPI with the bodies, which FastAPI does not see, since it does not read them."""
     openapi = app.openapi()
     known = openapi["components"]["schemas"]
-    for body in (schemas.ImagesBody, schemas.EditBody):
+    for body in (schemas.ImagesBody, schemas.EditBody, schemas.VaryBody):
         known[body.__name__] = body.model_json_schema(ref_template="#/components/schemas/{model}")
     openapi["components"]["schemas"] = dict(sorted(known.items()))
     return openapi

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from PIL import Image
 
 from var_deploy import names
-from var_deploy.editing import Edit, box_mask
+from var_deploy.editing import Edit, Variation, box_mask
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
-from var_deploy.pictures import Mask, read_edit, upright
+from var_deploy.pictures import Mask, read_edit, read_pictures, upright
 from var_deploy.runtime.request import Request, label_numbers, streams
 from var_deploy.serving.backend import Work
 from var_deploy.serving.bodies import EncodedText
-from var_deploy.serving.schemas import Body, EditBody, ImagesBody
+from var_deploy.serving.schemas import Body, EditBody, ImagesBody, VaryBody
 from var_deploy.serving.settings import Settings
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -48,20 +48,48 @@ def ask_edit(
     Unpacks the picture, which takes a while and much memory: not for an event loop, nor for two
     threads at a time.
     """
+    if (body.mask is None) == (body.box is None):
+        raise UsageError("an edit needs a mask or a box, and not both")
+    # all of this before anything is unpacked
+    work = _from_picture(body, manifest, limits, precision, previews)
+    return dataclasses.replace(work, edit=_edit(body, manifest, limits))
+
+
+def ask_vary(
+    body: VaryBody, manifest: Manifest, limits: Settings, precision: str, previews: bool = False
+) -> Work:
+    """Raises UsageError as `ask_edit` does, and for a scale that the model does not have.
+
+    Unpacks the picture, see `ask_edit`.
+    """
+    scales = manifest.model.scales
+    if not 0 <= body.from_scale <= scales:
+        raise UsageError(f"from_scale must lie between 0 and {scales}, found {body.from_scale}")
+    work = _from_picture(body, manifest, limits, precision, previews)
+    tokenizer = manifest.model.tokenizer
+    picture = open_picture(body.image, "the picture", limits.pixels)
+    pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)
+    return dataclasses.replace(work, edit=Variation(pixels=pixels, from_scale=body.from_scale))
+
+
+def _from_picture(
+    body: EditBody | VaryBody,
+    manifest: Manifest,
+    limits: Settings,
+    precision: str,
+    previews: bool,
+) -> Work:
+    """What all requests with a picture have in common, without the picture."""
     if not can_edit(manifest, precision):
         raise UsageError("the bundle has no encoder, so it cannot edit; export it again")
     seeds = _seeds(body)
     count = _count(body, len(seeds), limits)
     if len(seeds) == 1:  # each image can be made again by itself: as `var-deploy edit` counts
         seeds = [seeds[0] + n for n in range(count)]
-    if (body.mask is None) == (body.box is None):
-        raise UsageError("an edit needs a mask or a box, and not both")
     numbers = [manifest.model.transformer.classes]
     if body.label is not None:
         numbers = label_numbers(manifest, [body.label])
-    # all of this before anything is unpacked
-    work = _work(body, manifest, numbers * count, streams(seeds, count), previews)
-    return dataclasses.replace(work, edit=_edit(body, manifest, limits))
+    return _work(body, manifest, numbers * count, streams(seeds, count), previews)
 
 
 def can_edit(manifest: Manifest, precision: str) -> bool:
@@ -113,7 +141,7 @@ def _seeds(body: Body) -> list[int]:
     return body.seed if isinstance(body.seed, list) else [body.seed]
 
 
-def _count(body: ImagesBody | EditBody, default: int, limits: Settings) -> int:
+def _count(body: ImagesBody | EditBody | VaryBody, default: int, limits: Settings) -> int:
     count = default if body.count is None else body.count
     if not 1 <= count <= limits.count:
         raise UsageError(f"count must lie between 1 and {limits.count}, found {count}")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.config import Loaded
-from var_deploy.editing import Edit
+from var_deploy.editing import Edit, Variation
 from var_deploy.errors import VarDeployError
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.request import Request
@@ -55,13 +55,13 @@ class Work:
 
     Attributes:
         request: labels, streams and settings, all of them valid; tokens to keep are not there yet.
-        edit: None for images from nothing.
+        edit: the picture that the images start from; None for images from nothing.
         previews: whether the images are wanted after each scale as well.
         deadline: seconds from now on.
     """
 
     request: Request
-    edit: Edit | None = None
+    edit: Edit | Variation | None = None
     previews: bool = False
     deadline: float | None = None
 

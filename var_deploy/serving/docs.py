@@ -14,6 +14,9 @@ curl -N http://HOST/v1/images/stream -H 'Content-Type: application/json' -d '{"l
 
 curl http://HOST/v1/edit -H 'Content-Type: application/json' -H 'Accept: image/png' -o edited.png \\
      -d '{"image": "'$(base64 -w0 photo.png)'", "box": [0, 0, 32, 32], "label": 3}'
+
+curl http://HOST/v1/vary -H 'Content-Type: application/json' -H 'Accept: image/png' -o more.png \\
+     -d '{"image": "'$(base64 -w0 images.png)'", "from_scale": 5, "label": 3, "count": 4}'
 """
 STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -32,7 +35,7 @@ def docs_page(openapi: dict[str, Any], root_path: str) -> str:
         "<meta name=viewport content='width=device-width'>",
         f"<style>{STYLE}</style>",
         f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
-        f"<p>{escape(info.get('description', ''))} For programs: "
+        f"<p>{escape(info.get('description', ''))} As OpenAPI: "
         "<a href=openapi.json>openapi.json</a>.</p>",
         f"<h2>Examples</h2><pre>{escape(EXAMPLES.replace('HOST', f'HOST{root_path}'))}</pre>",
         "<h2>Routes</h2>",

@@ -22,7 +22,7 @@ HEADERS = [
     ),
 ]
 
-WITH_PICTURE = {"/v1/edit", "/v1/edit/stream"}
+WITH_PICTURE = {"/v1/edit", "/v1/edit/stream", "/v1/vary", "/v1/vary/stream"}
 ROUTES = {"/", "/health", "/metrics", "/docs", "/openapi.json", "/v1/model"}
 ROUTES |= {"/v1/images", "/v1/images/stream", *WITH_PICTURE}
 GONE = 499  # nobody was there to answer

@@ -40,6 +40,7 @@ class Metrics:
         )
         self.drawing = histogram("drawing_seconds", "All launches of one batch.", SECONDS)
         self.batch = histogram("batch_images", "Images of one batch.", IMAGES)
+        self.batch_seconds: float | None = None  # the last ones counting most
         self._depth = Gauge("var_deploy_queue_depth", "Requests that wait.", registry=of)
 
     def watch_queue(self, depth: Callable[[], float]) -> None:
@@ -50,6 +51,8 @@ class Metrics:
         self.images.inc(images)
         self.batch.observe(images)
         self.drawing.observe(seconds)
+        former = self.batch_seconds
+        self.batch_seconds = seconds if former is None else 0.7 * former + 0.3 * seconds
 
     def page(self) -> bytes:
         return generate_latest(self._registry)

@@ -64,6 +64,17 @@ class EditBody(Body):
     )
 
 
+class VaryBody(Body):
+    """More images like a picture: its tokens stay before a scale, and are new from there on."""
+
+    image: Base64
+    from_scale: int = Field(
+        description="the first scale that is new, 0 … K: few keep the composition, many the detail"
+    )
+    label: Label | None = Field(None, description="what it shows; null lets the picture decide")
+    count: int | None = Field(None, description="images; without it one a seed")
+
+
 class DrawnImage(BaseModel):
     png: str = Field(description="base64")
     label: Label | None = Field(description="name, or number where the bundle has no names")
@@ -88,6 +99,10 @@ class QueuedEvent(BaseModel):
     """event: queued, whenever the queue has moved."""
 
     position: int = Field(description="requests before this one")
+    seconds: float | None = Field(
+        description="that these images will take once it is their turn, as the last batches did; "
+        "null before the first batch"
+    )
 
 
 class ScaleDoneEvent(BaseModel):
@@ -126,7 +141,11 @@ class ModelAnswer(BaseModel):
     patch_nums: list[int]
     scales: int
     labels: list[str] | None
+    synonyms: list[list[str]] | None = Field(
+        description="what else each class is called, to search by; null where there are no names"
+    )
     classes: int
+    codes: int = Field(description="of the codebook: what top_k can keep at most")
     conditional: bool
     guidance: bool
     defaults: Defaults

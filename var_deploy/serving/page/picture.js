@@ -10,7 +10,7 @@ export async function openPicture(file, side, limits) {
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Error(`${file.name || "That"} is no picture that this browser can open.`);
+    throw new Error(`${file.name || "That"} is not a picture that this browser can open.`);
   }
   const { width, height } = bitmap;
   const fits = width * height <= limits.pixels && file.size * 1.4 < limits.body;
@@ -18,8 +18,8 @@ export async function openPicture(file, side, limits) {
   return { send, view: cut(bitmap, width, height, side) };
 }
 
-/** The same for a picture that the service has drawn. */
-export async function openDrawn(url, side) {
+/** {send, view} as `openPicture`, of a picture that the service has generated. */
+export async function openGenerated(url, side) {
   const image = new Image();
   image.src = url;
   await image.decode();

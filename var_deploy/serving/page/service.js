@@ -2,7 +2,7 @@
 
 const LOST = "The connection was lost before the picture was finished. Is the service running?";
 
-/** Why there is no picture, in a sentence; `retry`: the same may succeed later. */
+/** Why there is no picture, in a sentence; `retry`: the same request may succeed later. */
 export class Refusal extends Error {
   constructor(message, retry = false) {
     super(message);

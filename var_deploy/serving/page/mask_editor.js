@@ -2,8 +2,13 @@
 
 const REMEMBERED = 40; // steps that can be undone
 
-export class Easel {
-  /** `onChange` is called with the marked share, 0 … 1, whenever the mask has changed. */
+export class MaskEditor {
+  /**
+   * `onChange` is called with this editor whenever the mask has changed.
+   *
+   * @param canvas what is painted on
+   * @param cursor an element that shows the brush
+   */
   constructor(canvas, cursor, onChange) {
     this.canvas = canvas;
     this.cursor = cursor;
@@ -24,14 +29,24 @@ export class Easel {
   resize(side) {
     this.side = this.canvas.width = this.canvas.height = side;
     this.marks = new Uint8Array(side * side);
+    this.undone = []; // masks that redo brings back, the next one last
     this.past = [];
     this.at = { x: side / 2, y: side / 2 };
     this.corner = this.from = null;
     this.#paint();
   }
 
+  /** The marked share of the picture, 0 … 1. */
   get share() {
     return this.marks.reduce((sum, mark) => sum + mark, 0) / this.marks.length;
+  }
+
+  get canUndo() {
+    return this.past.length > 0;
+  }
+
+  get canRedo() {
+    return this.undone.length > 0;
   }
 
   invert() {
@@ -47,9 +62,11 @@ export class Easel {
   }
 
   undo() {
-    if (this.past.length) this.marks = this.past.pop();
-    this.corner = this.from = null;
-    this.#paint();
+    this.#travel(this.past, this.undone);
+  }
+
+  redo() {
+    this.#travel(this.undone, this.past);
   }
 
   /** Mark one of the regions that the page offers by name. */
@@ -171,7 +188,16 @@ export class Easel {
     }
   }
 
+  #travel(from, to) {
+    if (!from.length) return;
+    to.push(this.marks);
+    this.marks = from.pop();
+    this.corner = this.from = null;
+    this.#paint();
+  }
+
   #remember() {
+    this.undone.length = 0;
     this.past.push(this.marks.slice());
     if (this.past.length > REMEMBERED) this.past.shift();
   }
@@ -183,10 +209,10 @@ export class Easel {
     this.marks.forEach((mark, n) => (words[n] = mark ? 0xffffffff : 0));
     context.putImageData(pixels, 0, 0);
     context.globalCompositeOperation = "source-in";
-    context.fillStyle = getComputedStyle(this.canvas).getPropertyValue("--mask") || "#f05b72";
+    context.fillStyle = getComputedStyle(this.canvas).getPropertyValue("--mask");
     context.fillRect(0, 0, this.side, this.side);
     context.globalCompositeOperation = "source-over";
-    this.onChange(this.share);
+    this.onChange(this);
   }
 
   #place(event) {

@@ -1,31 +1,33 @@
 /** The pictures in the middle, and what they were after each scale. */
 
+import { nameOf } from "./gallery.js";
+
 const $ = (id) => document.getElementById(id);
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
-const rest = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 /** Where every picture of `set` is finished. */
 export const finished = (set) => set.pictures.every((picture) => picture.png);
 
-export class Stage {
+export class Viewer {
   /** `onChange` is called whenever another picture, or another set of them, is looked at. */
   constructor(model, onChange) {
     this.model = model;
     this.onChange = onChange;
-    this.set = null; // {kind, pictures: [{scales, png, label, seed}], before}
+    this.set = null; // {kind, pictures: [{scales, png, label, seed, …}]}
     this.solo = null; // the one picture that is looked at, of several
     this.scale = null; // looked at, null for the finished picture
     this.played = 0;
     const fit = () => {
       // a pixel of a small picture covers whole pixels of the screen
       const step = model.side < 256 ? model.side / devicePixelRatio : 1;
-      $("stage").style.setProperty("--step", `${step}px`);
+      $("viewer").style.setProperty("--step", `${step}px`);
     };
     fit();
     addEventListener("resize", fit);
-    $("stage").classList.toggle("pixels", model.side < 256);
+    $("viewer").classList.toggle("pixels", model.side < 256);
     this.#makeStrip();
-    this.#makeQuilt();
+    this.#makePattern();
   }
 
   /** The picture that the actions are about; null while several are shown, or none. */
@@ -49,15 +51,25 @@ export class Stage {
     this.#refresh();
   }
 
+  /** Mark the scale that is being generated; null for none. */
+  markScale(scale) {
+    [...$("strip").children].forEach((button, k) =>
+      button.classList.toggle("current", k === scale),
+    );
+  }
+
   lookAtScale(scale) {
     this.scale = scale;
     this.#refresh();
   }
 
-  /** Show event after event, each for long enough to be seen, though the model may be quicker. */
-  async play(queue, signal) {
+  /**
+   * Show event after event, each for long enough to be seen, though the model may be quicker.
+   * `onShown` is called with the scale that is shown.
+   */
+  async play(queue, signal, onShown) {
     const { scales } = this.model;
-    const gap = calm.matches ? 0 : Math.min(260, Math.max(90, 1400 / scales));
+    const gap = reducedMotion.matches ? 0 : Math.min(260, Math.max(90, 1400 / scales));
     for await (const event of queue) {
       if (signal.aborted) return;
       for (const { number, png } of event.images) {
@@ -65,19 +77,19 @@ export class Stage {
         this.#paint(number, true);
       }
       this.#refreshStrip(event.scale);
-      $("caption").textContent = `Scale ${event.scale + 1} of ${scales}`;
-      await rest(queue.length > scales ? gap / 3 : gap);
+      onShown(event.scale);
+      await pause(queue.length > scales ? gap / 3 : gap);
     }
   }
 
   async replay() {
-    const mine = (this.played += 1);
+    const number = (this.played += 1);
     const { set } = this;
     for (let scale = 0; scale < this.model.scales; scale++) {
       this.scale = scale;
       this.#refresh(true);
-      await rest(calm.matches ? 700 : 350);
-      if (mine !== this.played || set !== this.set || this.scale !== scale) return;
+      await pause(reducedMotion.matches ? 700 : 350);
+      if (number !== this.played || set !== this.set || this.scale !== scale) return;
     }
     this.lookAtScale(null);
   }
@@ -86,7 +98,7 @@ export class Stage {
     const { set, solo } = this;
     const several = set !== null && set.pictures.length > 1 && solo === null;
     const columns = several ? Math.ceil(Math.sqrt(set.pictures.length)) : 1;
-    $("stage").style.setProperty("--columns", columns);
+    $("viewer").style.setProperty("--columns", columns);
     [...$("tiles").children].forEach((tile, n) => {
       tile.hidden = solo !== null && n !== solo;
       tile.disabled = set.pictures.length === 1 || !finished(set);
@@ -101,15 +113,15 @@ export class Stage {
     const tile = $("tiles").children[n];
     const latest = picture.png ?? picture.scales.at(-1);
     const source = (this.scale === null ? latest : picture.scales[this.scale]) ?? latest;
-    const image = tile.querySelector("img:not(.ghost)");
+    const image = tile.querySelector("img:not(.former)");
     if (!source || image.getAttribute("src") === source) return;
-    if (fading && !calm.matches && image.hasAttribute("src")) {
-      tile.querySelector(".ghost")?.remove();
-      const ghost = image.cloneNode();
-      ghost.className = "ghost";
-      ghost.alt = "";
-      ghost.addEventListener("animationend", () => ghost.remove());
-      tile.append(ghost);
+    if (fading && !reducedMotion.matches && image.hasAttribute("src")) {
+      tile.querySelector(".former")?.remove();
+      const former = image.cloneNode();
+      former.className = "former";
+      former.alt = "";
+      former.addEventListener("animationend", () => former.remove());
+      tile.append(former);
     }
     image.src = source;
   }
@@ -119,7 +131,8 @@ export class Stage {
     tile.type = "button";
     tile.className = "tile";
     const image = document.createElement("img");
-    image.alt = named(picture);
+    image.alt = "";
+    tile.ariaLabel = nameOf(picture); // before there is an image, too
     tile.append(image);
     tile.addEventListener("click", () => this.look(this.solo === null ? n : null));
     return tile;
@@ -145,7 +158,7 @@ export class Stage {
     });
   }
 
-  /** Thumbnails of the one picture, or of the one being drawn of several. */
+  /** Thumbnails of the one picture, or of the one being generated of several. */
   #refreshStrip(at) {
     const pictures = this.set?.pictures ?? [];
     const unfinished = pictures.filter((picture) => !picture.png && picture.scales.length);
@@ -163,7 +176,7 @@ export class Stage {
   }
 
   /** Cells of every scale above each other, before there is a picture. */
-  #makeQuilt() {
+  #makePattern() {
     const sides = this.model.patch_nums.slice(0, 5);
     let state = 20;
     const random = () => (state = (state * 16807) % 2147483647) / 2147483647;
@@ -176,19 +189,13 @@ export class Stage {
           fill="hsl(${hue} 50% 62%)" opacity="${(0.03 + 0.18 * random()).toFixed(2)}"/>`;
       }),
     );
-    $("quilt").setAttribute("viewBox", "0 0 1 1");
-    $("quilt").innerHTML = cells.join("");
+    $("pattern").setAttribute("viewBox", "0 0 1 1");
+    $("pattern").innerHTML = cells.join("");
   }
 }
 
-/** What a picture is called where it is not seen. */
-export function named(picture) {
-  const what = picture.label ?? (picture.kind === "edit" ? "edited picture" : "picture");
-  return `${typeof what === "number" ? `class ${what}` : what}, seed ${picture.seed}`;
-}
-
 /** A queue between one who adds and one who waits: `for await` ends once it is closed. */
-export class Queue {
+export class EventQueue {
   #waiting = [];
   #wake = () => {};
   #closed = false;
