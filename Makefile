@@ -14,8 +14,8 @@ INSTALL_TRITON = $(TRITON)/bin/python -m pip install -q -c constraints-triton.tx
 BUNDLE := build/pocket
 PORTABLE := build/portable/pocket
 # what an exported bundle depends on: the exporter, the contract and the weights of pocket
-EXPORTER := $(wildcard export/*.py export/families/*.py export/graphs/*.py export/models/*.py \
-	export/pocket/*.py export/pocket/*.safetensors var_deploy/*.py var_deploy/families/*.py)
+EXPORTER := $(wildcard export/*.py export/*/*.py export/pocket/*.safetensors var_deploy/*.py \
+	var_deploy/bundle/*.py var_deploy/families/*.py var_deploy/files/*.py)
 
 .PHONY: demo bundle test test-pythons test-arm64 test-gpu fuzz lint types wheel train clean
 .DELETE_ON_ERROR:
@@ -30,7 +30,7 @@ $(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
 # What `var-deploy demo` writes pocket's bundle from, without PyTorch. It is part of the package and
 # in git: to be made again when an export of pocket has other bytes, which a test compares.
 bundle: $(BUNDLE)/manifest.json
-	$(BIN)/python -m var_deploy.export.pack_demo $(BUNDLE)
+	$(BIN)/python -m var_deploy.export.pocket.pack_demo $(BUNDLE)
 
 # Two processes, each with files of its own: in one it takes nearly twice as long.
 test: $(CHECKS) $(TRITON_READY)
@@ -115,7 +115,7 @@ train: $(READY)
 DEVICE_BUNDLE := build/device/pocket
 .PHONY: device-check
 device-check: $(DEVICE_BUNDLE)/manifest.json
-	$(BIN)/python -m var_deploy.runtime.device_check $(DEVICE_BUNDLE) \
+	$(BIN)/python -m var_deploy.device_check $(DEVICE_BUNDLE) \
 		--out build/device-report.json
 
 $(DEVICE_BUNDLE)/manifest.json: $(EXPORTER) | $(READY)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from var_deploy.export.modules import export_modules
-    from var_deploy.export.verify import verify_bundle
+    from var_deploy.export.verify.bundle import verify_bundle
 
 __all__ = ["export_modules", "verify_bundle"]
 
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return export_modules
     if name == "verify_bundle":
-        from var_deploy.export.verify import verify_bundle
+        from var_deploy.export.verify.bundle import verify_bundle
 
         return verify_bundle
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,26 +17,26 @@ from numpy.typing import NDArray
 
 import var_deploy
 from var_deploy import names
-from var_deploy.bundle_place import BUNDLE, check_place
+from var_deploy.bundle.graph_refs import GraphRef, generation_graphs, tokenizer_graphs
+from var_deploy.bundle.place import BUNDLE, check_place
 from var_deploy.config import GraphForm, Precision
 from var_deploy.errors import ExportError, UsageError
-from var_deploy.export.checkpoint import LoadedModel
-from var_deploy.export.decoder_ranges import decoder_ranges
+from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.families import export_family_of
 from var_deploy.export.graphs.accumulate import build_accumulate
 from var_deploy.export.graphs.builder import OPSET, GraphBuilder, ReadKey
 from var_deploy.export.graphs.codec import build_decoder, build_encoder
-from var_deploy.export.graphs.int8 import Ranges
 from var_deploy.export.graphs.scale import build_scale, build_step
-from var_deploy.export.weights_bin import (
+from var_deploy.export.graphs.weights_bin import (
     WeightLayout,
     check_weights,
     plan_layout,
     write_weights,
 )
+from var_deploy.export.int8.decoder_ranges import decoder_ranges
+from var_deploy.export.int8.operators import Ranges
 from var_deploy.families import family_of
-from var_deploy.folders import whole_folder
-from var_deploy.graph_refs import GraphRef, generation_graphs, tokenizer_graphs
+from var_deploy.files.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.spec import ModelSpec
 
@@ -132,7 +132,7 @@ def export_bundle(
 
     Everything is written into a folder beside `out` and put in its place at the end: whatever
     happens before, an older bundle stays as it was. Its engines stay in any case. The same input
-    gives the same bytes. See `var_deploy.folders` for an `out` that cannot be renamed.
+    gives the same bytes. See `var_deploy.files.folders` for an `out` that cannot be renamed.
 
     Raises UsageError for options that do not fit the model and for an `out` that holds anything
     else, and ExportError where a weight cannot be stored or the disk is full.

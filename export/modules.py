@@ -14,9 +14,9 @@ from torch import nn
 from var_deploy.config import Precision
 from var_deploy.errors import UsageError, one_line
 from var_deploy.export.bundle import ExportOptions, Layout, Progress, export_bundle
-from var_deploy.export.checkpoint import as_loaded_model
+from var_deploy.export.checkpoint.assemble import as_loaded_model
+from var_deploy.files.paths import utf8_path
 from var_deploy.manifest import Manifest
-from var_deploy.paths import utf8_path
 from var_deploy.sampling import Sampling
 
 

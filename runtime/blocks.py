@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from var_deploy.runtime.protocol import ALIGNMENT, Array, Memory
+from var_deploy.runtime.backends.protocol import ALIGNMENT, Array, Memory
 
 Fields = Mapping[str, tuple[tuple[int, ...], DTypeLike]]
 

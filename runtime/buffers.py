@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from var_deploy import names
-from var_deploy.editing import Kept
 from var_deploy.families import family_of
+from var_deploy.image.editing import Kept
+from var_deploy.image.resize import bicubic_matrix
 from var_deploy.manifest import Manifest
-from var_deploy.resize import bicubic_matrix
+from var_deploy.runtime.backends.protocol import Array, Memory
 from var_deploy.runtime.blocks import Block, Fields, SharedBlock
-from var_deploy.runtime.protocol import Array, Memory
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 

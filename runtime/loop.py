@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
+from var_deploy.bundle.graph_refs import generation_graphs, scale_graphs
 from var_deploy.config import Layout
-from var_deploy.editing import Kept
 from var_deploy.errors import BackendError, CancelledError
-from var_deploy.graph_refs import generation_graphs, scale_graphs
+from var_deploy.image.editing import Kept
 from var_deploy.manifest import GraphInfo, Manifest
+from var_deploy.runtime.backends.protocol import Arrays, Backend, Clock, Launch, Session
 from var_deploy.runtime.buffers import FHatPlace, LoopBuffers
 from var_deploy.runtime.measure import clocked
 from var_deploy.runtime.plausible import check_f_hat, check_image, check_tokens
-from var_deploy.runtime.protocol import Arrays, Backend, Clock, Launch, Session
 from var_deploy.sampling import Sampling
 
 

@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from var_deploy.graph_refs import generation_graphs
+from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.protocol import Clock, Launch
+from var_deploy.runtime.backends.protocol import Clock, Launch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.editing import Kept
 from var_deploy.errors import UsageError
+from var_deploy.image.editing import Kept
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import Answer, ScaleLoop

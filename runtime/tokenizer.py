@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
+from var_deploy.runtime.backends.protocol import Backend
 from var_deploy.runtime.blocks import Fields, SharedBlock
 from var_deploy.runtime.plausible import check_encoded, check_f_hat
-from var_deploy.runtime.protocol import Backend
 from var_deploy.spec import ModelSpec
 
 

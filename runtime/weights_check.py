@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import BundleError
 from var_deploy.finite import is_finite
 from var_deploy.runtime.protobuf import fields

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
 if TYPE_CHECKING:
-    from var_deploy.export.checkpoint import LoadedModel
+    from var_deploy.export.checkpoint.assemble import LoadedModel
 
 # a shell starts what runs in its background with Ctrl-C ignored, and what a test starts
 # would inherit that; tests that press it need it to work
@@ -80,7 +80,7 @@ class Golden:
 
 @cache
 def load_golden(name: str) -> Golden:
-    from var_deploy.export.checkpoint import assemble, empty_modules, open_checkpoint
+    from var_deploy.export.checkpoint.assemble import assemble, empty_modules, open_checkpoint
 
     folder = (GOLDEN if name in SEEDS else SHARED_GOLDEN) / name
     if not folder.is_dir():
@@ -192,7 +192,7 @@ def pocket_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pocket as the command line exports it, in fp32; not to be changed."""
     pytest.importorskip("onnx", reason="onnx is not installed, so nothing can be exported here")
     from var_deploy.export.bundle import ExportOptions, export_bundle
-    from var_deploy.export.checkpoint import load_model
+    from var_deploy.export.checkpoint.assemble import load_model
 
     out = tmp_path_factory.mktemp("pocket") / "bundle"
     export_bundle(load_model("pocket"), out, ExportOptions())
@@ -202,7 +202,7 @@ def pocket_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_model(family_member: Callable[..., ModelSpec]) -> Callable[..., LoadedModel]:
     """A small member of the family with seeded weights, for what needs no golden arrays."""
-    from var_deploy.export.checkpoint import assemble, empty_modules
+    from var_deploy.export.checkpoint.assemble import assemble, empty_modules
 
     def build(seed: int = 1, **changes: Any) -> LoadedModel:
         spec = family_member(**changes)

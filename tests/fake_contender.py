@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from var_deploy.runtime.bench.contender import About, Sample, serve
-from var_deploy.runtime.bench.rates import amounts
+from var_deploy.bench.rates import amounts
+from var_deploy.bench.worker import About, Sample, serve
 
 LAUNCHES = {"condition": 0.001, "scale_00": 0.002, "decoder": 0.005}
 RATE = 1e9  # operations and bytes a second of the manner "rates"

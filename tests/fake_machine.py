@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from var_deploy.machine import NO_DRIVER, Answer, Driver, Gpu, Machine
+from var_deploy.host.machine import NO_DRIVER, Answer, Driver, Gpu, Machine
 
 ORIN_NANO = "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit"
 DPKG = ("dpkg-query", "-W", "-f=${Version}")

@@ -29,7 +29,7 @@ from PIL import Image
 
 from var_deploy import __version__
 from var_deploy.cli import main
-from var_deploy.images import read_settings
+from var_deploy.image.images import read_settings
 
 ROOT = Path(__file__).parents[1]
 README, INSTALL, GUIDE = "README.md", "docs/INSTALL.md", "docs/GUIDE.md"

@@ -16,15 +16,15 @@ import pytest
 from cli_steps import done
 from var_deploy import __version__
 from var_deploy.cli import main
+from var_deploy.device_check.agreement import FORCED_PSNR, MARGIN, SAME_PSNR
+from var_deploy.device_check.command import _parser
 from var_deploy.planning.devices import DEVICES
-from var_deploy.runtime.device_check.agreement import FORCED_PSNR, MARGIN, SAME_PSNR
-from var_deploy.runtime.device_check.command import _parser
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "JETSON.md").read_text(encoding="utf-8")
 MODELS = ("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36")
 BOARDS = ("orin-nano-4gb", "orin-nano-8gb", "orin-nx-16gb", "agx-orin-64gb", "thor")
-CHECK = "python -m var_deploy.runtime.device_check"
+CHECK = "python -m var_deploy.device_check"
 
 
 @cache

@@ -16,7 +16,7 @@ from fresh_checkout import copy_checkout, fresh_environment, index_problem
 from PIL import Image
 
 from var_deploy import __version__
-from var_deploy.images import read_settings
+from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]

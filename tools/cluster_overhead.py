@@ -24,9 +24,9 @@ import ray
 from var_deploy.cluster.connect import LOCAL, connected
 from var_deploy.cluster.sets import Made, make_missing
 from var_deploy.config import CPU, RuntimeConfig
+from var_deploy.datasets.folder import SetFolder
+from var_deploy.datasets.spec import SHARD_SIZE, SetSpec
 from var_deploy.manifest import read_manifest
-from var_deploy.sets.folder import SetFolder
-from var_deploy.sets.spec import SHARD_SIZE, SetSpec
 
 ROUNDS = 3
 SIZES, BASE = (1, 4, 16, 64), 16  # images a shard; the one that workers are compared with

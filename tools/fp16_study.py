@@ -21,19 +21,19 @@ import click
 import numpy as np
 
 from var_deploy.errors import VarDeployError
-from var_deploy.export.calibrate import (
+from var_deploy.export.debug.fp16_overflow import (
     HALF_MAX,
     HalfOverflowError,
     Magnitudes,
     encode_watched,
     layer_of,
 )
-from var_deploy.export.torch_loop import Progress, generate
+from var_deploy.export.debug.interpreter_backend import Progress, generate
 from var_deploy.files import whole_file
-from var_deploy.images import psnr
+from var_deploy.host.terminal import is_terminal
+from var_deploy.image.images import psnr
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
-from var_deploy.terminal import is_terminal
 
 SHOWN_LAYERS = 12
 

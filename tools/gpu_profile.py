@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import read_manifest
+from var_deploy.runtime.backends.onnxruntime_cuda import OrtCudaBackend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
 from var_deploy.sampling import uniforms
 
 SHOWN = 10

@@ -19,13 +19,13 @@ from typing import Any
 
 import click
 
+from var_deploy.bench.figure import COLOURS, INK, STYLE
+from var_deploy.bench.run import Settings, bench
 from var_deploy.config import CPU, Precision, RuntimeConfig
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import random_model
-from var_deploy.export.presets import PATCH_NUMS_512, PRESETS
+from var_deploy.export.checkpoint.assemble import random_model
+from var_deploy.export.checkpoint.presets import PATCH_NUMS_512, PRESETS
 from var_deploy.files import whole_file
-from var_deploy.runtime.bench.figure import COLOURS, INK, STYLE
-from var_deploy.runtime.bench.run import Settings, bench
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 

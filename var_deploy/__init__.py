@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
         try:
             from var_deploy.pipeline import Pipeline
         except ModuleNotFoundError as error:
-            from var_deploy.installation import shadowed
+            from var_deploy.host.installation import shadowed
 
             if not (reason := shadowed(error)):
                 raise

@@ -17,7 +17,7 @@ def main() -> None:
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if usual:
         signal.signal(signal.SIGINT, _leave)
-    from var_deploy.terminal import open_standard_streams
+    from var_deploy.host.terminal import open_standard_streams
 
     open_standard_streams()  # before anything else opens a file
     from var_deploy.cli.program import main as program

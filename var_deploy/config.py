@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from var_deploy.errors import UsageError
-from var_deploy.machine import check_threads
+from var_deploy.host.machine import check_threads
 
 Precision = Literal["fp32", "fp16", "int8"]
 Layout = Literal["per-scale", "shared"]

@@ -3,7 +3,8 @@
 Beside pocket's weights lies a small archive with all of `var-deploy export pocket` but its
 weights.bin: manifest, graphs, and a recipe that says for each tensor of weights.bin from which
 tensor of the weights it is taken, or that the archive holds it. What is written has the hashes of
-the manifest, so it is that export byte by byte. `var_deploy.export.pack_demo` makes the archive.
+the manifest, so it is that export byte by byte.
+`var_deploy.export.pocket.pack_demo` makes the archive.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.bundle_place import BUNDLE, check_place
+from var_deploy.bundle.place import BUNDLE, check_place
 from var_deploy.config import Precision
 from var_deploy.errors import BundleError, VarDeployError
 from var_deploy.files import disk_errors
-from var_deploy.folders import whole_folder
+from var_deploy.files.folders import whole_folder
 from var_deploy.manifest import Manifest, check_files, read_manifest
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """manifest.json: what a bundle holds, and the checks that come before anything is loaded.
 
 A bundle may come from a stranger. Reading validates the whole manifest against stated bounds
-(`var_deploy/manifest_format.py`), and refuses a bundle from a newer schema and a file that is
+(`var_deploy.bundle.manifest_format`), and refuses a bundle from a newer schema and a file that is
 missing, of another size or hash; each in one line that says what to do.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import names
+from var_deploy.bundle.json_values import DamagedError, Value, read_json, shown
 from var_deploy.errors import BundleError, UsageError, one_line
 from var_deploy.files import whole_file
-from var_deploy.held_files import HeldFile
-from var_deploy.json_values import DamagedError, Value, read_json, shown
+from var_deploy.files.held_files import HeldFile
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
@@ -167,7 +167,7 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
     Raises BundleError where the folder is not a bundle, the manifest is damaged, from a newer
     schema, out of bounds, or names a path outside the folder.
     """
-    from var_deploy.manifest_format import parse_manifest  # which needs the classes above
+    from var_deploy.bundle.manifest_format import parse_manifest  # which needs the classes above
 
     path = bundle / names.MANIFEST
     try:

@@ -14,19 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
 from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
+from var_deploy.image.pictures import Mask, Picture, read_edit, read_pictures
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.pictures import Mask, Picture, read_edit, read_pictures
-from var_deploy.runtime.backends import Choice, choose_backend
+from var_deploy.runtime.backends.choice import Choice, choose_backend
+from var_deploy.runtime.backends.protocol import Clock
 from var_deploy.runtime.generation_options import (
     SETTINGS,
     GenerationOptions,
     takes_generation_options,
 )
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.protocol import Clock
 from var_deploy.runtime.request import (
     Batches,
     Images,

@@ -8,7 +8,7 @@ from var_deploy import names
 from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.export.graphs.quantizer import codebook, phi, resize, to_maps
-from var_deploy.resize import bicubic_matrix
+from var_deploy.image.resize import bicubic_matrix
 from var_deploy.spec import TokenizerSpec
 
 

@@ -13,10 +13,10 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, helper
 
+from var_deploy.bundle.operators import OPSET as OPSET
 from var_deploy.config import GraphForm
-from var_deploy.export.graphs.int8 import dynamic_linear
+from var_deploy.export.int8.operators import dynamic_linear
 from var_deploy.manifest import TensorInfo
-from var_deploy.operators import OPSET as OPSET
 
 IR_VERSION = 9
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
-from var_deploy.export.graphs.int8 import Kernel, Ranges, dequantize, quantize, static_conv
 from var_deploy.export.graphs.quantizer import codebook, phi, resize, to_maps
-from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.export.int8.operators import Kernel, Ranges, dequantize, quantize, static_conv
+from var_deploy.image.resize import area_matrix, bicubic_matrix
 from var_deploy.spec import TokenizerSpec
 
 GROUPS, NORM_EPS = 32, 1e-6

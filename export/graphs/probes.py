@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
+from var_deploy.bench import rates
 from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder
-from var_deploy.runtime.bench import rates
 
 FOLDER = Path(rates.__file__).parent
 LARGEST = 63  # of an int8 weight: more would overflow where products are added in 16 bits

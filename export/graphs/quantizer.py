@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.export.families import export_family_of
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
-from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.image.resize import area_matrix, bicubic_matrix
 from var_deploy.spec import ModelSpec, TokenizerSpec
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from var_deploy import names
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
+from var_deploy.bundle.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.errors import BackendError, BundleError, UsageError
-from var_deploy.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.precisions import check_gpu_precision, gpu_precision
 from var_deploy.planning.selection import choose_layout
@@ -174,7 +174,7 @@ def build_bundle(
 
 
 def _free_memory() -> int:
-    from var_deploy.runtime.cuda import Cuda
+    from var_deploy.runtime.backends.cuda import Cuda
 
     cuda = Cuda()
     try:
@@ -200,7 +200,7 @@ def _settle(
     device = ANY_DEVICE
     if ahead is None:
         if find_device is None:
-            from var_deploy.runtime.cuda import device_name_and_sm
+            from var_deploy.runtime.backends.cuda import device_name_and_sm
 
             find_device = device_name_and_sm
         device, ahead = find_device()

@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from var_deploy import names
+from var_deploy.bundle.json_values import DamagedError, Value, read_json, shown
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.files import remove_dead_files, whole_file
-from var_deploy.held_files import HeldFile
-from var_deploy.json_values import DamagedError, Value, read_json, shown
+from var_deploy.files.held_files import HeldFile
 from var_deploy.manifest import FileInfo, Manifest, file_sha256
 from var_deploy.runtime.buffers import step_shapes
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target

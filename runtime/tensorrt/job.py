@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import BackendError, BundleChangedError, VarDeployError
-from var_deploy.installation import module_command
+from var_deploy.host.installation import module_command
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from var_deploy.errors import BackendError, UsageError, one_line
-from var_deploy.installation import pip_command, pip_install
+from var_deploy.host.installation import pip_command, pip_install
 
 TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 OLDEST = (10, 3)  # JetPack 6.1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy.errors import BackendError, one_line
-from var_deploy.paths import utf8_path
+from var_deploy.files.paths import utf8_path
 from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.monitor import Progress, build_monitor, held_interrupt
 from var_deploy.runtime.tensorrt.target import BuildOptions

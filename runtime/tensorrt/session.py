@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from var_deploy.bundle_files import GraphFile
+from var_deploy.bundle.files import GraphFile
 from var_deploy.errors import BackendError, one_line
+from var_deploy.runtime.backends.cuda import Cuda, CudaMemory, Graph
+from var_deploy.runtime.backends.protocol import ALIGNMENT, Array, Arrays, Launch
 from var_deploy.runtime.blocks import pack
-from var_deploy.runtime.cuda import Cuda, CudaMemory, Graph
-from var_deploy.runtime.protocol import ALIGNMENT, Array, Arrays, Launch
 from var_deploy.runtime.tensorrt.library import Library
 
 DTYPES: Mapping[str, np.dtype[Any]] = {

@@ -22,8 +22,8 @@ def files(
     import torch
     from safetensors.torch import save_file
 
-    from var_deploy.export.checkpoint import empty_modules
-    from var_deploy.export.random_weights import RandomWeights
+    from var_deploy.export.checkpoint.assemble import empty_modules
+    from var_deploy.export.checkpoint.random_weights import RandomWeights
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("files")

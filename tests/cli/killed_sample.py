@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from var_deploy.cli import main
+from var_deploy.datasets import folder
 from var_deploy.pipeline import Pipeline
-from var_deploy.sets import folder
 
 moment = sys.argv.pop(1)
 draw, whole_file = Pipeline.draw, folder.whole_file

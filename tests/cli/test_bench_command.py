@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from cli_steps import done, refused, run
-from var_deploy.machine import Machine
-from var_deploy.runtime.bench import run as module
-from var_deploy.runtime.bench.rounds import Comparison
+from var_deploy.bench import run as module
+from var_deploy.bench.rounds import Comparison
+from var_deploy.host.machine import Machine
 
 LAUNCHES = ["condition", "scale_00", "scale_01", "scale_02", "decoder"]
 QUICK = ("--repeat", 2, "--warm-up", 0, "--threads", 1)

@@ -36,10 +36,10 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """An Orin with TensorRT 10.3, as far as the command can see."""
-    cuda = types.ModuleType("var_deploy.runtime.cuda")
+    cuda = types.ModuleType("var_deploy.runtime.backends.cuda")
     cuda.device_name_and_sm = lambda: ("Orin", 87)
     cuda.Cuda = lambda: types.SimpleNamespace(free_memory=lambda: (1, 1), close=lambda: None)
-    monkeypatch.setitem(sys.modules, "var_deploy.runtime.cuda", cuda)
+    monkeypatch.setitem(sys.modules, "var_deploy.runtime.backends.cuda", cuda)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake.rtx_module())
 

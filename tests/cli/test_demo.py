@@ -19,8 +19,8 @@ from cli_steps import done, pixels, refused, tree
 from var_deploy import demo as demo_module
 from var_deploy.demo import write_demo_bundle
 from var_deploy.errors import UsageError
-from var_deploy.export.pack_demo import pack_demo
-from var_deploy.images import read_settings
+from var_deploy.export.pocket.pack_demo import pack_demo
+from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 
 REMEDY = "an export of pocket has changed: run `make bundle` and commit export/pocket/bundle.zip"

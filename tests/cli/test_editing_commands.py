@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from cli_steps import SIDE, done, edit, pixels, refused, run
-from var_deploy.editing import box_mask
-from var_deploy.images import read_settings
+from var_deploy.image.editing import box_mask
+from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 

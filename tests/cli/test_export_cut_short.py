@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cli_steps import ONE_THREAD, done, export, tree
-from var_deploy import folders
+from var_deploy.files import folders
 from var_deploy.manifest import read_manifest
 
 pytest.importorskip("torch")
@@ -152,7 +152,7 @@ HALF_WAY = """
 import sys, time
 import torch; torch.set_num_threads(1)
 from var_deploy.cli import main
-from var_deploy.export import weights_bin
+from var_deploy.export.graphs import weights_bin
 
 real, written = weights_bin._cast, []
 

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from cli_steps import ONE_THREAD, SIDE, done, edit, export, pixels, process, refused, run, tree
-from var_deploy import images
 from var_deploy.cli import outputs
-from var_deploy.images import read_settings
+from var_deploy.image import images
+from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 

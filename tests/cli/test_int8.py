@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cli_steps import done, pixels, refused
-from var_deploy.images import psnr, read_settings
+from var_deploy.image.images import psnr, read_settings
 from var_deploy.manifest import read_manifest
 
 pytest.importorskip("torch")

@@ -19,10 +19,10 @@ from click.testing import CliRunner
 from cli_steps import ONE_THREAD, SIDE, done, export, pixels, refused, run, tree
 from var_deploy import files as module
 from var_deploy import names
+from var_deploy.bench.rounds import Comparison
 from var_deploy.cli import main
 from var_deploy.errors import BundleError
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.runtime.bench.rounds import Comparison
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineRecord
 from var_deploy.runtime.tensorrt.target import BuildOptions, Target
@@ -197,7 +197,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         pytest.fail("it had begun")
 
-    monkeypatch.setattr("var_deploy.export.checkpoint.load_model", never)
+    monkeypatch.setattr("var_deploy.export.checkpoint.assemble.load_model", never)
 
 
 @pytest.mark.parametrize("options", [(), ("--force",)])
@@ -298,7 +298,7 @@ def test_verify_of_a_bundle_that_is_replaced_meanwhile(
     files: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old report must not bring the old manifest back."""
-    from var_deploy.export import verify
+    from var_deploy.export.verify.bundle import bundle as verify
 
     real = verify.trace_reference
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cli_steps import SIDE, done, refused
 from var_deploy.errors import UsageError
-from var_deploy.paths import utf8_path
+from var_deploy.files.paths import utf8_path
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="names of files are text on this system"

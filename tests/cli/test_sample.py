@@ -19,11 +19,11 @@ from cli_steps import ONE_THREAD, done, refused, run, tree
 from cli_steps import edit as edit_manifest
 from var_deploy.cli.options import load_pipeline
 from var_deploy.config import RuntimeConfig
+from var_deploy.datasets.folder import SetFolder
+from var_deploy.datasets.formats import read_images
+from var_deploy.datasets.shards import draw_shard
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.sets.folder import SetFolder
-from var_deploy.sets.formats import read_images
-from var_deploy.sets.shards import draw_shard
 
 THREAD = ("--threads", 1)
 KILLED = Path(__file__).with_name("killed_sample.py")

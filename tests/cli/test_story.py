@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageSequence
 
 from cli_steps import SIDE, done, pixels, refused, run
+from var_deploy.cli.filmstrip import LAST_MS, SCALE_MS, Story
 from var_deploy.cli.outputs import Drawn
-from var_deploy.cli.story import LAST_MS, SCALE_MS, Story
-from var_deploy.images import read_settings
+from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import ScaleEvent

@@ -25,8 +25,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, manifest: Manifest, replicas: str) ->
     from ray import serve
 
     from var_deploy.cluster.devices import Device
-    from var_deploy.cluster.drawer import Drawer
     from var_deploy.cluster.place import Offer
+    from var_deploy.cluster.replica import Drawer
     from var_deploy.cluster.replicas import Replicas
     from var_deploy.cluster.service import Plan, application
 

@@ -51,7 +51,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pocket with two images a batch."""
     pytest.importorskip("onnx", reason="onnx is not installed, so nothing can be exported here")
     from var_deploy.export.bundle import ExportOptions, export_bundle
-    from var_deploy.export.checkpoint import load_model
+    from var_deploy.export.checkpoint.assemble import load_model
 
     out = tmp_path_factory.mktemp("pairs") / "bundle"
     export_bundle(load_model("pocket"), out, ExportOptions(batch=2))

@@ -81,7 +81,7 @@ def work(**options: Any) -> Any:
 
 
 def drawn() -> Script:
-    from var_deploy.cluster.drawer import Batch, Begun
+    from var_deploy.cluster.replica import Batch, Begun
     from var_deploy.serving.backend import Drawn
 
     images = Drawn(images=np.zeros((1, 2, 2, 3), np.uint8), scales_done=np.ones(1, np.int64))

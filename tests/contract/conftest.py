@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from var_deploy.interfaces import Interfaces
+from var_deploy.bundle.interfaces import Interfaces
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, TensorInfo
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec

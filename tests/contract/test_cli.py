@@ -23,7 +23,7 @@ from var_deploy.cli import main
 from var_deploy.cli.console import Progress, human_bytes, table
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import BundleError
-from var_deploy.images import read_settings
+from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 from var_deploy.sampling import Sampling
 

@@ -12,7 +12,7 @@ import pytest
 
 from cli_steps import assert_one_line, run
 from var_deploy.errors import ExportError
-from var_deploy.export.hints import Hints
+from var_deploy.export.checkpoint.hints import Hints
 from var_deploy.manifest import FileInfo
 
 
@@ -41,11 +41,11 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     checkpoint, bundle = ModuleType("checkpoint"), ModuleType("bundle")
     calibration = ModuleType("calibrate")
     calibration.calibrate = calibrate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "var_deploy.export.calibrate", calibration)
+    monkeypatch.setitem(sys.modules, "var_deploy.export.debug.fp16_overflow", calibration)
     checkpoint.load_model = load_model  # type: ignore[attr-defined]
     bundle.export_bundle = export_bundle  # type: ignore[attr-defined]
     bundle.ExportOptions = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "var_deploy.export.checkpoint", checkpoint)
+    monkeypatch.setitem(sys.modules, "var_deploy.export.checkpoint.assemble", checkpoint)
     monkeypatch.setitem(sys.modules, "var_deploy.export.bundle", bundle)
     return calls
 
@@ -178,7 +178,7 @@ def test_verify(bundle: Path, monkeypatch: pytest.MonkeyPatch, failure: str | No
 
     module = ModuleType("verify")
     module.verify_bundle = verify_bundle  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "var_deploy.export.verify", module)
+    monkeypatch.setitem(sys.modules, "var_deploy.export.verify.bundle", module)
     result = run("verify", bundle, "--precision", "fp32")
     assert result.stdout == "scale  error\n"
     assert calls[0]["folder"] == bundle

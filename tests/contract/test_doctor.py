@@ -14,11 +14,11 @@ import pytest
 
 from cli_steps import run
 from fake_machine import DPKG, H100_GPU, ORIN_GPU, FakeMachine, jetson, workstation
-from var_deploy import machine as machine_module
-from var_deploy.cuda_driver import describe
-from var_deploy.doctor import Finding, Report, examine
-from var_deploy.installation import pip, pip_command, pip_install
-from var_deploy.machine import NO_DRIVER, Answer, Driver, Gpu, Machine
+from var_deploy.host import machine as machine_module
+from var_deploy.host.cuda_driver import describe
+from var_deploy.host.doctor import Finding, Report, examine
+from var_deploy.host.installation import pip, pip_command, pip_install
+from var_deploy.host.machine import NO_DRIVER, Answer, Driver, Gpu, Machine
 
 ENGINES = ("build engines", "generate with TensorRT")
 
@@ -297,7 +297,7 @@ def test_answers_of_the_driver() -> None:
         answers: tuple[Answer, Answer]
 
         def run(self, *command: str) -> Answer:
-            return self.answers[0 if "var_deploy.cuda_driver" in command else 1]
+            return self.answers[0 if "var_deploy.host.cuda_driver" in command else 1]
 
     here = Answering()
     smi = Answer(output="NVIDIA RTX A2000, 6138, 8.6\n")
@@ -386,7 +386,7 @@ def test_no_driver() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "from var_deploy.doctor import examine; from var_deploy.machine import Machine\n"
+        "from var_deploy.host.doctor import examine; from var_deploy.host.machine import Machine\n"
         "examine(Machine())\n"
         "import sys; print(*{n.split('.')[0] for n in sys.modules})"
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from var_deploy.editing import Kept, blend, box_mask, feather, keep_masks
 from var_deploy.errors import UnchangedError, UsageError
-from var_deploy.pictures import read_edit
+from var_deploy.image.editing import Kept, blend, box_mask, feather, keep_masks
+from var_deploy.image.pictures import read_edit
 from var_deploy.spec import TokenizerSpec
 
 PATCHES = (1, 2, 4)

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from cli_steps import tree
-from var_deploy import bundle_place, files, folders, work_folders
-from var_deploy.bundle_place import BUNDLE, check_place
+from var_deploy import files
+from var_deploy.bundle import place as bundle_place
+from var_deploy.bundle.place import BUNDLE, check_place
 from var_deploy.errors import BundleError, UsageError, VarDeployError
+from var_deploy.files import folders, work_folders
 
 BIG = 300_000  # bytes: more than one write
 POSIX = pytest.mark.skipif(os.name != "posix", reason="links, locks and umask of POSIX")

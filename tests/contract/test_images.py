@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from var_deploy import files, images
+from var_deploy import files
 from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.image import images
 from var_deploy.manifest import read_manifest
 
 

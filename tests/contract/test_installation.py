@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from var_deploy import installation
-from var_deploy.installation import (
+from var_deploy.bench.process import ContenderProcess
+from var_deploy.host import installation
+from var_deploy.host.installation import (
     ROOT,
     activation,
     code_command,
@@ -25,8 +26,7 @@ from var_deploy.installation import (
     search_path,
     shadowed,
 )
-from var_deploy.machine import Machine
-from var_deploy.runtime.bench.process import ContenderProcess
+from var_deploy.host.machine import Machine
 
 SOURCES = Path(__file__).parents[2]
 DECOYS = ("click", "json", "numpy", "onnxruntime", "random", "runpy", "subprocess", "typing")
@@ -52,24 +52,24 @@ def output(*command: str, folder: Path | None = None) -> str:
 
 
 def test_the_decoys_work(decoys: Path) -> None:
-    command = (sys.executable, "-m", "var_deploy.cuda_driver")
+    command = (sys.executable, "-m", "var_deploy.host.cuda_driver")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "the wrong" in done.stderr
 
 
 def test_modules_and_code_run_beside_decoys(decoys: Path) -> None:
-    assert "problem" in json.loads(output(*module_command("var_deploy.cuda_driver")))
+    assert "problem" in json.loads(output(*module_command("var_deploy.host.cuda_driver")))
     code = "import sys, numpy, random, var_deploy; print(var_deploy.__file__, *sys.argv[1:])"
     package, *given = output(*code_command(code, "a b", 3)).rstrip().split(" ", 1)
-    assert Path(package).parent.samefile(Path(installation.__file__).parent)
+    assert Path(package).parent.samefile(Path(installation.__file__).parents[1])
     assert given == ["a b 3"]
 
 
 def test_a_module_sees_its_arguments_and_its_name(tmp_path: Path) -> None:
     (tmp_path / "shown.py").write_text("import sys\nprint(__name__, sys.argv)\n")
     code = (
-        "import subprocess, sys; from var_deploy.installation import module_command\n"
+        "import subprocess, sys; from var_deploy.host.installation import module_command\n"
         "sys.path.append(sys.argv[1])\n"
         "subprocess.run(module_command('shown', '--x', 3), check=True)"
     )
@@ -95,14 +95,14 @@ def test_bench_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
 
 
 def test_a_contender_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
-    command = module_command("var_deploy.runtime.bench.ours", pocket_bundle, "--threads", 1)
+    command = module_command("var_deploy.bench.ours", pocket_bundle, "--threads", 1)
     with ContenderProcess(command) as contender:
         assert contender.ready().threads == 1
 
 
 def test_options_of_the_interpreter_are_handed_on() -> None:
     code = (
-        "import subprocess, sys; from var_deploy.installation import code_command\n"
+        "import subprocess, sys; from var_deploy.host.installation import code_command\n"
         "show = 'import sys; f = sys.flags; print(f.ignore_environment, f.no_user_site, '\\\n"
         "    'f.dont_write_bytecode, f.optimize, f.utf8_mode, sys.warnoptions)'\n"
         "subprocess.run(code_command(show), check=True)"
@@ -140,8 +140,8 @@ def test_a_zipped_package_starts_its_children(tmp_path: Path) -> None:
             packed.write(path, f"var_deploy/{path.name}")
         packed.writestr(
             "__main__.py",
-            "import subprocess; from var_deploy.installation import code_command\n"
-            "show = 'import var_deploy.machine as m; print(m.__file__)'\n"
+            "import subprocess; from var_deploy.host.installation import code_command\n"
+            "show = 'import var_deploy.host.machine as m; print(m.__file__)'\n"
             "subprocess.run(code_command(show), cwd='/', check=True)\n",
         )
     shown = output(sys.executable, archive.name, folder=tmp_path)

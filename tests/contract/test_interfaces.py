@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import pytest
 
-from var_deploy.interfaces import Interfaces
-from var_deploy.operators import FLOAT_OPERATORS, INT8_OPERATORS, OPERATORS
+from var_deploy.bundle.interfaces import Interfaces
+from var_deploy.bundle.operators import FLOAT_OPERATORS, INT8_OPERATORS, OPERATORS
 from var_deploy.spec import ModelSpec
 
 pytest.importorskip("onnx", reason="onnx is not installed, so no graph can be built here")
@@ -25,7 +25,7 @@ def built(spec: ModelSpec, precision: str) -> Iterator[tuple[Interfaces, Any]]:
     """Every graph of every form that this model has in a precision."""
     from var_deploy.config import Precision
     from var_deploy.export.bundle import ExportOptions, build_graphs
-    from var_deploy.export.graphs.int8 import ConvRanges, Range
+    from var_deploy.export.int8.operators import ConvRanges, Range
 
     assert precision in get_args(Precision)
     conditional = spec.transformer.conditional

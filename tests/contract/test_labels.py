@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy import imagenet
 from var_deploy.errors import LabelError
-from var_deploy.labels import resolve_labels, resolve_labels_or_none
+from var_deploy.labels import imagenet, resolve_labels, resolve_labels_or_none
 
 NAMES = ("star", "heart", "house", "tree", "Boat")
 IMAGENET = ("tench, Tinca tinca", "crane", "crane, machine", "ox")
@@ -145,7 +144,7 @@ def test_bad_labels_say_what_there_is(given: object, message: str) -> None:
 
 def test_the_released_models_have_these_names() -> None:
     pytest.importorskip("torch")
-    from var_deploy.export.presets import PRESETS, RELEASED_REPO
+    from var_deploy.export.checkpoint.presets import PRESETS, RELEASED_REPO
 
     for preset in PRESETS.values():
         assert len(preset.labels) == preset.spec.transformer.classes

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from var_deploy.bundle.onnx_file import inspect_onnx, relocate
 from var_deploy.errors import BundleError, one_line
 from var_deploy.manifest import read_manifest
-from var_deploy.onnx_file import inspect_onnx, relocate
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed, so no graph can be built here")
 

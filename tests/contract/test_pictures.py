@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from var_deploy import pictures
 from var_deploy.errors import UsageError
-from var_deploy.pictures import fit, read_mask, read_pictures, upright
+from var_deploy.image import pictures
+from var_deploy.image.pictures import fit, read_mask, read_pictures, upright
 
 SIDE = 64
 RANDOM = np.random.default_rng(3)

@@ -14,7 +14,7 @@ from fake_machine import H100_GPU, NVRM, ORIN_GPU, ORIN_NANO, FakeMachine, jetso
 from var_deploy import names
 from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.errors import BackendError, BundleError, UsageError
-from var_deploy.machine import Driver
+from var_deploy.host.machine import Driver
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, read_manifest
 from var_deploy.planning.costs import Workload, bundle_weights, graph_weights, launches
 from var_deploy.planning.devices import DEVICES, Device, find_device
@@ -54,7 +54,7 @@ MEMBERS = (
 
 
 def preset(name: str) -> ModelSpec:
-    from var_deploy.export.presets import PRESETS as KNOWN
+    from var_deploy.export.checkpoint.presets import PRESETS as KNOWN
 
     return KNOWN[name].spec
 
@@ -64,8 +64,8 @@ def build(workload: Workload, layout: str = "both") -> dict[str, Any]:
     pytest.importorskip("torch")
     pytest.importorskip("onnx")
     from var_deploy.export.bundle import ExportOptions, build_graphs
-    from var_deploy.export.decoder_ranges import rounded_convs
-    from var_deploy.export.graphs.int8 import ConvRanges, Range
+    from var_deploy.export.int8.decoder_ranges import rounded_convs
+    from var_deploy.export.int8.operators import ConvRanges, Range
 
     some = Range(low=-1.0, high=1.0)
     rounded = rounded_convs(workload.model.tokenizer) if workload.precision == "int8" else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.image.resize import area_matrix, bicubic_matrix
 
 torch = pytest.importorskip("torch")
 

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from var_deploy import names
-from var_deploy.config import LAYOUTS, Loaded, RuntimeConfig
-from var_deploy.errors import BackendError, BundleError, UsageError
-from var_deploy.graph_refs import (
+from var_deploy.bundle.graph_refs import (
     bundle_graphs,
     generation_graphs,
     graph_ref,
@@ -18,7 +16,9 @@ from var_deploy.graph_refs import (
     scale_graphs,
     tokenizer_graphs,
 )
-from var_deploy.interfaces import Interfaces
+from var_deploy.bundle.interfaces import Interfaces
+from var_deploy.config import LAYOUTS, Loaded, RuntimeConfig
+from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.planning.selection import Engines, Facts, select
 from var_deploy.sampling import Sampling

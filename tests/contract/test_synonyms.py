@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from var_deploy.imagenet import CLASS_NAMES
-from var_deploy.synonyms import class_synonyms
+from var_deploy.labels.imagenet import CLASS_NAMES
+from var_deploy.labels.synonyms import class_synonyms
 
 
 @pytest.mark.parametrize(

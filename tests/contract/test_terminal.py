@@ -15,7 +15,7 @@ import pytest
 from cli_steps import done, edit, refused
 from var_deploy.cli import main
 from var_deploy.cli.console import Progress, facts, table
-from var_deploy.terminal import PLAIN_FORMS, is_terminal, visible, visible_json
+from var_deploy.host.terminal import PLAIN_FORMS, is_terminal, visible, visible_json
 
 COMMANDS = list(main.commands)
 HOSTILE = "\x1b[31mred\x1b[0m\x9b2J\u202eevil\u2028\udcff"
@@ -48,7 +48,7 @@ def test_a_closed_stream_changes_no_file(pocket_bundle: Path, tmp_path: Path, cl
 def test_what_a_library_writes_to_a_closed_descriptor_is_in_no_file(tmp_path: Path) -> None:
     code = """
 import os, sys
-from var_deploy.terminal import open_standard_streams
+from var_deploy.host.terminal import open_standard_streams
 open_standard_streams()
 with open(sys.argv[1], "wb") as file:
     for descriptor in (1, 2):

@@ -12,7 +12,7 @@ import pytest
 
 from fake_machine import FakeMachine
 from var_deploy.errors import UsageError
-from var_deploy.machine import Machine, check_threads, cpu_quota, usable_cores
+from var_deploy.host.machine import Machine, check_threads, cpu_quota, usable_cores
 
 V2 = "30 24 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (
@@ -106,7 +106,7 @@ def test_where_the_system_tells_no_mask_the_library_decides() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="masks are Linux's")
 def test_this_process_under_a_mask() -> None:
     number = min(os.sched_getaffinity(0))
-    script = "from var_deploy.machine import *; print(usable_cores(), Machine().threads())"
+    script = "from var_deploy.host.machine import *; print(usable_cores(), Machine().threads())"
     done = subprocess.run(
         [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{number}}}); {script}"],
         capture_output=True,

@@ -13,8 +13,8 @@ from deploy.dockerfile import ROOT, read_stages
 
 from cli_steps import done, refused
 from fake_machine import FakeMachine, meminfo
-from var_deploy import machine
 from var_deploy.cli import main
+from var_deploy.host import machine
 from var_deploy.planning import devices
 from var_deploy.serving.settings import Settings
 

@@ -13,7 +13,7 @@ import torch
 
 from var_deploy import names
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, build_modules
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
 from var_deploy.manifest import read_manifest
 
 BATCH = 2

@@ -19,19 +19,19 @@ from safetensors.torch import save_file
 from cli_steps import assert_one_line, run
 from var_deploy import names
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.export import bisect as bisecting
-from var_deploy.export import bisect_backends
-from var_deploy.export.bisect import Bisection, Side, bisect, parse_sides
-from var_deploy.export.bisect_backends import (
+from var_deploy.export.bundle import ExportOptions, export_bundle
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
+from var_deploy.export.debug import bisect as bisecting
+from var_deploy.export.debug import bisect_backends
+from var_deploy.export.debug.bisect import Bisection, Side, bisect, parse_sides
+from var_deploy.export.debug.bisect_backends import (
     RUNNERS,
     run_onnxruntime,
     run_pytorch,
     run_tensorrt,
 )
-from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, build_modules
-from var_deploy.export.reference import Reference, trace_reference
-from var_deploy.export.verify import verify_model
+from var_deploy.export.verify.bundle import verify_model
+from var_deploy.export.verify.reference import Reference, trace_reference
 from var_deploy.manifest import FileInfo, Manifest, file_sha256, read_manifest
 
 SCALE_1 = names.scale_graph(1)

@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy import folders, names
+from var_deploy import names
 from var_deploy.errors import BundleError, ExportError, UsageError
 from var_deploy.export import bundle as exporter
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel
+from var_deploy.export.checkpoint.assemble import LoadedModel
+from var_deploy.files import folders
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.sampling import Sampling
 
 TESTS = Path(__file__).parents[1]
@@ -190,7 +191,7 @@ def test_without_guidance_there_is_one_row_an_image(
 
 
 def test_guidance_of_an_unconditional_model_is_refused(tmp_path: Path) -> None:
-    from var_deploy.export.checkpoint import as_loaded_model
+    from var_deploy.export.checkpoint.assemble import as_loaded_model
     from var_deploy.export.var import build, build_tokenizer
 
     model = as_loaded_model(

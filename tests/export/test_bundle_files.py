@@ -16,9 +16,9 @@ from onnx import TensorProto
 
 from var_deploy import names
 from var_deploy.export.bundle import ExportOptions, build_graphs, cached_reader
-from var_deploy.export.checkpoint import empty_modules
-from var_deploy.export.presets import PRESETS
-from var_deploy.export.weights_bin import PAGE, plan_layout
+from var_deploy.export.checkpoint.assemble import empty_modules
+from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.graphs.weights_bin import PAGE, plan_layout
 from var_deploy.manifest import check_files, read_manifest
 
 ROOT = Path(__file__).parents[2]

@@ -16,17 +16,18 @@ import torch
 from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError, UsageError
-from var_deploy.export import checkpoint as checkpoints
-from var_deploy.export import hub, presets
-from var_deploy.export.checkpoint import (
+from var_deploy.export.checkpoint.assemble import assemble as checkpoints
+from var_deploy.export.checkpoint.assemble import (
     build_modules,
     check_state,
     empty_modules,
+    hub,
     load_into,
     load_model,
     open_checkpoint,
+    presets,
 )
-from var_deploy.export.presets import PRESETS
+from var_deploy.export.checkpoint.presets import PRESETS
 from var_deploy.spec import ModelSpec
 
 Member = Callable[..., ModelSpec]
@@ -277,7 +278,7 @@ LOAD = """
 import re, sys
 from pathlib import Path
 import torch
-from var_deploy.export import checkpoint as c
+from var_deploy.export.checkpoint.assemble import assemble as c
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError
-from var_deploy.export.checkpoint import load_model, open_checkpoint
+from var_deploy.export.checkpoint.assemble import load_model, open_checkpoint
 
 State = dict[str, torch.Tensor]
 
@@ -211,8 +211,8 @@ def test_a_training_run_reads_as_torch_reads_it(
     kind: str, protocol: int, states: tuple[State, State]
 ) -> None:
     """Modules, optimizer, schedule and odds and ends: the weights are torch's, bit by bit."""
-    from var_deploy.export.checkpoint_files import _Entries
-    from var_deploy.export.checkpoint_formats import open_contents
+    from var_deploy.export.checkpoint.files import _Entries
+    from var_deploy.export.checkpoint.formats import open_contents
 
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 5), "b": torch.nn.BatchNorm1d(5)})
     module["a"].weight.extra = "an attribute"  # type: ignore[assignment]

@@ -15,12 +15,12 @@ import torch
 
 from var_deploy import names
 from var_deploy.errors import UsageError
-from var_deploy.export import decoder_ranges as watching
 from var_deploy.export.bundle import ExportOptions, build_graphs, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, build_modules
-from var_deploy.export.decoder_ranges import decoder_ranges, rounded_convs
-from var_deploy.export.graphs.int8 import ConvRanges, Range
-from var_deploy.export.presets import PRESETS
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
+from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.int8 import decoder_ranges as watching
+from var_deploy.export.int8.decoder_ranges import decoder_ranges, rounded_convs
+from var_deploy.export.int8.operators import ConvRanges, Range
 from var_deploy.manifest import Manifest, read_manifest
 
 STEP = 2 ** (1 / watching.STEPS_AN_OCTAVE)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from var_deploy.export.checkpoint import build_modules, empty_modules
+from var_deploy.export.checkpoint.assemble import build_modules, empty_modules
+from var_deploy.export.checkpoint.presets import PATCH_NUMS_512, PRESETS
 from var_deploy.export.models.transformer import Cache
-from var_deploy.export.presets import PATCH_NUMS_512, PRESETS
 from var_deploy.spec import ModelSpec, TransformerSpec
 
 TOLERANCE = 2e-4

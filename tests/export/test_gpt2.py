@@ -16,7 +16,7 @@ from torch import Tensor
 
 from var_deploy.errors import UsageError
 from var_deploy.export import var as library_call
-from var_deploy.export.checkpoint import as_loaded_model, build_modules
+from var_deploy.export.checkpoint.assemble import as_loaded_model, build_modules
 from var_deploy.export.models.gpt2 import Gpt2Transformer
 from var_deploy.export.models.transformer import Cache
 from var_deploy.export.var import (
@@ -26,7 +26,7 @@ from var_deploy.export.var import (
     recommended_defaults,
     total_tokens,
 )
-from var_deploy.resize import bicubic_matrix
+from var_deploy.image.resize import bicubic_matrix
 from var_deploy.sampling import Sampling
 
 SCALES = (1, 2, 3)

@@ -14,13 +14,13 @@ import torch
 from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, as_loaded_model
+from var_deploy.export.checkpoint.assemble import LoadedModel, as_loaded_model
 from var_deploy.export.var import build, build_tokenizer, next_scale_prediction
-from var_deploy.export.verify import verify_model
+from var_deploy.export.verify.bundle import verify_model
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.sampling import Sampling
 
 SCALES, CODES, SIDE, BATCH = (1, 2, 4), 48, 16, 2

@@ -14,8 +14,8 @@ from cli_steps import assert_one_line, done, run
 from var_deploy.errors import UsageError
 from var_deploy.export import export_modules, verify_bundle
 from var_deploy.export import var as library_call
-from var_deploy.export.checkpoint import load_model
-from var_deploy.export.hints import Hints
+from var_deploy.export.checkpoint.assemble import load_model
+from var_deploy.export.checkpoint.hints import Hints
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.spec import ModelSpec

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import IR_VERSION, OPSET, GraphBuilder
-from var_deploy.export.graphs.int8 import (
+from var_deploy.export.int8.operators import (
     ConvRanges,
     Kernel,
     Range,
@@ -26,7 +26,7 @@ from var_deploy.export.graphs.int8 import (
     static_conv,
     weight_scale,
 )
-from var_deploy.export.lint_int8 import LARGEST_PAIR, largest_pair
+from var_deploy.export.lint.int8 import LARGEST_PAIR, largest_pair
 
 Array = NDArray[Any]
 

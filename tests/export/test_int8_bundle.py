@@ -17,9 +17,9 @@ import torch
 
 from var_deploy import names
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, build_modules, load_model
-from var_deploy.export.lint_int8 import lint_int8
-from var_deploy.export.verify import BOUNDS, verify_model
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules, load_model
+from var_deploy.export.lint.int8 import lint_int8
+from var_deploy.export.verify.bundle import BOUNDS, verify_model
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 

@@ -13,15 +13,15 @@ import onnxruntime
 import pytest
 
 from fake_machine import workstation
-from var_deploy.doctor import examine
 from var_deploy.errors import BackendError
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel
-from var_deploy.export.graphs.int8_probe import probe_bytes
-from var_deploy.machine import Answer
+from var_deploy.export.checkpoint.assemble import LoadedModel
+from var_deploy.export.int8.probe import probe_bytes
+from var_deploy.host.doctor import examine
+from var_deploy.host.machine import Answer
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime import int8_check
-from var_deploy.runtime.int8_check import (
+from var_deploy.runtime.backends import int8_check
+from var_deploy.runtime.backends.int8_check import (
     CONVOLUTIONS,
     GRAPH,
     PRODUCTS,
@@ -31,7 +31,7 @@ from var_deploy.runtime.int8_check import (
     int8_problem,
     weights,
 )
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 
 Model = Callable[..., LoadedModel]
 

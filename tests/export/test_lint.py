@@ -15,16 +15,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from var_deploy import names
+from var_deploy.bundle.graph_refs import graph_ref
+from var_deploy.bundle.operators import FLOAT_OPERATORS
 from var_deploy.export.bundle import ExportOptions, build_graphs, export_bundle
-from var_deploy.export.checkpoint import LoadedModel
+from var_deploy.export.checkpoint.assemble import LoadedModel
+from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.debug.interpreter import OPERATORS
 from var_deploy.export.graphs.builder import IR_VERSION, OPSET
-from var_deploy.export.lint import REFUSED, lint, lint_file
-from var_deploy.export.presets import PRESETS
-from var_deploy.export.torch_graph import OPERATORS
-from var_deploy.export.verify import verify_model
-from var_deploy.graph_refs import graph_ref
+from var_deploy.export.lint.tensorrt import REFUSED, lint, lint_file
+from var_deploy.export.verify.bundle import verify_model
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
-from var_deploy.operators import FLOAT_OPERATORS
 from var_deploy.spec import ModelSpec
 
 SYMBOLS = ("L", "P", "N", "p", "q")

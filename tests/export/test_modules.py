@@ -18,8 +18,8 @@ from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export import export_modules, verify_bundle
 from var_deploy.export import var as published_call
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, build_modules
-from var_deploy.export.report import Report
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
+from var_deploy.export.verify.report import Report
 from var_deploy.manifest import read_manifest
 
 Model = Callable[..., LoadedModel]

@@ -16,15 +16,15 @@ import torch
 from onnx import numpy_helper
 
 from var_deploy import names
+from var_deploy.bundle.graph_refs import graph_ref
 from var_deploy.config import GraphForm
 from var_deploy.errors import UsageError
 from var_deploy.export.bundle import ExportOptions, build_graphs, export_bundle
-from var_deploy.export.checkpoint import LoadedModel
+from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.export.graphs.sampler import mix, sample
 from var_deploy.export.models.sampler import filter_logits, mix_weights
-from var_deploy.export.verify import verify_model
-from var_deploy.graph_refs import graph_ref
+from var_deploy.export.verify.bundle import verify_model
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
 from var_deploy.sampling import gumbel, smoothing, uniforms
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from var_deploy.config import GraphForm
 from var_deploy.errors import ExportError
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, WeightSource
+from var_deploy.export.checkpoint.assemble import LoadedModel, WeightSource
 from var_deploy.export.graphs.builder import GraphBuilder
-from var_deploy.export.graphs.int8 import (
+from var_deploy.export.graphs.weights_bin import make_weight
+from var_deploy.export.int8.operators import (
     ConvRanges,
     Kernel,
     Range,
@@ -24,7 +25,6 @@ from var_deploy.export.graphs.int8 import (
     static_conv,
     weight_scale,
 )
-from var_deploy.export.weights_bin import make_weight
 from var_deploy.finite import describe_not_finite, is_finite
 
 Model = Callable[..., LoadedModel]

@@ -10,8 +10,8 @@ import pytest
 
 from var_deploy.errors import UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel
-from var_deploy.export.verify import verify_model
+from var_deploy.export.checkpoint.assemble import LoadedModel
+from var_deploy.export.verify.bundle import verify_model
 from var_deploy.pipeline import Pipeline
 from var_deploy.spec import ModelSpec
 

@@ -10,8 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from var_deploy.bench.rates import CHANNELS, SIDE, K, N
 from var_deploy.export.graphs.probes import FOLDER, PROBES, probe_bytes
-from var_deploy.runtime.bench.rates import CHANNELS, SIDE, K, N
 
 
 def run(name: str, x: Any) -> Any:

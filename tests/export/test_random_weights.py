@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from var_deploy.export.checkpoint import assemble, build_modules, empty_modules, load_model
-from var_deploy.export.presets import PRESETS
-from var_deploy.export.random_weights import RandomWeights
+from var_deploy.export.checkpoint.assemble import assemble, build_modules, empty_modules, load_model
+from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.checkpoint.random_weights import RandomWeights
 from var_deploy.spec import ModelSpec
 
 Member = Callable[..., ModelSpec]

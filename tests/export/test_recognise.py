@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError, UsageError
-from var_deploy.export.checkpoint import build_modules, load_model, open_checkpoint
-from var_deploy.export.hints import Hints
+from var_deploy.export.checkpoint.assemble import build_modules, load_model, open_checkpoint
+from var_deploy.export.checkpoint.hints import Hints
+from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.checkpoint.random_weights import RandomWeights
+from var_deploy.export.checkpoint.recognise import recognise
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
-from var_deploy.export.presets import PRESETS
-from var_deploy.export.random_weights import RandomWeights
-from var_deploy.export.recognise import recognise
 from var_deploy.spec import ModelSpec
 
 Member = Callable[..., ModelSpec]

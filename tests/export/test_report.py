@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from var_deploy.export.report import REPORTED, Check, Report, merged
+from var_deploy.export.verify.report import REPORTED, Check, Report, merged
 
 
 def loop(precision: str = "fp32", tokens: str = "84/84", **changes: Any) -> Check:

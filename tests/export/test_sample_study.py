@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.export import sample_study
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, load_model
-from var_deploy.export.report import Check, Report
-from var_deploy.export.sample_study import (
+from var_deploy.export.checkpoint.assemble import LoadedModel, load_model
+from var_deploy.export.verify import samples as sample_study
+from var_deploy.export.verify.bundle import verify_bundle
+from var_deploy.export.verify.report import Check, Report
+from var_deploy.export.verify.samples import (
     SampleSet,
     SampleStudy,
     SkippedStudy,
     frechet_distance,
     study_samples,
 )
-from var_deploy.export.verify import verify_bundle
 from var_deploy.manifest import read_manifest
 
 # --- the distance

@@ -18,12 +18,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from var_deploy.errors import BackendError, BundleError, UsageError
-from var_deploy.export import torch_bench, var
-from var_deploy.export.checkpoint import assemble, build_modules, empty_modules
-from var_deploy.export.published_path import Generation, generate_as_published
-from var_deploy.export.random_weights import RandomWeights
-from var_deploy.export.reference import Trace, trace_generation
-from var_deploy.export.torch_bench import TorchContender
+from var_deploy.export import var
+from var_deploy.export.baselines import torch_bench
+from var_deploy.export.baselines.published_path import Generation, generate_as_published
+from var_deploy.export.baselines.torch_bench import TorchContender
+from var_deploy.export.checkpoint.assemble import assemble, build_modules, empty_modules
+from var_deploy.export.checkpoint.random_weights import RandomWeights
+from var_deploy.export.verify.reference import Trace, trace_generation
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.measure import launch_names
 from var_deploy.sampling import Sampling, uniforms
@@ -236,7 +237,7 @@ def test_what_it_refuses(family_member: Family, tmp_path: Path) -> None:
 def test_the_program_answers_and_loads_no_compiler(family_member: Family, tmp_path: Path) -> None:
     """Importing torch._dynamo costs 50 MB and a second, which are not the published path's."""
     code = (
-        "import sys\nfrom var_deploy.export.torch_bench import main\nmain(sys.argv[1:])\n"
+        "import sys\nfrom var_deploy.export.baselines.torch_bench import main\nmain(sys.argv[1:])\n"
         "print('torch._dynamo' in sys.modules, file=sys.stderr)"
     )
     folder = bundle(tmp_path, family_member(depth=1))

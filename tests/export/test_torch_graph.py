@@ -18,12 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from var_deploy import names
 from var_deploy.errors import ExportError
+from var_deploy.export.debug.interpreter import OPERATORS, TorchGraph
+from var_deploy.export.debug.interpreter_backend import generate
 from var_deploy.export.graphs.builder import IR_VERSION, OPSET
-from var_deploy.export.torch_graph import OPERATORS, TorchGraph
-from var_deploy.export.torch_loop import generate
 from var_deploy.manifest import read_manifest
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.sampling import uniforms
 
 RANDOM = np.random.RandomState(0)

@@ -13,17 +13,18 @@ import torch
 from click.testing import CliRunner
 from torch._dynamo.testing import CompileCounter
 
-from var_deploy.export import torch_peers, var
-from var_deploy.export.checkpoint import assemble, build_modules, empty_modules
-from var_deploy.export.random_weights import RandomWeights
-from var_deploy.export.reference import trace_generation
-from var_deploy.export.torch_peers import (
+from var_deploy.export import var
+from var_deploy.export.baselines import torch_peers
+from var_deploy.export.baselines.torch_peers import (
     Peer,
     main,
     measure_rates,
     random_modules,
     time_peers,
 )
+from var_deploy.export.checkpoint.assemble import assemble, build_modules, empty_modules
+from var_deploy.export.checkpoint.random_weights import RandomWeights
+from var_deploy.export.verify.reference import trace_generation
 from var_deploy.sampling import Sampling, uniforms
 from var_deploy.spec import ModelSpec
 

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from var_deploy import names
 from var_deploy.cli import main
 from var_deploy.errors import BundleError, UsageError
-from var_deploy.export import verify as verifying
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, build_modules, load_model
-from var_deploy.export.report import Check, Report
-from var_deploy.export.verify import verify_bundle, verify_model
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules, load_model
+from var_deploy.export.verify.bundle import bundle as verifying
+from var_deploy.export.verify.bundle import verify_bundle, verify_model
+from var_deploy.export.verify.report import Check, Report
 from var_deploy.labels import class_stride
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
 from var_deploy.pipeline import Pipeline

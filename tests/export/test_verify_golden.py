@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from var_deploy import names
-from var_deploy.export.verify import verify_model
+from var_deploy.export.verify.bundle import verify_model
 from var_deploy.manifest import read_manifest
 
 

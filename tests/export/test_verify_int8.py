@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 
 from cli_steps import assert_one_line, run
 from var_deploy import names
-from var_deploy.export import verify as verifying
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import LoadedModel, build_modules
-from var_deploy.export.difference import norm_error, place_of_error, top_1_agreement
-from var_deploy.export.lint_int8 import lint_int8
-from var_deploy.export.reference import Reference, trace_reference
-from var_deploy.export.report import Check, Report
-from var_deploy.export.verify import tolerance, verify_model
-from var_deploy.export.verify_graphs import GraphVerifier
-from var_deploy.export.verify_int8 import DECODER_PSNR, LOGITS_BOUND
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
+from var_deploy.export.lint.int8 import lint_int8
+from var_deploy.export.verify.bundle import bundle as verifying
+from var_deploy.export.verify.bundle import tolerance, verify_model
+from var_deploy.export.verify.difference import norm_error, place_of_error, top_1_agreement
+from var_deploy.export.verify.graphs import GraphVerifier
+from var_deploy.export.verify.int8 import DECODER_PSNR, LOGITS_BOUND
+from var_deploy.export.verify.reference import Reference, trace_reference
+from var_deploy.export.verify.report import Check, Report
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
 
 STEP_0, STEP_1, STEP_2 = (f"{names.STEP} @ {k}" for k in range(3))

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from fuzz.raw_zip import DEFLATED, Record, pack, unpack, zeros
-from var_deploy.export.checkpoint import build_modules, empty_modules, load_model
+from var_deploy.export.checkpoint.assemble import build_modules, empty_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec

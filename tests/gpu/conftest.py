@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from var_deploy.errors import BackendError
-from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
+from var_deploy.runtime.backends.cuda import Cuda
+from var_deploy.runtime.backends.onnxruntime_cuda import OrtCudaBackend
 
 COMMAND = [sys.executable, "-m", "var_deploy.cli"]
 

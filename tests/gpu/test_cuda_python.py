@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from var_deploy.errors import BackendError
-from var_deploy.runtime.cuda import Cuda, PinnedMemory, load_api
+from var_deploy.runtime.backends.cuda import Cuda, PinnedMemory, load_api
 from var_deploy.runtime.measure import CudaClock
 
 SIZE = 1 << 20

@@ -19,10 +19,7 @@ import numpy as np
 import pytest
 from gpu.conftest import COMMAND
 
-from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.cuda import Cuda
-from var_deploy.runtime.device_check.agreement import (
+from var_deploy.device_check.agreement import (
     Outcome,
     Reference,
     compare,
@@ -30,9 +27,12 @@ from var_deploy.runtime.device_check.agreement import (
     make_cases,
     observe,
 )
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.backends.cuda import Cuda
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.onnxruntime_cuda import OrtCudaBackend
 from var_deploy.runtime.loop import Layout, ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-from var_deploy.runtime.onnxruntime_cuda import OrtCudaBackend
 from var_deploy.sampling import Sampling, uniforms
 
 IMAGES = 4

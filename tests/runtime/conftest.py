@@ -31,8 +31,8 @@ def random_model() -> Callable[[ModelSpec], Any]:
     """A loaded model of given sizes with seeded random weights."""
 
     def build(spec: ModelSpec) -> Any:
-        from var_deploy.export.checkpoint import assemble, empty_modules
-        from var_deploy.export.random_weights import RandomWeights
+        from var_deploy.export.checkpoint.assemble import assemble, empty_modules
+        from var_deploy.export.checkpoint.random_weights import RandomWeights
 
         drawn = (
             RandomWeights({key: tuple(p.shape) for key, p in module.named_parameters()}, 3)

@@ -14,8 +14,8 @@ import fake_tensorrt
 from fake_tensorrt import cudart
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime import backends
-from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.backends.choice import choice as backends
+from var_deploy.runtime.backends.cuda import Cuda
 from var_deploy.runtime.tensorrt import library as libraries
 from var_deploy.runtime.tensorrt.build import build_bundle
 from var_deploy.runtime.tensorrt.library import Library
@@ -28,7 +28,7 @@ LABELS = (3, 0, 4)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An Orin with TensorRT 10.3."""
     cudart.reset()
-    monkeypatch.setattr("var_deploy.runtime.cuda.load_api", lambda: cudart)
+    monkeypatch.setattr("var_deploy.runtime.backends.cuda.load_api", lambda: cudart)
     monkeypatch.setattr(libraries, "load_library", lambda name=None: Library(fake_tensorrt))
     yield
     assert cudart.live() == {}, "something was left on the device"

@@ -14,13 +14,13 @@ import pytest
 
 from fake_tensorrt import cudart
 from var_deploy import __version__
+from var_deploy.bench import rates
+from var_deploy.bench.ours import Ours
+from var_deploy.bench.rates import RateProbes, amounts
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.bench import rates
-from var_deploy.runtime.bench.ours import Ours
-from var_deploy.runtime.bench.rates import RateProbes, amounts
-from var_deploy.runtime.cuda import Cuda, CudaClock, CudaMemory
+from var_deploy.runtime.backends.cuda import Cuda, CudaClock, CudaMemory
 from var_deploy.runtime.measure import add_launches
 
 ExportTo = Callable[..., Path]

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from fake_machine import FakeMachine, jetson, workstation
-from var_deploy.machine import Answer
-from var_deploy.runtime.bench import power
-from var_deploy.runtime.bench.power import (
+from var_deploy.bench import power
+from var_deploy.bench.power import (
     SMI,
     EnergyCounter,
     Meters,
@@ -20,6 +19,7 @@ from var_deploy.runtime.bench.power import (
     find_meters,
     measure,
 )
+from var_deploy.host.machine import Answer
 
 PC = FakeMachine()
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from fake_contender import LAUNCHES, command
+from var_deploy.bench import process as module
+from var_deploy.bench.process import ContenderProcess, MemoryWatch
+from var_deploy.bench.worker import About, Sample, serve
 from var_deploy.errors import BackendError, BundleError
-from var_deploy.runtime.bench import process as module
-from var_deploy.runtime.bench.contender import About, Sample, serve
-from var_deploy.runtime.bench.process import ContenderProcess, MemoryWatch
 
 Start = Callable[..., ContenderProcess]
 

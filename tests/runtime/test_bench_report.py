@@ -14,19 +14,12 @@ from PIL import Image
 
 from fake_machine import FakeMachine, jetson, meminfo, workstation
 from var_deploy import names
-from var_deploy.cli.bench import _as_text
-from var_deploy.config import RuntimeConfig
-from var_deploy.installation import pip_install
-from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.planning.costs import workload_of
-from var_deploy.planning.plan import launch_times
-from var_deploy.runtime.bench.contender import About, Sample
-from var_deploy.runtime.bench.figure import draw
-from var_deploy.runtime.bench.power import Energy
-from var_deploy.runtime.bench.rates import Rates
-from var_deploy.runtime.bench.report import Report, Result, Run, Surroundings
-from var_deploy.runtime.bench.rounds import Comparison, Rated, Rounds
-from var_deploy.runtime.bench.run import (
+from var_deploy.bench.figure import draw
+from var_deploy.bench.power import Energy
+from var_deploy.bench.rates import Rates
+from var_deploy.bench.report import Report, Result, Run, Surroundings
+from var_deploy.bench.rounds import Comparison, Rated, Rounds
+from var_deploy.bench.run import (
     PEERS,
     Settings,
     entries,
@@ -35,6 +28,13 @@ from var_deploy.runtime.bench.run import (
     measured_device,
     weights_used,
 )
+from var_deploy.bench.worker import About, Sample
+from var_deploy.cli.bench import _as_text
+from var_deploy.config import RuntimeConfig
+from var_deploy.host.installation import pip_install
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.planning.costs import workload_of
+from var_deploy.planning.plan import launch_times
 
 RATES = Rates(
     gemm={"fp32": 4e11, "int8": 1.2e12},

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from fake_contender import LAUNCHES, RATE, command
-from var_deploy.runtime.bench import rounds as module
-from var_deploy.runtime.bench.power import EnergyCounter, Meters
-from var_deploy.runtime.bench.process import ContenderProcess
-from var_deploy.runtime.bench.rates import Rates
-from var_deploy.runtime.bench.rounds import Comparison, Entry, Rounds
+from var_deploy.bench import rounds as module
+from var_deploy.bench.power import EnergyCounter, Meters
+from var_deploy.bench.process import ContenderProcess
+from var_deploy.bench.rates import Rates
+from var_deploy.bench.rounds import Comparison, Entry, Rounds
 
 ONCE = Rounds(images=1, warm_up=0, repeat=1)
 

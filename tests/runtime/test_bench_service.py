@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from var_deploy.bench.load import EACH, LoadSettings, load_services
+from var_deploy.bench.service import find_service
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.runtime.bench.load import EACH, LoadSettings, load_services
-from var_deploy.runtime.bench.service import find_service
 
 MODEL = {"digest": "ab" * 32, "precision": "fp32", "backend": "onnxruntime-cpu", "batch": 1}
 CONFIG = {

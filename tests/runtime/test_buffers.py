@@ -10,8 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from var_deploy import names
+from var_deploy.image.resize import area_matrix, bicubic_matrix
 from var_deploy.manifest import Manifest
-from var_deploy.resize import area_matrix, bicubic_matrix
+from var_deploy.runtime.backends.host_memory import HostMemory, host_view
+from var_deploy.runtime.backends.protocol import ALIGNMENT, Array
 from var_deploy.runtime.blocks import Block, SharedBlock, pack
 from var_deploy.runtime.buffers import (
     CacheArena,
@@ -20,8 +22,6 @@ from var_deploy.runtime.buffers import (
     step_geometry,
     step_shapes,
 )
-from var_deploy.runtime.host_memory import HostMemory, host_view
-from var_deploy.runtime.protocol import ALIGNMENT, Array
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import var_deploy.runtime.cuda as module
+import var_deploy.runtime.backends.cuda as module
 from fake_tensorrt import cudart
 from var_deploy.errors import BackendError
+from var_deploy.runtime.backends.cuda import Cuda, device_name_and_sm, load_api
 from var_deploy.runtime.blocks import SharedBlock
-from var_deploy.runtime.cuda import Cuda, device_name_and_sm, load_api
 
 Error = cudart.cudaError_t
 OK = Error.cudaSuccess

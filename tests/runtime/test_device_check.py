@@ -21,14 +21,9 @@ from fake_machine import FakeMachine, jetson, workstation
 from fake_tensorrt import builder as fake
 from fake_tensorrt import cudart, engine
 from var_deploy import names
-from var_deploy.errors import BackendError
-from var_deploy.manifest import read_manifest
-from var_deploy.planning.costs import Workload
-from var_deploy.planning.devices import DEVICES
-from var_deploy.planning.plan import launch_times
-from var_deploy.runtime.cuda import CudaClock, Graph
-from var_deploy.runtime.device_check import agreement, bundle_check, command, variants
-from var_deploy.runtime.device_check.agreement import (
+from var_deploy.bench.roofline import floors, reached
+from var_deploy.device_check import agreement, bundle_check, command, variants
+from var_deploy.device_check.agreement import (
     Case,
     Reference,
     compare,
@@ -37,13 +32,18 @@ from var_deploy.runtime.device_check.agreement import (
     observe,
     psnr,
 )
-from var_deploy.runtime.device_check.command import Options, check_device, main
-from var_deploy.runtime.device_check.measure import time_images
-from var_deploy.runtime.device_check.report import Found, NotRunError, Report
-from var_deploy.runtime.floors import floors, reached
+from var_deploy.device_check.command import Options, check_device, main
+from var_deploy.device_check.measure import time_images
+from var_deploy.device_check.report import Found, NotRunError, Report
+from var_deploy.errors import BackendError
+from var_deploy.manifest import read_manifest
+from var_deploy.planning.costs import Workload
+from var_deploy.planning.devices import DEVICES
+from var_deploy.planning.plan import launch_times
+from var_deploy.runtime.backends.cuda import CudaClock, Graph
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import Spread, WallClock, clocked
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.session import TensorRtBackend
@@ -136,7 +136,7 @@ def exported(small_model: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     """Both precisions and layouts; also another model of these sizes, and one of which the
     transformer alone is another."""
     from var_deploy.export.bundle import ExportOptions, export_bundle
-    from var_deploy.export.checkpoint import LoadedModel
+    from var_deploy.export.checkpoint.assemble import LoadedModel
 
     folder = tmp_path_factory.mktemp("device")
     ours, other = small_model(seed=1), small_model(seed=2)
@@ -640,7 +640,7 @@ def test_psnr() -> None:
 
 def test_the_bounds_are_those_of_verify() -> None:
     pytest.importorskip("torch")
-    from var_deploy.export import verify
+    from var_deploy.export.verify.bundle import bundle as verify
 
     assert agreement.MARGIN["fp16"] == verify.COIN_TOSS["fp16"]
     assert agreement.MARGIN["fp32"] > verify.COIN_TOSS["fp32"]

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.editing import box_mask, feather, keep_masks
 from var_deploy.errors import BundleError, LabelError, UsageError
+from var_deploy.image.editing import box_mask, feather, keep_masks
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import ScaleEvent
 from var_deploy.sampling import Sampling, uniforms
@@ -38,7 +38,7 @@ def pocket(pocket_bundle: Path) -> Iterator[Pipeline]:
 @pytest.fixture(scope="module")
 def modules() -> tuple[Any, Any]:
     """The PyTorch tokenizer and transformer."""
-    from var_deploy.export.checkpoint import build_modules, load_model
+    from var_deploy.export.checkpoint.assemble import build_modules, load_model
 
     return build_modules(load_model("pocket"))
 

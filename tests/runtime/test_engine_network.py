@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 import fake_tensorrt
 from fake_tensorrt import builder as fake
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.installation import pip_command
+from var_deploy.host.installation import pip_command
 from var_deploy.runtime.tensorrt.library import Library, load_library
 from var_deploy.runtime.tensorrt.monitor import PhaseTree, held_interrupt
 from var_deploy.runtime.tensorrt.network import BuiltEngine, build_engine

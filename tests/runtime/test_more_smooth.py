@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import fake_tensorrt
 from fake_tensorrt import cudart
 from var_deploy import names
-from var_deploy.editing import box_mask
+from var_deploy.image.editing import box_mask
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import ScaleEvent
 from var_deploy.runtime.tensorrt import library as libraries
@@ -69,8 +69,8 @@ def test_the_image_of_pytorch(
     family_member: Callable[..., ModelSpec],
     random_model: Callable[[ModelSpec], Any],
 ) -> None:
-    from var_deploy.export.checkpoint import build_modules
-    from var_deploy.export.reference import trace_generation
+    from var_deploy.export.checkpoint.assemble import build_modules
+    from var_deploy.export.verify.reference import trace_generation
     from var_deploy.sampling import gumbel, uniforms
 
     model = random_model(family_member())
@@ -141,7 +141,7 @@ def test_engines_draw_the_same(
     """The noise crosses to the device with everything else."""
     folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     cudart.reset()
-    monkeypatch.setattr("var_deploy.runtime.cuda.load_api", lambda: cudart)
+    monkeypatch.setattr("var_deploy.runtime.backends.cuda.load_api", lambda: cudart)
     monkeypatch.setattr(libraries, "load_library", lambda name=None: Library(fake_tensorrt))
     build_bundle(folder, library=Library(fake_tensorrt), layout="shared")
     with Pipeline.load(folder) as pipe:

@@ -14,14 +14,14 @@ import pytest
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import BackendError, CancelledError, UsageError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.protocol import Launch
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_seconds
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-from var_deploy.runtime.protocol import Launch
 from var_deploy.runtime.request import Pace, ScaleEvent
 from var_deploy.sampling import stack_uniforms
 

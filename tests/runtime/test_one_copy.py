@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy.bundle_files import BundleFiles, GraphFile
+from var_deploy.bundle.files import BundleFiles, GraphFile
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.host_memory import WORTH_GIVING_BACK, HostMemory, host_view
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.host_memory import WORTH_GIVING_BACK, HostMemory, host_view
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.spec import ModelSpec
 
 ExportTo = Callable[..., Path]

@@ -14,15 +14,15 @@ import pytest
 from numpy.typing import NDArray
 
 from fake_tensorrt import cudart
-from var_deploy.bundle_files import BundleFiles, GraphFile
+from var_deploy.bundle.files import BundleFiles, GraphFile
 from var_deploy.config import Layout
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
-from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.backends.cuda import Cuda
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.onnxruntime_cuda import PROVIDER, OrtCudaBackend
+from var_deploy.runtime.backends.protocol import Backend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-from var_deploy.runtime.onnxruntime_cuda import PROVIDER, OrtCudaBackend
-from var_deploy.runtime.protocol import Backend
 from var_deploy.sampling import Sampling, uniforms
 
 SETTINGS = Sampling(cfg=2.0, top_k=0, top_p=0.95)

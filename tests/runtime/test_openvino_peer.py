@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy.bundle_files import GraphFile
+from var_deploy.bench.openvino_peer import OpenVinoBackend, OpenVinoContender
+from var_deploy.bench.worker import serve
+from var_deploy.bundle.files import GraphFile
 from var_deploy.config import Layout
 from var_deploy.errors import BackendError, BundleError, UsageError
-from var_deploy.installation import pip_command
+from var_deploy.host.installation import pip_command
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.bench.contender import serve
-from var_deploy.runtime.bench.openvino_peer import OpenVinoBackend, OpenVinoContender
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.protocol import Backend
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_names
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-from var_deploy.runtime.protocol import Backend
 from var_deploy.sampling import uniforms
 
 ExportTo = Callable[..., Path]

@@ -10,12 +10,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from var_deploy.bundle_files import BundleFiles, GraphFile
+from var_deploy.bundle.files import BundleFiles, GraphFile
 from var_deploy.errors import BackendError, BundleError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.blocks import SharedBlock
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 
 ExportTo = Callable[..., Path]
 

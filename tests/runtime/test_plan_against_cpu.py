@@ -24,8 +24,8 @@ from var_deploy.planning.memory import (
     footprint,
     upload_bytes,
 )
+from var_deploy.runtime.backends.host_memory import HostMemory
 from var_deploy.runtime.buffers import CacheArena, LoopBuffers
-from var_deploy.runtime.host_memory import HostMemory
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
@@ -37,7 +37,7 @@ MEASURE = """
 import json, sys, threading, time
 import numpy, onnxruntime
 from var_deploy.pipeline import Pipeline
-import var_deploy.runtime.loop, var_deploy.runtime.onnxruntime_cpu
+import var_deploy.runtime.loop, var_deploy.runtime.backends.onnxruntime_cpu
 
 def pss():
     with open("/proc/self/smaps_rollup") as lines:
@@ -112,8 +112,8 @@ def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Few weights and long sequences: its peak is scratch memory."""
     pytest.importorskip("torch")
     from var_deploy.export.bundle import ExportOptions, export_bundle
-    from var_deploy.export.checkpoint import assemble, empty_modules
-    from var_deploy.export.random_weights import RandomWeights
+    from var_deploy.export.checkpoint.assemble import assemble, empty_modules
+    from var_deploy.export.checkpoint.random_weights import RandomWeights
     from var_deploy.spec import TokenizerSpec, TransformerSpec
 
     spec = ModelSpec(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fuzz.harness import scaled
 from var_deploy import pipeline as pipeline_module
-from var_deploy.bundle_files import BundleFiles
+from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import BundleChangedError, BundleError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -347,7 +347,7 @@ def test_without_paths_to_descriptors(
     bundle: Path, two: tuple[Generation, Generation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on systems without /proc: opened by path, and looked at once more afterwards."""
-    monkeypatch.setattr("var_deploy.bundle_files.DESCRIPTORS", str(bundle / "nowhere"))
+    monkeypatch.setattr("var_deploy.bundle.files.DESCRIPTORS", str(bundle / "nowhere"))
     with load(bundle) as pipe:
         np.testing.assert_array_equal(pipe.generate([1], seed=3), two[0].image)
         for tokens, expected in zip(pipe.encode(picture()), two[0].tokens, strict=True):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.config import GraphForm
 from var_deploy.manifest import read_manifest
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import Answer, ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.sampling import Sampling, uniforms
 from var_deploy.spec import ModelSpec
 
@@ -154,8 +154,8 @@ def test_the_images_of_a_bundle_are_independent_draws(
 ) -> None:
     """The first token of image n takes the first uniform of stream n: 20 000 streams."""
     from var_deploy.export.bundle import ExportOptions, export_bundle
-    from var_deploy.export.checkpoint import build_modules
-    from var_deploy.export.reference import trace_generation
+    from var_deploy.export.checkpoint.assemble import build_modules
+    from var_deploy.export.verify.reference import trace_generation
 
     batch, label, seed = 1000, 3, 5
     sampling = Sampling(cfg=(1.5, 0.0, 0.0), top_k=40, top_p=0.9, temperature=6.0)

@@ -13,8 +13,8 @@ import pytest
 from var_deploy.config import Layout
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.sampling import Sampling, uniforms
 from var_deploy.spec import ModelSpec
 
@@ -55,7 +55,7 @@ def draws(model: Any, seed: int = 3) -> Any:
 
 
 def test_the_graphs_agree_with_pytorch(bundle: Path, model: Any) -> None:
-    from var_deploy.export.verify import verify_model
+    from var_deploy.export.verify.bundle import verify_model
 
     assert read_manifest(bundle).defaults == SCHEDULE
     report = verify_model(bundle, model)
@@ -64,8 +64,8 @@ def test_the_graphs_agree_with_pytorch(bundle: Path, model: Any) -> None:
 
 
 def test_the_loop_draws_what_pytorch_draws(loop: ScaleLoop, model: Any) -> None:
-    from var_deploy.export.checkpoint import build_modules
-    from var_deploy.export.reference import trace_generation
+    from var_deploy.export.checkpoint.assemble import build_modules
+    from var_deploy.export.verify.reference import trace_generation
 
     image = loop.run(LABELS, draws(model), SCHEDULE)
     trace = trace_generation(*build_modules(model), LABELS, draws(model), SCHEDULE, True)
@@ -76,10 +76,10 @@ def test_the_loop_draws_what_pytorch_draws(loop: ScaleLoop, model: Any) -> None:
 
 
 def test_the_other_pytorch_paths_agree(model: Any) -> None:
-    from var_deploy.export.checkpoint import build_modules
-    from var_deploy.export.published_path import generate_as_published
-    from var_deploy.export.reference import trace_generation
-    from var_deploy.export.torch_peers import Peer
+    from var_deploy.export.baselines.published_path import generate_as_published
+    from var_deploy.export.baselines.torch_peers import Peer
+    from var_deploy.export.checkpoint.assemble import build_modules
+    from var_deploy.export.verify.reference import trace_generation
 
     tokenizer, transformer = build_modules(model)
     expected = trace_generation(tokenizer, transformer, LABELS, draws(model), SCHEDULE, True)

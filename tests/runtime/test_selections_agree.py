@@ -15,9 +15,9 @@ from var_deploy.config import CUDA, RuntimeConfig
 from var_deploy.errors import BackendError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime import backends
-from var_deploy.runtime.backends import choose_backend
-from var_deploy.runtime.host_memory import HostMemory
+from var_deploy.runtime.backends.choice import choice as backends
+from var_deploy.runtime.backends.choice import choose_backend
+from var_deploy.runtime.backends.host_memory import HostMemory
 from var_deploy.triton.repository import on_gpu
 
 ExportTo = Callable[..., Path]
@@ -50,7 +50,7 @@ class CudaStandIn(HostMemory):
 def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with a GPU and ONNX Runtime for it, without TensorRT."""
     cudart.reset()
-    monkeypatch.setattr("var_deploy.runtime.cuda.load_api", lambda: cudart)
+    monkeypatch.setattr("var_deploy.runtime.backends.cuda.load_api", lambda: cudart)
     monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
     monkeypatch.setattr(backends, "_open_cuda", CudaStandIn)
     yield
@@ -78,7 +78,7 @@ def test_a_provider_without_a_gpu(
         raise BackendError("no GPU")
 
     monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
-    monkeypatch.setattr("var_deploy.runtime.cuda.load_api", nothing)
+    monkeypatch.setattr("var_deploy.runtime.backends.cuda.load_api", nothing)
     monkeypatch.setattr(backends, "_open_cuda", nothing)
     with Pipeline.load(bundle) as pipe:
         assert pipe.describe().reason == "onnxruntime-cuda: no GPU"
@@ -105,7 +105,7 @@ def test_a_worker_on_ray_that_falls_back_from_a_gpu(
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     from var_deploy.cluster.devices import device_of
     from var_deploy.cluster.worker import Worker
-    from var_deploy.sets.spec import SetSpec
+    from var_deploy.datasets.spec import SetSpec
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
     monkeypatch.setattr(backends, "usable_cores", lambda: 2)

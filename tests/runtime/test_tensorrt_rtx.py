@@ -18,8 +18,8 @@ from var_deploy import names
 from var_deploy.export import export_modules
 from var_deploy.export import var as library_call
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint import load_model, random_model
-from var_deploy.export.presets import find_preset
+from var_deploy.export.checkpoint.assemble import load_model, random_model
+from var_deploy.export.checkpoint.presets import find_preset
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.buffers import step_shapes
 from var_deploy.runtime.tensorrt.build import build_bundle

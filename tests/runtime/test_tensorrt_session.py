@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 import fake_tensorrt as trt
 from fake_tensorrt import cudart, engine
 from var_deploy import names
-from var_deploy.bundle_files import GraphFile
+from var_deploy.bundle.files import GraphFile
 from var_deploy.config import Layout
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
-from var_deploy.runtime.cuda import Cuda
+from var_deploy.runtime.backends.cuda import Cuda
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.protocol import Array, Backend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.onnxruntime_cpu import OrtCpuBackend
-from var_deploy.runtime.protocol import Array, Backend
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library, load_library
 from var_deploy.runtime.tensorrt.session import TensorRtBackend
@@ -174,7 +174,7 @@ def test_without_cuda_graphs_it_is_the_same_image(bundle: Bundle, layout: Layout
 def test_the_gpt2_form(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from var_deploy.export.bundle import ExportOptions, export_bundle
-    from var_deploy.export.checkpoint import as_loaded_model
+    from var_deploy.export.checkpoint.assemble import as_loaded_model
     from var_deploy.export.var import build, build_tokenizer
 
     torch.manual_seed(3)

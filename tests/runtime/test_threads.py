@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from var_deploy.bench.run import Settings
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
-from var_deploy.machine import usable_cores
+from var_deploy.host.machine import usable_cores
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.bench.run import Settings
 
 ExportTo = Callable[..., Path]
 

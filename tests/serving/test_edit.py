@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from serving.client import Client, picture
 
-from var_deploy.editing import box_mask
 from var_deploy.errors import UnchangedError
+from var_deploy.image.editing import box_mask
 from var_deploy.pipeline import Pipeline
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from serving.client import Client
 
-from var_deploy.images import grid
+from var_deploy.image.images import grid
 from var_deploy.pipeline import Pipeline
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")

@@ -11,7 +11,7 @@ import pytest
 from serving.browser import Visit, accessibility_faults, finished, focused, query
 from serving.client import Client, running
 
-from var_deploy.imagenet import CLASS_NAMES
+from var_deploy.labels.imagenet import CLASS_NAMES
 from var_deploy.pipeline import Pipeline
 
 

@@ -19,10 +19,10 @@ from tools.fp16_study import main, study
 from var_deploy import names
 from var_deploy.errors import BundleError
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.calibrate import HALF_MAX, calibrate
-from var_deploy.export.checkpoint import LoadedModel, build_modules
-from var_deploy.export.torch_graph import TorchGraph
-from var_deploy.export.torch_loop import generate
+from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
+from var_deploy.export.debug.fp16_overflow import HALF_MAX, calibrate
+from var_deploy.export.debug.interpreter import TorchGraph
+from var_deploy.export.debug.interpreter_backend import generate
 from var_deploy.manifest import read_manifest
 
 Model = Callable[..., LoadedModel]

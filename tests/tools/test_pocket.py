@@ -20,6 +20,7 @@ from tools.pocket.drawings import draw_set
 from tools.pocket.evaluate import Evaluation
 from tools.pocket.fit_classifier import CHECK_SEED, train_classifier
 from var_deploy.errors import CheckpointError
+from var_deploy.export.checkpoint.presets import POCKET_FOLDER, PRESETS
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.classifier import (
     CLASSIFIER_FILE,
@@ -30,7 +31,6 @@ from var_deploy.export.pocket.classifier import (
     load_classifier,
 )
 from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
-from var_deploy.export.presets import POCKET_FOLDER, PRESETS
 from var_deploy.manifest import read_manifest
 
 WEIGHTS = [

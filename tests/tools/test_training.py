@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tools.pocket import evaluate, fit_classifier, fit_tokenizer, fit_transformer, train
 from tools.pocket.drawings import draw_set
 from tools.pocket.recipe import Recipe
-from var_deploy.export.checkpoint import build_modules, load_model
+from var_deploy.export.checkpoint.assemble import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.export.pocket.classifier import CLASSIFIER_FILE, load_classifier

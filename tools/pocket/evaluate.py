@@ -23,7 +23,7 @@ from tools.pocket.fit_classifier import CHECK_SEED
 from tools.pocket.fit_transformer import TRAINING_CHUNK, TRAINING_SEED
 from tools.pocket.recipe import Recipe
 from var_deploy.errors import UsageError, VarDeployError
-from var_deploy.export.checkpoint import build_modules, load_model
+from var_deploy.export.checkpoint.assemble import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.classifier import (
     Classifier,
@@ -33,7 +33,7 @@ from var_deploy.export.pocket.classifier import (
     load_classifier,
 )
 from var_deploy.export.pocket.model import CLASS_NAMES
-from var_deploy.images import psnr as image_psnr
+from var_deploy.image.images import psnr as image_psnr
 from var_deploy.pipeline import Pipeline
 
 Distances = NDArray[np.float32]

@@ -20,11 +20,11 @@ from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.config import BACKENDS, PRECISIONS, RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.files import check_writable, whole_file
-from var_deploy.installation import pip_install
-from var_deploy.terminal import visible_json
+from var_deploy.host.installation import pip_install
+from var_deploy.host.terminal import visible_json
 
 if TYPE_CHECKING:
-    from var_deploy.runtime.bench.report import Report, Result, Run
+    from var_deploy.bench.report import Report, Result, Run
 
 WIDTH = 96
 LEGEND = (
@@ -137,8 +137,8 @@ def bench(
     target = None if json_out in (None, "-") else _file(Path(str(json_out)))
     if isinstance(bundle, str):
         _refuse(ctx, OF_BUNDLES, "the address of a service")
-        from var_deploy.runtime.bench.load import LoadSettings, load_services
-        from var_deploy.runtime.bench.service import find_service
+        from var_deploy.bench.load import LoadSettings, load_services
+        from var_deploy.bench.service import find_service
 
         load = LoadSettings(
             concurrency=_numbers("--concurrency", concurrency), repeat=repeat, warm_up=warm_up
@@ -150,8 +150,8 @@ def bench(
         _tell(found.to_json(), lambda: load_text(found), json_out, target, quiet)
         return
     _refuse(ctx, OF_SERVICES, "a bundle")
-    from var_deploy.runtime.bench.run import PEERS, Settings
-    from var_deploy.runtime.bench.run import bench as run
+    from var_deploy.bench.run import PEERS, Settings
+    from var_deploy.bench.run import bench as run
 
     runner = _known("--backend", backend, BACKENDS)[0]
     settings = Settings(
@@ -168,7 +168,7 @@ def bench(
     with Progress(quiet=quiet) as progress:
         report = run(bundle, settings, progress=progress.update)
     if figure is not None:
-        from var_deploy.runtime.bench.figure import draw
+        from var_deploy.bench.figure import draw
 
         draw(report, figure)
     _tell(report.to_json(), lambda: _as_text(report), json_out, target, quiet)

@@ -23,8 +23,8 @@ from typing import Any
 import click
 
 from var_deploy.errors import VarDeployError
-from var_deploy.installation import pip_install, shadowed
-from var_deploy.terminal import (
+from var_deploy.host.installation import pip_install, shadowed
+from var_deploy.host.terminal import (
     INTERRUPTED,
     is_terminal,
     open_standard_streams,

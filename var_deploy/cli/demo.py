@@ -14,7 +14,7 @@ from var_deploy.cli.generate import generate
 from var_deploy.cli.options import report_options
 from var_deploy.demo import PRESET, write_demo_bundle
 from var_deploy.errors import UsageError
-from var_deploy.installation import PROGRAM, activation, pip_install, program
+from var_deploy.host.installation import PROGRAM, activation, pip_install, program
 from var_deploy.manifest import Manifest, read_manifest
 
 IMAGES_PER_CLASS = 4

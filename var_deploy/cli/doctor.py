@@ -11,7 +11,7 @@ import click
 from var_deploy.cli.console import Progress, echo, paint, table
 
 if TYPE_CHECKING:
-    from var_deploy.doctor import Report
+    from var_deploy.host.doctor import Report
 
 
 @click.command()
@@ -25,8 +25,8 @@ def doctor(as_json: bool) -> None:
     Example:
       var-deploy doctor
     """
-    from var_deploy.doctor import examine
-    from var_deploy.machine import Machine
+    from var_deploy.host.doctor import examine
+    from var_deploy.host.machine import Machine
 
     with Progress() as progress:
         progress.update("looking", 0.0)

@@ -20,11 +20,11 @@ from var_deploy.cli.options import (
 )
 from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels
 from var_deploy.config import RuntimeConfig
-from var_deploy.editing import box_mask
 from var_deploy.errors import UsageError
-from var_deploy.images import settings_text
+from var_deploy.image.editing import box_mask
+from var_deploy.image.images import settings_text
+from var_deploy.image.pictures import Mask, read_edit, upright
 from var_deploy.manifest import read_manifest
-from var_deploy.pictures import Mask, read_edit, upright
 from var_deploy.sampling import check_seed, parse_seeds
 
 

@@ -14,8 +14,8 @@ from var_deploy.cli.options import check_graphs, load_pipeline, report_options, 
 from var_deploy.cli.outputs import OUTPUT, output_file
 from var_deploy.cli.token_files import SUFFIX, save_tokens
 from var_deploy.config import RuntimeConfig
+from var_deploy.image.pictures import read_pictures
 from var_deploy.manifest import read_manifest
-from var_deploy.pictures import read_pictures
 
 
 @click.command()

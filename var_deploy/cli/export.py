@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from var_deploy.bundle_place import check_before_work
+from var_deploy.bundle.place import check_before_work
 from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, say
 from var_deploy.cli.options import (
     MOST_BATCH,
@@ -19,7 +19,7 @@ from var_deploy.cli.options import (
 )
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.errors import UsageError
-from var_deploy.paths import utf8_path
+from var_deploy.files.paths import utf8_path
 from var_deploy.sampling import MAX_SEED
 
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
@@ -115,12 +115,12 @@ def export(
     utf8_path(out.absolute(), "the library of ONNX")
 
     with needs_extra("export", "export"):
-        from var_deploy.export.presets import find_preset
+        from var_deploy.export.checkpoint.presets import find_preset
 
         if model is not None:
             find_preset(model)  # a wrong name is told before torch is imported
         from var_deploy.export.bundle import ExportOptions, export_bundle
-        from var_deploy.export.checkpoint import load_model
+        from var_deploy.export.checkpoint.assemble import load_model
 
         options = ExportOptions(
             precisions=tuple(dict.fromkeys(precision)),
@@ -142,7 +142,7 @@ def export(
             manifest = export_bundle(loaded, out, options, progress.update, replace=force)
             warning = ""
             if "fp16" in precision and calibration != 0:
-                from var_deploy.export.calibrate import calibrate
+                from var_deploy.export.debug.fp16_overflow import calibrate
 
                 warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
     if warning:

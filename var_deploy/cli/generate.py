@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.cli.console import Progress
+from var_deploy.cli.filmstrip import MOST_IMAGES, Story
 from var_deploy.cli.options import (
     SamplingOptions,
     load_pipeline,
@@ -29,10 +30,9 @@ from var_deploy.cli.outputs import (
     most_at_once,
     output_file,
 )
-from var_deploy.cli.story import MOST_IMAGES, Story
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
-from var_deploy.images import settings_text
+from var_deploy.image.images import settings_text
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling, parse_seeds
 

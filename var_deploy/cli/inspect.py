@@ -98,7 +98,7 @@ def _inspect_checkpoints(
     if graph is not None:
         raise UsageError("--graph goes with a bundle: a checkpoint has no graphs")
     with needs_extra("export", "inspect"):
-        from var_deploy.export.checkpoint_facts import describe_checkpoints
+        from var_deploy.export.checkpoint.facts import describe_checkpoints
 
         found = describe_checkpoints(
             file,

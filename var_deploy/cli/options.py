@@ -22,7 +22,7 @@ from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling, parse_setting
 
 if TYPE_CHECKING:
-    from var_deploy.export.hints import Hints
+    from var_deploy.export.checkpoint.hints import Hints
     from var_deploy.pipeline import Pipeline
 
 Command = Callable[..., None]
@@ -140,7 +140,7 @@ class CheckpointOptions:
 
     def hints(self) -> Hints:
         """The same for the half that reads the files."""
-        from var_deploy.export.hints import Hints
+        from var_deploy.export.checkpoint.hints import Hints
 
         return Hints(
             key=self.key,

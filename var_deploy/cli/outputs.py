@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from var_deploy.cli.console import echo, say
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.files import check_ordinary, check_writable
-from var_deploy.images import grid, label_text, save_folder, save_png, write_png
+from var_deploy.image.images import grid, label_text, save_folder, save_png, write_png
+from var_deploy.image.pictures import MAX_PIXELS
 from var_deploy.labels import resolve_labels_or_none
 from var_deploy.manifest import Manifest
-from var_deploy.pictures import MAX_PIXELS
 
 MOST_FILES = 100_000  # that `generate` writes into a folder
 

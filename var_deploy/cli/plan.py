@@ -194,7 +194,7 @@ def _best(manifest: Manifest, device: Device) -> Precision:
 
 def _preset(name: str) -> ModelSpec:
     with needs_extra("export", "plan"):
-        from var_deploy.export.presets import PRESETS
+        from var_deploy.export.checkpoint.presets import PRESETS
     if name in PRESETS:
         return PRESETS[name].spec
     close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -206,7 +206,7 @@ def _preset(name: str) -> ModelSpec:
 
 def _recognised(weights: CheckpointOptions) -> ModelSpec:
     with needs_extra("export", "plan"):
-        from var_deploy.export.checkpoint import load_model
+        from var_deploy.export.checkpoint.assemble import load_model
     return load_model(
         None, checkpoint=weights.checkpoint, tokenizer=weights.tokenizer, hints=weights.hints()
     ).spec
@@ -218,7 +218,7 @@ def _check_guidance(guidance: bool | None, conditional: bool) -> None:
 
 
 def _as_manifest(found: Plan, image: str | None) -> str:
-    from var_deploy.machine import Machine
+    from var_deploy.host.machine import Machine
     from var_deploy.planning.kubernetes import manifest
 
     # a plan without a GPU is one of this machine's processor; one thread is left to the node

@@ -15,9 +15,9 @@ from var_deploy.cli.outputs import check_at_once, png_target
 from var_deploy.cli.token_files import SUFFIX, read_tokens
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
-from var_deploy.images import grid, origin_text
+from var_deploy.image.images import grid, origin_text
+from var_deploy.image.pictures import read_pictures
 from var_deploy.manifest import read_manifest
-from var_deploy.pictures import read_pictures
 
 
 @click.command()

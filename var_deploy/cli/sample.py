@@ -22,11 +22,8 @@ from var_deploy.cli.options import (
 )
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.config import Loaded, RuntimeConfig
-from var_deploy.errors import UsageError, VarDeployError
-from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.sampling import Sampling
-from var_deploy.sets.folder import NPZ_FILE, SetFolder, damage
-from var_deploy.sets.spec import (
+from var_deploy.datasets.folder import NPZ_FILE, SetFolder, damage
+from var_deploy.datasets.spec import (
     FID_PER_CLASS,
     FID_SAMPLING,
     FORMATS,
@@ -35,10 +32,13 @@ from var_deploy.sets.spec import (
     TAR,
     SetSpec,
 )
+from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.sampling import Sampling
 
 if TYPE_CHECKING:
     from var_deploy.cluster.sets import Made
-    from var_deploy.sets.work import Tell
+    from var_deploy.datasets.work import Tell
 
 
 MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
@@ -186,8 +186,8 @@ def sample(
     if form == PARQUET:
         with needs_extra("parquet", "sample --format parquet"):
             import pyarrow.parquet  # noqa: F401
-    from var_deploy.sets.npz import write_npz
-    from var_deploy.sets.work import make_missing
+    from var_deploy.datasets.npz import write_npz
+    from var_deploy.datasets.work import make_missing
 
     mine = range(first, spec.shards, step)
     wants_npz = npz if npz is not None else recipe == "fid"

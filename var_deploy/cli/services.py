@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from var_deploy.cli.console import facts, table
 
 if TYPE_CHECKING:
-    from var_deploy.runtime.bench.load import LoadReport
+    from var_deploy.bench.load import LoadReport
 
 SCHEME = "http://"
 WIDTH = 96

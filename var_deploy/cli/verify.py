@@ -107,7 +107,7 @@ def verify(
     if graph is not None:
         raise UsageError("--graph goes with --bisect")
     with needs_extra("export", "verify"):
-        from var_deploy.export.verify import verify_bundle
+        from var_deploy.export.verify.bundle import verify_bundle
 
         asked: dict[str, Any] = {"images": images, "seed": seed, "labels": labels}
         if module is not None:
@@ -142,7 +142,7 @@ def _bisect(
     as_json: bool,
 ) -> None:
     with needs_extra("export", "verify"):
-        from var_deploy.export.bisect import bisect_bundle
+        from var_deploy.export.debug.bisect import bisect_bundle
 
         with Progress(quiet=quiet) as progress:
             result = bisect_bundle(

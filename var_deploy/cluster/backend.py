@@ -10,13 +10,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from var_deploy.cluster.drawer import Batch, Begun, Item
+from var_deploy.cluster.replica import Batch, Begun, Item
 from var_deploy.config import Loaded
 from var_deploy.manifest import Manifest
 from var_deploy.serving.backend import Drawn, Queued, RefusedError, Work
 from var_deploy.serving.batches import Job
-from var_deploy.serving.line import Line
 from var_deploy.serving.metrics import Metrics
+from var_deploy.serving.request_queue import Line
 
 PROMPT = 0.05  # seconds in which Ray refuses what its queue has no room for
 

@@ -32,8 +32,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from var_deploy.cluster.backend import RayBackend
 from var_deploy.cluster.devices import Device, device_of, places
-from var_deploy.cluster.drawer import Drawer
 from var_deploy.cluster.place import Offer, offer
+from var_deploy.cluster.replica import Drawer
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, one_line

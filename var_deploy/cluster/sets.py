@@ -23,11 +23,11 @@ from var_deploy.cluster.devices import Device, device_of, places
 from var_deploy.cluster.place import cause_of, offer
 from var_deploy.cluster.worker import Drawn, Worker
 from var_deploy.config import Loaded, RuntimeConfig
+from var_deploy.datasets.folder import SetFolder
+from var_deploy.datasets.spec import SetSpec
+from var_deploy.datasets.work import Tally, Tell, listing
 from var_deploy.errors import VarDeployError, one_line
 from var_deploy.manifest import read_manifest
-from var_deploy.sets.folder import SetFolder
-from var_deploy.sets.spec import SetSpec
-from var_deploy.sets.work import Tally, Tell, listing
 
 LOSSES = 3  # of workers over one shard, or over loading the bundle, that end a run
 LOOK = 2.0  # seconds between two looks at what the cluster has

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from var_deploy.cluster.place import Offer
 from var_deploy.config import Loaded, RuntimeConfig
-from var_deploy.sets.shards import draw_shard
-from var_deploy.sets.spec import SetSpec
+from var_deploy.datasets.shards import draw_shard
+from var_deploy.datasets.spec import SetSpec
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from numpy.typing import NDArray
 
 from var_deploy.families.base import Family
-from var_deploy.resize import area_matrix
+from var_deploy.image.resize import area_matrix
 
 if TYPE_CHECKING:
     from var_deploy.spec import ModelSpec, TransformerSpec

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from var_deploy.errors import UsageError
-from var_deploy.machine import Gpu, Machine, jetson_model, memory_of
+from var_deploy.host.machine import Gpu, Machine, jetson_model, memory_of
 
 GIB = 1 << 30
 # Linux sees 7620 MiB of an 8 GiB module; firmware and carve-outs hold the rest

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from var_deploy import names
+from var_deploy.bundle.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.config import Layout, Precision
 from var_deploy.families import family_of
-from var_deploy.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.planning.costs import (
     FULL,
     Workload,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import LAYOUTS, Layout
-from var_deploy.graph_refs import held_layouts
 from var_deploy.manifest import Manifest
 from var_deploy.planning.costs import FULL, Work, Workload, launches
 from var_deploy.planning.devices import Device

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from var_deploy import names
+from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import (
     AUTO,
     CPU,
@@ -25,7 +26,6 @@ from var_deploy.config import (
     RuntimeConfig,
 )
 from var_deploy.errors import BackendError, UsageError
-from var_deploy.graph_refs import held_layouts
 from var_deploy.manifest import Manifest
 from var_deploy.planning.costs import Workload, workload_of
 from var_deploy.planning.memory import Footprint, Library, footprint

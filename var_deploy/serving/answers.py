@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.images import grid, label_text, settings_text, write_png
+from var_deploy.image.images import grid, label_text, settings_text, write_png
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling
 from var_deploy.serving.backend import Drawn, Work

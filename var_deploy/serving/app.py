@@ -23,10 +23,10 @@ from var_deploy.errors import (
     UsageError,
     VarDeployError,
 )
+from var_deploy.labels.synonyms import class_synonyms
 from var_deploy.pipeline import Pipeline
 from var_deploy.serving import schemas
 from var_deploy.serving.answers import as_json, as_png, as_text, plain_settings, png
-from var_deploy.serving.ask import ask_edit, ask_images, ask_vary, can_edit
 from var_deploy.serving.backend import (
     Backend,
     Drawn,
@@ -48,7 +48,7 @@ from var_deploy.serving.guard import GONE, IMAGES, Guard, body_limit
 from var_deploy.serving.metrics import MEDIA_TYPE, Metrics
 from var_deploy.serving.queue import LocalQueue
 from var_deploy.serving.settings import Settings
-from var_deploy.synonyms import class_synonyms
+from var_deploy.serving.validate import ask_edit, ask_images, ask_vary, can_edit
 
 PAGE = Path(__file__).parent / "page"
 FAILED: dict[int | str, dict[str, Any]] = {

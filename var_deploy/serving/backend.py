@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.config import Loaded
-from var_deploy.editing import Edit, Variation
 from var_deploy.errors import VarDeployError
+from var_deploy.image.editing import Edit, Variation
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.request import Request
 

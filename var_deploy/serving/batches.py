@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.editing import Kept
+from var_deploy.image.editing import Kept
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import Images, Request, ScaleEvent
 from var_deploy.serving.backend import Drawn, Event, ScaleDone, Work

@@ -10,12 +10,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from var_deploy.errors import BundleError, CancelledError, UsageError, VarDeployError, one_line
-from var_deploy.serving.ask import TooLargeError
 from var_deploy.serving.backend import RefusedError
 from var_deploy.serving.bodies import BodyTooLargeError, BodyTooSlowError
 from var_deploy.serving.events import GoneError
 from var_deploy.serving.guard import GONE
 from var_deploy.serving.log import log
+from var_deploy.serving.validate import TooLargeError
 
 LONGEST_ERROR = 500  # characters: a message may repeat what was sent
 BROKEN = "internal error; the server's log says more"

@@ -26,7 +26,7 @@ WITH_PICTURE = {"/v1/edit", "/v1/edit/stream", "/v1/vary", "/v1/vary/stream"}
 ROUTES = {"/", "/health", "/metrics", "/docs", "/openapi.json", "/v1/model"}
 ROUTES |= {"/v1/images", "/v1/images/stream", *WITH_PICTURE}
 GONE = 499  # nobody was there to answer
-IMAGES = "var_deploy.images"  # in a scope: how many images the answer holds
+IMAGES = "var_deploy.image.images"  # in a scope: how many images the answer holds
 
 
 class Guard:

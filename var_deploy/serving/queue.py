@@ -18,8 +18,8 @@ from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.serving.backend import Queued, Work
 from var_deploy.serving.batches import BatchDrawer, Job, Share, gather
-from var_deploy.serving.line import Line
 from var_deploy.serving.metrics import Metrics
+from var_deploy.serving.request_queue import Line
 
 
 class LocalQueue(Line):

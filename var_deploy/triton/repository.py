@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import cast
 
 from var_deploy import names
+from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.config import AUTO, Layout, RuntimeConfig
 from var_deploy.errors import BundleError, UsageError
-from var_deploy.folders import check_folder_writable, whole_folder
-from var_deploy.graph_refs import generation_graphs
+from var_deploy.files.folders import check_folder_writable, whole_folder
+from var_deploy.files.work_folders import entries_that_count
 from var_deploy.manifest import Manifest, check_files
 from var_deploy.planning.selection import check_options, select
-from var_deploy.runtime.backends import facts_here
+from var_deploy.runtime.backends.choice import facts_here
 from var_deploy.runtime.tensorrt.engine_files import copy_engines, engine_folders
 from var_deploy.triton.config import Serving, config_text, version_of
-from var_deploy.work_folders import entries_that_count
 
 CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
 MODEL_TEXT = '''"""The model of this folder's bundle, for Triton's Python backend."""

@@ -1,0 +1,208 @@
+"""PyTorch on the CPU, as `bench` compares it with a bundle: three contenders.
+
+    python -m var_deploy.export.baselines.torch_bench BUNDLE --contender torch --batch N --threads N
+
+`torch` is the published path in fp32, `torch-bf16` the same under autocast. `torch-compile` is
+inductor over our own modules, which compute the modulation once an image: projecting it at every
+scale reads 0.4 GB of weights a scale in a d16, which no compiler takes away, so this is the faster
+of the two to compile. All have the bundle's sizes and settings and random weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_deploy.bench.worker import About, Sample, contender_parser, serve
+from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.export.baselines.published_path import Mark, generate_as_published
+from var_deploy.export.baselines.torch_peers import Compiler, Peer, random_modules
+from var_deploy.export.families import export_family_of
+from var_deploy.export.models.transformer import Transformer
+from var_deploy.host.machine import Machine, check_threads, usable_cores
+from var_deploy.labels import spread_labels
+from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.runtime.measure import WallClock, launch_names
+from var_deploy.sampling import numbered, stack_uniforms
+
+CONTENDERS = ("torch", "torch-bf16", "torch-compile")
+SEED = 0
+LONGEST = 300  # of a compiler's message, which may go on for pages
+
+# labels [B], uniforms [B, T] → images [B, channels, S, S] in [0, 1]
+Generate = Callable[[Tensor, Tensor, Mark], Tensor]
+
+
+class TorchContender:
+    """All images at once: PyTorch knows no fixed batch.
+
+    Args:
+        name: one of CONTENDERS.
+        images: of one generation.
+        threads: 0 takes every core that the process may use.
+        compiler: the backend of torch.compile for `torch-compile`.
+
+    Attributes:
+        images: of the last generation, [N, side, side, channels] uint8.
+
+    Raises BundleError for what is no bundle, BackendError where PyTorch finds no C++ compiler that
+    it needs, UsageError for an unknown name or fewer than 0 threads.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        name: str,
+        images: int,
+        *,
+        threads: int = 0,
+        compiler: Compiler = "inductor",
+    ) -> None:
+        if name not in CONTENDERS:
+            raise UsageError(f"contender must be one of {', '.join(CONTENDERS)}, found {name!r}")
+        if threads < 0:
+            raise UsageError(f"threads must be 0 (every core) or more, found {threads}")
+        threads = check_threads(threads or None, machine=Machine()) or usable_cores() or 0
+        self._manifest = manifest = read_manifest(bundle)
+        self._name, self._clock = name, WallClock(lambda: None)
+        if threads:
+            torch.set_num_threads(threads)
+        if name == "torch-compile":
+            if compiler == "inductor":
+                _check_compiler()
+            path = "our modules, AdaLN once an image, compiled by inductor"
+            self._path = _own(manifest, images, compiler)
+        elif not export_family_of(manifest.model.transformer).published_loop:
+            path = "our modules: this family has no published generation code"
+            self._path = _own(manifest, images, None)
+        else:
+            path = "as published: AdaLN in every block at every scale, concatenated cache"
+            self._path = _published(manifest)
+        self._how = {"path": path, "images a launch": str(images)}
+        t = manifest.model.tokenizer
+        self.images = np.empty((images, t.image_side, t.image_side, t.image_channels), np.uint8)
+
+    def describe(self) -> About:
+        precision = graphs = "fp32"
+        if self._name == "torch-bf16":
+            graphs = ""  # it casts at every use
+            precision = "bf16 by autocast, which casts the fp32 weights at every use"
+            if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                precision += " (oneDNN has no bf16 for this CPU)"
+        settings = {
+            "torch": torch.__version__,
+            "threads": str(torch.get_num_threads()),
+            "precision": precision,
+            "weights": "random, of the bundle's sizes",
+            **self._how,
+        }
+        return About(settings=settings, graphs=graphs)
+
+    def generate(self) -> Sample:
+        """Labels to uint8 images. The first call of `torch-compile` compiles."""
+        spec, count = self._manifest.model, len(self.images)
+        self._clock.laps()  # what was marked before belongs to nobody
+        started = time.perf_counter()
+        draws = stack_uniforms(numbered(SEED, 0, count), spec.total_tokens)
+        labels = torch.tensor(spread_labels(spec.transformer.classes, count))
+        try:
+            with self._autocast():
+                image = self._path(labels, torch.from_numpy(draws), self._clock.mark)
+        except Exception as error:  # a compiler's own types, memory that runs out
+            raise BackendError(f"{self._name} failed: {_line(error)}") from error
+        pixels = image.float().mul_(255).round_().to(torch.uint8)
+        self.images[...] = pixels.permute(0, 2, 3, 1).numpy()
+        seconds = time.perf_counter() - started
+        laps = self._clock.laps()
+        return Sample(
+            seconds=seconds,
+            launches=dict(zip(launch_names(self._manifest), laps, strict=True)),
+        )
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._name == "torch-bf16":
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def _published(manifest: Manifest) -> Generate:
+    tokenizer, transformer = random_modules(manifest.model)
+    assert isinstance(transformer, Transformer)  # the caller looked at the family
+
+    def generate(labels: Tensor, draws: Tensor, mark: Mark) -> Tensor:
+        return generate_as_published(
+            tokenizer,
+            transformer,
+            labels,
+            draws,
+            manifest.defaults,
+            guidance=manifest.guidance,
+            mark=mark,
+        ).image
+
+    return generate
+
+
+def _own(manifest: Manifest, images: int, compiler: Compiler | None) -> Generate:
+    peer = Peer(
+        manifest.model,
+        batch=images,
+        guidance=manifest.guidance,
+        sampling=manifest.defaults,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        compiler=compiler,
+    )
+
+    def generate(labels: Tensor, draws: Tensor, mark: Mark) -> Tensor:
+        return peer(labels, draws, mark).add(1).mul(0.5)
+
+    return generate
+
+
+def _check_compiler() -> None:
+    """Raises BackendError where none of the C++ compilers that inductor would use is installed."""
+    from torch._inductor import config
+
+    named = config.cpp.cxx
+    compilers = [named] if isinstance(named, str) else [name for name in named if name]
+    if not any(map(shutil.which, compilers)):
+        raise BackendError(
+            f"torch.compile needs a C++ compiler and finds none ({', '.join(compilers)}); install "
+            "one, or leave torch-compile out of --against"
+        )
+
+
+def _line(error: Exception) -> str:
+    """PyTorch's message on one line."""
+    said = one_line(error)
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = contender_parser(
+        "var_deploy.export.baselines.torch_bench", threads="every core that the process may use"
+    )
+    parser.add_argument("--contender", choices=CONTENDERS, default="torch")
+    given: Any = parser.parse_args(arguments)
+
+    def load() -> TorchContender:
+        return TorchContender(given.bundle, given.contender, given.batch, threads=given.threads)
+
+    return serve(load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

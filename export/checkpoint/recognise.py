@@ -1,0 +1,329 @@
+"""The sizes of a model, read off the keys and shapes of its two state dicts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from var_deploy.errors import CheckpointError, UsageError
+from var_deploy.export.checkpoint.files import WeightSource
+from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
+from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.families import EXPORT_FAMILIES, ExportFamily
+from var_deploy.families import FAMILIES
+from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
+
+CODEBOOK_PER_SCALE = "quantize.embedding.0.weight"
+
+# Far beyond the models there are (36 blocks, 10 scales, 2240 tokens, 5 levels of 2 blocks), and
+# small enough that a model of names alone costs nothing.
+MAX_DEPTH = 256
+MAX_SCALES = 64
+MAX_TOKENS = 1 << 14
+MAX_LEVELS = 8
+MAX_RES_BLOCKS = 16
+MAX_SIZE = 1 << 24  # of any other dimension
+
+
+def recognise(
+    tokenizer: WeightSource,
+    transformer: WeightSource,
+    hints: Hints = NO_HINTS,
+    fallback: Hints = NO_HINTS,
+) -> ModelSpec:
+    """Sizes of any member of the family, released or not.
+
+    Hints are needed only where nothing in the state dict tells: heads without L2-normalised
+    attention, at a width that is no multiple of 64 (the head width of the released models);
+    patch_nums without the buffer lvl_1L, where they are not those of a preset. `norm_eps` and
+    `phi_ratio` leave no trace in a state dict; the published values are assumed.
+
+    Args:
+        hints: must not contradict the state dicts.
+        fallback: taken where neither they nor the hints tell.
+
+    Raises CheckpointError where a state dict is not of this family, is incomplete, or the two do
+    not belong together; UsageError where hints are needed or contradict the checkpoint.
+    """
+    _refuse_swapped(tokenizer, transformer)
+    family = _family(transformer)
+    head_count = _heads(transformer, family, hints.heads, fallback.heads)
+    patch_nums = _patch_nums(transformer, family, hints.patch_nums, fallback.patch_nums)
+    tokenizer_spec = _tokenizer(tokenizer, patch_nums)
+    _check_fit(tokenizer, transformer, family, tokenizer_spec)
+    own = family.own_sizes(partial(_has, transformer), partial(_size, transformer))
+    if FAMILIES[family.name].conditional and own["classes"] < 1:
+        raise CheckpointError(
+            f"{transformer}: class_emb.weight has {own['classes'] + 1} row, expected one per class "
+            "and one more"
+        )
+    try:
+        return ModelSpec(
+            tokenizer=tokenizer_spec,
+            transformer=TransformerSpec(
+                family=family.name,
+                depth=_count(transformer, r"blocks\.(\d+)\.", "blocks", MAX_DEPTH),
+                width=_size(transformer, family.start_key, 2, rank=3),
+                heads=head_count,
+                ffn_width=_size(transformer, "blocks.0.ffn.fc1.weight", 0),
+                **own,
+            ),
+        )
+    except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
+        raise CheckpointError(f"{transformer} is no transformer of this family: {error}") from None
+
+
+def _family(transformer: WeightSource) -> ExportFamily:
+    """The family of which most keys are there."""
+    families = EXPORT_FAMILIES.values()
+    return max(families, key=lambda family: sum(_has(transformer, key) for key in family.marks))
+
+
+def _refuse_swapped(tokenizer: WeightSource, transformer: WeightSource) -> None:
+    for family in EXPORT_FAMILIES.values():
+        if _has(tokenizer, family.positions_key) and not _has(transformer, family.positions_key):
+            raise CheckpointError(
+                f"{tokenizer} holds a transformer and {transformer} does not: "
+                "were --checkpoint and --tokenizer swapped?"
+            )
+
+
+def _heads(
+    transformer: WeightSource, family: ExportFamily, asked: int | None, fallback: int | None
+) -> int:
+    width, key = _size(transformer, family.start_key, 2, rank=3), family.heads_key
+    if _has(transformer, key):
+        stored = _size(transformer, key, 1)
+        if asked not in (None, stored):
+            raise UsageError(f"--heads {asked} contradicts {transformer}: {key} has {stored} heads")
+        return stored
+    asked = fallback if asked is None else asked
+    usual = family.usual_head_width
+    if asked is None and usual is not None and width % usual == 0:
+        return width // usual
+    if asked is None:
+        name = key.removeprefix("blocks.0.")
+        why = "" if usual is None else f" and its width {width} is no multiple of {usual}"
+        raise UsageError(
+            f"{transformer} does not tell its number of heads (no {name}){why}; give it with "
+            "--heads"
+        )
+    if asked < 1 or width % asked:
+        raise UsageError(f"--heads must divide the width {width}, found {asked}")
+    return asked
+
+
+def _patch_nums(
+    transformer: WeightSource,
+    family: ExportFamily,
+    asked: tuple[int, ...] | None,
+    fallback: tuple[int, ...] | None,
+) -> tuple[int, ...]:
+    positions, levels = family.positions_key, family.levels_key
+    total = _size(transformer, positions, 1, rank=3, limit=MAX_TOKENS)
+    scales = _size(transformer, levels, 0, limit=MAX_SCALES)
+    place = (
+        f"{positions} {_listed(transformer.shape(positions))}, "
+        f"{levels} {_listed(transformer.shape(levels))}"
+    )
+    stored = _stored_patch_nums(transformer, total, scales, family)
+    if stored is not None:
+        if asked not in (None, stored):
+            raise UsageError(
+                f"--patch-nums {typed(asked)} contradicts {transformer}: lvl_1L has {typed(stored)}"
+            )
+        return stored
+    if asked is not None:
+        _check_growing(asked)
+        tokens = sum(side * side for side in asked)
+        if (tokens, len(asked)) != (total, scales):
+            raise UsageError(
+                f"--patch-nums {typed(asked)} has {tokens} tokens in {len(asked)} scales, "
+                f"expected {total} in {scales}, as {transformer} has ({place})"
+            )
+        return asked
+    known = [fallback] if fallback else {p.spec.patch_nums for p in PRESETS.values()}
+    fitting = [s for s in known if sum(n * n for n in s) == total and len(s) == scales]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise CheckpointError(
+        f"{transformer} lacks lvl_1L, which tells the side lengths of its {scales} scales, and "
+        f"no preset has {total} tokens; give them with --patch-nums, such as 1,2,3 "
+        f"({scales} numbers that grow from 1 and whose squares add up to {total})"
+    )
+
+
+def _check_growing(patch_nums: tuple[int, ...]) -> None:
+    if not patch_nums or patch_nums[0] != 1 or list(patch_nums) != sorted(set(patch_nums)):
+        raise UsageError(
+            f"--patch-nums must grow from 1, as 1,2,3,5,8 do, found {typed(patch_nums)}"
+        )
+
+
+def _stored_patch_nums(
+    transformer: WeightSource, total: int, scales: int, family: ExportFamily
+) -> tuple[int, ...] | None:
+    """What lvl_1L, the scale of each token, says of the side lengths; None where it is missing."""
+    if not _has(transformer, "lvl_1L"):
+        return None
+    positions, levels_key = family.positions_key, family.levels_key
+    shape = transformer.shape("lvl_1L")
+    if math.prod(shape) > MAX_TOKENS:
+        raise CheckpointError(
+            f"{transformer}: lvl_1L is {_listed(shape)}, expected at most {MAX_TOKENS} tokens"
+        )
+    levels = transformer.read("lvl_1L").ravel()
+    if not levels.size or levels.min() < 0 or levels.max() >= MAX_SCALES:
+        # counting a number makes as many counts as it says
+        found = f"numbers from {levels.min()} to {levels.max()}" if levels.size else "no numbers"
+        raise CheckpointError(
+            f"{transformer}: lvl_1L does not list square token maps scale by scale ({found}, "
+            f"expected scales from 0 to {scales - 1})"
+        )
+    lengths = np.bincount(levels)
+    sides = tuple(math.isqrt(int(n)) for n in lengths)
+    squares = [side * side for side in sides]
+    if not np.array_equal(levels, np.repeat(np.arange(len(sides)), squares)):
+        raise CheckpointError(
+            f"{transformer}: lvl_1L does not list square token maps scale by scale "
+            f"(tokens a scale {lengths.tolist()[:16]})"
+        )
+    if sum(squares) != total or len(sides) != scales:
+        raise CheckpointError(
+            f"{transformer}: lvl_1L has {sum(squares)} tokens in {len(sides)} scales, expected "
+            f"{total} ({positions} {_listed(transformer.shape(positions))}) in {scales} "
+            f"({levels_key} {_listed(transformer.shape(levels_key))})"
+        )
+    return sides
+
+
+def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSpec:
+    base = _size(source, "encoder.conv_in.weight", 0, rank=4)
+    levels = _count(source, r"encoder\.down\.(\d+)\.", "encoder levels", MAX_LEVELS)
+    widths = [_size(source, f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
+    if base < 1 or any(width % base for width in widths):
+        raise CheckpointError(
+            f"{source}: level widths {widths} are no multiples of the base width {base} "
+            "(encoder.conv_in.weight)"
+        )
+    codebook = _codebook(source)
+    shared_phi, phi_ratio = _phi_sharing(source, len(patch_nums))
+    try:
+        return TokenizerSpec(
+            patch_nums=patch_nums,
+            vocab_size=_size(source, codebook, 0),
+            code_width=_size(source, codebook, 1),
+            base_width=base,
+            width_multipliers=tuple(width // base for width in widths),
+            res_blocks=_count(
+                source, r"encoder\.down\.0\.block\.(\d+)\.", "residual blocks", MAX_RES_BLOCKS
+            ),
+            shared_phi=shared_phi,
+            phi_ratio=phi_ratio,
+            codebook_per_scale=codebook == CODEBOOK_PER_SCALE,
+            image_channels=_size(source, "encoder.conv_in.weight", 1),
+        )
+    except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
+        raise CheckpointError(f"{source} is no tokenizer of this family: {error}") from None
+
+
+def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
+    """(shared_phi, phi_ratio)."""
+    if _has(source, "quantize.quant_resi.qresi.weight"):
+        return 1, 0.5
+    shared = _count(source, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "φ", MAX_SCALES)
+    if shared:
+        return shared, 0.5
+    count = _count(source, r"quantize\.quant_resi\.(\d+)\.", "φ", MAX_SCALES)
+    if count == 0:
+        return 0, 0.0
+    if count != scales:
+        raise CheckpointError(
+            f"{source} holds {count} φ (quantize.quant_resi.k), one a scale, expected {scales}: "
+            "it belongs to a transformer of other scales"
+        )
+    return 0, 0.5
+
+
+def _codebook(source: WeightSource) -> str:
+    """Key of the codebook, or of the first of several."""
+    return CODEBOOK_PER_SCALE if _has(source, CODEBOOK_PER_SCALE) else "quantize.embedding.weight"
+
+
+def _check_fit(
+    tokenizer: WeightSource, transformer: WeightSource, family: ExportFamily, spec: TokenizerSpec
+) -> None:
+    """The transformer reads the tokenizer's codes and predicts its tokens."""
+    width = _size(transformer, family.start_key, 2, rank=3)
+    expected = {
+        **family.input_weights(width, spec),
+        "head.weight": (spec.vocab_size, width),
+    }
+    problems = []
+    for key, shape in expected.items():
+        _size(transformer, key, 0)  # present, and a matrix
+        if transformer.shape(key) != shape:
+            problems.append(
+                f"{key} is {_listed(transformer.shape(key))}, expected {_listed(shape)}"
+            )
+    scales = _size(transformer, family.levels_key, 0)
+    if spec.codebook_per_scale:
+        codebooks = _count(tokenizer, r"quantize\.embedding\.(\d+)\.", "codebooks", MAX_SCALES)
+        if codebooks != scales:
+            problems.append(f"{scales} scales, expected {codebooks} (quantize.embedding.k)")
+    if problems:
+        key = _codebook(tokenizer)
+        raise CheckpointError(
+            f"{transformer} does not belong to {tokenizer}: {'; '.join(problems)} "
+            f"({key} is {_listed(tokenizer.shape(key))})"
+        )
+
+
+def _has(source: WeightSource, key: str) -> bool:
+    keys = source.keys()
+    return key in keys
+
+
+def _size(
+    source: WeightSource, key: str, axis: int, rank: int | None = None, limit: int = MAX_SIZE
+) -> int:
+    """One dimension of a tensor that must be there, with a sensible rank."""
+    if not _has(source, key):
+        raise CheckpointError(f"{source} lacks {key}: it is incomplete or of another family")
+    shape = source.shape(key)
+    if len(shape) <= axis or len(shape) < 2 or (rank is not None and len(shape) != rank):
+        raise CheckpointError(
+            f"{source}: {key} is {_listed(shape)}, expected {rank or 'at least 2'} dimensions"
+        )
+    if not 1 <= shape[axis] <= limit:
+        raise CheckpointError(
+            f"{source}: {key} is {_listed(shape)}, expected 1 to {limit} in dimension {axis}"
+        )
+    return shape[axis]
+
+
+def _count(source: WeightSource, pattern: str, what: str, limit: int) -> int:
+    """Number of consecutive indices from 0 that `pattern` captures from the keys."""
+    matches = map(re.compile(pattern, re.ASCII).match, source.keys())
+    found = {match[1] for match in matches if match}
+    count = 0
+    while str(count) in found:
+        count += 1
+        if count > limit:
+            raise CheckpointError(
+                f"{source} lists more than {limit} {what}, expected a model of this family"
+            )
+    return count
+
+
+def _listed(shape: Sequence[int]) -> str:
+    return str(list(shape))
+
+
+def typed(patch_nums: tuple[int, ...] | None) -> str:
+    """Side lengths as --patch-nums takes them."""
+    return ",".join(map(str, patch_nums or ()))

@@ -1,0 +1,149 @@
+"""The interpreter as one more backend of the scale loop: graphs in true fp16, on any CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from var_deploy import names
+from var_deploy.bundle.files import BundleFiles, GraphFile
+from var_deploy.export.debug.interpreter import OnValue, TorchGraph
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.backends.host_memory import HostMemory, host_view
+from var_deploy.runtime.backends.protocol import Arrays, Launch
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.sampling import gumbel, numbered, stack_uniforms
+
+Watch = Callable[[str], OnValue]  # graph name → what sees its values
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What the graphs drew, [B, L_k] a scale, and the image [B, side, side, channels]."""
+
+    tokens: list[NDArray[Any]]
+    image: NDArray[Any]
+
+
+def generate(
+    bundle: Path,
+    manifest: Manifest,
+    precision: str,
+    labels: Sequence[int],
+    *,
+    first: int = 0,
+    seed: int = 0,
+    forced: Sequence[NDArray[Any]] | None = None,
+    watch: Watch | None = None,
+    progress: Progress | None = None,
+) -> Generation:
+    """Generate B images with the bundle's default settings.
+
+    Args:
+        labels: B class numbers.
+        first: number of the first image of the batch; it decides the uniforms.
+        forced: tokens that take the place of the drawn ones, so that every scale starts from the
+            same tokens as another generation. The drawn ones are returned all the same.
+
+    Raises BackendError where the graphs give what is not finite, and what `watch` raises.
+    """
+    spec = manifest.model
+    scales, done = spec.scales, 0
+
+    def announce(title: str) -> None:
+        nonlocal done
+        if progress and title != names.CONDITION:
+            progress(f"{precision}/{title}", done / (scales + 1))
+            done += 1
+
+    streams = numbered(seed, first, manifest.batch)
+    noise = []
+    if manifest.more_smooth:
+        codes = spec.tokenizer.vocab_size
+        noise = [gumbel(*stream, spec.total_tokens, codes) for stream in streams]
+    backend = TorchBackend(watch, announce)
+    static = names.scale_graph(0) in manifest.graphs[precision]
+    # what is interpreted is read by path: to hash the weights would take longer than to use them
+    files = BundleFiles(bundle, manifest, precision, hashes=False)
+    try:
+        loop = ScaleLoop(files, manifest, backend, precision, "per-scale" if static else "shared")
+        try:
+            image = loop.run(
+                labels,
+                stack_uniforms(streams, spec.total_tokens),
+                manifest.defaults,
+                forced=forced or (),
+                noise=noise,
+            )
+            return Generation(tokens=backend.choices, image=image.copy())
+        finally:
+            loop.close()
+    finally:
+        files.close()
+
+
+class TorchBackend(HostMemory):
+    """Interprets graphs with PyTorch; each is loaded for the moment in which it runs.
+
+    Args:
+        watch: gives what sees the values of a graph, by its title: the name, of `step` with the
+            scale.
+        announce: called with the title before each launch.
+
+    Attributes:
+        choices: what each scale drew, [B, L_k], before forced tokens took its place.
+    """
+
+    name = "pytorch"
+
+    def __init__(
+        self, watch: Watch | None = None, announce: Callable[[str], None] = lambda title: None
+    ) -> None:
+        self.watch, self.announce = watch, announce
+        self.choices: list[NDArray[np.int64]] = []
+
+    def open(self, graph: GraphFile) -> _TorchSession:
+        graph.read()  # which checks the file
+        return _TorchSession(graph, self)
+
+    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return launches
+
+    def describe(self) -> dict[str, str]:
+        return {"backend": self.name, "torch": torch.__version__}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _TorchSession:
+    def __init__(self, graph: GraphFile, backend: TorchBackend) -> None:
+        self._graph, self._backend = graph, backend
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
+        given = {name: host_view(array) for name, array in inputs.items()}
+        made = {name: host_view(array) for name, array in outputs.items()}
+        return lambda: self._run(given, made)
+
+    def _run(self, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> None:
+        backend, title = self._backend, self._graph.ref.name
+        if self._graph.ref.kind == "step":
+            title = f"{title} @ {int(inputs[names.SCALE])}"
+        backend.announce(title)
+        graph = TorchGraph(self._graph.path)
+        drawn = [graph.maker(names.TOKENS).input[2]] if names.TOKENS in outputs else []
+        on_value = backend.watch(title) if backend.watch else None
+        found = graph.run(inputs, also=drawn, on_value=on_value)
+        for name, place in outputs.items():
+            place[...] = found[name]
+        backend.choices += [found[name] for name in drawn]
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,154 @@
+"""What the decoder's convolutions see: the ranges that an int8 decoder rounds to.
+
+The transformer needs none, since its activations are rounded as they come. It draws the images
+itself: its int8 graphs run in ONNX Runtime from a fixed seed, and the PyTorch decoder is watched
+while it decodes what they drew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from var_deploy.export.checkpoint.assemble import LoadedModel, empty_modules, load_into
+from var_deploy.export.int8.operators import ConvRanges, Range, Ranges
+from var_deploy.export.models.tokenizer import Tokenizer
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.backends.int8_check import check_int8
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.sampling import numbered, stack_uniforms
+from var_deploy.spec import TokenizerSpec
+
+SEED = 0
+# A range is widened to the next of these steps an octave, so that rounding on another machine,
+# which moves the last digits of a maximum, does not move the bytes of a bundle.
+STEPS_AN_OCTAVE = 16
+# What a residual block adds is rounded, and the sum passes it by; an up-sampling replaces the sum,
+# so its rounding alone must leave room within the 35 dB that `verify` asks of the image. In pocket
+# one of three has an output of few large values, and 29.5 dB.
+TRUNK_DECIBELS = 35.0
+
+
+def rounded_convs(spec: TokenizerSpec) -> list[str]:
+    """Keys of the decoder's convolutions that run in int8: the 3×3 ones within its residual
+    blocks and after up-sampling, 98 % of its operations. The others touch f_hat or the pixels, or
+    are too small to be worth an error."""
+    blocks = [f"decoder.mid.block_{n}" for n in (1, 2)]
+    levels = range(len(spec.width_multipliers))
+    blocks += [f"decoder.up.{i}.block.{j}" for i in levels for j in range(spec.res_blocks + 1)]
+    ups = [f"decoder.up.{i}.upsample.conv" for i in levels if i > 0]
+    return [f"{block}.conv{n}" for block in blocks for n in (1, 2)] + ups
+
+
+def decoder_ranges(
+    model: LoadedModel,
+    folder: Path,
+    manifest: Manifest,
+    images: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Ranges:
+    """Draw `images` images with the int8 graphs in `folder` and watch the decoder.
+
+    A convolution that int8 would hurt too much has no range, and stays in fp32. Raises BackendError
+    where this machine computes int8 wrongly.
+
+    Args:
+        manifest: of the folder, which needs no decoder.
+        progress: called with (batches done, batches in all).
+    """
+    tokenizer, _ = empty_modules(model.spec)
+    load_into(tokenizer, model.tokenizer)
+    seen = {key: _Conv() for key in rounded_convs(model.spec.tokenizer)}
+    for key, module in tokenizer.named_modules():
+        if key in seen:
+            module.register_forward_hook(seen[key])
+    batches = -(-images // manifest.batch)
+    backend = OrtCpuBackend()
+    check_int8(backend)  # ranges of noise would be another model's
+    loop = ScaleLoop(folder, manifest, backend, "int8", "shared", decoder=False)
+    try:
+        for number in range(batches):
+            tokens = _draw(loop, manifest, number)
+            _decode(tokenizer, tokens)
+            progress(number + 1, batches)
+    finally:
+        loop.close()
+    return {
+        key: found.ranges()
+        for key, found in seen.items()
+        if found.decibels >= TRUNK_DECIBELS or "upsample" not in key
+    }
+
+
+def _draw(loop: ScaleLoop, manifest: Manifest, number: int) -> list[NDArray[np.int64]]:
+    """Tokens [B, L_k] a scale of one batch, with labels spread over the classes."""
+    spec, batch = manifest.model, manifest.batch
+    first, classes = number * batch, max(spec.transformer.classes, 1)
+    # multiples of the golden ratio never cluster, however many there are; those of `spread_labels`
+    # would all be low numbers where images are few and classes many
+    labels = [int(classes * ((first + i) * 0.6180339887 % 1)) for i in range(batch)]
+    draws = stack_uniforms(numbered(SEED, first, batch), spec.total_tokens)
+    return loop.generate_tokens(labels, draws, manifest.defaults)
+
+
+@torch.inference_mode()
+def _decode(tokenizer: Tokenizer, tokens: list[NDArray[np.int64]]) -> None:
+    for image in range(len(tokens[0])):  # one by one: the memory of one is enough
+        one = [torch.from_numpy(scale[image : image + 1]) for scale in tokens]
+        tokenizer.decode(tokenizer.accumulate(one))
+
+
+class _Values:
+    """Extremes and power of a tensor over all images."""
+
+    def __init__(self) -> None:
+        self._low, self._high, self._squares, self._count = math.inf, -math.inf, 0.0, 0
+
+    def see(self, values: Tensor) -> None:
+        low, high = (float(v) for v in values.aminmax())
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._squares += float(values.double().square().sum())
+        self._count += values.numel()
+
+    @property
+    def range(self) -> Range:
+        return Range(low=_widen(self._low), high=_widen(self._high))
+
+    @property
+    def decibels(self) -> float:
+        """The signal over the noise of rounding it, which is uniform within a step."""
+        noise = float(self.range.scale) ** 2 / 12
+        return 10 * math.log10(max(self._squares / self._count, 1e-30) / noise)
+
+
+class _Conv:
+    """What a convolution takes and gives."""
+
+    def __init__(self) -> None:
+        self._input, self._output = _Values(), _Values()
+
+    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        self._input.see(given[0])
+        self._output.see(made)
+
+    @property
+    def decibels(self) -> float:
+        return min(self._input.decibels, self._output.decibels)
+
+    def ranges(self) -> ConvRanges:
+        return ConvRanges(input=self._input.range, output=self._output.range)
+
+
+def _widen(value: float) -> float:
+    """Away from zero to the next step."""
+    if value == 0:
+        return 0.0
+    steps = math.ceil(math.log2(abs(value)) * STEPS_AN_OCTAVE)
+    return math.copysign(2 ** (steps / STEPS_AN_OCTAVE), value)

@@ -1,0 +1,346 @@
+"""`verify`: is the deployed model the model?
+
+Every graph is checked against what it must not hold, then run on the inputs that the PyTorch model
+had at this point, so that an error cannot hide behind an earlier one; its outputs are compared in
+the order names, shapes, values. Then the whole loop runs on its own from the same uniforms. Where
+int8 is among the precisions, many images are drawn and judged at last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from var_deploy import names
+from var_deploy.errors import BundleError, UsageError
+from var_deploy.export.checkpoint.assemble import LoadedModel, assemble, load_model
+from var_deploy.export.checkpoint.files import TOP, Part, open_checkpoint
+from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
+from var_deploy.export.checkpoint.module_weights import ModuleWeights, weights_sha256
+from var_deploy.export.verify.floats import FloatTolerance
+from var_deploy.export.verify.graphs import GraphVerifier, Tolerance
+from var_deploy.export.verify.held_modules import OwnForward, tokenizer_of
+from var_deploy.export.verify.int8 import Int8Tolerance
+from var_deploy.export.verify.reference import Given, request, trace_reference
+from var_deploy.export.verify.report import Check, Report, merged
+from var_deploy.export.verify.samples import (
+    SampleStudy,
+    SkippedStudy,
+    check_count,
+    study_samples,
+)
+from var_deploy.files import locked_folder
+from var_deploy.labels import resolve_labels
+from var_deploy.manifest import Manifest, check_files, file_sha256, read_manifest
+
+# Largest difference over the largest magnitude of the expected tensor. fp32: rounding through the
+# depth of the models at hand stays below a tenth of it. fp16: 2^-11 a product, some tens of them.
+BOUNDS = {"fp32": 2e-4, "fp16": 3e-2}
+IMAGE_BOUNDS = {"fp32": 1e-3, "fp16": 3e-2}  # absolute, of a picture in [0, 1]
+# A token whose uniform lies this close to the end of its interval is a toss of the coin: rounding
+# decides it, in PyTorch from one thread count to the next as well.
+COIN_TOSS = {"fp32": 2e-5, "fp16": 5e-2}
+# dB of a generation left to itself where codes are mixed: what rounds in one scale comes back up to
+# 1/tau as large in the next (seen: 76 and 30 at worst; another picture has about 12)
+MIXED_PSNR = {"fp32": 50.0, "fp16": 20.0}
+# where fp32 fails, what the others do says little
+WIDEST_FIRST = ("fp32", "fp16", "int8")
+
+IMAGES = 4
+TRACE_BYTES = 512 << 20  # of the generations that are held at once
+SAMPLES = 500
+SAMPLES_SHARE = 0.8  # of the progress that is told, where they are drawn
+
+Progress = Callable[[str, float], None]
+
+
+def verify_bundle(
+    bundle: Path | str,
+    *,
+    checkpoint: Path | None = None,
+    tokenizer: Path | None = None,
+    hints: Hints = NO_HINTS,
+    modules: tuple[nn.Module, nn.Module] | None = None,
+    precision: str | None = None,
+    images: int = IMAGES,
+    seed: int = 0,
+    labels: str | Sequence[str | int] | None = None,
+    samples: int = SAMPLES,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a bundle with its PyTorch model and write the report into the manifest.
+
+    The model is the preset, or the random weights, that the manifest names; otherwise files or
+    modules must be given. Raises BundleError, CheckpointError or UsageError where there is nothing
+    to compare, BundleError where the bundle changed meanwhile; a comparison that fails is in the
+    report, and so is why it could not be stored, where the bundle cannot be written.
+
+    Args:
+        hints: what the files do not tell, where it is not as the manifest says.
+        modules: transformer and tokenizer, of the published code or any of its interface
+            (`held_modules`): their own forward gives the logits, the tokens of pictures and the
+            images that the graphs are compared with.
+        precision: these graphs alone; None takes all.
+        images: how many are generated, rounded up to whole batches; image n has the numbers of
+            image n of `generate` with this seed.
+        labels: names and numbers, repeated until there is one an image; None: other classes.
+        samples: images per set for the class accuracy of int8, where there is a classifier of the
+            model; 0 skips it.
+    """
+    check_count(samples)
+    bundle = Path(bundle)
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    own = None
+    if modules is None:
+        model = load_bundle_model(manifest, checkpoint, tokenizer, hints)
+    elif checkpoint is not None or tokenizer is not None or hints != NO_HINTS:
+        raise UsageError("modules have weights of their own: leave the checkpoint files out")
+    else:
+        model = model_of_modules(manifest, *modules)
+        own = OwnForward(*modules, manifest.model)
+    return verify_model(
+        bundle,
+        model,
+        own=own,
+        precision=precision,
+        images=images,
+        seed=seed,
+        labels=labels,
+        samples=samples,
+        progress=progress,
+    )
+
+
+def verify_model(
+    bundle: Path,
+    model: LoadedModel,
+    *,
+    own: OwnForward | None = None,
+    precision: str | None = None,
+    images: int = IMAGES,
+    seed: int = 0,
+    labels: str | Sequence[str | int] | None = None,
+    samples: int = SAMPLES,
+    progress: Progress | None = None,
+) -> Report:
+    """`verify_bundle` with a model that is already at hand; `own` as in `trace_reference`."""
+    check_count(samples)
+    if images < 1:
+        raise UsageError(f"images must be at least 1, found {images}")
+    manifest = read_manifest(bundle)
+    precisions = [precision] if precision else widest_first(manifest)
+    for name in precisions:
+        manifest.graph(name, names.DECODER)  # refuses a precision that the bundle lacks
+    report = progress or (lambda message, fraction: None)
+    requests = _requests(manifest, seed, images, labels)
+    size = max(1, TRACE_BYTES // _trace_bytes(manifest))
+    groups = [requests[n : n + size] for n in range(0, len(requests), size)]
+    found: dict[tuple[str, str], list[Check]] = {}  # of each graph, in the order of the first group
+    study: SampleStudy | SkippedStudy | None = None
+    sampled = "int8" in precisions and samples > 0
+    before = (1 - SAMPLES_SHARE if sampled else 1.0) / len(precisions) / len(groups)
+    judges = {name: tolerance(name, more_smooth=manifest.more_smooth) for name in precisions}
+    for g, group in enumerate(groups):
+        report("PyTorch reference", before * len(precisions) * g)
+        references = [
+            trace_reference(model, manifest, seed, given=given, own=own) for given in group
+        ]
+        for i, name in enumerate(precisions):
+            graphs = sorted(manifest.graphs[name], key=run_order)
+            verifier = GraphVerifier(bundle, manifest, name, references, judges[name], again=g > 0)
+            checks: list[Check] = []
+            for j, graph in enumerate(graphs):
+                done = g * len(precisions) + i + (j + 1) / (len(graphs) + 1)
+                report(f"{name}/{graph}", before * done)
+                checks += verifier.graph(graph)
+            checks += verifier.loops()
+            for check in checks:
+                found.setdefault((check.precision, check.graph), []).append(check)
+            if name == "int8" and verifier.unfit:
+                study = SkippedStudy(why=f"{verifier.unfit} cannot be run")
+    if "int8" in precisions and study is None:
+        study = study_samples(
+            bundle,
+            manifest,
+            model,
+            count=samples,
+            seed=seed,
+            progress=lambda message, part: report(message, 1 - SAMPLES_SHARE * (1 - part)),
+        )
+    result = Report(
+        checks=tuple(merged(checks) for checks in found.values()),
+        labels=tuple(label for given in requests for label in given.labels),
+        seed=seed,
+        oracle=own.name if own else "",
+        samples=study,
+        digest=manifest.digest(),
+    )
+    result = dataclasses.replace(result, unstored=_store(bundle, manifest, result))
+    report("done", 1.0)
+    return result
+
+
+def _requests(
+    manifest: Manifest, seed: int, images: int, labels: str | Sequence[str | int] | None
+) -> list[Given]:
+    """What the images are drawn from, batch by batch."""
+    batches = [request(manifest, seed, first) for first in range(0, images, manifest.batch)]
+    if labels is None:
+        return batches
+    chosen = resolve_labels(labels, manifest.labels, manifest.model.transformer.classes)
+    repeated = itertools.cycle(chosen)
+    return [batch._replace(labels=[next(repeated) for _ in batch.labels]) for batch in batches]
+
+
+def _trace_bytes(manifest: Manifest) -> int:
+    """About what the reference of one batch holds: keys and values, which every scale has anew with
+    those of the scales before, and logits."""
+    spec = manifest.model
+    t, ends = spec.transformer, spec.prefix_lengths[1:]
+    cache = 2 * t.depth * manifest.rows * t.width * (sum(ends) + spec.total_tokens)
+    return 4 * (cache + manifest.batch * spec.total_tokens * spec.tokenizer.vocab_size)
+
+
+def model_of_modules(
+    manifest: Manifest, transformer: nn.Module, tokenizer: nn.Module
+) -> LoadedModel:
+    """The model of a bundle with the weights of modules in memory.
+
+    Raises CheckpointError where their state dicts do not have the keys and shapes of the bundle's
+    model.
+    """
+    weights = ModuleWeights(tokenizer_of(tokenizer)), ModuleWeights(transformer)
+    return assemble(manifest.model, *weights, labels=manifest.labels, defaults=manifest.defaults)
+
+
+def _store(bundle: Path, manifest: Manifest, report: Report) -> str:
+    """Write the report into the manifest that it was made for; why not, where it cannot be written.
+
+    Raises BundleError where another bundle is there by now.
+    """
+    with locked_folder(bundle):
+        there = read_manifest(bundle)
+        if dataclasses.replace(there, parity=None) != dataclasses.replace(manifest, parity=None):
+            raise BundleError(
+                f"{bundle} changed while it was verified, and the report is not stored; verify it "
+                "again"
+            )
+        try:
+            dataclasses.replace(manifest, parity=report.to_json()).save(bundle)
+        except BundleError as error:
+            return str(error)
+    return ""
+
+
+def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
+    """What agrees with the model in `precision`."""
+    rounded = precision == "int8"
+    plain = "fp32" if rounded else precision
+    kind = Int8Tolerance if rounded else FloatTolerance
+    return kind(
+        precision=plain,
+        bound=BOUNDS[plain],
+        image_bound=IMAGE_BOUNDS[plain],
+        coin_toss=COIN_TOSS[plain],
+        mixed_psnr=MIXED_PSNR[plain] if more_smooth else None,
+    )
+
+
+def widest_first(manifest: Manifest) -> list[str]:
+    """The precisions of a bundle."""
+    return sorted(manifest.graphs, key=WIDEST_FIRST.index)
+
+
+def run_order(graph: str) -> tuple[int, str]:
+    """Graphs as a generation meets them, so that the first failure is the first cause."""
+    last = (names.STEP, names.DECODER, names.ENCODER, names.ACCUMULATE)
+    fixed = {names.CONDITION: 0, **{name: 2 + n for n, name in enumerate(last)}}
+    return fixed.get(graph, 1), graph
+
+
+def load_bundle_model(
+    manifest: Manifest,
+    checkpoint: Path | None = None,
+    tokenizer: Path | None = None,
+    hints: Hints = NO_HINTS,
+) -> LoadedModel:
+    """The model that the manifest names, or the one in the files that are given.
+
+    What the files do not tell is as the manifest says, unless the hints say something else.
+    Raises UsageError where files are needed, are not those that the manifest names, or are of
+    another architecture.
+    """
+    places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
+    given: tuple[tuple[Part, Path | None, str], ...] = (
+        ("transformer", checkpoint, hints.key or places["transformer"]),
+        ("tokenizer", tokenizer, hints.tokenizer_key or places["tokenizer"]),
+    )
+    for part, file, key in given:
+        if file is not None:
+            _check_origin(manifest, part, file, key)
+    random = manifest.checkpoint["transformer"].get("random_weights")
+    if checkpoint is None and tokenizer is None and random is not None:
+        return load_model(manifest.preset, random_weights=random)
+    if not manifest.preset and (checkpoint is None or tokenizer is None):
+        raise UsageError(_what_to_give(manifest))
+    model = load_model(
+        manifest.preset or None,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        hints=hints,
+        fallback=Hints(
+            key=places["transformer"],
+            tokenizer_key=places["tokenizer"],
+            patch_nums=manifest.model.patch_nums,
+            heads=manifest.model.transformer.heads,
+        ),
+    )
+    for option, told, source, place in (
+        ("--key", hints.key, model.transformer, places["transformer"]),
+        ("--tokenizer-key", hints.tokenizer_key, model.tokenizer, places["tokenizer"]),
+    ):
+        if told is not None and source.description.get("key", TOP) != place:
+            raise UsageError(f"{option} {told}: this bundle was made from {place}")
+    if model.spec != manifest.model:
+        raise UsageError("these checkpoints are of another architecture than the bundle")
+    return model
+
+
+def _what_to_give(manifest: Manifest) -> str:
+    modules = {str(s["module"]) for s in manifest.checkpoint.values() if s.get("module")}
+    if modules:
+        return (
+            f"this bundle was made from modules in memory ({', '.join(sorted(modules))}): give "
+            "them with --module PACKAGE.FILE:FUNCTION, or files with their state dicts with "
+            "--checkpoint and --tokenizer"
+        )
+    return (
+        "this bundle was made from checkpoint files: give the same ones to verify with "
+        "--checkpoint and --tokenizer"
+    )
+
+
+def _check_origin(manifest: Manifest, part: Part, file: Path, key: str) -> None:
+    """Raise UsageError where a checkpoint is not the one that the bundle was made from."""
+    origin = manifest.checkpoint.get(part) or {}
+    again = f"its {part} has random weights of seed {origin.get('random_weights')}"
+    if "random_weights" not in origin:
+        expected = origin.get("sha256")
+        if expected is None or not file.is_file():  # nothing to compare, or told when it is opened
+            return
+        saved = "module" in origin  # its hash is of the weights, not of a file
+        found = (
+            weights_sha256(open_checkpoint(file, part, default_key=key))
+            if saved
+            else file_sha256(file)
+        )
+        if found == expected:
+            return
+        name = f"a {origin['module']} in memory" if saved else origin.get("file", "another file")
+        again = f"its {part} comes from {name}, sha256 {expected[:12]}, found {found[:12]}"
+    raise UsageError(f"{file} is not the file this bundle was made from: {again}")

@@ -1,0 +1,199 @@
+"""Whether ONNX Runtime multiplies int8 correctly on this processor, asked before int8 is used.
+
+    python -m var_deploy.runtime.backends.int8_check
+
+ONNX Runtime fuses the operators of an int8 bundle and runs them in kernels written for one
+instruction set each. A wrong kernel gives no error but noise, so the operators are run once a
+process on numbers whose results are known: all of them are integers times powers of two, or lie far
+from where rounding tips, so every correct kernel gives the same bits. The graph is written by
+export/int8/probe.py, from the patterns below.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy.bundle.files import GraphFile
+from var_deploy.errors import BackendError
+from var_deploy.host.machine import Machine, processor_name
+from var_deploy.planning.precisions import refuse_int8
+from var_deploy.runtime.backends.host_memory import host_view
+from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+from var_deploy.runtime.backends.protocol import Array
+
+GRAPH = Path(__file__).with_name("int8_probe.onnx")
+# Rows of a product. Tiles of kernels are multiples of 4 to 64 rows and columns; these are not.
+ROWS = (1, 4, 9, 37, 100, 256)
+# (name, inner size, columns of each product of the same input, images a row, bias)
+PRODUCTS: tuple[tuple[str, int, tuple[int, ...], int, bool], ...] = (
+    ("product", 64, (96,), 1, False),
+    ("product+bias", 37, (29,), 2, True),
+    ("products", 132, (67, 24), 2, True),
+)
+# (name, channels in, channels out, side of the kernel, padding: top, left, bottom, right)
+CONVOLUTIONS = (
+    ("convolution 3x3", 32, 36, 3, (1, 1, 1, 1)),
+    ("convolution 2x2", 24, 20, 2, (1, 1, 0, 0)),
+)
+SIDE = 9  # of the convolutions' maps
+ZERO = 100  # what 0 is rounded to, of inputs that reach from -100 to 155
+STEP = 1 / 16  # of the inputs
+CONV_ZERO, CONV_STEP = 128, 515.0 / 2048
+
+
+def integers(count: int, factor: int, modulus: int, low: int) -> NDArray[np.int64]:
+    """`count` integers from `low` on that do not repeat soon; the graph computes them likewise."""
+    numbers = np.arange(count, dtype=np.int64)
+    found: NDArray[np.int64] = (numbers * numbers * factor + numbers * 17) % modulus + low
+    return found
+
+
+def weights(count: int) -> NDArray[np.int64]:
+    """int8 weights. Two of them times 255 fit into 16 bits, as export sees to in every bundle."""
+    return integers(count, 31, 127, -63)
+
+
+def column_scales(columns: int) -> NDArray[np.float32]:
+    """Powers of two."""
+    found: NDArray[np.float32] = np.exp2(-4.0 - np.arange(columns) % 3).astype(np.float32)
+    return found
+
+
+def bias(columns: int) -> NDArray[np.float32]:
+    return (integers(columns, 5, 4096, -2048) / 1024).astype(np.float32)
+
+
+def conv_divisors(channels: int) -> NDArray[np.int64]:
+    """What sums are divided by: odd numbers, so that no quotient ends in one half."""
+    return 515 + 2 * (np.arange(channels) * 37 % 256)
+
+
+def conv_scales(channels: int) -> NDArray[np.float32]:
+    """Of the weights, so that input step · scale / output step is 1 over the divisor."""
+    return (CONV_STEP / STEP / conv_divisors(channels)).astype(np.float32)
+
+
+def conv_bias(channels: int) -> NDArray[np.int32]:
+    return integers(channels, 7, 20_000, -10_000).astype(np.int32)
+
+
+def inputs(rows: int) -> dict[str, NDArray[Any]]:
+    """What the graph is given; every product's input holds both extremes."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, inner, _, images, _ in PRODUCTS:
+        x = integers(rows * images * inner, 7, 256, -ZERO)
+        x[:2] = -ZERO, 255 - ZERO
+        shape = (rows, inner) if images == 1 else (rows, images, inner)
+        found[f"x.{name}"] = (x * STEP).astype(np.float32).reshape(shape)
+    for name, channels, *_ in CONVOLUTIONS:
+        x = integers(channels * SIDE * SIDE, 11, 256, 0)
+        found[f"x.{name}"] = x.astype(np.uint8).reshape(1, channels, SIDE, SIDE)
+    return found
+
+
+def expected(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The exact results; float64 holds every sum."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, inner, columns, _, biased in PRODUCTS:
+        for place, width in enumerate(columns):
+            matrix = weights(inner * width).reshape(inner, width) * column_scales(width)
+            y = given[f"x.{name}"].astype(np.float64) @ matrix
+            found[f"y.{name}.{place}"] = (y + bias(width) if biased else y).astype(np.float32)
+    for name, channels, out, side, pads in CONVOLUTIONS:
+        x = given[f"x.{name}"].astype(np.float64) - CONV_ZERO
+        x = np.pad(x, ((0, 0), (0, 0), pads[::2], pads[1::2]))
+        windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), (2, 3))
+        rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(SIDE * SIDE, -1)
+        kernel = weights(out * channels * side * side).reshape(out, -1)
+        sums = rows @ kernel.T.astype(np.float64) + conv_bias(out)
+        y = np.clip(np.rint(sums / conv_divisors(out)) + CONV_ZERO, 0, 255)
+        found[f"y.{name}"] = y.T.reshape(1, out, SIDE, SIDE).astype(np.uint8)
+    return found
+
+
+def check_int8(backend: OrtCpuBackend) -> None:
+    """Raise BackendError where this processor or this ONNX Runtime multiplies int8 wrongly."""
+    refuse_int8(int8_problem(backend))
+
+
+def int8_problem(backend: OrtCpuBackend) -> str:
+    """What is wrong with int8 here, "" where it is right. Runs once a process."""
+    global _found
+    with _asking:
+        if _found is None:
+            wrong = _wrong(backend)
+            _found = wrong and (
+                f"onnxruntime {backend.version} computes int8 wrongly on this processor "
+                f"({processor_name(Machine())}): {wrong}"
+            )
+        return _found
+
+
+_found: str | None = None
+_asking = Lock()
+
+
+def _wrong(backend: OrtCpuBackend) -> str:
+    """The first result that is not the known one, in words."""
+    try:
+        session = backend.open(GraphFile.outside(GRAPH))
+        given = inputs(max(ROWS))
+        wanted = expected(given)
+        for rows in ROWS:
+            some, known = _first_rows(given, rows), _first_rows(wanted, rows)
+            made = {name: _array(backend, value) for name, value in known.items()}
+            session.bind({name: _filled(backend, x) for name, x in some.items()}, made)()
+            for name, value in known.items():
+                problem = _difference(host_view(made[name]), value)
+                if problem:
+                    return f"{name.removeprefix('y.')} of {rows} rows has {problem}"
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+def _first_rows(arrays: dict[str, NDArray[Any]], rows: int) -> dict[str, NDArray[Any]]:
+    """Of the products; the first row holds both extremes, so the others round as before."""
+    products = ("x.product", "y.product")
+    return {n: a[:rows] if n.startswith(products) else a for n, a in arrays.items()}
+
+
+def _difference(found: NDArray[Any], wanted: NDArray[Any]) -> str:
+    wrong = np.flatnonzero(found != wanted)
+    if not wrong.size:
+        return ""
+    first = wrong[0]
+    return (
+        f"{len(wrong)} of {wanted.size} values wrong (the first is {found.flat[first]}, expected "
+        f"{wanted.flat[first]})"
+    )
+
+
+def _array(backend: OrtCpuBackend, like: NDArray[Any]) -> Array:
+    block = backend.allocate(like.nbytes)
+    return Array(block.address, like.shape, like.dtype, block.owner)
+
+
+def _filled(backend: OrtCpuBackend, values: NDArray[Any]) -> Array:
+    array = _array(backend, values)
+    host_view(array)[...] = values
+    return array
+
+
+def main() -> int:
+    """Print what is wrong, nothing where all is well."""
+    try:
+        print(int8_problem(OrtCpuBackend()))
+    except BackendError as error:
+        print(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""ONNX Runtime on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import cache
+from threading import Lock
+from typing import Any
+from weakref import WeakValueDictionary
+
+from var_deploy.bundle.files import GraphFile
+from var_deploy.errors import BackendError, one_line
+from var_deploy.host.installation import pip_install
+from var_deploy.host.machine import Machine, check_threads, usable_cores
+from var_deploy.runtime.backends.host_memory import HostMemory
+from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet
+from var_deploy.runtime.backends.protocol import Arrays, Launch
+
+
+class OrtSession:
+    """One graph; weights are mapped from weights.bin and packed once."""
+
+    def __init__(self, session: Any, graph: str, options: Any = None) -> None:
+        self._session, self._graph, self._options = session, graph, options
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
+        try:
+            binding = self._session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.address)
+        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+            words = one_line(error)
+            raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {words}") from error
+        return OrtLaunch(self._session, binding, (inputs, outputs), self._graph, self._options)
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OrtLaunch:
+    def __init__(
+        self, session: Any, binding: Any, keep: object, graph: str, options: Any
+    ) -> None:
+        self._session, self._binding, self._graph = session, binding, graph
+        self._options = options
+        self._keep = keep  # the binding holds bare pointers into these arrays
+
+    def __call__(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:  # ONNX Runtime raises types of its own, all Exception
+            words = one_line(error)
+            raise BackendError(f"ONNX Runtime failed in {self._graph}: {words}") from error
+
+
+class OrtCpuBackend(HostMemory):
+    """Opens graphs on the CPU.
+
+    Loops of one process that open the same bytes over the same weights with the same number of
+    threads share one session, and with it the weights, packed once; a session's runs may overlap.
+    All sessions draw their scratch memory from one arena, which stays with the process for the next
+    loop.
+
+    Args:
+        threads: for one graph; None takes what the process may use, see `usable_cores`. Either
+            way ONNX Runtime is told a number: it would count every core of the machine itself, and
+            pin its threads to them.
+
+    Raises BackendError where onnxruntime is not installed, UsageError for threads out of range.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, threads: int | None = None) -> None:
+        threads = check_threads(threads, machine=Machine())
+        try:
+            import onnxruntime
+        except ImportError:
+            raise BackendError(
+                f"onnxruntime is not installed; run {pip_install('cpu', 'onnxruntime')}"
+            ) from None
+        quiet(onnxruntime)
+        self._ort, self._threads = onnxruntime, threads or usable_cores()
+
+    @property
+    def version(self) -> str:
+        """Of ONNX Runtime."""
+        return str(self._ort.__version__)
+
+    def open(self, graph: GraphFile) -> OrtSession:
+        graph.read()  # whatever is wrong with the file is found before a session is looked up
+        with _opening:
+            key = (graph.key(), self._threads)
+            session = _sessions.get(key)
+            if session is None:
+                session = _sessions[key] = self._load(graph)
+        options = self._ort.RunOptions()
+        options.log_severity_level = SILENT
+        if graph.ref.kind == "decoder":
+            # the last launch of a generation gives the arena's memory back: between images a
+            # pipeline holds its weights and little else
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return OrtSession(session, graph.ref.name, options)
+
+    def _load(self, graph: GraphFile) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads or 0
+        options.inter_op_num_threads = 1
+        if _share_arena(self._ort):
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        else:
+            # an arena a session adds up, and none of them gives back
+            options.enable_cpu_mem_arena = False
+        # A pattern is one block for a whole run, laid out as it came the first time: in the decoder
+        # of a d16 that is 100 MB more than the arena needs when asked tensor by tensor.
+        options.enable_mem_pattern = False
+        kind = graph.ref.kind
+        if kind == "step" or (kind == "decoder" and graph.ref.precision == "int8"):
+            # Planning which freed buffer may serve again compares every two open shapes: 0.45 s of
+            # the 0.55 s that opening pocket's `step` took. The arena finds them at run time. And
+            # between the integer maps of a decoder it finds fewer: 290 MiB where the arena needs
+            # 240 in a d16 (in fp32 it is the other way round, 245 and 256).
+            options.enable_mem_reuse = False
+        elif kind == "scale":
+            # K sessions would hold K packed copies of the same weights; unpacked they read the one
+            # that is mapped from weights.bin, at 1.2 to 1.6 times the time
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
+
+    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return launches
+
+    def close(self) -> None:
+        """Nothing is held here: sessions and memory go with the loop."""
+
+    def describe(self) -> dict[str, str]:
+        threads = str(self._threads) if self._threads else "all cores"
+        return {"backend": self.name, "onnxruntime": self.version, "threads": threads}
+
+
+_sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()
+_opening = Lock()
+
+
+@cache
+def _share_arena(ort: Any) -> bool:
+    """Register one arena for all sessions of the process; false where the program around us has
+    registered an allocator of its own."""
+    try:
+        where = ort.OrtMemoryInfo(
+            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+        )
+        # small first chunk, and what a reused one leaves over is cut off from 1 MB on
+        small = {"initial_chunk_size_bytes": 1 << 20, "max_dead_bytes_per_chunk": 1 << 20}
+        ort.create_and_register_allocator(where, ort.OrtArenaCfg(small))
+    except Exception:  # of ONNX Runtime's own types
+        return False
+    return True

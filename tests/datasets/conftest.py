@@ -1,0 +1,87 @@
+"""A small set, and a stand-in for the pipeline whose images tell what they were asked with."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from var_deploy.config import Loaded
+from var_deploy.datasets.folder import SetFolder
+from var_deploy.datasets.spec import SetSpec
+from var_deploy.runtime.request import Request
+from var_deploy.sampling import Sampling
+
+DIGEST = "ab" * 32
+
+
+class FakePipeline:
+    """Draws noise that depends on seed, number and label of an image; remembers the requests."""
+
+    def __init__(self, batch: int = 2, channels: int = 3) -> None:
+        self.manifest = types.SimpleNamespace(batch=batch, labels=(), digest=lambda: DIGEST)
+        self.requests: list[Request] = []
+        self.before: Callable[[], object] = lambda: None
+        self._channels = channels
+
+    def describe(self) -> Loaded:
+        return Loaded(precision="fp32", backend="onnxruntime-cpu", layout="shared")
+
+    def draw(self, request: Request) -> NDArray[np.uint8]:
+        self.before()
+        self.requests.append(request)
+        return np.stack(
+            [
+                np.random.default_rng([*stream, label]).integers(
+                    0, 256, (8, 8, self._channels), np.uint8
+                )
+                for stream, label in zip(request.streams, request.labels, strict=True)
+            ]
+        )
+
+
+@pytest.fixture
+def new_spec() -> Callable[..., SetSpec]:
+    """Settings of a set of 15 images in shards of 4; keyword arguments override any."""
+
+    def build(**changes: Any) -> SetSpec:
+        settings: dict[str, Any] = {
+            "bundle": DIGEST,
+            "precision": "fp32",
+            "backend": "onnxruntime-cpu",
+            "layout": "shared",
+            "sampling": Sampling(cfg=2.0),
+            "seed": 9,
+            "classes": 5,
+            "per_class": 3,
+            "shard_size": 4,
+        }
+        return SetSpec(**{**settings, **changes})
+
+    return build
+
+
+@pytest.fixture
+def spec(new_spec: Callable[..., SetSpec]) -> SetSpec:
+    return new_spec()
+
+
+@pytest.fixture
+def new_pipe() -> Callable[..., Any]:
+    return FakePipeline
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return FakePipeline()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SetFolder:
+    """Of a set that was not begun."""
+    return SetFolder(path=tmp_path / "set")

@@ -1,0 +1,134 @@
+"""The figure of a report: launches against their floors, and whole generations beside each other.
+
+matplotlib is imported here alone, when something is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from var_deploy import names
+from var_deploy.bench.report import Report, Result, Run
+from var_deploy.files import whole_file
+
+# Okabe and Ito's colours, which stay apart to colour-blind eyes and, in this order, on grey paper
+COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#999999")
+INK, FAINT = "#222222", "#bbbbbb"
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+}
+GROUP = 0.8  # of the room between two launches
+MOST = 1.35  # times the longest bar: the width of the right half
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write a PNG: a row for each number of images; see `files.whole_file`."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = len(report.runs)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 0.6 + 3.4 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, 2, squeeze=False, width_ratios=(1.9, 1))
+        for run, (left, right) in zip(report.runs, grid, strict=True):
+            ran = [result for result in run.results if result.ran]
+            colours = {result.name: COLOURS[n % len(COLOURS)] for n, result in enumerate(ran)}
+            told = [result for result in ran if result.launches]
+            _launches(left, run, told, colours)
+            _generations(right, run, ran, colours)
+        figure.suptitle(_title(report), x=0.01, ha="left", fontsize=10)
+        text = {"Software": f"var-deploy bench, {report.date}"}
+        with whole_file(path) as stream:
+            figure.savefig(stream, format="png", metadata=text)
+
+
+def _title(report: Report) -> str:
+    here, threads = report.surroundings, report.settings["threads"]
+    count = f"threads: {threads}" if threads else f"processors: {here.processors}"
+    return f"{report.name} on {here.cpu}, {count} ({' '.join(here.isa)})"
+
+
+def _images(run: Run) -> str:
+    return f"{run.images} images" if run.images > 1 else "one image"
+
+
+def _launches(axes: Any, run: Run, told: Sequence[Result], colours: dict[str, str]) -> None:
+    """Bars a launch, and over each the line that it cannot get below."""
+    axes.set_title(f"Launches of {_images(run)}: median, and the floor")
+    axes.set_ylabel("ms")
+    axes.grid(axis="x", visible=False)
+    if not told:
+        axes.text(0.5, 0.5, "nobody could tell launches apart", ha="center", color=INK)
+        return
+    launches = list(told[0].launches)
+    width = GROUP / len(told)
+    floor_label: str | None = "floor"
+    for n, result in enumerate(told):
+        places = [at - GROUP / 2 + (n + 0.5) * width for at in range(len(launches))]
+        spreads = result.launches
+        heights = [1e3 * spreads[name].median if name in spreads else 0.0 for name in launches]
+        axes.bar(places, heights, 0.92 * width, color=colours[result.name], label=result.name)
+        if result.least:
+            floors = {floor.name: 1e3 * floor.seconds for floor in result.least}
+            edges = [(at - width / 2, at + width / 2) for at in places]
+            axes.hlines(
+                [floors[name] for name in launches],
+                [left for left, _ in edges],
+                [right for _, right in edges],
+                colors=INK,
+                linewidth=1.6,
+                label=floor_label,
+            )
+            floor_label = None
+    axes.set_xticks(range(len(launches)), [_short(name) for name in launches])
+    axes.set_xlabel("condition, scales, decoder")
+    axes.legend(loc="upper left")
+
+
+def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, str]) -> None:
+    """A bar a contender with its p10 to p95, and a stroke where its floor is."""
+    axes.set_title(f"{_images(run)[0].upper()}{_images(run)[1:]}, all included")
+    axes.set_xlabel("ms: median, p10 to p95")
+    axes.grid(axis="y", visible=False)
+    # one slow round in ten must not squeeze all bars: a whisker may leave the figure
+    widest = MOST * max(1e3 * result.whole.median for result in ran) if ran else 1.0
+    axes.set_xlim(0, widest)
+    axes.locator_params(axis="x", nbins=5)
+    for at, result in enumerate(ran):
+        whole = result.whole
+        middle, low, high = (1e3 * s for s in (whole.median, whole.p10, whole.p95))
+        axes.barh(at, middle, 0.6, color=colours[result.name])
+        axes.hlines(at, low, high, colors=INK, linewidth=1)
+        if result.least:
+            floor = 1e3 * sum(floor.seconds for floor in result.least)
+            axes.vlines(floor, at - 0.36, at + 0.36, colors=INK, linewidth=1.6)
+        axes.annotate(
+            f"{middle:.0f}" if middle >= 1000 else f"{middle:.4g}",
+            (middle, at),
+            xytext=(3, 7),
+            textcoords="offset points",
+        )
+    axes.set_yticks(range(len(ran)), [result.name for result in ran])
+    axes.invert_yaxis()
+
+
+def _short(launch: str) -> str:
+    """Scales by their number."""
+    if launch in (names.CONDITION, names.DECODER):
+        return {names.CONDITION: "cond.", names.DECODER: "dec."}[launch]
+    return str(int(launch.rpartition("_")[2]))

@@ -1,0 +1,241 @@
+"""OpenVINO on the CPU, on our own graphs: what `bench` compares ONNX Runtime with.
+
+    python -m var_deploy.bench.openvino_peer BUNDLE --hint f32 --batch N --threads N
+
+Static graphs, one compiled model a scale, are where OpenVINO is fastest: with `step` it infers the
+shapes of a thousand operations anew in every launch. Measured on pocket, one thread: an image in
+45 ms against 66 ms. Each compiled model packs its own copy of the weights, so memory grows with
+the number of scales (460 MB against 180 MB; ten copies of 0.8 GB for d16 in fp32). `--layout
+shared` is for machines on which that does not fit.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from var_deploy.bench.worker import About, Sample, contender_parser, serve
+from var_deploy.bundle.files import GraphFile
+from var_deploy.bundle.graph_refs import held_layouts
+from var_deploy.config import Layout
+from var_deploy.errors import BackendError, UsageError, one_line
+from var_deploy.host.installation import pip_install
+from var_deploy.host.machine import Machine, check_threads, usable_cores
+from var_deploy.labels import spread_labels
+from var_deploy.manifest import check_files, read_manifest
+from var_deploy.runtime.backends.host_memory import HostMemory, host_view
+from var_deploy.runtime.backends.protocol import Arrays, Launch
+from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.measure import add_launches, launch_names
+from var_deploy.runtime.request import Batches, Images, Request
+
+HINTS = ("f32", "bf16")
+SEED = 0
+
+
+class OpenVinoSession:
+    """One compiled model; each binding has an infer request of its own."""
+
+    def __init__(self, openvino: Any, compiled: Any, graph: str) -> None:
+        self._openvino, self._compiled, self._graph = openvino, compiled, graph
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> OpenVinoLaunch:
+        request = self._compiled.create_infer_request()
+        for name, array in (*inputs.items(), *outputs.items()):
+            view = host_view(array)
+            request.set_tensor(name, self._openvino.Tensor(view, shared_memory=True))
+        return OpenVinoLaunch(request, (inputs, outputs), self._graph)
+
+    def close(self) -> None:
+        self._compiled = None
+
+
+class OpenVinoLaunch:
+    def __init__(self, request: Any, keep: object, graph: str) -> None:
+        self._request, self._graph = request, graph
+        self._keep = keep  # the request's tensors are views of these arrays
+
+    def __call__(self) -> None:
+        try:
+            self._request.infer(share_outputs=True)  # else every output is copied once more
+        except Exception as error:  # RuntimeError, and whatever a plugin throws
+            raise BackendError(f"OpenVINO failed in {self._graph}: {one_line(error)}") from error
+
+
+class OpenVinoBackend(HostMemory):
+    """Compiles graphs for the CPU.
+
+    Args:
+        hint: precision to compute in, "f32" or "bf16". OpenVINO takes f32 without a word where
+            the CPU has no bf16; `describe` tells.
+        threads: for one graph; 0 takes every core that the process may use.
+
+    Raises BackendError where openvino is not installed, UsageError for an unknown hint or threads
+    out of range.
+    """
+
+    name = "openvino"
+
+    def __init__(self, hint: str = "f32", threads: int = 0) -> None:
+        if hint not in HINTS:
+            raise UsageError(f"hint must be one of {', '.join(HINTS)}, found {hint!r}")
+        if threads < 0:
+            raise UsageError(f"threads must be 0 (every core) or more, found {threads}")
+        threads = check_threads(threads or None, machine=Machine()) or usable_cores() or 0
+        try:
+            import openvino
+        except ImportError:
+            raise BackendError(
+                f"openvino is not installed; run {pip_install('openvino', 'openvino')}, or leave "
+                "it out of --against"
+            ) from None
+        self._openvino, self._core, self._hint = openvino, openvino.Core(), hint
+        self._options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if threads:
+            self._options["INFERENCE_NUM_THREADS"] = threads
+        capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.computes = hint if hint == "f32" or "BF16" in capabilities else "f32"
+        self._threads = str(threads) if threads else "all cores"
+
+    def open(self, graph: GraphFile) -> OpenVinoSession:
+        graph.read()  # whatever is wrong with the file is found before OpenVINO sees it
+        try:
+            compiled = self._core.compile_model(str(graph.path), "CPU", self._options)
+            # what it settled on: no more threads than cores, no precision that the CPU lacks
+            self.computes = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+            self._threads = str(compiled.get_property("INFERENCE_NUM_THREADS"))
+        except Exception as error:  # RuntimeError, and whatever a plugin throws
+            raise BackendError(f"OpenVINO refuses {graph.path.name}: {one_line(error)}") from error
+        return OpenVinoSession(self._openvino, compiled, graph.ref.name)
+
+    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return launches
+
+    def close(self) -> None:
+        """Nothing is held here: models and memory go with the loop."""
+
+    def describe(self) -> dict[str, str]:
+        precision = self._hint
+        if self.computes != self._hint:
+            precision += f" (computed in {self.computes}: this CPU has no {self._hint})"
+        return {
+            "backend": self.name,
+            "openvino": self._openvino.__version__,
+            "threads": self._threads,
+            "precision": precision,
+            "settings": "PERFORMANCE_HINT LATENCY",
+        }
+
+
+class OpenVinoContender:
+    """Images in batches of the bundle's B, as `Pipeline` makes them.
+
+    Args:
+        images: of one generation.
+        precision: of the graphs in the bundle, as "fp32"; `hint` is what they are computed in.
+        layout: None takes the static graphs, or `step` where the bundle has no others.
+
+    Attributes:
+        images: of the last generation, [N, side, side, channels] uint8.
+
+    Raises BundleError where the bundle cannot be trusted, BackendError where OpenVINO is missing
+    or refuses.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        images: int,
+        *,
+        precision: str = "fp32",
+        hint: str = "f32",
+        layout: Layout | None = None,
+        threads: int = 0,
+    ) -> None:
+        self._manifest = manifest = read_manifest(bundle)
+        if layout is None:
+            held = held_layouts(manifest.graphs.get(precision, {}))
+            layout = "per-scale" if "per-scale" in held else "shared"
+        check_files(bundle, manifest, prefix=f"{precision}/", hashes=False)
+        self._backend = OpenVinoBackend(hint, threads)
+        self._layout, self._graphs = layout, precision
+        t = manifest.model.tokenizer
+        self.images = Images.blank((images, t.image_side, t.image_side, t.image_channels), 0)
+        self._loop = ScaleLoop(bundle, manifest, self._backend, precision, layout)
+        self._clock = self._loop.start_clock()
+        self._clock.each = True
+        self._batches = Batches(manifest, self._loop, cancelled=lambda: False)
+
+    def describe(self) -> About:
+        found = self._backend.describe()
+        found["layout"], found["graphs"] = self._layout, self._graphs
+        found["images a launch"] = str(self._manifest.batch)
+        if self._backend.computes != "f32":
+            found["tokens"] = "replaced: to draw them takes fp32"
+        return About(settings=found, graphs=self._graphs)
+
+    def generate(self) -> Sample:
+        count = len(self.images)
+        request = Request(
+            labels=spread_labels(self._manifest.model.transformer.classes, count),
+            streams=[(SEED, n) for n in range(count)],
+            sampling=self._manifest.defaults,
+            forced=self._forced(),
+        )
+        self._clock.laps()  # what was marked before belongs to nobody
+        started = time.perf_counter()
+        self.images = self._batches.draw(request)
+        seconds = time.perf_counter() - started
+        return Sample(
+            seconds=seconds,
+            launches=add_launches(self._clock.laps(), launch_names(self._manifest)),
+        )
+
+    def close(self) -> None:
+        self._loop.close()
+
+    def _forced(self) -> tuple[NDArray[np.int64], ...]:
+        """Tokens in place of the drawn ones where these are not to be had.
+
+        In bf16 several codes share one number, and the sampler may arrive at none, which the loop
+        refuses. It computes all the same, so the time is that of a generation.
+        """
+        if self._backend.computes == "f32":
+            return ()
+        lengths = self._manifest.model.scale_lengths
+        return tuple(np.zeros((len(self.images), length), np.int64) for length in lengths)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = contender_parser(
+        "var_deploy.bench.openvino_peer", threads="every core that the process may use"
+    )
+    parser.add_argument("--precision", default="fp32", help="of the bundle's graphs")
+    parser.add_argument("--hint", choices=HINTS, default="f32", help="what they are computed in")
+    parser.add_argument("--layout", choices=["per-scale", "shared"], help="default: per-scale")
+    given: Any = parser.parse_args(arguments)
+
+    def load() -> OpenVinoContender:
+        return OpenVinoContender(
+            given.bundle,
+            given.batch,
+            precision=given.precision,
+            hint=given.hint,
+            layout=given.layout,
+            threads=given.threads,
+        )
+
+    return serve(load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

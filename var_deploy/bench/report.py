@@ -1,0 +1,233 @@
+"""What a run of `bench` found, and what it was run on."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from var_deploy import __version__
+from var_deploy.bench.power import Energy
+from var_deploy.bench.rates import Rates
+from var_deploy.bench.roofline import Floor, reached
+from var_deploy.bench.worker import About, Sample
+from var_deploy.errors import UsageError
+from var_deploy.host.machine import Machine, jetson_model
+from var_deploy.manifest import Manifest
+from var_deploy.planning.devices import cpu_device
+from var_deploy.runtime.measure import Spread
+
+SCHEMA_VERSION = 1
+# what decides the speed of products, by the names that Linux gives them
+ISA = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """The machine. `isa` holds those of ISA that it has; `memory` is in bytes, 0 if unknown."""
+
+    cpu: str
+    processors: int
+    isa: tuple[str, ...]
+    memory: int
+    system: str
+    python: str
+
+    @classmethod
+    def of(cls, machine: Machine) -> Surroundings:
+        text = machine.read("/proc/cpuinfo") or ""
+        flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.M)).split())
+        release = re.search(
+            r'^PRETTY_NAME="?([^"\n]*)', machine.read("/etc/os-release") or "", re.M
+        )
+        try:
+            device = cpu_device(machine)
+            cpu, memory = device.title, device.memory
+        except UsageError:  # it has no /proc/meminfo
+            cpu, memory = platform.processor() or machine.platform(), 0
+        return cls(
+            cpu=jetson_model(machine) or cpu,
+            processors=machine.threads(),
+            isa=tuple(flag for flag in ISA if flag in flags),
+            memory=memory,
+            system=", ".join(filter(None, (release and release[1], machine.platform()))),
+            python=".".join(map(str, machine.python())),
+        )
+
+
+@dataclass(kw_only=True)
+class Result:
+    """One contender; filled while the run goes on.
+
+    Attributes:
+        name: as in the table; `ours`: whether it is this project.
+        about: what it says of itself, None where it did not come to that.
+        problem: why it could not run, "" where it could.
+        cold: seconds from the start of its process to its first image.
+        peak: bytes of PSS, None where unknown, and why.
+        samples: one a round.
+        weights: bytes of the weights that it uses, None where it does not tell.
+        least: floors of its launches, and why there are none.
+    """
+
+    name: str
+    ours: bool
+    about: About | None = None
+    problem: str = ""
+    cold: float | None = None
+    peak: int | None = None
+    peak_problem: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    energy: Energy = field(default_factory=Energy)
+    weights: int | None = None
+    least: Sequence[Floor] = ()
+    least_problem: str = ""
+
+    @property
+    def ran(self) -> bool:
+        return not self.problem and bool(self.samples)
+
+    @property
+    def whole(self) -> Spread:
+        """One generation."""
+        return Spread.of([sample.seconds for sample in self.samples])
+
+    @property
+    def launches(self) -> dict[str, Spread]:
+        """By name; empty where they cannot be told apart."""
+        names = self.samples[0].launches if self.samples else {}
+        if any(sample.launches.keys() != names.keys() for sample in self.samples):
+            return {}
+        return {name: Spread.of([s.launches[name] for s in self.samples]) for name in names}
+
+    @property
+    def host_share(self) -> float | None:
+        """Part of a generation that lies outside of all launches."""
+        if not self.launches:
+            return None
+        return statistics.median(1 - sum(s.launches.values()) / s.seconds for s in self.samples)
+
+    @property
+    def peak_over_weights(self) -> float | None:
+        return self.peak / self.weights if self.peak and self.weights else None
+
+    @property
+    def reached(self) -> float | None:
+        """The floor over the time of a generation."""
+        if not self.least:
+            return None
+        return sum(floor.seconds for floor in self.least) / self.whole.median
+
+    def to_json(self, images: int, first: Result | None) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "name": self.name,
+            "ours": self.ours,
+            "runs_on": self.about.to_json() if self.about else {},
+            "problem": self.problem,
+            "cold_s": _rounded(self.cold, 4),
+            "memory": {
+                "peak_pss": self.peak,
+                "weights": self.weights,
+                "peak_over_weights": _rounded(self.peak_over_weights, 4),
+                "problem": self.peak_problem,
+            },
+            "joules": self.energy.to_json(),
+        }
+        if not self.ran:
+            return data
+        ratio = self.whole.median / first.whole.median if first else None
+        return {
+            **data,
+            "generation": self.whole.to_json(),
+            "images_per_second": round(images / self.whole.median, 5),
+            "ratio": _rounded(ratio, 5),
+            "host_share": _rounded(self.host_share, 5),
+            "launches": {name: spread.to_json() for name, spread in self.launches.items()},
+            "floor": reached(self.launches, self.whole, self.least) if self.least else None,
+            "floor_problem": self.least_problem,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything with one number of images a generation."""
+
+    images: int
+    results: Sequence[Result]
+    rates: Rates | None
+    rates_problem: str = ""
+
+    @property
+    def first(self) -> Result | None:
+        """What the others are held against: the first one that ran."""
+        return next((result for result in self.results if result.ran), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "rates": self.rates.to_json() if self.rates else None,
+            "rates_problem": self.rates_problem,
+            "contenders": [result.to_json(self.images, self.first) for result in self.results],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All runs of one call.
+
+    Attributes:
+        settings: threads, rounds and the like, as words and numbers.
+        date: ISO 8601, UTC.
+    """
+
+    name: str
+    manifest: Manifest
+    surroundings: Surroundings
+    settings: Mapping[str, Any]
+    date: str
+    runs: Sequence[Run]
+
+    @property
+    def failed(self) -> list[Result]:
+        """What of our own did not run."""
+        return [r for run in self.runs for r in run.results if r.ours and not r.ran]
+
+    def to_json(self) -> dict[str, Any]:
+        manifest = self.manifest
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "var_deploy": __version__,
+            "date": self.date,
+            "machine": dataclasses.asdict(self.surroundings),
+            "bundle": {
+                "name": self.name,
+                "digest": manifest.digest(),
+                "preset": manifest.preset,
+                "random_weights": manifest.checkpoint.get("transformer", {}).get("random_weights"),
+                "batch": manifest.batch,
+                "guidance": manifest.guidance,
+                "sampling": dataclasses.asdict(manifest.defaults),
+            },
+            "settings": dict(self.settings),
+            "runs": [run.to_json() for run in self.runs],
+        }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

@@ -1,0 +1,194 @@
+"""Every contender alone, for its memory; then all of them in turn, round after round.
+
+Memory comes first and apart: PSS shares out what several processes map, and looking at it takes
+time that a stopwatch would see. Rounds are interleaved so that a slow minute of the machine hits
+all alike; whoever is not asked waits without taking a processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from var_deploy.bench.power import Energy, Meters, measure
+from var_deploy.bench.process import ContenderProcess, MemoryWatch
+from var_deploy.bench.report import Result
+from var_deploy.bench.worker import About, Sample
+from var_deploy.errors import BackendError
+
+ALONE = 2  # generations while memory is watched
+# The threads of a library spin for a moment after their work, in case more follows: as long as
+# they do, the next contender would not have the processor to itself.
+PAUSE = 0.05
+ENERGY_SECONDS = 5.0
+SETTLE_SECONDS = 1.5  # before energy counts: NVIDIA's cards tell the mean of the last second
+PROC = Path("/proc")
+
+Progress = Callable[[str, float], object]
+Start = Callable[[Sequence[str]], ContenderProcess]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A contender that is to run: its program, or why there is none."""
+
+    name: str
+    ours: bool
+    command: Sequence[str] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How often, and with what.
+
+    Attributes:
+        images: of one generation.
+        warm_up, repeat: rounds that do not count, then rounds that do.
+        meters: of the energy, which is measured after the rounds where there are some.
+        proc: where the kernel tells the memory of processes.
+        start: starts a contender.
+    """
+
+    images: int
+    warm_up: int
+    repeat: int
+    meters: Meters = field(default_factory=Meters)
+    proc: Path = PROC
+    start: Start = ContenderProcess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rated:
+    """What the process that measures the machine came to: samples, or the problem."""
+
+    about: About | None = None
+    samples: tuple[Sample, ...] = ()
+    problem: str = ""
+
+
+class Comparison:
+    """Contenders, and a program that measures the machine in between.
+
+    Args:
+        entries: in the order in which they take turns.
+        rates: the command of that program.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], rates: Sequence[str], rounds: Rounds, progress: Progress
+    ) -> None:
+        self.results = [Result(name=e.name, ours=e.ours, problem=e.problem) for e in entries]
+        self.rated = Rated()
+        self._commands = {e.name: e.command for e in entries}
+        self._rates, self._rounds, self._progress = rates, rounds, progress
+        # loading twice takes about as long as a few generations
+        self._steps = len(entries) * (ALONE + 6 + rounds.warm_up + rounds.repeat)
+        self._done = 0
+
+    def run(self) -> None:
+        """Fill `results` and `rated`. What goes wrong with a contender is noted and ends it."""
+        for result in self._running():
+            with self._noting(result):
+                self._alone(result)
+        with contextlib.ExitStack() as stack:
+            clock = self._start_rates(stack)
+            started: dict[str, ContenderProcess] = {}
+            for result in self._running():
+                with self._noting(result):
+                    started[result.name] = self._start(result, stack)
+            for number in range(-self._rounds.warm_up, self._rounds.repeat):
+                self._round(number, clock, started)
+            for result in self._running():
+                with self._noting(result):
+                    self._energy(result, started[result.name])
+
+    def _running(self) -> list[Result]:
+        return [result for result in self.results if not result.problem]
+
+    @contextlib.contextmanager
+    def _noting(self, result: Result) -> Iterator[None]:
+        try:
+            yield
+        except BackendError as error:
+            result.problem = str(error)
+
+    def _told(self, message: str, steps: int = 1) -> None:
+        self._progress(message, min(self._done / self._steps, 1.0))
+        self._done += steps
+
+    def _alone(self, result: Result) -> None:
+        """Nobody else maps its files now: its PSS is all its own."""
+        self._told(f"{result.name}: memory", ALONE + 3)
+        rounds = self._rounds
+        with (
+            rounds.start(self._commands[result.name]) as process,
+            MemoryWatch(process.pid, rounds.proc) as watch,
+        ):
+            result.about = process.ready()
+            for _ in range(ALONE):
+                process.generate()
+        result.peak, result.peak_problem = watch.peak, watch.problem
+
+    def _start(self, result: Result, stack: contextlib.ExitStack) -> ContenderProcess:
+        self._told(f"{result.name}: first image", 3)
+        process = stack.enter_context(self._rounds.start(self._commands[result.name]))
+        process.ready()
+        process.generate()
+        result.cold = process.cold
+        return process
+
+    def _start_rates(self, stack: contextlib.ExitStack) -> ContenderProcess | None:
+        try:
+            process = stack.enter_context(self._rounds.start(self._rates))
+            self.rated = Rated(about=process.ready())
+            process.generate()
+        except BackendError as error:
+            self.rated = Rated(problem=str(error))
+            return None
+        return process
+
+    def _round(
+        self, number: int, clock: ContenderProcess | None, started: dict[str, ContenderProcess]
+    ) -> None:
+        counts = number >= 0
+        name = f"round {number + 1} of {self._rounds.repeat}" if counts else "warming up"
+        if counts and clock and not self.rated.problem:
+            time.sleep(PAUSE)
+            self._rate(clock)
+        for result in self._running():
+            self._told(f"{name}: {result.name}")
+            time.sleep(PAUSE)
+            with self._noting(result):
+                sample = started[result.name].generate()
+                if counts:
+                    result.samples.append(sample)
+
+    def _rate(self, clock: ContenderProcess) -> None:
+        rated = self.rated
+        try:
+            self.rated = dataclasses.replace(rated, samples=(*rated.samples, clock.generate()))
+        except BackendError as error:
+            self.rated = Rated(problem=str(error))
+
+    def _energy(self, result: Result, process: ContenderProcess) -> None:
+        """One generation after the other, for some seconds."""
+        if not self._rounds.meters.found:
+            result.energy = Energy(problem=self._rounds.meters.problem)
+            return
+        self._told(f"{result.name}: energy", 0)
+
+        def generate_for(seconds: float) -> int:
+            count, until = 0, time.perf_counter() + seconds
+            while not count or time.perf_counter() < until:
+                process.generate()
+                count += 1
+            return count * self._rounds.images
+
+        generate_for(SETTLE_SECONDS)
+        result.energy = measure(self._rounds.meters, partial(generate_for, ENERGY_SECONDS))

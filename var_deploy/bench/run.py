@@ -1,0 +1,259 @@
+"""What is compared with what, and the floors that it is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from var_deploy import names
+from var_deploy.bench.power import find_meters
+from var_deploy.bench.rates import Rates
+from var_deploy.bench.report import Report, Result, Run, Surroundings
+from var_deploy.bench.roofline import Floor, floors
+from var_deploy.bench.rounds import Comparison, Entry, Progress, Rated, Rounds
+from var_deploy.bundle.graph_refs import generation_graphs
+from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
+from var_deploy.errors import UsageError
+from var_deploy.host.installation import module_command, pip_install
+from var_deploy.host.machine import Machine, check_threads
+from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.planning.costs import graph_weights, workload_of
+from var_deploy.planning.devices import Device, find_device
+
+OURS, RATES = "var_deploy.bench.ours", "var_deploy.bench.rates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Somebody else's way to run the same model.
+
+    Attributes:
+        module: a program that speaks as `contender.serve` does, with its `arguments`.
+        needs: the Python module that it cannot do without, and the extra that brings it.
+    """
+
+    module: str
+    arguments: tuple[str, ...]
+    needs: str
+    extra: str
+
+
+def _torch(name: str) -> Peer:
+    return Peer(
+        module="var_deploy.export.baselines.torch_bench",
+        arguments=("--contender", name),
+        needs="torch",
+        extra="export",
+    )
+
+
+def _openvino(hint: str) -> Peer:
+    return Peer(
+        module="var_deploy.bench.openvino_peer",
+        arguments=("--hint", hint),
+        needs="openvino",
+        extra="openvino",
+    )
+
+
+PEERS: Mapping[str, Peer] = {
+    **{name: _torch(name) for name in ("torch", "torch-bf16", "torch-compile")},
+    "openvino": _openvino("f32"),
+    "openvino-bf16": _openvino("bf16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        batches: images of a generation; a run for each.
+        configs: of our own contenders, one each. Their threads, which are the same in all of them,
+            are for everything; None is a thread for each core that the process may use.
+        against: names of PEERS.
+        repeat: rounds that count; `warm_up`: rounds before, that do not.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    configs: tuple[RuntimeConfig, ...] = (RuntimeConfig(),)
+    against: tuple[str, ...] = ()
+    repeat: int = 10
+    warm_up: int = 2
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads, machine=Machine())
+
+    @property
+    def threads(self) -> int | None:
+        return self.configs[0].threads
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "batches": self.batches,
+            "precisions": tuple(config.precision for config in self.configs),
+            "backend": self.configs[0].backend,
+            "against": self.against,
+            "threads": self.threads,
+            "repeat": self.repeat,
+            "warm_up": self.warm_up,
+        }
+
+
+def bench(
+    bundle: Path,
+    settings: Settings,
+    *,
+    machine: Machine | None = None,
+    progress: Progress = lambda message, fraction: None,
+) -> Report:
+    """Compare, and say what was found.
+
+    A contender that fails is in the report, with its reason. Raises BundleError for a bundle that
+    cannot be trusted or that lacks a precision.
+    """
+    machine = machine or Machine()
+    manifest = read_manifest(bundle)
+    for config in settings.configs:
+        if config.precision != AUTO:
+            manifest.graph(config.precision, names.DECODER)
+    progress("reading the bundle", 0.0)
+    check_files(bundle, manifest)  # which also brings it into the page cache, for all alike
+    surroundings, meters, runs = Surroundings.of(machine), find_meters(machine), []
+    for number, images in enumerate(settings.batches):
+        rounds = Rounds(
+            images=images, warm_up=settings.warm_up, repeat=settings.repeat, meters=meters
+        )
+        comparison = Comparison(
+            entries(bundle, settings, images, machine),
+            module_command(RATES, "--threads", settings.threads or 0),
+            rounds,
+            partial(_part, progress, settings.batches, number),
+        )
+        comparison.run()
+        runs.append(judge(comparison, manifest, images, machine))
+    return Report(
+        name=bundle.absolute().name,
+        manifest=manifest,
+        surroundings=surroundings,
+        settings=settings.to_json(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        runs=runs,
+    )
+
+
+def _part(
+    progress: Progress, batches: Sequence[int], number: int, message: str, fraction: float
+) -> None:
+    """Progress of one run as a part of all."""
+    prefix = f"{batches[number]} a generation, " if len(batches) > 1 else ""
+    progress(prefix + message, (number + fraction) / len(batches))
+
+
+def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> list[Entry]:
+    """Ours first, then the peers, as they were named."""
+    found = []
+    options = (bundle, "--batch", images, "--threads", settings.threads or 0)
+    for config in settings.configs:
+        chosen = ("--precision", config.precision, "--backend", config.backend)
+        command = module_command(OURS, *options, *chosen)
+        name = "var-deploy" if config.precision == AUTO else f"var-deploy {config.precision}"
+        found.append(Entry(name=name, ours=True, command=command))
+    for name in settings.against:
+        peer = PEERS[name]
+        if machine.has_module(peer.needs):
+            command = module_command(peer.module, *options, *peer.arguments)
+            found.append(Entry(name=name, ours=False, command=command))
+        else:
+            problem = f"{peer.needs} is not installed; run {pip_install(peer.extra, peer.needs)}"
+            found.append(Entry(name=name, ours=False, problem=problem))
+    return found
+
+
+# what the times are held against
+
+
+def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
+    """A run with its rates, and floors for our own contenders."""
+    rated = comparison.rated
+    found = None
+    if rated.samples and rated.about is not None:
+        found = Rates.of(rated.samples, rated.about.threads)
+    for result in comparison.results:
+        if not result.ran:
+            continue
+        precision = result.about.graphs if result.about else ""
+        if precision in manifest.graphs:
+            result.weights = weights_used(manifest, precision)
+        if result.ours:
+            try:
+                device = _device(result, found, rated, machine)
+            except UsageError as error:
+                result.least_problem = str(error)
+                continue
+            result.least = least(manifest, precision, images, device)
+    return Run(
+        images=images, results=comparison.results, rates=found, rates_problem=rated.problem
+    )
+
+
+def weights_used(manifest: Manifest, precision: str) -> int:
+    """Bytes of the weights of one generation, each counted once: the static graphs of the scales
+    hold together what `step` holds."""
+    graphs = manifest.graphs[precision]
+    workload = workload_of(manifest, cast(Precision, precision))
+    wanted = [graph.name for graph in generation_graphs(manifest.model, "shared")]
+    return sum(
+        graphs[name].weight_bytes
+        if name in graphs
+        else graph_weights(workload, name).nbytes(workload.itemsize)
+        for name in wanted
+    )
+
+
+def least(manifest: Manifest, precision: str, images: int, device: Device) -> list[Floor]:
+    """Floors of the launches of a generation, those of several batches added up."""
+    batches = -(-images // manifest.batch)
+    return [
+        dataclasses.replace(
+            floor,
+            traffic=batches * floor.traffic,
+            operations=batches * floor.operations,
+            moving=batches * floor.moving,
+            computing=batches * floor.computing,
+        )
+        for floor in floors(workload_of(manifest, cast(Precision, precision)), device)
+    ]
+
+
+def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:
+    """What a contender ran on: a CPU as it was measured, a GPU as it is published.
+
+    Raises UsageError where the rates are not known.
+    """
+    if result.about is None or result.about.backend != CPU:
+        return find_device("this", machine)
+    if found is None:
+        raise UsageError(f"the rates of this machine could not be measured: {rated.problem}")
+    return measured_device(found)
+
+
+def measured_device(found: Rates) -> Device:
+    """The measured rates as a device: int8 products have one of their own."""
+    return Device(
+        name="measured",
+        title="this machine, as measured",
+        memory=0,
+        reserved=0,
+        bandwidth=found.bandwidth,
+        compute_rate=found.gemm["int8"],
+        full_rate=found.gemm["fp32"],
+        sm=None,
+        one_memory=True,
+        source="measured in the same run",
+    )

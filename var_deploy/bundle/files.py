@@ -1,0 +1,313 @@
+"""The files of one precision of a bundle, all of one generation.
+
+A bundle may be replaced or changed while a process uses it. What is checked here is read, hashed
+and used through the same descriptors: the bytes of a graph that were hashed are those that become a
+session, and the weights are mapped from the very file that was hashed, whatever its path has come
+to mean by then. Where a system has no path to a descriptor, files are compared once more after an
+inference library has opened them by path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from var_deploy import names
+from var_deploy.bundle.graph_refs import GraphRef, graph_ref
+from var_deploy.bundle.interfaces import Tensor
+from var_deploy.bundle.json_values import shown
+from var_deploy.bundle.onnx_file import MAX_BYTES, inspect_onnx, relocate
+from var_deploy.errors import BundleChangedError, BundleError
+from var_deploy.files.held_files import HeldFile
+from var_deploy.manifest import Manifest, TensorInfo, hold_file, read_manifest
+
+DESCRIPTORS = "/proc/self/fd"
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph that an inference library is about to open.
+
+    Attributes:
+        path: of the ONNX file.
+        ref: which graph it is.
+        files: that it belongs to, None for a graph outside of a bundle whose weights lie within.
+    """
+
+    path: Path
+    ref: GraphRef
+    files: BundleFiles | None = None
+
+    @classmethod
+    def outside(cls, path: Path) -> GraphFile:
+        """A graph that is not one of a bundle; messages call it by its file."""
+        return cls(path, GraphRef(name=path.stem, kind="other"))
+
+    def read(self) -> bytes:
+        """The checked bytes. Raises BundleError where the graph cannot be trusted."""
+        if self.files is not None:
+            return self.files.read(self.ref.name)
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read: {error.strerror or error}") from None
+
+    def key(self) -> Hashable:
+        """The same for graphs that may share a session: the same bytes over the same weights."""
+        return object() if self.files is None else self.files.key(self.ref.name)
+
+
+class BundleFiles:
+    """Opens what is needed of a bundle and holds on to it until it is closed.
+
+    Args:
+        hashes: read every file once and compare its hash; without, sizes are compared. Either way
+            all files lie in the folder that holds this very manifest.
+    """
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, precision: str, *, hashes: bool = True
+    ) -> None:
+        self._bundle, self._manifest, self._precision = bundle, manifest, precision
+        self._hashes = hashes
+        self._weights: HeldFile | None = None
+        self._graphs: dict[str, bytes] = {}
+        self._digests: dict[str, str] = {}
+        self._loaded = False
+        self._lock = threading.Lock()
+
+    def check(self, progress: Callable[[int], None] | None = None) -> None:
+        """Open every file of the precision. Raises BundleError naming the first that fails."""
+        if self._precision not in self._manifest.graphs:
+            self._manifest.graph(self._precision, names.DECODER)  # says what there is
+        # by path, a file could be that of a bundle which took the place only for a moment: a hash
+        # that differs would then be told as damage
+        folder = _open_folder(self._bundle)
+        try:
+            if folder is not None and self._digest_in(folder) != self._manifest.digest():
+                raise self._changed()
+            self._hold_weights(progress, folder)
+            graphs = self._manifest.graphs.get(self._precision, {})
+            for name, graph in graphs.items():
+                self._graphs[name] = self._read(graph.file, progress, folder)
+            for file in sorted(self._manifest.files):  # and what no graph refers to
+                known = (self._weights_name, *(graph.file for graph in graphs.values()))
+                if file.startswith(f"{self._precision}/") and file not in known:
+                    self._hold(file, progress, folder).close()
+        finally:
+            if folder is not None:
+                os.close(folder)
+
+    def graph(self, name: str) -> GraphFile:
+        """A graph to open; nothing is read yet. Raises BundleError where the bundle lacks it."""
+        file = self._manifest.graph(self._precision, name).file
+        ref = graph_ref(self._manifest.model, self._precision, name)
+        return GraphFile(self._bundle / file, ref, self)
+
+    def checked(self) -> tuple[HeldFile, Collection[bytes]]:
+        """The weights and the bytes of every graph, between `check` and `loaded`."""
+        with self._lock:
+            return self._hold_weights(), tuple(self._graphs.values())
+
+    def loaded(self, later: Collection[str]) -> None:
+        """Everything but the graphs `later` has been opened; what is kept is for these."""
+        self._loaded = True
+        self._graphs = {name: data for name, data in self._graphs.items() if name in later}
+
+    def read(self, name: str) -> bytes:
+        """Bytes of a graph, all checks passed, its weights beside it held.
+
+        Raises BundleError where it is not what the manifest lists, or not what is written here,
+        BundleChangedError where the bundle has been replaced or changed.
+        """
+        with self._lock:
+            info = self._manifest.graph(self._precision, name)
+            weights = self._hold_weights()
+            if self._loaded or name in self._graphs:
+                self._check_unchanged()
+            if not weights.at_path():
+                raise self._changed()
+            if name not in self._graphs:
+                self._graphs[name] = self._read(info.file)
+            data = self._graphs[name]
+        if name in self._digests:
+            return data
+        try:
+            found = inspect_onnx(data, weights.size)
+            _compare("input", info.inputs, found.inputs)
+            _compare("output", info.outputs, found.outputs)
+        except BundleError as error:
+            raise BundleError(
+                f"{self._bundle / info.file} is not a graph of a bundle: {error}; export the "
+                "bundle again"
+            ) from None
+        self._digests[name] = hashlib.sha256(data).hexdigest()
+        return data
+
+    def by_descriptor(self, data: bytes) -> tuple[bytes, str] | None:
+        """See `by_descriptor` above, over the held weights."""
+        with self._lock:
+            return by_descriptor(data, self._hold_weights())
+
+    def key(self, name: str) -> Hashable:
+        """See `GraphFile.key`; after `read`."""
+        with self._lock:
+            return (self._digests[name], self._hold_weights().identity)
+
+    def confirm(self, name: str) -> None:
+        """Raise BundleChangedError where the paths of a graph and its weights no longer lead to
+        what `read` gave: for a library that has opened them by path."""
+        with self._lock:
+            file = self._manifest.graph(self._precision, name).file
+            try:
+                again = self._hold(file)
+                same = again.read() == self._graphs.get(name)
+                again.close()
+            except BundleError:
+                same = False
+            if not same or not self._hold_weights().at_path():
+                raise self._changed()
+            self._check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Before work with weights that are mapped: nobody has written to their file.
+
+        Takes microseconds; where the file's times have changed, its content is hashed again.
+        Raises BundleChangedError.
+        """
+        with self._lock:
+            self._check_unchanged()
+
+    def replaced(self) -> bool:
+        """Whether the bundle at this path is no longer the one that the manifest was read from."""
+        with self._lock:
+            if self._weights is not None and not self._weights.at_path():
+                return True
+        try:
+            return read_manifest(self._bundle).digest() != self._manifest.digest()
+        except BundleError:
+            return True
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        with self._lock:
+            self._graphs.clear()
+            if self._weights is not None:
+                self._weights.close()
+                self._weights = None
+
+    @property
+    def _weights_name(self) -> str:
+        return f"{self._precision}/{names.WEIGHTS}"
+
+    def _hold_weights(
+        self, progress: Callable[[int], None] | None = None, folder: int | None = None
+    ) -> HeldFile:
+        if self._weights is None:
+            self._weights = self._hold(self._weights_name, progress, folder)
+        return self._weights
+
+    def _hold(
+        self,
+        name: str,
+        progress: Callable[[int], None] | None = None,
+        folder: int | None = None,
+    ) -> HeldFile:
+        return hold_file(
+            self._bundle,
+            self._manifest,
+            name,
+            hashes=self._hashes,
+            progress=progress,
+            folder=folder,
+        )
+
+    def _read(
+        self,
+        name: str,
+        progress: Callable[[int], None] | None = None,
+        folder: int | None = None,
+    ) -> bytes:
+        """Bytes of the ONNX file `name`: those that were hashed."""
+        info = self._manifest.files[name]
+        if info.size > MAX_BYTES:
+            raise BundleError(
+                f"{self._bundle / name} has {info.size} bytes, at most {MAX_BYTES} are expected of "
+                "a graph; export the bundle again"
+            )
+        file = self._hold(name, progress, folder)
+        try:
+            data = file.read()
+        except OSError as error:
+            words = error.strerror or error
+            raise BundleError(f"{file.path} cannot be read ({words}); load it again") from None
+        finally:
+            file.close()
+        intact = len(data) == info.size
+        if not intact or (self._hashes and hashlib.sha256(data).hexdigest() != info.sha256):
+            raise self._changed()
+        return data
+
+    def _check_unchanged(self) -> None:
+        weights = self._weights
+        if weights is None or weights.now() == weights.identity:
+            return
+        # a link made or a name removed changes the times as well, but not the content
+        expected = self._manifest.files[self._weights_name].sha256
+        found = next(filter(None, (weights.sha256() for _ in range(3))), None)
+        if not self._loaded and (found is None or found[0] != expected):
+            raise self._changed()
+        if found is None or found[0] != expected:
+            raise BundleChangedError(
+                f"{weights.path} was overwritten since the bundle was loaded; load it again"
+            )
+        weights.identity = found[1]
+
+    def _digest_in(self, folder: int) -> str:
+        return read_manifest(self._bundle, folder=folder).digest()
+
+    def _changed(self) -> BundleChangedError:
+        if self._loaded:
+            return BundleChangedError(
+                f"the bundle at {self._bundle} was replaced since it was loaded; load it again"
+            )
+        return BundleChangedError(f"the bundle at {self._bundle} changed while it was read")
+
+
+def _compare(kind: str, listed: Sequence[TensorInfo], declared: Sequence[Tensor]) -> None:
+    """Raise BundleError where a graph's inputs or outputs are not those that the manifest lists."""
+    found = {tensor[0]: tensor for tensor in declared}
+    for tensor in listed:
+        if tensor.name not in found:
+            raise BundleError(f"{kind} {tensor.name} is missing")
+        if found.pop(tensor.name) != (tensor.name, tensor.dtype, tensor.shape):
+            raise BundleError(
+                f"{kind} {tensor.name} has another type or shape than {names.MANIFEST} says"
+            )
+    if found or len(declared) != len(listed):
+        extra = next(iter(found), "that is there twice")
+        raise BundleError(f"{kind} {shown(extra)} is not in {names.MANIFEST}")
+
+
+def by_descriptor(data: bytes, weights: HeldFile) -> tuple[bytes, str] | None:
+    """An ONNX file whose weights are named by the path of a descriptor instead of weights.bin, and
+    the folder that this path is relative to; None where the system has no such paths."""
+    place = f"{DESCRIPTORS}/{weights.descriptor}"
+    if not os.path.exists(place):
+        return None
+    return relocate(data, place.lstrip("/")), "/"
+
+
+def _open_folder(bundle: Path) -> int | None:
+    """A descriptor of the folder, through which its files are of one generation; None where the
+    system has none. Raises BundleError."""
+    if os.open not in os.supports_dir_fd:
+        return None
+    try:
+        return os.open(bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BundleError(f"{bundle} cannot be read ({error.strerror}); load it again") from None

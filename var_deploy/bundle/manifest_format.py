@@ -1,0 +1,245 @@
+"""What manifest.json may hold: every type, every bound, and what must agree with what.
+
+Sizes decide the inputs and outputs of every graph, and these decide the buffers of a generation. So
+sizes are bounded first, then the listed tensors are compared with those that follow from the sizes:
+what is bound to a graph later cannot be a surprise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from var_deploy import names
+from var_deploy.bundle.interfaces import Interfaces, Tensor
+from var_deploy.bundle.json_values import DamagedError, Value, shown
+from var_deploy.manifest import FileInfo, GraphInfo, LeavesError, Manifest, TensorInfo
+from var_deploy.sampling import Sampling
+from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
+
+PRECISIONS = ("fp32", "fp16", "int8")
+# Far above every released model, and small enough that nothing below takes long or overflows.
+MAX_SCALES, MAX_SIDE, MAX_LEVELS = 64, 512, 10
+MAX_BATCH, MAX_CLASSES, MAX_FILES = 4096, 1_000_000, 10_000
+MAX_FILE_BYTES = MAX_BUFFER_BYTES = 1 << 40  # 1 TiB
+TOKENIZER_SIZES = {
+    "vocab_size": (1, 1 << 20),
+    "code_width": (1, 1 << 14),
+    "base_width": (1, 1 << 14),
+    "res_blocks": (1, 64),
+    "shared_phi": (0, MAX_SCALES),
+    "image_channels": (1, 64),
+}
+TRANSFORMER_SIZES = {
+    "depth": (1, 512),
+    "width": (1, 1 << 16),
+    "heads": (1, 1 << 12),
+    "classes": (0, MAX_CLASSES),
+    "ffn_width": (1, 1 << 18),
+}
+SHA256 = "[0-9a-f]{64}"
+# a part of a path: no separator or drive of any system, nothing that a terminal would act on
+_PART = re.compile(r"[^\\/:\x00-\x1f\x7f]{1,255}")
+NAME_LENGTH = 1000
+
+
+def parse_manifest(data: Value) -> Manifest:
+    """The manifest in `data`, whose schema version is known to be one that is read here.
+
+    Raises DamagedError or UsageError for what the format does not allow, and LeavesError for a
+    path that leads out of the bundle.
+    """
+    model = _model(data.member("model"))
+    batch = data.member("batch").whole(1, MAX_BATCH)
+    guidance = data.member("guidance").flag()
+    members = data.members()
+    more_smooth = "more_smooth" in members and members["more_smooth"].flag()
+    if guidance and not model.transformer.conditional:
+        raise DamagedError("guidance is true, expected false of a model without classes")
+    files = {
+        _normal(name): FileInfo(
+            size=info.member("size").whole(0, MAX_FILE_BYTES),
+            sha256=info.member("sha256").text(SHA256, "64 hexadecimal digits"),
+        )
+        for name, info in data.member("files").members(MAX_FILES).items()
+    }
+    graphs = {}
+    for precision, listed in data.member("graphs").members().items():
+        if precision not in PRECISIONS:
+            raise DamagedError(
+                f"graphs.{shown(precision)} is unknown, expected {', '.join(PRECISIONS)}"
+            )
+        interfaces = Interfaces(
+            model=model,
+            precision=precision,
+            batch=batch,
+            guidance=guidance,
+            more_smooth=more_smooth,
+        )
+        if interfaces.buffer_bytes() > MAX_BUFFER_BYTES:
+            raise DamagedError(
+                f"the sizes of the model and batch {batch} ask for {interfaces.buffer_bytes():.3g} "
+                f"bytes of buffers, at most {MAX_BUFFER_BYTES} are expected"
+            )
+        graphs[precision] = _graphs(listed, interfaces, files)
+    if not graphs:
+        raise DamagedError("graphs is empty, expected those of one precision or more")
+    defaults = Sampling(**_settings(data.member("defaults")))
+    defaults.check(model.scales)
+    labels = tuple(label.text() for label in data.member("labels").items(MAX_CLASSES))
+    if len(labels) not in (0, model.transformer.classes):
+        classes = model.transformer.classes
+        raise DamagedError(f"labels has {len(labels)} names, expected none or {classes}")
+    return Manifest(
+        model=model,
+        preset=data.member("preset").text(),
+        batch=batch,
+        guidance=guidance,
+        graphs=graphs,
+        files=files,
+        checkpoint=_checkpoint(data.member("checkpoint")),
+        tools={name: tool.text() for name, tool in data.member("tools").members(100).items()},
+        defaults=defaults,
+        labels=labels,
+        parity=_parity(data.member("parity")),
+        more_smooth=more_smooth,
+        schema_version=data.member("schema_version").raw,
+    )
+
+
+def _model(data: Value) -> ModelSpec:
+    """Raises UsageError besides, as the specs do."""
+    given = data.only("tokenizer", "transformer").member("tokenizer")
+    tokenizer: dict[str, Any] = {
+        name: given.member(name).whole(low, high) for name, (low, high) in TOKENIZER_SIZES.items()
+    }
+    sides = [n.whole(1, MAX_SIDE) for n in given.member("patch_nums").items(MAX_SCALES)]
+    levels = [n.whole(1, 64) for n in given.member("width_multipliers").items(MAX_LEVELS)]
+    if not levels:
+        raise DamagedError("model.tokenizer.width_multipliers is empty")
+    flags = {"codebook_per_scale": given.member("codebook_per_scale").flag()}
+    ratio = given.member("phi_ratio").number(-1e3, 1e3)
+    given.only(*TOKENIZER_SIZES, *flags, "patch_nums", "width_multipliers", "phi_ratio")
+    other = data.member("transformer")
+    transformer: dict[str, Any] = {
+        name: other.member(name).whole(low, high)
+        for name, (low, high) in TRANSFORMER_SIZES.items()
+    }
+    kinds = {name: other.member(name).flag() for name in ("shared_adaln", "qk_l2_norm")}
+    family = other.member("family").one_of("var", "gpt2")
+    eps = other.member("norm_eps").number(0, 1)
+    other.only(*TRANSFORMER_SIZES, *kinds, "family", "norm_eps")
+    return ModelSpec(
+        tokenizer=TokenizerSpec(
+            **tokenizer,
+            **flags,
+            patch_nums=tuple(sides),
+            width_multipliers=tuple(levels),
+            phi_ratio=ratio,
+        ),
+        transformer=TransformerSpec(
+            **transformer,
+            **kinds,
+            family="gpt2" if family == "gpt2" else "var",
+            norm_eps=eps,
+        ),
+    )
+
+
+def _checkpoint(data: Value) -> Mapping[str, Any]:
+    """Where the weights came from: for people, but for the seed of random ones."""
+    for part in ("tokenizer", "transformer"):
+        members = data.member(part).members()
+        if "random_weights" in members and members["random_weights"].raw is not None:
+            members["random_weights"].whole(0, 2**64 - 1)
+    return data.plain()
+
+
+def _parity(data: Value) -> Mapping[str, Any] | None:
+    """The report of `verify`, as far as it is read again."""
+    if data.raw is None:
+        return None
+    report = data.members()
+    data.member("passed").flag()
+    if "failure" in report and report["failure"].raw is not None:
+        report["failure"].words()
+    for line in report["verdict"].items() if "verdict" in report else ():
+        line.words()
+    for check in report["checks"].items() if "checks" in report else ():
+        check.member("passed").flag()
+        for name in ("precision", "graph", "tensor", "tokens"):
+            check.member(name).words()
+        for name in ("relative", "bound"):
+            if check.member(name).raw is not None:
+                check.member(name).number(-1e300, 1e300)
+    return data.plain()
+
+
+def _settings(data: Value) -> dict[str, Any]:
+    """Values are for `Sampling` to check."""
+    data.only("cfg", "top_k", "top_p", "temperature")
+    return {name: value.raw for name, value in data.members().items()}
+
+
+def _graphs(
+    data: Value, interfaces: Interfaces, files: Mapping[str, FileInfo]
+) -> dict[str, GraphInfo]:
+    precision, known = interfaces.precision, set(interfaces.graphs())
+    weights = f"{precision}/{names.WEIGHTS}"
+    graphs = {}
+    for name, given in data.members().items():
+        if name not in known:
+            raise DamagedError(f"{given.place} is not a graph of this model")
+        given.only("file", "inputs", "outputs", "weight_bytes")
+        file, expected = given.member("file"), f"{precision}/{names.graph_file(name)}"
+        if _normal(file.text()) != expected:
+            raise file.refuse(expected)
+        for needed in (expected, weights):
+            if needed not in files:
+                raise DamagedError(f"it has no hash of {needed}")
+        graphs[name] = GraphInfo(
+            file=expected,
+            inputs=_tensors(given.member("inputs"), interfaces.inputs(name)),
+            outputs=_tensors(given.member("outputs"), interfaces.outputs(name)),
+            weight_bytes=given.member("weight_bytes").whole(0, files[weights].size),
+        )
+    return graphs
+
+
+def _tensors(data: Value, expected: list[Tensor]) -> tuple[TensorInfo, ...]:
+    """The listed tensors, in any order, which must be the expected ones."""
+    usual = [{"name": name, "dtype": kind, "shape": list(shape)} for name, kind, shape in expected]
+    if data.raw == usual:  # as the exporter writes it: nothing to tell
+        return tuple(TensorInfo(name=n, dtype=kind, shape=shape) for n, kind, shape in expected)
+    wanted, found = {tensor[0]: tensor for tensor in expected}, list[TensorInfo]()
+    for given in data.items(len(expected)):
+        given.only("name", "dtype", "shape")
+        name = given.member("name").text()
+        if name not in wanted:
+            raise given.member("name").refuse(
+                f"one of {', '.join(wanted)}" if len(wanted) < 8 else "a tensor of this graph"
+            )
+        _, dtype, shape = wanted.pop(name)
+        if given.member("dtype").text() != dtype:
+            raise given.member("dtype").refuse(dtype)
+        sizes = given.member("shape")
+        listed = [size.raw for size in sizes.items(len(shape))]
+        if [(type(n), n) for n in listed] != [(type(n), n) for n in shape]:
+            raise sizes.refuse(f"{list(shape)}, which follows from the sizes of the model")
+        found.append(TensorInfo(name=name, dtype=dtype, shape=shape))
+    if wanted:
+        raise DamagedError(f"{data.place} lacks {next(iter(wanted))}")
+    return tuple(found)
+
+
+def _normal(name: str) -> str:
+    """A path in the bundle as the exporter writes it: names with slashes between them."""
+    parts = name.split("/")
+    good = len(name) <= NAME_LENGTH and all(_PART.fullmatch(part) for part in parts)
+    if not good or "." in parts or ".." in parts:
+        raise LeavesError(
+            f"names {shown(name)}, which leaves the bundle or is not a plain path such as "
+            f"fp32/{names.WEIGHTS}"
+        )
+    return name

@@ -1,0 +1,80 @@
+"""Repeats generations until their times can be told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from var_deploy.runtime.backends.protocol import Clock
+from var_deploy.runtime.measure import Spread, launch_seconds
+
+BUDGET = 20.0  # seconds for one kind of repetition
+WARM_UP = 0.1  # share of it that is run before; clocks rise and caches fill meanwhile
+FEWEST, MOST, FEWEST_WARM_UPS = 5, 200, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """One generation of B images.
+
+    Attributes:
+        image: from the start of the first launch to the end of the last.
+        call: of the whole `ScaleLoop.run` as the host sees it, copies and checks included.
+        launches: by name, in order; empty where they cannot be told apart.
+    """
+
+    image: Spread
+    call: Spread
+    launches: Mapping[str, Spread]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "image": self.image.to_json(),
+            "call": self.call.to_json(),
+            "launches": {name: spread.to_json() for name, spread in self.launches.items()},
+        }
+
+
+def time_images(
+    run: Callable[[], object], clock: Clock, launches: Sequence[str], budget: float = BUDGET
+) -> Latency:
+    """Time `run`, a generation of a loop with this clock: first as a whole, then launch by launch,
+    each for about `budget` seconds."""
+    clock.each = False
+    clock.laps()  # what was marked before belongs to nobody
+    _repeat(run, FEWEST_WARM_UPS, WARM_UP * budget, clock.laps, most=None)
+    images: list[float] = []
+    calls = _repeat(run, FEWEST, budget, lambda: images.append(sum(clock.laps())))
+    clock.each = True
+    parts: list[list[float]] = []
+    _repeat(run, FEWEST, budget, lambda: parts.append(launch_seconds(clock.laps())))
+    clock.each = False
+    fit = all(len(laps) == len(launches) for laps in parts)
+    columns = zip(launches, zip(*parts, strict=True), strict=True) if fit else ()
+    return Latency(
+        image=Spread.of(images),
+        call=Spread.of(calls),
+        launches={name: Spread.of(laps) for name, laps in columns},
+    )
+
+
+def _repeat(
+    run: Callable[[], object],
+    fewest: int,
+    budget: float,
+    after: Callable[[], object],
+    most: int | None = MOST,
+) -> list[float]:
+    """Seconds of each of at least `fewest` runs, as many as the budget allows up to `most`."""
+    seconds: list[float] = []
+    started = time.perf_counter()
+    while most is None or len(seconds) < most:
+        before = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - before)
+        after()
+        if len(seconds) >= fewest and time.perf_counter() - started > budget:
+            break
+    return seconds

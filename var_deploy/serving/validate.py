@@ -1,0 +1,171 @@
+"""What a body asks for, as a `Work`. Everything that can be wrong with it is found here."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+from PIL import Image
+
+from var_deploy import names
+from var_deploy.errors import UsageError
+from var_deploy.image.editing import Edit, Variation, box_mask
+from var_deploy.image.pictures import Mask, read_edit, read_pictures, upright
+from var_deploy.manifest import Manifest
+from var_deploy.runtime.request import Request, label_numbers, streams
+from var_deploy.serving.backend import Work
+from var_deploy.serving.bodies import EncodedText
+from var_deploy.serving.schemas import Body, EditBody, ImagesBody, VaryBody
+from var_deploy.serving.settings import Settings
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+class TooLargeError(UsageError):
+    """A picture has more pixels than the service takes."""
+
+
+def ask_images(
+    body: ImagesBody, manifest: Manifest, limits: Settings, previews: bool = False
+) -> Work:
+    """Raises UsageError for labels, seeds, counts or settings out of range."""
+    if body.labels is not None and not body.labels:
+        raise UsageError("labels is empty: name some, or leave it out to draw without a class")
+    count = _count(body, max(len(body.labels or ()), len(_seeds(body))), limits)
+    numbers = [manifest.model.transformer.classes]
+    if body.labels is not None:
+        numbers = label_numbers(manifest, body.labels[:count])
+    labels = [numbers[n % len(numbers)] for n in range(count)]
+    return _work(body, manifest, labels, streams(body.seed, count), previews)
+
+
+def ask_edit(
+    body: EditBody, manifest: Manifest, limits: Settings, precision: str, previews: bool = False
+) -> Work:
+    """Raises UsageError as `ask_images` does, and for what is no picture or no mask of it.
+
+    Unpacks the picture, which takes a while and much memory: not for an event loop, nor for two
+    threads at a time.
+    """
+    if (body.mask is None) == (body.box is None):
+        raise UsageError("an edit needs a mask or a box, and not both")
+    # all of this before anything is unpacked
+    work = _from_picture(body, manifest, limits, precision, previews)
+    return dataclasses.replace(work, edit=_edit(body, manifest, limits))
+
+
+def ask_vary(
+    body: VaryBody, manifest: Manifest, limits: Settings, precision: str, previews: bool = False
+) -> Work:
+    """Raises UsageError as `ask_edit` does, and for a scale that the model does not have.
+
+    Unpacks the picture, see `ask_edit`.
+    """
+    scales = manifest.model.scales
+    if not 0 <= body.from_scale <= scales:
+        raise UsageError(f"from_scale must lie between 0 and {scales}, found {body.from_scale}")
+    work = _from_picture(body, manifest, limits, precision, previews)
+    tokenizer = manifest.model.tokenizer
+    picture = open_picture(body.image, "the picture", limits.pixels)
+    pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)
+    return dataclasses.replace(work, edit=Variation(pixels=pixels, from_scale=body.from_scale))
+
+
+def _from_picture(
+    body: EditBody | VaryBody,
+    manifest: Manifest,
+    limits: Settings,
+    precision: str,
+    previews: bool,
+) -> Work:
+    """What all requests with a picture have in common, without the picture."""
+    if not can_edit(manifest, precision):
+        raise UsageError("the bundle has no encoder, so it cannot edit; export it again")
+    seeds = _seeds(body)
+    count = _count(body, len(seeds), limits)
+    if len(seeds) == 1:  # each image can be made again by itself: as `var-deploy edit` counts
+        seeds = [seeds[0] + n for n in range(count)]
+    numbers = [manifest.model.transformer.classes]
+    if body.label is not None:
+        numbers = label_numbers(manifest, [body.label])
+    return _work(body, manifest, numbers * count, streams(seeds, count), previews)
+
+
+def can_edit(manifest: Manifest, precision: str) -> bool:
+    return names.ENCODER in manifest.graphs[precision]
+
+
+def _edit(body: EditBody, manifest: Manifest, limits: Settings) -> Edit:
+    tokenizer = manifest.model.tokenizer
+    picture = open_picture(body.image, "the picture", limits.pixels)
+    picture = upright(picture, tokenizer.image_channels)
+    mask: Mask
+    if body.box is not None:
+        mask = box_mask(body.box, picture.height, picture.width)
+    else:
+        assert body.mask is not None  # or there is a box
+        mask = open_picture(body.mask, "the mask", limits.pixels)
+    return read_edit(
+        picture, mask, tokenizer, outside=body.outside, keep_pixels=body.keep_pixels
+    )
+
+
+def open_picture(text: EncodedText, what: str, pixels: int) -> Image.Image:
+    """A picture that was sent as base64, its header read and its size looked at.
+
+    Raises TooLargeError, and UsageError for what is no base64 or no picture.
+    """
+    try:
+        data = text.base64()
+    except ValueError:
+        raise UsageError(f"{what} is no base64") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(data, formats=FORMATS)
+        if image.width * image.height > pixels:
+            raise Image.DecompressionBombError
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise TooLargeError(
+            f"{what} has more than the {pixels} pixels that this service takes; make it smaller"
+        ) from None
+    except Exception:  # a damaged file raises whatever its decoder stumbles over
+        raise UsageError(f"{what} is no PNG, JPEG or WebP, or a damaged one") from None
+    return image
+
+
+def _seeds(body: Body) -> list[int]:
+    if body.seed == []:
+        raise UsageError("seed is empty: give one number, or one an image")
+    return body.seed if isinstance(body.seed, list) else [body.seed]
+
+
+def _count(body: ImagesBody | EditBody | VaryBody, default: int, limits: Settings) -> int:
+    count = default if body.count is None else body.count
+    if not 1 <= count <= limits.count:
+        raise UsageError(f"count must lie between 1 and {limits.count}, found {count}")
+    return count
+
+
+def _work(
+    body: Body,
+    manifest: Manifest,
+    labels: Sequence[int],
+    drawn: Sequence[tuple[int, int]],
+    previews: bool,
+) -> Work:
+    sampling = manifest.sampling(
+        cfg=body.cfg, top_k=body.top_k, top_p=body.top_p, temperature=body.temperature
+    )
+    request = Request(labels=labels, streams=drawn, sampling=sampling)
+    return Work(request=request, previews=previews, deadline=_deadline(body))
+
+
+def _deadline(body: Body) -> float | None:
+    """The largest wait that makes sense is bounded too: a clock cannot hold any number."""
+    if body.deadline is not None and not 0 < body.deadline <= 86400:
+        raise UsageError(
+            f"deadline must be a number of seconds above 0 and up to 86400, found {body.deadline}"
+        )
+    return body.deadline
