@@ -136,8 +136,8 @@ def test_a_deleted_folder_is_no_reason_to_fail(
 def test_a_zipped_package_starts_its_children(tmp_path: Path) -> None:
     archive = tmp_path / "app.pyz"
     with zipfile.ZipFile(archive, "w") as packed:
-        for path in (SOURCES / "var_deploy").glob("*.py"):
-            packed.write(path, f"var_deploy/{path.name}")
+        for path in (SOURCES / "var_deploy").rglob("*.py"):
+            packed.write(path, path.relative_to(SOURCES))
         packed.writestr(
             "__main__.py",
             "import subprocess; from var_deploy.host.installation import code_command\n"
@@ -145,7 +145,7 @@ def test_a_zipped_package_starts_its_children(tmp_path: Path) -> None:
             "subprocess.run(code_command(show), cwd='/', check=True)\n",
         )
     shown = output(sys.executable, archive.name, folder=tmp_path)
-    assert Path(shown.strip()) == archive / "var_deploy" / "machine.py"
+    assert Path(shown.strip()) == archive / "var_deploy" / "host" / "machine.py"
 
 
 # half a package: what a checkout is to `python -m`
