@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError, UsageError
-from var_deploy.export.checkpoint.assemble import assemble as checkpoints
+from var_deploy.export.checkpoint import assemble as checkpoints
 from var_deploy.export.checkpoint.assemble import (
     build_modules,
     check_state,
@@ -278,7 +278,7 @@ LOAD = """
 import re, sys
 from pathlib import Path
 import torch
-from var_deploy.export.checkpoint.assemble import assemble as c
+from var_deploy.export.checkpoint import assemble as c
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -21,7 +21,7 @@ from var_deploy import names
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
 from var_deploy.export.lint.int8 import lint_int8
-from var_deploy.export.verify.bundle import bundle as verifying
+from var_deploy.export.verify import bundle as verifying
 from var_deploy.export.verify.bundle import tolerance, verify_model
 from var_deploy.export.verify.difference import norm_error, place_of_error, top_1_agreement
 from var_deploy.export.verify.graphs import GraphVerifier

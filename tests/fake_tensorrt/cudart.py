@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -423,6 +424,38 @@ def cudaGraphExecDestroy(graphExec: cudaGraphExec_t) -> None:
     _nodes(graphExec)
     del graphExec._nodes
     _state.alive["executable graph"] -= 1
+
+
+class cudaEvent_t:
+    at: float | None = None
+
+
+@api(1)
+def cudaEventCreate() -> cudaEvent_t:
+    _state.alive["event"] += 1
+    return cudaEvent_t()
+
+
+@api()
+def cudaEventRecord(event: cudaEvent_t, stream: cudaStream_t) -> None:
+    enqueue(int(stream), lambda: setattr(event, "at", time.perf_counter()))
+
+
+@api(captured=False)
+def cudaEventSynchronize(event: cudaEvent_t) -> None:
+    for stream in _state.streams.values():
+        stream.run()
+
+
+@api(1)
+def cudaEventElapsedTime(start: cudaEvent_t, end: cudaEvent_t) -> float:
+    assert start.at is not None and end.at is not None, "asked before the work was done"
+    return 1e3 * (end.at - start.at)
+
+
+@api()
+def cudaEventDestroy(event: cudaEvent_t) -> None:
+    _state.alive["event"] -= 1
 
 
 def cudaGetLastError() -> tuple[cudaError_t]:

@@ -23,7 +23,7 @@ def _gpu() -> None:
     try:
         Cuda().close()
     except BackendError as error:
-        pytest.skip(f"no GPU can be used: {error}")
+        pytest.skip(f"no GPU can be used: {str(error).partition(';')[0]}")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 
 from var_deploy.errors import BackendError
 from var_deploy.runtime.backends.cuda import Cuda, PinnedMemory, load_api
-from var_deploy.runtime.measure import CudaClock
 
 SIZE = 1 << 20
 
@@ -84,7 +83,7 @@ def test_a_recording_that_fails_leaves_a_stream_that_works(cuda: Cuda) -> None:
 
 
 def test_events_time_what_lies_between_them(cuda: Cuda) -> None:
-    clock, block = CudaClock(cuda.stream), cuda.allocate(1 << 28)
+    clock, block = cuda.clock(), cuda.allocate(1 << 28)
     half = block.nbytes // 2
 
     def laps() -> list[float]:

@@ -14,7 +14,7 @@ import fake_tensorrt
 from fake_tensorrt import cudart
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.backends.choice import choice as backends
+from var_deploy.runtime.backends import choice as backends
 from var_deploy.runtime.backends.cuda import Cuda
 from var_deploy.runtime.tensorrt import library as libraries
 from var_deploy.runtime.tensorrt.build import build_bundle

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
+from var_deploy.config import Loaded
 from var_deploy.errors import BackendError, CancelledError, UsageError
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -74,7 +75,8 @@ def fresh(export_to: ExportTo, noting: Noting) -> Iterator[Pipeline]:
     folder = export_to(batch=2)
     manifest = read_manifest(folder)
     loop = ScaleLoop(folder, manifest, noting, "fp32", "shared")
-    with Pipeline(manifest, loop, "fp32", "shared", noting.describe()) as pipeline:
+    loaded = Loaded(precision="fp32", backend=noting.name, layout="shared")
+    with Pipeline(manifest, loop, loaded) as pipeline:
         yield pipeline
 
 

@@ -15,7 +15,7 @@ from var_deploy.config import CUDA, RuntimeConfig
 from var_deploy.errors import BackendError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.runtime.backends.choice import choice as backends
+from var_deploy.runtime.backends import choice as backends
 from var_deploy.runtime.backends.choice import choose_backend
 from var_deploy.runtime.backends.host_memory import HostMemory
 from var_deploy.triton.repository import on_gpu

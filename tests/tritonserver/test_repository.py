@@ -15,7 +15,7 @@ from tritonserver.server import PYTHON
 
 from cli_steps import done, refused, run, tree
 from var_deploy.manifest import read_manifest
-from var_deploy.runtime.backends.choice import choice as backends
+from var_deploy.runtime.backends import choice as backends
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
 from var_deploy.runtime.tensorrt.target import Target
