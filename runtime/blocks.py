@@ -51,9 +51,9 @@ class Block(_Packed):
         self._memory, self._base = memory, memory.allocate(pack(fields)[1])
         super().__init__(self._base.address, self._base.owner, fields)
 
-    def forget(self) -> None:
-        """See `Memory.forget`."""
-        self._memory.forget(self._base)
+    def discard(self) -> None:
+        """See `Memory.discard`."""
+        self._memory.discard(self._base)
 
 
 class SharedBlock(_Packed):

@@ -67,9 +67,9 @@ class CacheArena:
     def nbytes(self) -> int:
         return self._block.nbytes
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """The last scale has read the cache; until the next generation nobody does."""
-        self._block.forget()
+        self._block.discard()
 
     def past(self, scale: int) -> dict[str, Array]:
         """What scale k attends to besides itself, [P_k, G, H, D] each ([1, G, H, D] at 0)."""
@@ -106,10 +106,10 @@ class LoopBuffers:
         self._spec = spec = manifest.model
         self._batch, self._more_smooth = manifest.batch, manifest.more_smooth
         self.arena = CacheArena(manifest, cache_dtype, memory)
-        self.given = SharedBlock(memory, _given_fields(manifest))
-        self.made = SharedBlock(memory, _made_fields(manifest))
+        self.inputs = SharedBlock(memory, _input_fields(manifest))
+        self.outputs = SharedBlock(memory, _output_fields(manifest))
         self.latent = SharedBlock(memory, _latent_fields(manifest))
-        self._inner = Block(memory, _inner_fields(manifest))
+        self._intermediates = Block(memory, _intermediate_fields(manifest))
         geometry = {
             _at(name, k): value
             for k in range(spec.scales)
@@ -124,8 +124,8 @@ class LoopBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks in the backend's memory."""
-        blocks = (self.arena, self.given, self.made, self.latent, self._inner, self._fixed)
-        return sum(block.nbytes for block in blocks)
+        shared = (self.inputs, self.outputs, self.latent, self._fixed)
+        return sum(block.nbytes for block in (self.arena, self._intermediates, *shared))
 
     def fill(
         self,
@@ -139,37 +139,37 @@ class LoopBuffers:
         """Set what one generation is given: B labels, B·T uniforms, the settings, the tokens
         [B, L_k] of the first scales where they are not to be drawn, what to keep of others, and
         the Gumbel noise of each image [T, V] where codes are mixed (zeros where it is left out)."""
-        spec, given = self._spec, self.given.host
-        given[names.LABELS][: self._batch] = labels
-        given[names.LABELS][self._batch :] = spec.transformer.classes
+        spec, inputs = self._spec, self.inputs.host
+        inputs[names.LABELS][: self._batch] = labels
+        inputs[names.LABELS][self._batch :] = spec.transformer.classes
         prefix = spec.prefix_lengths
         for k in range(spec.scales):
             chosen = sampling.at(k, spec.scales)
-            given[_at(names.CFG, k)][...] = chosen.guidance
-            given[_at(names.TEMPERATURE, k)][...] = chosen.temperature
-            given[_at(names.TOP_K, k)][...] = chosen.top_k
-            given[_at(names.TOP_P, k)][...] = chosen.top_p
-            given[_at(names.UNIFORMS, k)][...] = uniforms_BT[:, prefix[k] : prefix[k + 1]]
-            given[_at(names.KEEP_MASK, k)][...] = k < len(forced)
+            inputs[_at(names.CFG, k)][...] = chosen.guidance
+            inputs[_at(names.TEMPERATURE, k)][...] = chosen.temperature
+            inputs[_at(names.TOP_K, k)][...] = chosen.top_k
+            inputs[_at(names.TOP_P, k)][...] = chosen.top_p
+            inputs[_at(names.UNIFORMS, k)][...] = uniforms_BT[:, prefix[k] : prefix[k + 1]]
+            inputs[_at(names.KEEP_MASK, k)][...] = k < len(forced)
             if k < len(forced):
-                given[_at(names.KEEP_TOKENS, k)][...] = forced[k]
+                inputs[_at(names.KEEP_TOKENS, k)][...] = forced[k]
             elif keep is not None:
-                given[_at(names.KEEP_MASK, k)][...] = keep.masks[k]
-                given[_at(names.KEEP_TOKENS, k)][...] = keep.tokens[k]
+                inputs[_at(names.KEEP_MASK, k)][...] = keep.masks[k]
+                inputs[_at(names.KEEP_TOKENS, k)][...] = keep.tokens[k]
             if self._more_smooth:
-                place = given[_at(names.NOISE, k)]
+                place = inputs[_at(names.NOISE, k)]
                 place[...] = 0
                 for row, numbers in enumerate(noise):
                     place[row] = numbers[prefix[k] : prefix[k + 1]]
-        self.given.upload()
+        self.inputs.upload()
 
     def image(self) -> NDArray[np.float32]:
-        """[B, side, side, channels] in [0, 1], valid after `made.download()`."""
-        return self.made.host[names.IMAGE]
+        """[B, side, side, channels] in [0, 1], valid after `outputs.download()`."""
+        return self.outputs.host[names.IMAGE]
 
     def tokens(self, scale: int) -> NDArray[np.int64]:
-        """[B, L_k], valid after `made.download()`."""
-        return self.made.host[_at(names.TOKENS, scale)]
+        """[B, L_k], valid after `outputs.download()`."""
+        return self.outputs.host[_at(names.TOKENS, scale)]
 
     def f_hat(self, scales: int) -> NDArray[np.float32]:
         """What the first `scales` scales add up to, [B, Cv, p_K, p_K]; valid after
@@ -177,35 +177,35 @@ class LoopBuffers:
         return self.latent.host[FHatPlace.after(scales).value]
 
     def condition_inputs(self) -> dict[str, Array]:
-        return {names.LABELS: self.given[names.LABELS]}
+        return {names.LABELS: self.inputs[names.LABELS]}
 
     def condition_outputs(self) -> dict[str, Array]:
-        return {name: self._inner[name] for name in (names.FIRST_INPUT, names.MODULATION)}
+        return {name: self._intermediates[name] for name in (names.FIRST_INPUT, names.MODULATION)}
 
     def scale_inputs(self, scale: int) -> dict[str, Array]:
         """Everything that the static graph of a scale, or `step`, may ask for."""
-        given = [*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
+        per_scale = [*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
         if self._more_smooth:
-            given.append(names.NOISE)
+            per_scale.append(names.NOISE)
         fixed = (names.SCALE, names.UP_MATRIX, names.NEXT_MATRIX)
         return {
             **self.condition_outputs(),
-            **{n: self.given[_at(n, scale)] for n in given},
+            **{n: self.inputs[_at(n, scale)] for n in per_scale},
             **{n: self._fixed[_at(n, scale)] for n in fixed},
             **self.arena.past(scale),
-            names.INPUT: self._inner[_at(names.INPUT, scale)],
+            names.INPUT: self._intermediates[_at(names.INPUT, scale)],
             names.F_HAT: self._f_hat(FHatPlace.after(scale)),
         }
 
     def scale_outputs(self, scale: int) -> dict[str, Array]:
         """Where a scale leaves its results; at the last scale nothing for a next one."""
         outputs = {
-            names.TOKENS: self.made[_at(names.TOKENS, scale)],
+            names.TOKENS: self.outputs[_at(names.TOKENS, scale)],
             names.NEW_F_HAT: self._f_hat(FHatPlace.after(scale + 1)),
             **self.arena.new(scale),
         }
         if scale + 1 < self._spec.scales:
-            outputs[names.NEXT_INPUT] = self._inner[_at(names.INPUT, scale + 1)]
+            outputs[names.NEXT_INPUT] = self._intermediates[_at(names.INPUT, scale + 1)]
         return outputs
 
     def fill_f_hat(self, f_hat: NDArray[np.float32]) -> None:
@@ -217,7 +217,7 @@ class LoopBuffers:
         return {names.F_HAT: self._f_hat(place)}
 
     def decoder_outputs(self) -> dict[str, Array]:
-        return {names.IMAGE: self.made[names.IMAGE]}
+        return {names.IMAGE: self.outputs[names.IMAGE]}
 
     def _f_hat(self, place: FHatPlace) -> Array:
         return self.latent[place.value]
@@ -261,7 +261,7 @@ def _at(name: str, scale: int) -> str:
     return f"{name}@{scale}"
 
 
-def _given_fields(manifest: Manifest) -> Fields:
+def _input_fields(manifest: Manifest) -> Fields:
     """The settings of sampling have a place a scale, so that a whole generation can be launched
     without the host stepping in."""
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
@@ -280,7 +280,7 @@ def _given_fields(manifest: Manifest) -> Fields:
     return fields
 
 
-def _made_fields(manifest: Manifest) -> Fields:
+def _output_fields(manifest: Manifest) -> Fields:
     t = manifest.model.tokenizer
     image = (manifest.batch, t.image_side, t.image_side, t.image_channels)
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {names.IMAGE: (image, np.float32)}
@@ -295,7 +295,7 @@ def _latent_fields(manifest: Manifest) -> Fields:
     return {place.value: (shape, np.float32) for place in FHatPlace}
 
 
-def _inner_fields(manifest: Manifest) -> Fields:
+def _intermediate_fields(manifest: Manifest) -> Fields:
     spec, batch, rows = manifest.model, manifest.batch, manifest.rows
     t = spec.transformer
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {

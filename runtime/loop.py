@@ -96,7 +96,7 @@ class ScaleLoop:
             # a backend may run everything once: with a generation that is as good as any
             draws = np.zeros((manifest.batch, self._spec.total_tokens), np.float32)
             self._buffers.fill([0] * manifest.batch, draws, Sampling())
-            ready = dict(zip(bound, backend.finish(list(bound.values())), strict=True))
+            ready = dict(zip(bound, backend.prepare(list(bound.values())), strict=True))
             self._condition = ready.get(names.CONDITION)
             self._scales = [ready[scale] for scale in range(self._spec.scales)]
             self._decoders = {place: ready[place] for place in FHatPlace if place in ready}
@@ -135,7 +135,7 @@ class ScaleLoop:
         with self._completed():
             self._run_scales(observer, cancelled)
             self._run_decoder(observer, cancelled)
-            self._buffers.made.download()
+            self._buffers.outputs.download()
             self._buffers.latent.download()
         self._check_scales()
         return self._checked_image(self._done)
@@ -151,7 +151,7 @@ class ScaleLoop:
         self._buffers.fill(labels, uniforms_BT, sampling)
         with self._completed():
             self._run_scales(None, None)
-            self._buffers.made.download()
+            self._buffers.outputs.download()
             self._buffers.latent.download()
         self._check_scales()
         return self.tokens()
@@ -172,7 +172,7 @@ class ScaleLoop:
                 self._backend.synchronize()
                 if observer.after_scale(self._done) is Answer.DECODE:
                     break
-        self._buffers.arena.forget()  # the decoder needs the room, not the cache
+        self._buffers.arena.discard()  # the decoder needs the room, not the cache
 
     def _run_decoder(
         self, observer: Observer | None, cancelled: Callable[[], bool] | None
@@ -224,7 +224,7 @@ class ScaleLoop:
 
         Raises BackendError where they are no codes.
         """
-        self._buffers.made.download()
+        self._buffers.outputs.download()
         self._backend.synchronize()
         self._check_tokens(scale)
         tokens: NDArray[np.int64] = self._buffers.tokens(scale).copy()
@@ -245,7 +245,7 @@ class ScaleLoop:
         """
         self._check_open()
         self._decoder_after(self._done)()
-        self._buffers.made.download()
+        self._buffers.outputs.download()
         self._buffers.latent.download()
         self._backend.synchronize()
         self._check_f_hat()
@@ -260,7 +260,7 @@ class ScaleLoop:
         self._check_open()
         self._buffers.fill_f_hat(f_hat)
         self._decoder_after(self._spec.scales)()
-        self._buffers.made.download()
+        self._buffers.outputs.download()
         self._backend.synchronize()
         return self._checked_image(None)
 
@@ -347,8 +347,8 @@ class ScaleLoop:
     ) -> Launch:
         """Bind the inputs and outputs that a graph declares."""
         wanted = {t.name: inputs[t.name] for t in graphs[name].inputs}
-        given = {t.name for t in graphs[name].outputs}
-        return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in given})
+        declared = {t.name for t in graphs[name].outputs}
+        return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in declared})
 
 
 def _refuse_cancelled(cancelled: Callable[[], bool] | None) -> None:

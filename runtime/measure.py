@@ -19,7 +19,7 @@ from var_deploy.runtime.backends.protocol import Clock, Launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class LatencyStats:
     """Seconds that one thing took, repeated `count` times."""
 
     median: float
@@ -28,7 +28,7 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
+    def of(cls, seconds: Sequence[float]) -> LatencyStats:
         low, middle, high = np.percentile(seconds, [10, 50, 95])
         return cls(median=float(middle), p10=float(low), p95=float(high), count=len(seconds))
 

@@ -49,13 +49,13 @@ class Request:
 
     Attributes:
         labels: one an image.
-        streams: (seed, number) of each image's uniforms.
+        rng_keys: (seed, number) of each image's uniforms.
         forced: tokens [N, L_k] of the first scales, which are not drawn.
         kept: tokens of all scales that are not drawn.
     """
 
     labels: Sequence[int]
-    streams: Sequence[tuple[int, int]]
+    rng_keys: Sequence[tuple[int, int]]
     sampling: Sampling
     forced: tuple[NDArray[np.int64], ...] = ()
     kept: Kept | None = None
@@ -83,7 +83,7 @@ class ScaleEvent:
     preview: Callable[[], NDArray[np.uint8]]
 
 
-class Pace:
+class TimingModel:
     """How long scales and decoder took in the last runs: what a deadline is kept with."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -121,7 +121,7 @@ class Batches:
         self, manifest: Manifest, loop: ScaleLoop, cancelled: Callable[[], bool]
     ) -> None:
         self._manifest, self._loop, self._cancelled = manifest, loop, cancelled
-        self._pace = Pace(manifest.model.scale_lengths)
+        self._timing = TimingModel(manifest.model.scale_lengths)
 
     def draw(
         self,
@@ -150,7 +150,7 @@ class Batches:
         stop = shared if cancelled is None else lambda: shared() or cancelled()
         watcher: _Watcher | None = None
         if on_progress or on_scale or end is not None:
-            watcher = _Watcher(self._loop, self._pace, len(starts), on_progress, on_scale, end)
+            watcher = _Watcher(self._loop, self._timing, len(starts), on_progress, on_scale, end)
         for first in starts:
             rows = list(range(first, min(first + batch, count)))
             if watcher:
@@ -172,11 +172,11 @@ class Batches:
         noise: list[NDArray[np.float32]] = []
         if self._manifest.more_smooth:
             codes = self._manifest.model.tokenizer.vocab_size
-            noise = [gumbel(*request.streams[n], total, codes) for n in rows]
+            noise = [gumbel(*request.rng_keys[n], total, codes) for n in rows]
             noise += noise[-1:] * (len(padded) - len(rows))
         return self._loop.run(
             [request.labels[n] for n in padded],
-            stack_uniforms((request.streams[n] for n in padded), total),
+            stack_uniforms((request.rng_keys[n] for n in padded), total),
             request.sampling,
             watcher,
             forced=[tokens[padded] for tokens in request.forced],
@@ -197,13 +197,13 @@ class _Watcher:
     def __init__(
         self,
         loop: ScaleLoop,
-        pace: Pace,
+        timing: TimingModel,
         batches: int,
         on_progress: Callable[[int, int], None] | None,
         on_scale: Callable[[ScaleEvent], object] | None,
         end: float | None,
     ) -> None:
-        self._loop, self._pace, self._scales = loop, pace, loop.scales
+        self._loop, self._timing, self._scales = loop, timing, loop.scales
         self._on_progress, self._on_scale = on_progress, on_scale
         self._batches_left, self._launched = batches, 0
         self._launches = batches * (self._scales + 1)
@@ -220,7 +220,7 @@ class _Watcher:
         self._batches_left -= 1
 
     def after_scale(self, done: int) -> Answer:
-        self._pace.saw_scale(done - 1, time.perf_counter() - self._since)
+        self._timing.saw_scale(done - 1, time.perf_counter() - self._since)
         if self._on_scale:
             self._on_scale(self._event(done - 1))
         late = done < self._scales and self._late(done)
@@ -228,7 +228,7 @@ class _Watcher:
         return Answer.DECODE if late else Answer.GO_ON
 
     def after_decoder(self) -> None:
-        self._pace.saw_decoder(time.perf_counter() - self._since)
+        self._timing.saw_decoder(time.perf_counter() - self._since)
         self._launched += self._scales + 1
         self._report(0)
 
@@ -242,10 +242,10 @@ class _Watcher:
         """Whether the next scale and the decoder would end too late."""
         if self._batch_end is None:
             return False
-        if self._pace.decoder is None:  # the first deadline of all: see how long it takes
+        if self._timing.decoder is None:  # the first deadline of all: see how long it takes
             self._preview()
-        decoder = self._pace.decoder or 0.0
-        return time.perf_counter() + self._pace.scale(following) + decoder > self._batch_end
+        decoder = self._timing.decoder or 0.0
+        return time.perf_counter() + self._timing.scale(following) + decoder > self._batch_end
 
     def _event(self, scale: int) -> ScaleEvent:
         return ScaleEvent(
@@ -259,7 +259,7 @@ class _Watcher:
     def _preview(self) -> NDArray[np.uint8]:
         started = time.perf_counter()
         image = to_uint8(self._loop.preview()[: self._count])
-        self._pace.saw_decoder(time.perf_counter() - started)
+        self._timing.saw_decoder(time.perf_counter() - started)
         return image
 
 
@@ -268,7 +268,7 @@ def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint(images * 255).astype(np.uint8)
 
 
-def streams(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
+def rng_keys(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
     """(seed, number) of the uniforms of each image: numbered, or number 0 of a seed each.
 
     `count` is how many there must be; None takes one a seed. Raises UsageError for a seed that is

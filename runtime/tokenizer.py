@@ -32,11 +32,11 @@ class SingleGraph:
         self._backend = backend
         try:
             info = manifest.graph(precision, graph)
-            self._given, self._made = (
+            self._inputs, self._outputs = (
                 SharedBlock(backend, _fields(tensors)) for tensors in (info.inputs, info.outputs)
             )
             self._session = backend.open(files.graph(graph))
-            (self._launch,) = backend.finish([self._session.bind(self._given, self._made)])
+            (self._launch,) = backend.prepare([self._session.bind(self._inputs, self._outputs)])
         except BaseException:
             backend.close()
             raise
@@ -44,12 +44,12 @@ class SingleGraph:
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name; the next call overwrites them."""
         for name, value in inputs.items():
-            self._given.host[name][...] = value
-        self._given.upload()
+            self._inputs.host[name][...] = value
+        self._inputs.upload()
         self._launch()
-        self._made.download()
+        self._outputs.download()
         self._backend.synchronize()
-        return self._made.host
+        return self._outputs.host
 
     def close(self) -> None:
         self._session.close()
@@ -88,10 +88,10 @@ class TokenizerGraphs:
         for rows, padded in self._batches(len(images)):
             pixels = images[padded].astype(np.float32) / 255
             found = self._graph(names.ENCODER)({names.IMAGE: pixels})
-            made = [found[names.encoder_tokens(k)][: len(rows)] for k in scales]
-            check_encoded(made, codes, self._precision == "fp16")
+            encoded = [found[names.encoder_tokens(k)][: len(rows)] for k in scales]
+            check_encoded(encoded, codes, self._precision == "fp16")
             for k in scales:
-                tokens[k][rows] = made[k]
+                tokens[k][rows] = encoded[k]
         return tokens
 
     def f_hats(
@@ -104,12 +104,12 @@ class TokenizerGraphs:
         """
         lengths = self._manifest.model.scale_lengths
         for rows, padded in self._batches(len(tokens[0])):
-            given: dict[str, NDArray[Any]] = {}
+            inputs: dict[str, NDArray[Any]] = {}
             for k, length in enumerate(lengths):
                 # what later scales hold does not matter to the sum of the earlier ones
                 known = tokens[k][padded] if k < scales else np.zeros((len(padded), length))
-                given[names.encoder_tokens(k)] = known
-            f_hat = self._graph(names.ACCUMULATE)(given)[names.F_HATS][scales - 1]
+                inputs[names.encoder_tokens(k)] = known
+            f_hat = self._graph(names.ACCUMULATE)(inputs)[names.F_HATS][scales - 1]
             check_f_hat(f_hat, scales - 1, names.ACCUMULATE)
             yield rows, f_hat
 

@@ -217,7 +217,7 @@ class CudaMemory:
     def synchronize(self) -> None:
         self._cuda.synchronize()
 
-    def forget(self, array: Array) -> None:
+    def discard(self, array: Array) -> None:
         """Device memory stays: captured launches know its addresses."""
 
     def clock(self) -> CudaClock:

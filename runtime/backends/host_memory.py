@@ -69,7 +69,7 @@ class HostMemory:
     def clock(self) -> WallClock:
         return WallClock(self.synchronize)
 
-    def forget(self, array: Array) -> None:
+    def discard(self, array: Array) -> None:
         """Where pages cannot be given back, or too few to be worth the faults, nothing happens."""
         if sys.platform != "linux" or array.nbytes < WORTH_GIVING_BACK:
             return

@@ -97,16 +97,16 @@ def inputs(rows: int) -> dict[str, NDArray[Any]]:
     return found
 
 
-def expected(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def expected(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The exact results; float64 holds every sum."""
     found: dict[str, NDArray[Any]] = {}
     for name, inner, columns, _, biased in PRODUCTS:
         for place, width in enumerate(columns):
             matrix = weights(inner * width).reshape(inner, width) * column_scales(width)
-            y = given[f"x.{name}"].astype(np.float64) @ matrix
+            y = feeds[f"x.{name}"].astype(np.float64) @ matrix
             found[f"y.{name}.{place}"] = (y + bias(width) if biased else y).astype(np.float32)
     for name, channels, out, side, pads in CONVOLUTIONS:
-        x = given[f"x.{name}"].astype(np.float64) - CONV_ZERO
+        x = feeds[f"x.{name}"].astype(np.float64) - CONV_ZERO
         x = np.pad(x, ((0, 0), (0, 0), pads[::2], pads[1::2]))
         windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), (2, 3))
         rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(SIDE * SIDE, -1)
@@ -143,14 +143,14 @@ def _wrong(backend: OrtCpuBackend) -> str:
     """The first result that is not the known one, in words."""
     try:
         session = backend.open(GraphFile.outside(GRAPH))
-        given = inputs(max(ROWS))
-        wanted = expected(given)
+        feeds = inputs(max(ROWS))
+        wanted = expected(feeds)
         for rows in ROWS:
-            some, known = _first_rows(given, rows), _first_rows(wanted, rows)
-            made = {name: _array(backend, value) for name, value in known.items()}
-            session.bind({name: _filled(backend, x) for name, x in some.items()}, made)()
+            some, known = _first_rows(feeds, rows), _first_rows(wanted, rows)
+            outputs = {name: _array(backend, value) for name, value in known.items()}
+            session.bind({name: _filled(backend, x) for name, x in some.items()}, outputs)()
             for name, value in known.items():
-                problem = _difference(host_view(made[name]), value)
+                problem = _difference(host_view(outputs[name]), value)
                 if problem:
                     return f"{name.removeprefix('y.')} of {rows} rows has {problem}"
     except BackendError as error:

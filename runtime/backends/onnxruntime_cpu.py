@@ -129,7 +129,7 @@ class OrtCpuBackend(HostMemory):
             options.add_session_config_entry("session.disable_prepacking", "1")
         return open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
 
     def close(self) -> None:

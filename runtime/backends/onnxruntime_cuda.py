@@ -192,7 +192,7 @@ class OrtCudaBackend(CudaMemory):
             )
         return opened
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         """Run the generation until nothing is allocated any more, then record every launch.
 
         A session that cannot be recorded goes on without CUDA graphs; `describe` says why.

@@ -104,7 +104,7 @@ class Memory(Protocol):
         """Wait until everything launched and copied so far is done."""
         ...
 
-    def forget(self, array: Array) -> None:
+    def discard(self, array: Array) -> None:
         """What `array` holds will not be read again before it is written; it may come back as
         zeros. Memory of the host goes back to the system until then."""
         ...
@@ -147,7 +147,7 @@ class Backend(Memory, Protocol):
         """
         ...
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         """Called once, when everything is bound, with the launches in the order of a generation.
 
         What comes back is called instead: the place to record CUDA graphs.

@@ -29,7 +29,7 @@ from var_deploy.runtime.tensorrt.monitor import Progress
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
 from var_deploy.runtime.weights_check import check_weights
 
-Layout = Literal["shared", "per-scale", "both"]
+BuildLayout = Literal["shared", "per-scale", "both"]
 FindDevice = Callable[[], tuple[str, int]]
 
 LAYOUTS = ("shared", "per-scale", "both", "auto")
@@ -59,7 +59,7 @@ class BuildReport:
 
     folder: Path
     target: Target
-    layout: Layout
+    layout: BuildLayout
     reason: str
     engines: tuple[EngineResult, ...]
     notes: tuple[str, ...]
@@ -68,7 +68,7 @@ class BuildReport:
         return {**dataclasses.asdict(self), "folder": str(self.folder)}
 
 
-def engines_of(manifest: Manifest, precision: str, layout: Layout, encoder: bool) -> list[str]:
+def engines_of(manifest: Manifest, precision: str, layout: BuildLayout, encoder: bool) -> list[str]:
     """Names of the engines of a layout, in the order in which a generation needs them.
 
     `encoder` adds what reads images and adds up their tokens; a bundle from before `accumulate`
@@ -93,7 +93,7 @@ def build_bundle(
     bundle: Path,
     *,
     precision: str | None = None,
-    layout: Layout | Literal["auto"] = "auto",
+    layout: BuildLayout | Literal["auto"] = "auto",
     options: BuildOptions | None = None,
     low_memory: bool = False,
     library: Library | str | None = None,
@@ -236,7 +236,7 @@ def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Pro
         files.close()
 
 
-def _version_notes(library: Library, layout: Layout) -> list[str]:
+def _version_notes(library: Library, layout: BuildLayout) -> list[str]:
     parts = tuple(int(p) for p in library.version.split(".")[:2] if p.isdigit())
     if layout == "per-scale" or library.is_rtx or parts >= SHARED_PROFILES_FIXED:
         return []

@@ -83,7 +83,7 @@ class TensorRtBackend(CudaMemory):
         session.load(self._runtime, self._plans(graph.ref.name))
         return session
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         """Give all contexts their scratch memory, run each once, and record them.
 
         The first run of a context initialises what a recording may not, so the inputs must hold

@@ -19,7 +19,7 @@ from typing import Any
 
 from var_deploy import __version__
 from var_deploy.bench.service import Connection, Question, Service
-from var_deploy.runtime.measure import Spread
+from var_deploy.runtime.measure import LatencyStats
 
 SCHEMA_VERSION = 1
 EACH = 4  # images that a client asks for in a round
@@ -55,8 +55,8 @@ class Level:
         return statistics.median(self.rates)
 
     @property
-    def latency(self) -> Spread:
-        return Spread.of(self.latencies)
+    def latency(self) -> LatencyStats:
+        return LatencyStats.of(self.latencies)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,7 +68,7 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class ServiceResult:
     """What was found of a service."""
 
     service: Service
@@ -87,7 +87,7 @@ class Loaded:
 class LoadReport:
     settings: LoadSettings
     date: str
-    results: Sequence[Loaded]
+    results: Sequence[ServiceResult]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,7 +109,7 @@ def load_services(
     Raises BackendError at the first answer that is no image.
     """
     results = [
-        Loaded(service=service, levels=[Level(clients=n) for n in settings.concurrency])
+        ServiceResult(service=service, levels=[Level(clients=n) for n in settings.concurrency])
         for service in services
     ]
     seeds = itertools.count()

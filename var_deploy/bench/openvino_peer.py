@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.bench.worker import About, Sample, contender_parser, serve
+from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.bundle.files import GraphFile
 from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import Layout
@@ -117,7 +117,7 @@ class OpenVinoBackend(HostMemory):
             raise BackendError(f"OpenVINO refuses {graph.path.name}: {one_line(error)}") from error
         return OpenVinoSession(self._openvino, compiled, graph.ref.name)
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class OpenVinoBackend(HostMemory):
         }
 
 
-class OpenVinoContender:
+class OpenVinoWorker:
     """Images in batches of the bundle's B, as `Pipeline` makes them.
 
     Args:
@@ -187,7 +187,7 @@ class OpenVinoContender:
         count = len(self.images)
         request = Request(
             labels=spread_labels(self._manifest.model.transformer.classes, count),
-            streams=[(SEED, n) for n in range(count)],
+            rng_keys=[(SEED, n) for n in range(count)],
             sampling=self._manifest.defaults,
             forced=self._forced(),
         )
@@ -216,7 +216,7 @@ class OpenVinoContender:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = contender_parser(
+    parser = worker_parser(
         "var_deploy.bench.openvino_peer", threads="every core that the process may use"
     )
     parser.add_argument("--precision", default="fp32", help="of the bundle's graphs")
@@ -224,8 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=["per-scale", "shared"], help="default: per-scale")
     given: Any = parser.parse_args(arguments)
 
-    def load() -> OpenVinoContender:
-        return OpenVinoContender(
+    def load() -> OpenVinoWorker:
+        return OpenVinoWorker(
             given.bundle,
             given.batch,
             precision=given.precision,

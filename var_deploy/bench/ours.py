@@ -1,4 +1,4 @@
-"""This project's own contender: a `Pipeline` with a clock between its launches.
+"""This project's own worker: a `Pipeline` with a clock between its launches.
 
     python -m var_deploy.bench.ours BUNDLE --batch N --threads N --precision fp32
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import __version__
-from var_deploy.bench.worker import About, Sample, contender_parser, serve
+from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.config import RuntimeConfig
 from var_deploy.labels import spread_labels
 from var_deploy.pipeline import Pipeline
@@ -65,7 +65,7 @@ class Ours:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = contender_parser(
+    parser = worker_parser(
         "var_deploy.bench.ours", threads="what the pipeline takes"
     )
     parser.add_argument("--precision", default="auto")

@@ -1,7 +1,7 @@
-"""A contender's process, as the one that asks it sees it.
+"""A worker's process, as the one that asks it sees it.
 
 Whatever goes wrong with it is one `BackendError` in one line, and afterwards it is gone: a
-contender that dies, that says nothing for too long, or that cannot be understood.
+worker that dies, that says nothing for too long, or that cannot be understood.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ WATCH_SECONDS = 0.05
 PSS = re.compile(r"^Pss:\s+(\d+) kB", re.M)
 
 
-class ContenderProcess:
-    """Starts a program that speaks as `contender.serve` does; a context manager that ends it.
+class WorkerProcess:
+    """Starts a program that speaks as `worker.serve` does; a context manager that ends it.
 
     Args:
         command: the program and its arguments.
@@ -130,7 +130,7 @@ class ContenderProcess:
             self._process.stdin.close()
         self._errors.close()
 
-    def __enter__(self) -> ContenderProcess:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(

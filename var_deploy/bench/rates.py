@@ -2,7 +2,7 @@
 
     python -m var_deploy.bench.rates --threads N
 
-A contender like the others, so that its rates are taken in the same minutes as the times that they
+A worker like the others, so that its rates are taken in the same minutes as the times that they
 are held against. The graphs are those of `export/graphs/probes.py`, opened as a bundle's are.
 """
 
@@ -100,7 +100,7 @@ class Rates:
 
 
 class RateProbes:
-    """Every probe, ready to run: a `Contender` whose launches are the probes.
+    """Every probe, ready to run: a `Worker` whose launches are the probes.
 
     Args:
         threads: 0 takes every core that the process may use.

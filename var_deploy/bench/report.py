@@ -13,13 +13,13 @@ from typing import Any
 from var_deploy import __version__
 from var_deploy.bench.power import Energy
 from var_deploy.bench.rates import Rates
-from var_deploy.bench.roofline import Floor, reached
+from var_deploy.bench.roofline import Roofline, reached
 from var_deploy.bench.worker import About, Sample
 from var_deploy.errors import UsageError
 from var_deploy.host.machine import Machine, jetson_model
 from var_deploy.manifest import Manifest
 from var_deploy.planning.devices import cpu_device
-from var_deploy.runtime.measure import Spread
+from var_deploy.runtime.measure import LatencyStats
 
 SCHEMA_VERSION = 1
 # what decides the speed of products, by the names that Linux gives them
@@ -73,7 +73,7 @@ class Surroundings:
 
 @dataclass(kw_only=True)
 class Result:
-    """One contender; filled while the run goes on.
+    """One worker; filled while the run goes on.
 
     Attributes:
         name: as in the table; `ours`: whether it is this project.
@@ -83,7 +83,7 @@ class Result:
         peak: bytes of PSS, None where unknown, and why.
         samples: one a round.
         weights: bytes of the weights that it uses, None where it does not tell.
-        least: floors of its launches, and why there are none.
+        rooflines: the least time of each launch; `roofline_problem`: why there are none.
     """
 
     name: str
@@ -96,25 +96,25 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
     energy: Energy = field(default_factory=Energy)
     weights: int | None = None
-    least: Sequence[Floor] = ()
-    least_problem: str = ""
+    rooflines: Sequence[Roofline] = ()
+    roofline_problem: str = ""
 
     @property
     def ran(self) -> bool:
         return not self.problem and bool(self.samples)
 
     @property
-    def whole(self) -> Spread:
+    def whole(self) -> LatencyStats:
         """One generation."""
-        return Spread.of([sample.seconds for sample in self.samples])
+        return LatencyStats.of([sample.seconds for sample in self.samples])
 
     @property
-    def launches(self) -> dict[str, Spread]:
+    def launches(self) -> dict[str, LatencyStats]:
         """By name; empty where they cannot be told apart."""
         names = self.samples[0].launches if self.samples else {}
         if any(sample.launches.keys() != names.keys() for sample in self.samples):
             return {}
-        return {name: Spread.of([s.launches[name] for s in self.samples]) for name in names}
+        return {name: LatencyStats.of([s.launches[name] for s in self.samples]) for name in names}
 
     @property
     def host_share(self) -> float | None:
@@ -130,9 +130,9 @@ class Result:
     @property
     def reached(self) -> float | None:
         """The floor over the time of a generation."""
-        if not self.least:
+        if not self.rooflines:
             return None
-        return sum(floor.seconds for floor in self.least) / self.whole.median
+        return sum(roofline.seconds for roofline in self.rooflines) / self.whole.median
 
     def to_json(self, images: int, first: Result | None) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -159,8 +159,8 @@ class Result:
             "ratio": _rounded(ratio, 5),
             "host_share": _rounded(self.host_share, 5),
             "launches": {name: spread.to_json() for name, spread in self.launches.items()},
-            "floor": reached(self.launches, self.whole, self.least) if self.least else None,
-            "floor_problem": self.least_problem,
+            "floor": reached(self.launches, self.whole, self.rooflines) if self.rooflines else None,
+            "floor_problem": self.roofline_problem,
         }
 
 
@@ -188,7 +188,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class BenchReport:
     """All runs of one call.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Every contender alone, for its memory; then all of them in turn, round after round.
+"""Every worker alone, for its memory; then all of them in turn, round after round.
 
 Memory comes first and apart: PSS shares out what several processes map, and looking at it takes
 time that a stopwatch would see. Rounds are interleaved so that a slow minute of the machine hits
@@ -16,26 +16,26 @@ from functools import partial
 from pathlib import Path
 
 from var_deploy.bench.power import Energy, Meters, measure
-from var_deploy.bench.process import ContenderProcess, MemoryWatch
+from var_deploy.bench.process import MemoryWatch, WorkerProcess
 from var_deploy.bench.report import Result
 from var_deploy.bench.worker import About, Sample
 from var_deploy.errors import BackendError
 
 ALONE = 2  # generations while memory is watched
 # The threads of a library spin for a moment after their work, in case more follows: as long as
-# they do, the next contender would not have the processor to itself.
+# they do, the next worker would not have the processor to itself.
 PAUSE = 0.05
 ENERGY_SECONDS = 5.0
 SETTLE_SECONDS = 1.5  # before energy counts: NVIDIA's cards tell the mean of the last second
 PROC = Path("/proc")
 
 Progress = Callable[[str, float], object]
-Start = Callable[[Sequence[str]], ContenderProcess]
+Start = Callable[[Sequence[str]], WorkerProcess]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A contender that is to run: its program, or why there is none."""
+    """A worker that is to run: its program, or why there is none."""
 
     name: str
     ours: bool
@@ -52,7 +52,7 @@ class Rounds:
         warm_up, repeat: rounds that do not count, then rounds that do.
         meters: of the energy, which is measured after the rounds where there are some.
         proc: where the kernel tells the memory of processes.
-        start: starts a contender.
+        start: starts a worker.
     """
 
     images: int
@@ -60,7 +60,7 @@ class Rounds:
     repeat: int
     meters: Meters = field(default_factory=Meters)
     proc: Path = PROC
-    start: Start = ContenderProcess
+    start: Start = WorkerProcess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Rated:
 
 
 class Comparison:
-    """Contenders, and a program that measures the machine in between.
+    """Workers, and a program that measures the machine in between.
 
     Args:
         entries: in the order in which they take turns.
@@ -92,13 +92,13 @@ class Comparison:
         self._done = 0
 
     def run(self) -> None:
-        """Fill `results` and `rated`. What goes wrong with a contender is noted and ends it."""
+        """Fill `results` and `rated`. What goes wrong with a worker is noted and ends it."""
         for result in self._running():
             with self._noting(result):
                 self._alone(result)
         with contextlib.ExitStack() as stack:
             clock = self._start_rates(stack)
-            started: dict[str, ContenderProcess] = {}
+            started: dict[str, WorkerProcess] = {}
             for result in self._running():
                 with self._noting(result):
                     started[result.name] = self._start(result, stack)
@@ -135,7 +135,7 @@ class Comparison:
                 process.generate()
         result.peak, result.peak_problem = watch.peak, watch.problem
 
-    def _start(self, result: Result, stack: contextlib.ExitStack) -> ContenderProcess:
+    def _start(self, result: Result, stack: contextlib.ExitStack) -> WorkerProcess:
         self._told(f"{result.name}: first image", 3)
         process = stack.enter_context(self._rounds.start(self._commands[result.name]))
         process.ready()
@@ -143,7 +143,7 @@ class Comparison:
         result.cold = process.cold
         return process
 
-    def _start_rates(self, stack: contextlib.ExitStack) -> ContenderProcess | None:
+    def _start_rates(self, stack: contextlib.ExitStack) -> WorkerProcess | None:
         try:
             process = stack.enter_context(self._rounds.start(self._rates))
             self.rated = Rated(about=process.ready())
@@ -154,7 +154,7 @@ class Comparison:
         return process
 
     def _round(
-        self, number: int, clock: ContenderProcess | None, started: dict[str, ContenderProcess]
+        self, number: int, clock: WorkerProcess | None, started: dict[str, WorkerProcess]
     ) -> None:
         counts = number >= 0
         name = f"round {number + 1} of {self._rounds.repeat}" if counts else "warming up"
@@ -169,14 +169,14 @@ class Comparison:
                 if counts:
                     result.samples.append(sample)
 
-    def _rate(self, clock: ContenderProcess) -> None:
+    def _rate(self, clock: WorkerProcess) -> None:
         rated = self.rated
         try:
             self.rated = dataclasses.replace(rated, samples=(*rated.samples, clock.generate()))
         except BackendError as error:
             self.rated = Rated(problem=str(error))
 
-    def _energy(self, result: Result, process: ContenderProcess) -> None:
+    def _energy(self, result: Result, process: WorkerProcess) -> None:
         """One generation after the other, for some seconds."""
         if not self._rounds.meters.found:
             result.energy = Energy(problem=self._rounds.meters.problem)

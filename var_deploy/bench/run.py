@@ -13,8 +13,8 @@ from typing import Any, cast
 from var_deploy import names
 from var_deploy.bench.power import find_meters
 from var_deploy.bench.rates import Rates
-from var_deploy.bench.report import Report, Result, Run, Surroundings
-from var_deploy.bench.roofline import Floor, floors
+from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
+from var_deploy.bench.roofline import Roofline, rooflines
 from var_deploy.bench.rounds import Comparison, Entry, Progress, Rated, Rounds
 from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
@@ -33,7 +33,7 @@ class Peer:
     """Somebody else's way to run the same model.
 
     Attributes:
-        module: a program that speaks as `contender.serve` does, with its `arguments`.
+        module: a program that speaks as `worker.serve` does, with its `arguments`.
         needs: the Python module that it cannot do without, and the extra that brings it.
     """
 
@@ -74,7 +74,7 @@ class Settings:
 
     Attributes:
         batches: images of a generation; a run for each.
-        configs: of our own contenders, one each. Their threads, which are the same in all of them,
+        configs: of our own workers, one each. Their threads, which are the same in all of them,
             are for everything; None is a thread for each core that the process may use.
         against: names of PEERS.
         repeat: rounds that count; `warm_up`: rounds before, that do not.
@@ -111,10 +111,10 @@ def bench(
     *,
     machine: Machine | None = None,
     progress: Progress = lambda message, fraction: None,
-) -> Report:
+) -> BenchReport:
     """Compare, and say what was found.
 
-    A contender that fails is in the report, with its reason. Raises BundleError for a bundle that
+    A worker that fails is in the report, with its reason. Raises BundleError for a bundle that
     cannot be trusted or that lacks a precision.
     """
     machine = machine or Machine()
@@ -136,8 +136,8 @@ def bench(
             partial(_part, progress, settings.batches, number),
         )
         comparison.run()
-        runs.append(judge(comparison, manifest, images, machine))
-    return Report(
+        runs.append(evaluate(comparison, manifest, images, machine))
+    return BenchReport(
         name=bundle.absolute().name,
         manifest=manifest,
         surroundings=surroundings,
@@ -178,8 +178,8 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
 # what the times are held against
 
 
-def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
-    """A run with its rates, and floors for our own contenders."""
+def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
+    """A run with its rates, and floors for our own workers."""
     rated = comparison.rated
     found = None
     if rated.samples and rated.about is not None:
@@ -194,9 +194,9 @@ def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Mach
             try:
                 device = _device(result, found, rated, machine)
             except UsageError as error:
-                result.least_problem = str(error)
+                result.roofline_problem = str(error)
                 continue
-            result.least = least(manifest, precision, images, device)
+            result.rooflines = generation_rooflines(manifest, precision, images, device)
     return Run(
         images=images, results=comparison.results, rates=found, rates_problem=rated.problem
     )
@@ -216,23 +216,25 @@ def weights_used(manifest: Manifest, precision: str) -> int:
     )
 
 
-def least(manifest: Manifest, precision: str, images: int, device: Device) -> list[Floor]:
-    """Floors of the launches of a generation, those of several batches added up."""
+def generation_rooflines(
+    manifest: Manifest, precision: str, images: int, device: Device
+) -> list[Roofline]:
+    """Least time of each launch of a generation of `images` images, summed over its batches."""
     batches = -(-images // manifest.batch)
     return [
         dataclasses.replace(
-            floor,
-            traffic=batches * floor.traffic,
-            operations=batches * floor.operations,
-            moving=batches * floor.moving,
-            computing=batches * floor.computing,
+            roofline,
+            traffic=batches * roofline.traffic,
+            operations=batches * roofline.operations,
+            moving=batches * roofline.moving,
+            computing=batches * roofline.computing,
         )
-        for floor in floors(workload_of(manifest, cast(Precision, precision)), device)
+        for roofline in rooflines(workload_of(manifest, cast(Precision, precision)), device)
     ]
 
 
 def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:
-    """What a contender ran on: a CPU as it was measured, a GPU as it is published.
+    """What a worker ran on: a CPU as it was measured, a GPU as it is published.
 
     Raises UsageError where the rates are not known.
     """

@@ -1,6 +1,6 @@
 """What `bench` compares: programs that make one generation whenever they are asked to.
 
-A contender is a process of its own, so that no library shares threads, memory or environment with
+A worker is a process of its own, so that no library shares threads, memory or environment with
 another, and speaks one line of JSON at a time: first, once it is loaded, `{"ready": {...}}` or
 `{"problem": "one line"}`; then, for each line "generate" that it reads, `{"seconds": ...,
 "launches": {...}}` or a problem. It ends when its input does. Warming up is not its business: the
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a contender says of itself.
+    """What a worker says of itself.
 
     Attributes:
         settings: versions, threads, precision and so on, for a person who reads the report.
@@ -57,7 +57,7 @@ class About:
 
     @classmethod
     def read(cls, data: object) -> About | None:
-        """Of the line that a contender writes; None where it is none."""
+        """Of the line that a worker writes; None where it is none."""
         if not isinstance(data, dict) or not isinstance(data.get("settings"), dict):
             return None
         texts = {name: str(data.get(name, "")) for name in ("graphs", "backend", "reason")}
@@ -73,7 +73,7 @@ class About:
         return {**self.settings, **({"chosen because": self.reason} if self.reason else {})}
 
 
-class Contender(Protocol):
+class Worker(Protocol):
     """One way to make N images, loaded and ready."""
 
     def describe(self) -> About: ...
@@ -84,7 +84,7 @@ class Contender(Protocol):
 
 
 def serve(
-    make: Callable[[], Contender],
+    make: Callable[[], Worker],
     requests: TextIO | None = None,
     replies: TextIO | None = None,
 ) -> int:
@@ -96,29 +96,29 @@ def serve(
     out = _take_stdout() if replies is None else replies
     requests = requests or sys.stdin
     try:
-        contender = make()
+        worker = make()
     except (Exception, SystemExit) as error:
         _reply(out, {"problem": _problem(error)})
         return 1
     try:
-        _reply(out, {"ready": dataclasses.asdict(contender.describe())})
+        _reply(out, {"ready": dataclasses.asdict(worker.describe())})
         for line in requests:
             if line.strip() != GENERATE:
                 _reply(out, {"problem": f"unknown request {line.strip()[:40]!r}"})
                 continue
             try:
-                sample = contender.generate()
+                sample = worker.generate()
             except Exception as error:
                 _reply(out, {"problem": _problem(error)})
                 continue
             _reply(out, {"seconds": sample.seconds, "launches": dict(sample.launches)})
     finally:
-        contender.close()
+        worker.close()
     return 0
 
 
-def contender_parser(module: str, *, threads: str) -> argparse.ArgumentParser:
-    """What every contender's command line takes. `threads`: what 0 of them means."""
+def worker_parser(module: str, *, threads: str) -> argparse.ArgumentParser:
+    """What every worker's command line takes. `threads`: what 0 of them means."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", type=int, default=1, help="images of one generation")

@@ -7,7 +7,7 @@
     sets      image sets, a shard a call
     measure   what that adds to drawing
     service   the HTTP service as replicas of Ray Serve, and replicas, how many
-    drawer    the replicas that draw; backend, how the one that answers asks them
+    replica    the replicas that draw; backend, how the one that answers asks them
 
 Needs the extra `ray`, on every node and in the same version.
 """

@@ -37,14 +37,14 @@ class RayBackend(Line):
 
     def __init__(
         self,
-        drawer: DeploymentHandle[Any],
+        replica: DeploymentHandle[Any],
         manifest: Manifest,
         how: Loaded,
         metrics: Metrics,
     ) -> None:
         super().__init__(metrics)
         self.manifest, self._how = manifest, how
-        self._drawer: Any = drawer.draw.options(stream=True)
+        self._replicas: Any = replica.draw.options(stream=True)
         self._followers: dict[Job, asyncio.Task[None]] = {}
         self._announcements: dict[Job, asyncio.TimerHandle] = {}
         self._idle = asyncio.Event()
@@ -103,7 +103,7 @@ class RayBackend(Line):
 
     async def _ask(self, job: Job) -> None:
         end = None if job.end is None else time.time() + job.end - time.perf_counter()
-        told = self._drawer.remote(job.work, end)
+        told = self._replicas.remote(job.work, end)
         try:
             async for item in told:
                 self._take(job, item)

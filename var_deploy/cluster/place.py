@@ -32,7 +32,7 @@ PART = 1 << 24  # bytes that travel at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
+class BundleSource:
     """A bundle for all nodes of a cluster. Made by `offer`; plain data that travels to workers.
 
     Attributes:
@@ -134,8 +134,8 @@ class Offer:
             raise cause_of(error) from None
 
 
-def offer(bundle: Path, precision: str = "auto") -> Offer:
-    """Offer a bundle to the nodes of the cluster that this process is connected to.
+def bundle_source(bundle: Path, precision: str = "auto") -> BundleSource:
+    """BundleSource a bundle to the nodes of the cluster that this process is connected to.
 
     Nothing travels before a node asks for it, except from a driver outside of the cluster, which
     cannot be asked: it hands over the files at once.
@@ -144,21 +144,21 @@ def offer(bundle: Path, precision: str = "auto") -> Offer:
     """
     bundle = bundle.resolve()
     manifest = read_manifest(bundle)
-    offered = Offer(
+    source = BundleSource(
         bundle=bundle,
         digest=manifest.digest(),
         precision=precision,
         version=__version__,
         node=ray.get_runtime_context().get_node_id(),
     )
-    check_files(bundle, manifest, prefix=offered.prefix, hashes=False)
+    check_files(bundle, manifest, prefix=source.prefix, hashes=False)
     if not cast(Any, client).is_connected():
-        return offered
+        return source
     parts = {}
-    for name in (names.MANIFEST, *needed(manifest.files, offered.prefix)):
+    for name in (names.MANIFEST, *needed(manifest.files, source.prefix)):
         read = functools.partial(read_part, bundle / name)
         parts[name] = [ray.put(data) for data in _in_parts(read)]
-    return dataclasses.replace(offered, parts=parts)
+    return dataclasses.replace(source, parts=parts)
 
 
 def needed(files: Mapping[str, object], prefix: str) -> list[str]:

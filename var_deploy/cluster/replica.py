@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import serve
 
-from var_deploy.cluster.place import Offer
+from var_deploy.cluster.place import BundleSource
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import CancelledError, VarDeployError
 from var_deploy.pipeline import Pipeline
@@ -37,7 +37,7 @@ class Batch:
 Item = Event | Begun | Batch | VarDeployError
 
 
-class Order(Job):
+class RemoteRequest(Job):
     """A job whose events travel to another process, and notes of how it goes with them."""
 
     def __init__(self, work: Work) -> None:
@@ -58,17 +58,17 @@ class Order(Job):
                 return
 
 
-class Drawer:
+class Replica:
     """A replica.
 
     Args:
         cores: CPU threads that are this replica's, for where it draws without a GPU after all.
     """
 
-    def __init__(self, offer: Offer, config: RuntimeConfig, cores: int) -> None:
-        self._pipeline = Pipeline.open(offer.path(), config, digest=offer.digest, cores=cores)
+    def __init__(self, source: BundleSource, config: RuntimeConfig, cores: int) -> None:
+        self._pipeline = Pipeline.open(source.path(), config, digest=source.digest, cores=cores)
         self._batches = BatchDrawer(self._pipeline)
-        self._orders: list[Order] = []  # all that are here, in the order in which they came
+        self._requests: list[RemoteRequest] = []  # all that are here, in order of arrival
         turn: Any = self._turn  # it has more to it than its types say
         turn.set_max_batch_size(self._pipeline.manifest.batch)
 
@@ -83,32 +83,32 @@ class Drawer:
         """
         if end is not None:
             work = dataclasses.replace(work, deadline=max(end - time.time(), SOON))
-        order = Order(work)
-        self._orders.append(order)
-        turn = asyncio.ensure_future(self._turn(order))
+        request = RemoteRequest(work)
+        self._requests.append(request)
+        turn = asyncio.ensure_future(self._turn(request))
         try:
-            async for item in order.items():
+            async for item in request.items():
                 yield item
         finally:
-            order.leave()
-            self._orders.remove(order)
+            request.leave()
+            self._requests.remove(request)
             turn.cancel()
 
     @serve.batch(batch_wait_timeout_s=0)  # nobody waits for company
-    async def _turn(self, orders: list[Order]) -> list[None]:
-        await asyncio.to_thread(self._draw, orders)
-        return [None] * len(orders)
+    async def _turn(self, requests: list[RemoteRequest]) -> list[None]:
+        await asyncio.to_thread(self._draw, requests)
+        return [None] * len(requests)
 
-    def _draw(self, orders: list[Order]) -> None:
-        """All images of some orders, one batch after another.
+    def _draw(self, requests: list[RemoteRequest]) -> None:
+        """All images of some requests, one batch after another.
 
         Ray Serve closes its batches when they come, long before their turn. So whoever is here by
         then and may share a batch fills it up, and has had all or a part of the own turn already.
         """
-        while own := [order for order in orders if _waits(order)]:
+        while own := [request for request in requests if _waits(request)]:
             started = time.perf_counter()
-            company = [order for order in list(self._orders) if _waits(order) and order not in own]
-            shares = gather([*own, *company], self._pipeline.manifest.batch)
+            others = [r for r in list(self._requests) if _waits(r) and r not in own]
+            shares = gather([*own, *others], self._pipeline.manifest.batch)
             for share in shares:
                 if share.begins:
                     share.job.tell(Begun())
@@ -125,5 +125,5 @@ class Drawer:
                     share.job.tell(error)
 
 
-def _waits(order: Order) -> bool:
-    return order.left > 0 and not order.gone
+def _waits(request: RemoteRequest) -> bool:
+    return request.left > 0 and not request.gone

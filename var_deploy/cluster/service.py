@@ -1,6 +1,6 @@
 """The HTTP service on Ray Serve: one replica answers, any number of others draw.
 
-proxies ──► Ingress: `create_app` with a `RayBackend` ──► Drawer, Drawer, …
+proxies ──► Ingress: `create_app` with a `RayBackend` ──► Replica, Replica, …
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from var_deploy.cluster.backend import RayBackend
 from var_deploy.cluster.devices import Device, device_of, places
-from var_deploy.cluster.place import Offer, offer
-from var_deploy.cluster.replica import Drawer
+from var_deploy.cluster.place import BundleSource, bundle_source
+from var_deploy.cluster.replica import Replica
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, one_line
@@ -63,7 +63,7 @@ class Plan:
     """
 
     manifest: Manifest
-    offer: Offer
+    source: BundleSource
     config: RuntimeConfig
     device: Device
     replicas: Replicas
@@ -85,7 +85,7 @@ def plan_for(
     device = device_of(manifest, config, images=manifest.batch)
     return Plan(
         manifest=manifest,
-        offer=offer(bundle, config.precision),
+        source=bundle_source(bundle, config.precision),
         config=dataclasses.replace(config, threads=device.threads),
         device=device,
         replicas=replicas,
@@ -99,11 +99,11 @@ class Ingress:
     """What answers. There is one, since it counts the queue."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, drawer: DeploymentHandle[Any], manifest: Manifest, settings: Settings, name: str
+        self, replica: DeploymentHandle[Any], manifest: Manifest, settings: Settings, name: str
     ) -> None:
         self._settings, self._name, self._metrics = settings, name, Metrics()
-        how = await drawer.describe.remote()
-        self._backend = RayBackend(drawer, manifest, how, self._metrics)
+        how = await replica.describe.remote()
+        self._backend = RayBackend(replica, manifest, how, self._metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._backend, self._settings, name=self._name, metrics=self._metrics)
@@ -128,8 +128,8 @@ def application(plan: Plan) -> Any:
         )
         how_many = {"autoscaling_config": scaling}
     deployment: Any = serve.deployment  # its types are those of a decorator
-    drawer = deployment(
-        Drawer,
+    replica = deployment(
+        Replica,
         ray_actor_options={
             name: plan.device.options[name] for name in ("num_cpus", "num_gpus", "memory")
         },
@@ -139,14 +139,14 @@ def application(plan: Plan) -> Any:
         max_constructor_retry_count=1,
         **how_many,
         **shared,
-    ).bind(plan.offer, plan.config, plan.device.cpus)
+    ).bind(plan.source, plan.config, plan.device.cpus)
     ingress = deployment(
         Ingress,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=ANSWERS,
         **shared,
     )
-    return ingress.bind(drawer, plan.manifest, plan.settings, plan.name)
+    return ingress.bind(replica, plan.manifest, plan.settings, plan.name)
 
 
 @contextlib.contextmanager

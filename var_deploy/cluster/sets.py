@@ -20,8 +20,8 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from var_deploy.cluster.devices import Device, device_of, places
-from var_deploy.cluster.place import cause_of, offer
-from var_deploy.cluster.worker import Drawn, Worker
+from var_deploy.cluster.place import bundle_source, cause_of
+from var_deploy.cluster.worker import ShardResult, Worker
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.spec import SetSpec
@@ -37,7 +37,7 @@ KEPT = "whole shards are kept: the same command makes the rest"
 
 
 @dataclass(kw_only=True)
-class Made:
+class ClusterRun:
     """What a run did.
 
     Attributes:
@@ -73,7 +73,7 @@ def make_missing(
     *,
     config: RuntimeConfig,
     workers: int | None = None,
-) -> Made:
+) -> ClusterRun:
     """Draw those of `shards` that are not in the folder on the cluster that is connected.
 
     What is "auto" in `spec` is decided by the first worker that is ready, and the set is begun
@@ -92,7 +92,7 @@ def make_missing(
         raise device.too_large()
     hire = functools.partial(
         ray.remote(**device.options)(Worker).remote,
-        offer(bundle, spec.precision),
+        bundle_source(bundle, spec.precision),
         dataclasses.replace(config, threads=device.threads),
         device.cpus,
     )
@@ -127,7 +127,7 @@ class _Run:
         hire: Callable[[], Any],
         most: int | None,
     ) -> None:
-        self.made = Made(spec=spec)
+        self.made = ClusterRun(spec=spec)
         self._folder, self._tell = folder, tell
         self._shards = shards
         self._device, self._new_actor, self._most = device, hire, most
@@ -216,7 +216,7 @@ class _Run:
         if shard is None:
             self._welcome(worker, cast(Loaded, result))
         else:
-            self._keep(shard, cast(Drawn, result), time.monotonic() - started)
+            self._keep(shard, cast(ShardResult, result), time.monotonic() - started)
 
     def _welcome(self, worker: _Worker, how: Loaded) -> None:
         worker.ready = True
@@ -227,7 +227,7 @@ class _Run:
             made.how = how
             made.spec = made.spec.decided_by(how)
 
-    def _keep(self, shard: int, drawn: Drawn, receiving: float) -> None:
+    def _keep(self, shard: int, drawn: ShardResult, receiving: float) -> None:
         made, started = self.made, time.monotonic()
         if not self._folder.has(made.spec, shard):
             self._folder.write(made.spec, shard, drawn.data)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from var_deploy.cluster.place import Offer
+from var_deploy.cluster.place import BundleSource
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.shards import draw_shard
 from var_deploy.datasets.spec import SetSpec
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class ShardResult:
     """A shard's file; seconds that it took, and that its worker waited for it since the last."""
 
     data: bytes
@@ -25,33 +25,33 @@ class Drawn:
 
 
 class Worker:
-    """Draws shards of an offered bundle.
+    """Draws shards of an source bundle.
 
     Args:
         config: how to run it, but for what the set decides.
         cores: CPU threads that are this worker's, for where it draws without a GPU after all.
     """
 
-    def __init__(self, offered: Offer, config: RuntimeConfig, cores: int) -> None:
-        self._offered, self._config, self._cores = offered, config, cores
+    def __init__(self, source: BundleSource, config: RuntimeConfig, cores: int) -> None:
+        self._source, self._config, self._cores = source, config, cores
         self._pipe: Pipeline | None = None
         self._free: float | None = None
 
     def load(self, spec: SetSpec) -> Loaded:
         """Have the bundle loaded for a set, which may leave "auto" open; `Pipeline.describe` of it.
 
-        Raises what `Offer.path` and `Pipeline.load` raise.
+        Raises what `BundleSource.path` and `Pipeline.load` raise.
         """
         return self._loaded(spec).describe()
 
-    def draw(self, spec: SetSpec, shard: int) -> Drawn:
+    def draw(self, spec: SetSpec, shard: int) -> ShardResult:
         """Raises what `load` and `draw_shard` raise."""
         started = time.monotonic()
         pipe = self._loaded(spec)
         data = draw_shard(pipe, spec, shard)
         waiting = 0.0 if self._free is None else started - self._free
         self._free = time.monotonic()
-        return Drawn(data=data, drawing=self._free - started, waiting=waiting)
+        return ShardResult(data=data, drawing=self._free - started, waiting=waiting)
 
     def close(self) -> None:
         """Give the bundle back, if one is loaded."""
@@ -67,9 +67,9 @@ class Worker:
                 return self._pipe
             self.close()
         self._pipe = Pipeline.open(
-            self._offered.path(),
+            self._source.path(),
             spec.config(self._config),
-            digest=self._offered.digest,
+            digest=self._source.digest,
             cores=self._cores,
         )
         return self._pipe

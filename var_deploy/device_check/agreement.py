@@ -157,7 +157,7 @@ def observe(loop: ScaleLoop, reference: Reference, precision: str) -> Outcome:
     )
 
 
-def judge(outcome: Outcome, reference: Reference) -> tuple[dict[str, Any], list[str]]:
+def evaluate(outcome: Outcome, reference: Reference) -> tuple[dict[str, Any], list[str]]:
     """The agreement with the reference in numbers, and what of it is beyond its bound."""
     margin = MARGIN[outcome.precision]
     wanted = [

@@ -13,19 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from var_deploy.bench.roofline import floors, reached
+from var_deploy.bench.roofline import reached, rooflines
 from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.device_check.agreement import (
     Outcome,
     Reference,
     compare,
-    judge,
+    evaluate,
     make_cases,
     observe,
 )
 from var_deploy.device_check.measure import Latency, time_images
-from var_deploy.device_check.report import Found, NotRunError, Report
+from var_deploy.device_check.report import DeviceReport, Found, NotRunError
 from var_deploy.device_check.variants import (
     ORT_CPU,
     ORT_CUDA,
@@ -78,7 +78,7 @@ class BundleCheck:
     manifest: Manifest
 
     def __init__(
-        self, bundle: Path, name: str, report: Report, here: Here, images: int, budget: float
+        self, bundle: Path, name: str, report: DeviceReport, here: Here, images: int, budget: float
     ) -> None:
         self._bundle, self._name, self._report, self._here = bundle, name, report, here
         self._images, self._budget = images, budget
@@ -259,12 +259,12 @@ class BundleCheck:
         told, problems = [f"image {latency.image.median * 1e3:.2f} ms"], list[str]()
         if self._here.device is not None:
             workload = workload_of(manifest, cast(Precision, variant.precision))
-            least = floors(workload, self._here.device)
+            least = rooflines(workload, self._here.device)
             part = reached(latency.launches, latency.image, least)
             result["floor"] = {"rates": self._here.rates, **part}
         if outcome is not None and reference is not None:
             self._outcomes[variant] = outcome
-            result["agreement"], problems = judge(outcome, reference)
+            result["agreement"], problems = evaluate(outcome, reference)
             found = result["agreement"]
             told = [
                 f"{found['forced_equal']} of {found['tokens']} tokens, "

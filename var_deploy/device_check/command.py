@@ -25,7 +25,7 @@ from typing import Any
 
 from var_deploy.device_check.bundle_check import NO_GPU, BundleCheck, Here
 from var_deploy.device_check.measure import BUDGET
-from var_deploy.device_check.report import Found, NotRunError, Report, latency_table
+from var_deploy.device_check.report import DeviceReport, Found, NotRunError, latency_table
 from var_deploy.errors import BackendError, UsageError, VarDeployError, one_line
 from var_deploy.host.doctor import examine
 from var_deploy.host.installation import module_command, pip_command
@@ -66,14 +66,14 @@ class Options:
 
 def check_device(
     bundles: Sequence[Path], out: Path, options: Options, machine: Machine | None = None
-) -> Report:
+) -> DeviceReport:
     """Run every step and write the report to `out`.
 
     Raises BackendError where the report cannot be written; whatever else goes wrong is in it.
     """
     machine = machine or Machine()
     names = _names(bundles)
-    report = Report(out, _private(names))
+    report = DeviceReport(out, _private(names))
     report.step("machine", partial(_examine, machine))
     here = _look_around(report, options, machine)
     for bundle, name in names.items():
@@ -83,7 +83,9 @@ def check_device(
     return report
 
 
-def _check_bundle(bundle: Path, name: str, report: Report, here: Here, options: Options) -> None:
+def _check_bundle(
+    bundle: Path, name: str, report: DeviceReport, here: Here, options: Options
+) -> None:
     check = BundleCheck(bundle, name, report, here, options.images, options.budget)
     if check.open():
         check.run()
@@ -129,7 +131,7 @@ def _examine(machine: Machine) -> Found:
     )
 
 
-def _look_around(report: Report, options: Options, machine: Machine) -> Here:
+def _look_around(report: DeviceReport, options: Options, machine: Machine) -> Here:
     """What the steps need to know of this machine."""
     here = Here()
     report.step("GPU", partial(_find_gpu, here))
@@ -292,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if report.failed else 0
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: DeviceReport) -> str:
     count = {state: 0 for state in ("done", "failed", "not run")}
     for step in report.steps:
         count[step.state] += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from var_deploy.runtime.backends.protocol import Clock
-from var_deploy.runtime.measure import Spread, launch_seconds
+from var_deploy.runtime.measure import LatencyStats, launch_seconds
 
 BUDGET = 20.0  # seconds for one kind of repetition
 WARM_UP = 0.1  # share of it that is run before; clocks rise and caches fill meanwhile
@@ -25,9 +25,9 @@ class Latency:
         launches: by name, in order; empty where they cannot be told apart.
     """
 
-    image: Spread
-    call: Spread
-    launches: Mapping[str, Spread]
+    image: LatencyStats
+    call: LatencyStats
+    launches: Mapping[str, LatencyStats]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,9 +54,9 @@ def time_images(
     fit = all(len(laps) == len(launches) for laps in parts)
     columns = zip(launches, zip(*parts, strict=True), strict=True) if fit else ()
     return Latency(
-        image=Spread.of(images),
-        call=Spread.of(calls),
-        launches={name: Spread.of(laps) for name, laps in columns},
+        image=LatencyStats.of(images),
+        call=LatencyStats.of(calls),
+        launches={name: LatencyStats.of(laps) for name, laps in columns},
     )
 
 

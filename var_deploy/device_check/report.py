@@ -68,7 +68,7 @@ class Step:
         }
 
 
-class Report:
+class DeviceReport:
     """Runs steps and keeps what they found.
 
     Args:

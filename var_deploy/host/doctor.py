@@ -69,7 +69,7 @@ class Ability:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class DoctorReport:
     """All findings, in the order in which they are shown."""
 
     findings: tuple[Finding, ...]
@@ -81,7 +81,7 @@ class Report:
         return any(ability.here and ability.generates for ability in self.abilities)
 
 
-def examine(machine: Machine) -> Report:
+def examine(machine: Machine) -> DoctorReport:
     """Look at everything; takes seconds where large libraries are installed."""
     jetson, driver = jetson_model(machine), machine.driver()
     findings = [_ok("var-deploy", __version__, "this program"), _python(machine), _system(machine)]
@@ -104,7 +104,7 @@ def examine(machine: Machine) -> Report:
     ]
     findings += [cuda, *gpus, onnxruntime, *int8, tensorrt, bindings, *training, *optional]
     engines = _lacking([tensorrt, bindings, cuda, *gpus[:1]])
-    return Report(
+    return DoctorReport(
         findings=tuple(findings),
         abilities=(
             Ability(name="export and verify", lacks=_lacking([*training, onnxruntime])),

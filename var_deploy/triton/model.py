@@ -41,7 +41,7 @@ class Row:
     """One image that a request asks for."""
 
     label: int
-    stream: tuple[int, int]
+    rng_key: tuple[int, int]
     sampling: Sampling
 
 
@@ -75,7 +75,7 @@ class TritonPythonModel:
                 drawn = self._pipe.draw(
                     Request(
                         labels=[row.label for _, _, row in members],
-                        streams=[row.stream for _, _, row in members],
+                        rng_keys=[row.rng_key for _, _, row in members],
                         sampling=sampling,
                     )
                 )
@@ -111,7 +111,7 @@ def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
     return [
         Row(
             label=_label(labels[n], manifest),
-            stream=(seeds[n], numbers[n]),
+            rng_key=(seeds[n], numbers[n]),
             sampling=manifest.sampling(
                 **{
                     argument: _setting(given[name][n]) if name in given else None
