@@ -1,4 +1,4 @@
-"""What a call asks for, cut into batches and driven through the scale loop."""
+"""Requests for N images: split into batches of B and generated with the scale loop."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import Answer, ScaleLoop
 from var_deploy.sampling import Sampling, check_seed, gumbel, numbered, stack_uniforms
 
-REMEMBERED = 3  # runs that the next one is expected to be no slower than
+REMEMBERED = 3  # runs; the slowest of them is the time expected of the next one
 
 
 # the class itself is the base: the alias NDArray cannot be one, from NumPy 2.5 on Python 3.12 on
 class Images(np.ndarray[Any, np.dtype[np.uint8]]):
-    """uint8 [N, side, side, channels], and how far each image came.
+    """Generated images, uint8 [N, side, side, channels], with the number of scales of each.
 
     Attributes:
-        scales_done: [N] int64, scales that each image is made of; empty for views of it and for
-            what is computed from it.
+        scales_done: [N] int64, the number of scales that each image was decoded from; empty for
+            views of the array and for arrays computed from it.
     """
 
     scales_done: NDArray[np.int64]
@@ -45,13 +45,13 @@ class Images(np.ndarray[Any, np.dtype[np.uint8]]):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """N images to draw.
+    """N images to generate.
 
     Attributes:
-        labels: one an image.
-        rng_keys: (seed, number) of each image's uniforms.
-        forced: tokens [N, L_k] of the first scales, which are not drawn.
-        kept: tokens of all scales that are not drawn.
+        labels: one class number per image.
+        rng_keys: one (seed, number) per image, from which its uniforms are computed.
+        forced: tokens [N, L_k] of the first scales, which are then not sampled.
+        kept: tokens of any scale that are not sampled.
     """
 
     labels: Sequence[int]
@@ -63,17 +63,17 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleEvent:
-    """A scale is done, of a batch of images. For use within the callback that it is given to.
+    """Event after one scale of a batch of images; valid only within the `on_scale` callback.
 
     Attributes:
-        scale: which one, from 0.
-        scales: K.
-        first: number of the batch's first image in the request.
-        tokens: what was drawn, [n, L_k] int64 of the n images of the batch; the caller's own. Of a
-            bundle with `more_smooth` the image is not made of them, see `sampling.smoothing`.
-        preview: decodes what the images look like so far, mixes of codes included, uint8
-            [n, side, side, channels]. It takes as long as a decoder does; what is not asked for
-            costs nothing.
+        scale: number of the scale, from 0.
+        scales: K, the number of scales.
+        first: index in the request of the batch's first image.
+        tokens: sampled tokens [n, L_k] int64 of the batch's n images; a copy. With `more_smooth`
+            the image is not made of these tokens, see `sampling.smoothing`.
+        preview: call it to decode the scales so far, with smoothing: uint8
+            [n, side, side, channels]. A call takes as long as the decoder; without a call there
+            is no cost.
     """
 
     scale: int
@@ -84,7 +84,7 @@ class ScaleEvent:
 
 
 class TimingModel:
-    """How long scales and decoder took in the last runs: what a deadline is kept with."""
+    """Expected seconds of each scale and of the decoder, from the last runs; used for deadlines."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = lengths
@@ -93,12 +93,12 @@ class TimingModel:
 
     @property
     def decoder(self) -> float | None:
-        """Seconds to set aside for decoding; None before the first time."""
+        """Expected seconds of the decoder; None before its first run."""
         return max(self._decoder, default=None)
 
     def scale(self, scale: int) -> float:
-        """Seconds that a scale will take: where it was never seen, as much a token as the one
-        before it."""
+        """Expected seconds of a scale; before its first run, scaled by tokens from the previous
+        scale."""
         if self._scales[scale] or not scale:
             return max(self._scales[scale], default=0.0)
         return self.scale(scale - 1) * self._lengths[scale] / self._lengths[scale - 1]
@@ -111,10 +111,10 @@ class TimingModel:
 
 
 class Batches:
-    """Draws the images of requests, batch by batch; the last batch is padded with its last image.
+    """Generates the images of requests in batches of B; the last batch is padded.
 
     Args:
-        cancelled: asked before each launch.
+        cancelled: called before each launch; True cancels the request.
     """
 
     def __init__(
@@ -131,14 +131,14 @@ class Batches:
         end: float | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Images:
-        """The images of a request.
+        """Generate the images of a request.
 
         Args:
-            on_progress: called with (launches done, launches in all).
+            on_progress: called with (launches done, total launches).
             on_scale: called after each scale of each batch.
-            end: by when to be done, on the clock of `time.perf_counter`. What is left is shared
-                equally by the batches to come.
-            cancelled: asked before each launch, besides the one that all requests share.
+            end: deadline on the clock of `time.perf_counter`. The remaining time is shared
+                equally by the remaining batches.
+            cancelled: called before each launch, in addition to the one of all requests.
 
         Raises CancelledError, and BackendError where the runtime fails.
         """
@@ -187,10 +187,10 @@ class Batches:
 
 
 class _Watcher:
-    """An `Observer` of the batches of one request: reports, tells of scales, keeps the deadline.
+    """An `Observer` for one request: reports progress, calls `on_scale`, keeps the deadline.
 
     Args:
-        batches: of the request.
+        batches: number of batches in the request.
         end: see `Batches.draw`.
     """
 
@@ -233,16 +233,16 @@ class _Watcher:
         self._report(0)
 
     def _report(self, done: int) -> None:
-        """`done` scales of this batch are done."""
+        """Report progress after `done` scales of this batch."""
         if self._on_progress:
             self._on_progress(self._launched + done, self._launches)
         self._since = time.perf_counter()
 
     def _late(self, following: int) -> bool:
-        """Whether the next scale and the decoder would end too late."""
+        """Whether the next scale and the decoder would end after the deadline."""
         if self._batch_end is None:
             return False
-        if self._timing.decoder is None:  # the first deadline of all: see how long it takes
+        if self._timing.decoder is None:  # the first request with a deadline: time the decoder once
             self._preview()
         decoder = self._timing.decoder or 0.0
         return time.perf_counter() + self._timing.scale(following) + decoder > self._batch_end
@@ -264,29 +264,33 @@ class _Watcher:
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """[0, 1] to 0 … 255, rounded; what is not a number was refused by the loop."""
+    """Convert images from [0, 1] to 0 … 255, rounded; the loop has refused NaN before."""
     return np.rint(images * 255).astype(np.uint8)
 
 
 def rng_keys(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
-    """(seed, number) of the uniforms of each image: numbered, or number 0 of a seed each.
+    """The (seed, number) pair of each image, from which its uniforms are computed.
 
-    `count` is how many there must be; None takes one a seed. Raises UsageError for a seed that is
-    none, and for a wrong number of them.
+    One seed gives numbers 0, 1, …; a sequence of seeds gives number 0 of each seed.
+
+    Args:
+        count: number of images; None takes one image per seed.
+
+    Raises UsageError for an invalid seed, or a sequence that does not have `count` seeds.
     """
     if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
         seed = check_seed(seed)
         return numbered(seed, 0, 1 if count is None else count)
     wanted = len(seed) if count is None else count
     if len(seed) != wanted or not wanted:
-        raise UsageError(f"seed must be one number, or one an image, found {len(seed)} numbers")
+        raise UsageError(f"seed must be one number, or one per image, found {len(seed)} numbers")
     return [(check_seed(one), 0) for one in seed]
 
 
 def end_of(deadline: float | None) -> float | None:
-    """When to be done, on the clock of `time.perf_counter`; `deadline` is in seconds from now.
+    """Convert a deadline in seconds from now to the clock of `time.perf_counter`; None stays None.
 
-    Raises UsageError for a deadline that is no number above 0.
+    Raises UsageError for a deadline that is not a number above 0.
     """
     if deadline is None:
         return None
@@ -297,9 +301,9 @@ def end_of(deadline: float | None) -> float | None:
 
 
 def label_numbers(manifest: Manifest, labels: Sequence[int | str | None]) -> list[int]:
-    """Class numbers of names and numbers; 0 for each where the model has no classes.
+    """Convert labels (class names or numbers) to class numbers; all 0 for a model without classes.
 
-    None stands for an image without a class, whose number is the count of the classes.
+    A label None means "no class", whose number is the number of classes.
     """
     transformer = manifest.model.transformer
     if not transformer.conditional:
