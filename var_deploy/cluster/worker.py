@@ -1,4 +1,4 @@
-"""What runs at the far end: an actor with a pipeline of its own."""
+"""The Ray actor that generates shards of an image set, with a pipeline of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """A shard's file; seconds that it took, and that its worker waited for it since the last."""
+    """A shard's file, the seconds to generate it, and the seconds since the worker's last shard."""
 
     data: bytes
     drawing: float
@@ -25,11 +25,11 @@ class ShardResult:
 
 
 class Worker:
-    """Draws shards of an source bundle.
+    """Generates shards with the bundle of `source`.
 
     Args:
-        config: how to run it, but for what the set decides.
-        cores: CPU threads that are this worker's, for where it draws without a GPU after all.
+        config: how to run the bundle, except what the set decides.
+        cores: CPU threads of this worker, used where it runs on the CPU.
     """
 
     def __init__(self, source: BundleSource, config: RuntimeConfig, cores: int) -> None:
@@ -38,14 +38,14 @@ class Worker:
         self._free: float | None = None
 
     def load(self, spec: SetSpec) -> Loaded:
-        """Have the bundle loaded for a set, which may leave "auto" open; `Pipeline.describe` of it.
+        """Load the bundle for a set, whose settings may be "auto"; returns `Pipeline.describe`.
 
         Raises what `BundleSource.path` and `Pipeline.load` raise.
         """
         return self._loaded(spec).describe()
 
     def draw(self, spec: SetSpec, shard: int) -> ShardResult:
-        """Raises what `load` and `draw_shard` raise."""
+        """Generate a shard. Raises what `load` and `draw_shard` raise."""
         started = time.monotonic()
         pipe = self._loaded(spec)
         data = draw_shard(pipe, spec, shard)
@@ -54,7 +54,7 @@ class Worker:
         return ShardResult(data=data, drawing=self._free - started, waiting=waiting)
 
     def close(self) -> None:
-        """Give the bundle back, if one is loaded."""
+        """Close the pipeline, if one is loaded."""
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
