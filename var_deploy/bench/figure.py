@@ -1,6 +1,6 @@
-"""The figure of a report: launches against their floors, and whole generations beside each other.
+"""The figure of a `bench` report: launches with their rooflines, and whole generations.
 
-matplotlib is imported here alone, when something is drawn.
+matplotlib is imported only here, when a figure is made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from var_deploy import names
 from var_deploy.bench.report import BenchReport, Result, Run
 from var_deploy.files import whole_file
 
-# Okabe and Ito's colours, which stay apart to colour-blind eyes and, in this order, on grey paper
+# colours of Okabe and Ito, distinct for colour-blind readers and, in this order, in grey print
 COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#999999")
 INK, FAINT = "#222222", "#bbbbbb"
 STYLE: Any = {
@@ -30,12 +30,12 @@ STYLE: Any = {
     "legend.frameon": False,
     "savefig.dpi": 200,
 }
-GROUP = 0.8  # of the room between two launches
+GROUP = 0.8  # share of the distance between two launches that bars take
 MOST = 1.35  # times the longest bar: the width of the right half
 
 
 def draw(report: BenchReport, path: Path) -> None:
-    """Write a PNG: a row for each number of images; see `files.whole_file`."""
+    """Write the figure as a PNG, atomically; one row per number of images."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def _images(run: Run) -> str:
 
 
 def _launches(axes: Any, run: Run, told: Sequence[Result], colours: dict[str, str]) -> None:
-    """Bars a launch, and over each the line that it cannot get below."""
+    """Plot bars for each launch, each with a line at its roofline."""
     axes.set_title(f"Launches of {_images(run)}: median, and the floor")
     axes.set_ylabel("ms")
     axes.grid(axis="x", visible=False)
@@ -101,11 +101,11 @@ def _launches(axes: Any, run: Run, told: Sequence[Result], colours: dict[str, st
 
 
 def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, str]) -> None:
-    """A bar a worker with its p10 to p95, and a stroke where its floor is."""
+    """Plot one bar per worker, with p10 to p95 and a stroke at its roofline."""
     axes.set_title(f"{_images(run)[0].upper()}{_images(run)[1:]}, all included")
     axes.set_xlabel("ms: median, p10 to p95")
     axes.grid(axis="y", visible=False)
-    # one slow round in ten must not squeeze all bars: a whisker may leave the figure
+    # a slow round must not squeeze all bars, so a whisker may leave the figure
     widest = MOST * max(1e3 * result.whole.median for result in ran) if ran else 1.0
     axes.set_xlim(0, widest)
     axes.locator_params(axis="x", nbins=5)
@@ -128,7 +128,7 @@ def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, 
 
 
 def _short(launch: str) -> str:
-    """Scales by their number."""
+    """Short name of a launch: the number of a scale, "cond." or "dec."."""
     if launch in (names.CONDITION, names.DECODER):
         return {names.CONDITION: "cond.", names.DECODER: "dec."}[launch]
     return str(int(launch.rpartition("_")[2]))

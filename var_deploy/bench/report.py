@@ -1,4 +1,4 @@
-"""What a run of `bench` found, and what it was run on."""
+"""The report of `bench`: results, and the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from var_deploy.planning.devices import cpu_device
 from var_deploy.runtime.measure import LatencyStats
 
 SCHEMA_VERSION = 1
-# what decides the speed of products, by the names that Linux gives them
+# instruction sets that decide the speed of products, by their names in Linux
 ISA = (
     "avx2",
     "avx512f",
@@ -40,7 +40,7 @@ ISA = (
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """The machine. `isa` holds those of ISA that it has; `memory` is in bytes, 0 if unknown."""
+    """The machine. `isa`: those of ISA that it has; `memory`: bytes, 0 where unknown."""
 
     cpu: str
     processors: int
@@ -73,16 +73,16 @@ class Surroundings:
 
 @dataclass(kw_only=True)
 class Result:
-    """One worker; filled while the run goes on.
+    """The result of one worker; filled during the run.
 
     Attributes:
-        name: as in the table; `ours`: whether it is this project.
-        about: what it says of itself, None where it did not come to that.
+        name: name in the table; `ours`: whether it runs this project's runtime.
+        about: the worker's description, None where it did not get ready.
         problem: why it could not run, "" where it could.
         cold: seconds from the start of its process to its first image.
-        peak: bytes of PSS, None where unknown, and why.
-        samples: one a round.
-        weights: bytes of the weights that it uses, None where it does not tell.
+        peak: peak PSS in bytes, None where unknown; `peak_problem`: the reason.
+        samples: one sample per round.
+        weights: bytes of the weights that it uses, None where unknown.
         rooflines: the least time of each launch; `roofline_problem`: why there are none.
     """
 
@@ -105,12 +105,12 @@ class Result:
 
     @property
     def whole(self) -> LatencyStats:
-        """One generation."""
+        """Statistics of the time of one generation."""
         return LatencyStats.of([sample.seconds for sample in self.samples])
 
     @property
     def launches(self) -> dict[str, LatencyStats]:
-        """By name; empty where they cannot be told apart."""
+        """Launch → statistics of its time; empty where the worker does not tell them apart."""
         names = self.samples[0].launches if self.samples else {}
         if any(sample.launches.keys() != names.keys() for sample in self.samples):
             return {}
@@ -118,7 +118,7 @@ class Result:
 
     @property
     def host_share(self) -> float | None:
-        """Part of a generation that lies outside of all launches."""
+        """Share of a generation's time that is spent outside of all launches."""
         if not self.launches:
             return None
         return statistics.median(1 - sum(s.launches.values()) / s.seconds for s in self.samples)
@@ -129,7 +129,7 @@ class Result:
 
     @property
     def reached(self) -> float | None:
-        """The floor over the time of a generation."""
+        """The least time of a generation by its roofline, divided by the measured time."""
         if not self.rooflines:
             return None
         return sum(roofline.seconds for roofline in self.rooflines) / self.whole.median
@@ -166,7 +166,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything with one number of images a generation."""
+    """The results of all workers for one number of images per generation."""
 
     images: int
     results: Sequence[Result]
@@ -175,7 +175,7 @@ class Run:
 
     @property
     def first(self) -> Result | None:
-        """What the others are held against: the first one that ran."""
+        """The result that ratios refer to: the first worker that ran."""
         return next((result for result in self.results if result.ran), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -189,10 +189,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """All runs of one call.
+    """The report of one call of `bench`, with all runs.
 
     Attributes:
-        settings: threads, rounds and the like, as words and numbers.
+        settings: threads, rounds and so on, as JSON values.
         date: ISO 8601, UTC.
     """
 
@@ -205,7 +205,7 @@ class BenchReport:
 
     @property
     def failed(self) -> list[Result]:
-        """What of our own did not run."""
+        """The results of this project's workers that did not run."""
         return [r for run in self.runs for r in run.results if r.ours and not r.ran]
 
     def to_json(self) -> dict[str, Any]:

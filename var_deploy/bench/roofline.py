@@ -1,4 +1,4 @@
-"""The least time that a device's rates allow, and how near to it a run came."""
+"""Rooflines: the least time of a launch by a device's rates, and the share that was reached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from var_deploy.runtime.measure import LatencyStats
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """The least time of one launch, twice: to move its bytes, and to do its operations."""
+    """The least seconds of one launch: `moving` its bytes, and `computing` its operations."""
 
     name: str
     traffic: int
@@ -28,7 +28,7 @@ class Roofline:
 
 
 def rooflines(workload: Workload, device: Device) -> list[Roofline]:
-    """Floors of every launch of B images, as `plan` counts bytes and operations."""
+    """The roofline of every launch of B images, with bytes and operations as in `plan`."""
     return [
         Roofline(
             name=launch.work.name,
@@ -42,11 +42,11 @@ def rooflines(workload: Workload, device: Device) -> list[Roofline]:
 
 
 def reached(
-    launches: Mapping[str, LatencyStats], whole: LatencyStats, least: Sequence[Roofline]
+    launches: Mapping[str, LatencyStats], whole: LatencyStats, rooflines: Sequence[Roofline]
 ) -> dict[str, Any]:
-    """What part of the measured times the floors are: 1 is the floor itself."""
+    """The least times divided by the measured times, as JSON values; 1 is the roofline."""
     rows = []
-    for roofline in least:
+    for roofline in rooflines:
         measured = launches.get(roofline.name)
         rows.append(
             {
@@ -59,7 +59,7 @@ def reached(
                 "reached": measured and round(roofline.seconds / measured.median, 4),
             }
         )
-    seconds = sum(roofline.seconds for roofline in least)
+    seconds = sum(roofline.seconds for roofline in rooflines)
     return {
         "floor_ms": round(seconds * 1e3, 5),
         "measured_ms": round(whole.median * 1e3, 5),

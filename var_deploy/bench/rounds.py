@@ -1,8 +1,8 @@
-"""Every worker alone, for its memory; then all of them in turn, round after round.
+"""Measures workers: first the memory of each alone, then the times of all in interleaved rounds.
 
-Memory comes first and apart: PSS shares out what several processes map, and looking at it takes
-time that a stopwatch would see. Rounds are interleaved so that a slow minute of the machine hits
-all alike; whoever is not asked waits without taking a processor.
+Memory is measured separately, since PSS divides pages among processes, and reading it would disturb
+timings. Rounds are interleaved, so that a slow minute of the machine affects all workers alike; a
+worker that waits uses no processor.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from var_deploy.bench.worker import About, Sample
 from var_deploy.errors import BackendError
 
 ALONE = 2  # generations while memory is watched
-# The threads of a library spin for a moment after their work, in case more follows: as long as
-# they do, the next worker would not have the processor to itself.
+# Seconds between two workers. Threads of a library spin for a moment after their work and would
+# take processors from the next worker.
 PAUSE = 0.05
 ENERGY_SECONDS = 5.0
-SETTLE_SECONDS = 1.5  # before energy counts: NVIDIA's cards tell the mean of the last second
+SETTLE_SECONDS = 1.5  # before energy is measured: NVIDIA cards report the mean of the last second
 PROC = Path("/proc")
 
 Progress = Callable[[str, float], object]
@@ -35,7 +35,7 @@ Start = Callable[[Sequence[str]], WorkerProcess]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A worker that is to run: its program, or why there is none."""
+    """A worker to run: its name and command, or the problem why it cannot run."""
 
     name: str
     ours: bool
@@ -45,14 +45,14 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """How often, and with what.
+    """Settings of a comparison.
 
     Attributes:
-        images: of one generation.
-        warm_up, repeat: rounds that do not count, then rounds that do.
-        meters: of the energy, which is measured after the rounds where there are some.
-        proc: where the kernel tells the memory of processes.
-        start: starts a worker.
+        images: images per generation.
+        warm_up, repeat: rounds that are not counted, then rounds that are.
+        meters: energy meters, read after the rounds.
+        proc: folder /proc, from which memory is read.
+        start: starts a worker's process.
     """
 
     images: int
@@ -65,7 +65,7 @@ class Rounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Rated:
-    """What the process that measures the machine came to: samples, or the problem."""
+    """Result of the process that measures the machine's rates: samples, or the problem."""
 
     about: About | None = None
     samples: tuple[Sample, ...] = ()
@@ -73,11 +73,11 @@ class Rated:
 
 
 class Comparison:
-    """Workers, and a program that measures the machine in between.
+    """Runs workers in turn, and in between a program that measures the machine's rates.
 
     Args:
-        entries: in the order in which they take turns.
-        rates: the command of that program.
+        entries: workers, in the order of their turns.
+        rates: command of the program that measures rates.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Comparison:
         self._done = 0
 
     def run(self) -> None:
-        """Fill `results` and `rated`. What goes wrong with a worker is noted and ends it."""
+        """Fill `results` and `rated`. An error of a worker is recorded and ends that worker."""
         for result in self._running():
             with self._noting(result):
                 self._alone(result)
@@ -123,7 +123,7 @@ class Comparison:
         self._done += steps
 
     def _alone(self, result: Result) -> None:
-        """Nobody else maps its files now: its PSS is all its own."""
+        """Measure the peak PSS of a worker, while no other process maps its files."""
         self._told(f"{result.name}: memory", ALONE + 3)
         rounds = self._rounds
         with (
@@ -177,7 +177,7 @@ class Comparison:
             self.rated = Rated(problem=str(error))
 
     def _energy(self, result: Result, process: WorkerProcess) -> None:
-        """One generation after the other, for some seconds."""
+        """Measure the energy of a worker that generates without pauses for some seconds."""
         if not self._rounds.meters.found:
             result.energy = Energy(problem=self._rounds.meters.problem)
             return

@@ -1,4 +1,4 @@
-"""What is compared with what, and the floors that it is held against."""
+"""Sets up and runs `bench`: which workers are compared, and the rooflines of their launches."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ OURS, RATES = "var_deploy.bench.ours", "var_deploy.bench.rates"
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Somebody else's way to run the same model.
+    """Another runtime for the same model, which `bench` compares with.
 
     Attributes:
-        module: a program that speaks as `worker.serve` does, with its `arguments`.
-        needs: the Python module that it cannot do without, and the extra that brings it.
+        module: module of the worker program (see `worker.serve`), and its `arguments`.
+        needs: the Python module that it requires; `extra`: the extra that installs it.
     """
 
     module: str
@@ -70,14 +70,14 @@ PEERS: Mapping[str, Peer] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared.
+    """Settings of `bench`.
 
     Attributes:
-        batches: images of a generation; a run for each.
-        configs: of our own workers, one each. Their threads, which are the same in all of them,
-            are for everything; None is a thread for each core that the process may use.
+        batches: numbers of images per generation; there is one run for each.
+        configs: one config per worker of this project. All have the same number of threads, which
+            holds for the peers too; None is one thread for each core that the process may use.
         against: names of PEERS.
-        repeat: rounds that count; `warm_up`: rounds before, that do not.
+        repeat: rounds that are counted; `warm_up`: rounds before them that are not.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -112,10 +112,10 @@ def bench(
     machine: Machine | None = None,
     progress: Progress = lambda message, fraction: None,
 ) -> BenchReport:
-    """Compare, and say what was found.
+    """Run all comparisons and return the report.
 
-    A worker that fails is in the report, with its reason. Raises BundleError for a bundle that
-    cannot be trusted or that lacks a precision.
+    A worker that fails is listed in the report with its problem. Raises BundleError for a damaged
+    bundle, or one that lacks a precision.
     """
     machine = machine or Machine()
     manifest = read_manifest(bundle)
@@ -123,7 +123,7 @@ def bench(
         if config.precision != AUTO:
             manifest.graph(config.precision, names.DECODER)
     progress("reading the bundle", 0.0)
-    check_files(bundle, manifest)  # which also brings it into the page cache, for all alike
+    check_files(bundle, manifest)  # also reads it into the page cache, for all workers
     surroundings, meters, runs = Surroundings.of(machine), find_meters(machine), []
     for number, images in enumerate(settings.batches):
         rounds = Rounds(
@@ -150,13 +150,13 @@ def bench(
 def _part(
     progress: Progress, batches: Sequence[int], number: int, message: str, fraction: float
 ) -> None:
-    """Progress of one run as a part of all."""
+    """Report the progress of one run as a part of all runs."""
     prefix = f"{batches[number]} a generation, " if len(batches) > 1 else ""
     progress(prefix + message, (number + fraction) / len(batches))
 
 
 def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> list[Entry]:
-    """Ours first, then the peers, as they were named."""
+    """The workers to run: those of this project first, then the peers in the given order."""
     found = []
     options = (bundle, "--batch", images, "--threads", settings.threads or 0)
     for config in settings.configs:
@@ -175,11 +175,11 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
     return found
 
 
-# what the times are held against
+# rates and rooflines
 
 
 def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
-    """A run with its rates, and floors for our own workers."""
+    """The result of a comparison, with rates, and rooflines for this project's workers."""
     rated = comparison.rated
     found = None
     if rated.samples and rated.about is not None:
@@ -203,8 +203,10 @@ def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: M
 
 
 def weights_used(manifest: Manifest, precision: str) -> int:
-    """Bytes of the weights of one generation, each counted once: the static graphs of the scales
-    hold together what `step` holds."""
+    """Bytes of the weights of one generation, each counted once.
+
+    The static graphs of all scales together have the same weights as `step`.
+    """
     graphs = manifest.graphs[precision]
     workload = workload_of(manifest, cast(Precision, precision))
     wanted = [graph.name for graph in generation_graphs(manifest.model, "shared")]
@@ -234,7 +236,7 @@ def generation_rooflines(
 
 
 def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:
-    """What a worker ran on: a CPU as it was measured, a GPU as it is published.
+    """The device of a worker: a CPU with measured rates, a GPU with published ones.
 
     Raises UsageError where the rates are not known.
     """
@@ -246,7 +248,7 @@ def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine)
 
 
 def measured_device(found: Rates) -> Device:
-    """The measured rates as a device: int8 products have one of their own."""
+    """A `Device` with the measured rates of this machine; int8 products have their own rate."""
     return Device(
         name="measured",
         title="this machine, as measured",
