@@ -66,7 +66,7 @@ class OpenVinoLaunch:
     def __call__(self) -> None:
         try:
             self._request.infer(share_outputs=True)  # else every output is copied once more
-        except Exception as error:  # RuntimeError, and whatever a plugin throws
+        except Exception as error:  # RuntimeError, and other types from plugins
             raise BackendError(f"OpenVINO failed in {self._graph}: {one_line(error)}") from error
 
 
@@ -115,7 +115,7 @@ class OpenVinoBackend(HostMemory):
             # the values in use: at most one thread per core, and a precision that the CPU has
             self.computes = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
             self._threads = str(compiled.get_property("INFERENCE_NUM_THREADS"))
-        except Exception as error:  # RuntimeError, and whatever a plugin throws
+        except Exception as error:  # RuntimeError, and other types from plugins
             raise BackendError(f"OpenVINO refuses {graph.path.name}: {one_line(error)}") from error
         return OpenVinoSession(self._openvino, compiled, graph.ref.name)
 
