@@ -73,7 +73,9 @@ class SharedBlock(_Packed):
             self.host[name] = view.reshape(array.shape)
 
     def upload(self) -> None:
+        """Copy the block from the host to the backend, see `Shared.upload`."""
         self._shared.upload()
 
     def download(self) -> None:
+        """Copy the block from the backend to the host, see `Shared.download`."""
         self._shared.download()

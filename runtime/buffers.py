@@ -188,9 +188,11 @@ class LoopBuffers:
         return self.latent.host[FHatPlace.after(scales).value]
 
     def condition_inputs(self) -> dict[str, Array]:
+        """The input buffers of the graph `condition`."""
         return {names.LABELS: self.inputs[names.LABELS]}
 
     def condition_outputs(self) -> dict[str, Array]:
+        """The output buffers of the graph `condition`."""
         return {name: self._intermediates[name] for name in (names.FIRST_INPUT, names.MODULATION)}
 
     def scale_inputs(self, scale: int) -> dict[str, Array]:
@@ -225,9 +227,11 @@ class LoopBuffers:
         self.latent.upload()
 
     def decoder_inputs(self, place: FHatPlace) -> dict[str, Array]:
+        """The input buffers of the decoder, with f_hat from `place`."""
         return {names.F_HAT: self._f_hat(place)}
 
     def decoder_outputs(self) -> dict[str, Array]:
+        """The output buffers of the decoder."""
         return {names.IMAGE: self.outputs[names.IMAGE]}
 
     def _f_hat(self, place: FHatPlace) -> Array:

@@ -43,7 +43,9 @@ class Observer(Protocol):
         """Called when `done` of K scales are done. After the last scale the answer is ignored."""
         ...
 
-    def after_decoder(self) -> None: ...
+    def after_decoder(self) -> None:
+        """Called when the decoder is done."""
+        ...
 
 
 class ScaleLoop:

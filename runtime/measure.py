@@ -29,6 +29,7 @@ class LatencyStats:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> LatencyStats:
+        """Compute the statistics of measured times."""
         low, middle, high = np.percentile(seconds, [10, 50, 95])
         return cls(median=float(middle), p10=float(low), p95=float(high), count=len(seconds))
 

@@ -35,6 +35,7 @@ class Images(np.ndarray[Any, np.dtype[np.uint8]]):
 
     @classmethod
     def blank(cls, shape: tuple[int, ...], scales_done: int) -> Images:
+        """Uninitialised images of a shape [N, side, side, channels]."""
         images = np.empty(shape, np.uint8).view(cls)
         images.scales_done = np.full(shape[0], scales_done, np.int64)
         return images
@@ -104,9 +105,11 @@ class TimingModel:
         return self.scale(scale - 1) * self._lengths[scale] / self._lengths[scale - 1]
 
     def saw_scale(self, scale: int, seconds: float) -> None:
+        """Record the time of a scale."""
         self._scales[scale] = [*self._scales[scale], seconds][-REMEMBERED:]
 
     def saw_decoder(self, seconds: float) -> None:
+        """Record the time of the decoder."""
         self._decoder = [*self._decoder, seconds][-REMEMBERED:]
 
 

@@ -66,6 +66,7 @@ def column_scales(columns: int) -> NDArray[np.float32]:
 
 
 def bias(columns: int) -> NDArray[np.float32]:
+    """fp32 bias of a product, one number per column."""
     return (integers(columns, 5, 4096, -2048) / 1024).astype(np.float32)
 
 
@@ -80,6 +81,7 @@ def conv_scales(channels: int) -> NDArray[np.float32]:
 
 
 def conv_bias(channels: int) -> NDArray[np.int32]:
+    """int32 bias of a convolution, one number per output channel."""
     return integers(channels, 7, 20_000, -10_000).astype(np.int32)
 
 

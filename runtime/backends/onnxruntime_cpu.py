@@ -40,6 +40,8 @@ class OrtSession:
 
 
 class OrtLaunch:
+    """A session with all buffers bound."""
+
     def __init__(
         self, session: Any, binding: Any, keep: object, graph: str, options: Any
     ) -> None:

@@ -54,10 +54,14 @@ class Shared(Protocol):
     """
 
     @property
-    def host(self) -> NDArray[np.uint8]: ...
+    def host(self) -> NDArray[np.uint8]:
+        """The bytes on the host, uint8 [size]."""
+        ...
 
     @property
-    def address(self) -> int: ...
+    def address(self) -> int:
+        """Address of the first byte in the backend's memory."""
+        ...
 
     def upload(self) -> None:
         """Copy host → backend, in order with the launches."""
@@ -79,7 +83,9 @@ class Clock(Protocol):
     each: bool
     source: str
 
-    def mark(self) -> None: ...
+    def mark(self) -> None:
+        """Mark the current moment, after the launches so far."""
+        ...
 
     def laps(self) -> list[float]:
         """Seconds between the marks since the last call; waits for the launches."""
@@ -139,7 +145,9 @@ class Backend(Memory, Protocol):
     """An inference library, ready to open graphs."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The backend's name, as in `RuntimeConfig.backend`."""
+        ...
 
     def open(self, graph: GraphFile) -> Session:
         """Load the graph of an ONNX file; `graph.ref` has its name, kind, scale and precision.

@@ -304,6 +304,7 @@ def check_engine(
 
 
 def plan_sha256(plan: Bytes) -> str:
+    """SHA-256 of a plan, as it stands in engine.json."""
     return hashlib.sha256(plan).hexdigest()
 
 

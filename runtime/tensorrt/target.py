@@ -34,6 +34,7 @@ class Target:
         return f"{self.library}-{self.version}-sm{self.sm}-{self.precision}"
 
     def describe(self) -> str:
+        """The target in words, for messages."""
         device = "any GPU" if self.device == ANY_DEVICE else self.device
         return f"{self.library} {self.version} on {device} (sm{self.sm}), {self.precision}"
 

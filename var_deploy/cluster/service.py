@@ -109,9 +109,11 @@ class Ingress:
         return create_app(self._backend, self._settings, name=self._name, metrics=self._metrics)
 
     async def stop(self) -> None:
+        """Refuse new requests and wait for the accepted ones."""
         await self._backend.stop()
 
     def abort(self) -> None:
+        """Drop all requests."""
         self._backend.abort()
 
 
