@@ -217,7 +217,7 @@ def make_report(manifest: Manifest) -> BenchReport:
         name="small",
         manifest=manifest,
         surroundings=Surroundings.of(PC),
-        settings=dataclasses.asdict(ALL),
+        settings=ALL.to_json(),
         date="2026-11-22T10:00:00+00:00",
         runs=[Run(images=2, results=[ours, slow, absent], rates=RATES)],
     )
