@@ -215,7 +215,7 @@ class _Watcher:
         self._since = 0.0
 
     def begin_batch(self, first: int, count: int) -> None:
-        """The next run of the loop draws the request's images `first` … `first + count - 1`."""
+        """Start a batch: the next run generates images `first` … `first + count - 1`."""
         self._first, self._count = first, count
         self._since = now = time.perf_counter()
         if self._end is not None:
