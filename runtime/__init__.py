@@ -1,1 +1,4 @@
-"""The edge half: drives a bundle's graphs with numpy and one engine library, never with PyTorch."""
+"""The runtime half of the package: runs a bundle's graphs with numpy and one inference library.
+
+It never imports PyTorch.
+"""

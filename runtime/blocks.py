@@ -1,4 +1,4 @@
-"""Named arrays side by side in one piece of memory."""
+"""Blocks of memory that hold several named arrays, packed one after the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fields = Mapping[str, tuple[tuple[int, ...], DTypeLike]]
 
 
 def pack(fields: Fields) -> tuple[dict[str, int], int]:
-    """Offset of each field, on a multiple of 256, and the bytes of all."""
+    """Offset of each field in bytes, a multiple of 256, and the size of all fields together."""
     offsets, position = {}, 0
     for name, (shape, dtype) in fields.items():
         offsets[name] = position
@@ -25,7 +25,7 @@ def pack(fields: Fields) -> tuple[dict[str, int], int]:
 
 
 class _Packed(Mapping[str, Array]):
-    """The fields of one piece of memory, by name."""
+    """A mapping from field name to the `Array` of that field in one block of memory."""
 
     def __init__(self, address: int, owner: object, fields: Fields) -> None:
         offsets, self.nbytes = pack(fields)
@@ -45,22 +45,22 @@ class _Packed(Mapping[str, Array]):
 
 
 class Block(_Packed):
-    """Arrays that the graphs alone read and write."""
+    """A block in the backend's memory that the host never reads or writes."""
 
     def __init__(self, memory: Memory, fields: Fields) -> None:
         self._memory, self._base = memory, memory.allocate(pack(fields)[1])
         super().__init__(self._base.address, self._base.owner, fields)
 
-    def forget(self) -> None:
-        """See `Memory.forget`."""
-        self._memory.forget(self._base)
+    def discard(self) -> None:
+        """Discard the contents of the block, see `Memory.discard`."""
+        self._memory.discard(self._base)
 
 
 class SharedBlock(_Packed):
-    """Arrays that the host fills or reads; one copy moves all of them.
+    """A block that exists on the host and in the backend's memory; one copy moves all its arrays.
 
     Attributes:
-        host: the same arrays for the host, by name.
+        host: name → the host's copy of the array, writable.
     """
 
     def __init__(self, memory: Memory, fields: Fields) -> None:
@@ -73,7 +73,9 @@ class SharedBlock(_Packed):
             self.host[name] = view.reshape(array.shape)
 
     def upload(self) -> None:
+        """Copy the block from the host to the backend, see `Shared.upload`."""
         self._shared.upload()
 
     def download(self) -> None:
+        """Copy the block from the backend to the host, see `Shared.download`."""
         self._shared.download()

@@ -1,4 +1,4 @@
-"""Every buffer of a generation, allocated once at a known size."""
+"""All buffers of a generation: allocated once, at sizes known from the manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from var_deploy.runtime.blocks import Block, Fields, SharedBlock
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
-# the scalars that tell a scale how to draw
+# the scalar inputs of a scale: its sampling settings
 _SETTINGS: dict[str, DTypeLike] = {
     names.CFG: np.float32,
     names.TEMPERATURE: np.float32,
@@ -29,8 +29,11 @@ _SETTINGS: dict[str, DTypeLike] = {
 
 
 class FHatPlace(Enum):
-    """Where f_hat lies: a graph never writes what it reads, so scales leave it in two places in
-    turn. Before the first scale it is zeros that nobody writes."""
+    """The buffer that holds f_hat after a number of scales.
+
+    A graph must not write to a buffer that it reads, so scales write f_hat to two buffers in turn.
+    Before the first scale f_hat is a buffer of zeros, which no graph writes.
+    """
 
     ZEROS = "zeros"
     ODD = "after an odd number of scales"
@@ -38,19 +41,19 @@ class FHatPlace(Enum):
 
     @classmethod
     def after(cls, scales: int) -> FHatPlace:
-        """Of what the first `scales` scales add up to."""
+        """The buffer that holds f_hat after the first `scales` scales."""
         if scales == 0:
             return cls.ZEROS
         return cls.ODD if scales % 2 else cls.EVEN
 
 
 class CacheArena:
-    """Keys and values of all scales but the last, sequence-major, one buffer a layer and kind.
+    """The key-value cache: one sequence-major buffer for the keys and one for the values per layer.
 
-    Scale k reads rows [0, P_k) and writes rows [P_k, P_k + L_k): views of the same memory, so
-    nothing is ever copied or concatenated outside a graph. The last scale's rows are read by
-    nobody and have no place here. At scale 0 there is no past; `step` is given one row of zeros
-    instead, which it does not use, because TensorRT knows no empty input.
+    Scale k reads rows [0, P_k) and writes rows [P_k, P_k + L_k): views of the same memory, so the
+    cache is never copied or concatenated outside a graph. The rows of the last scale are not
+    stored, since no later scale reads them. Scale 0 has no past: its graph gets one row of zeros,
+    which it does not use, because TensorRT has no empty inputs.
     """
 
     def __init__(self, manifest: Manifest, dtype: DTypeLike, memory: Memory) -> None:
@@ -67,18 +70,18 @@ class CacheArena:
     def nbytes(self) -> int:
         return self._block.nbytes
 
-    def forget(self) -> None:
-        """The last scale has read the cache; until the next generation nobody does."""
-        self._block.forget()
+    def discard(self) -> None:
+        """Discard the cache, which is not read between the last scale and the next generation."""
+        self._block.discard()
 
     def past(self, scale: int) -> dict[str, Array]:
-        """What scale k attends to besides itself, [P_k, G, H, D] each ([1, G, H, D] at 0)."""
+        """Past keys and values that scale k reads: [P_k, G, H, D] each, [1, G, H, D] at scale 0."""
         if scale == 0:
             return {name: self._block["no past"] for name in self._block if name != "no past"}
         return self._rows(0, self._prefix[scale], names.past_key, names.past_value)
 
     def new(self, scale: int) -> dict[str, Array]:
-        """Where scale k leaves its own rows, [L_k, G, H, D] each; nowhere at the last scale."""
+        """Keys and values that scale k writes: [L_k, G, H, D] each, none at the last scale."""
         if scale == self._scales - 1:
             return {}
         start, stop = self._prefix[scale], self._prefix[scale + 1]
@@ -95,21 +98,22 @@ class CacheArena:
 
 
 class LoopBuffers:
-    """Inputs and outputs of every launch, by tensor name.
+    """The input and output buffers of every launch, by tensor name.
 
-    Four blocks cross between host and backend, each in one copy: `given` before a generation,
-    `made` and `latent` after it (f_hat is looked at, and may be brought from elsewhere), and the
-    geometry of `step` once. Everything else stays with the backend.
+    Four blocks are copied between host and backend, each with one copy: `inputs` before a
+    generation, `outputs` and `latent` (f_hat) after it, and the geometry of `step` once. `latent`
+    is also copied to the backend when `ScaleLoop.decode` decodes an f_hat. Intermediates stay in
+    the backend's memory.
     """
 
     def __init__(self, manifest: Manifest, cache_dtype: DTypeLike, memory: Memory) -> None:
         self._spec = spec = manifest.model
         self._batch, self._more_smooth = manifest.batch, manifest.more_smooth
         self.arena = CacheArena(manifest, cache_dtype, memory)
-        self.given = SharedBlock(memory, _given_fields(manifest))
-        self.made = SharedBlock(memory, _made_fields(manifest))
+        self.inputs = SharedBlock(memory, _input_fields(manifest))
+        self.outputs = SharedBlock(memory, _output_fields(manifest))
         self.latent = SharedBlock(memory, _latent_fields(manifest))
-        self._inner = Block(memory, _inner_fields(manifest))
+        self._intermediates = Block(memory, _intermediate_fields(manifest))
         geometry = {
             _at(name, k): value
             for k in range(spec.scales)
@@ -123,9 +127,9 @@ class LoopBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks in the backend's memory."""
-        blocks = (self.arena, self.given, self.made, self.latent, self._inner, self._fixed)
-        return sum(block.nbytes for block in blocks)
+        """Size of all blocks in the backend's memory, in bytes."""
+        shared = (self.inputs, self.outputs, self.latent, self._fixed)
+        return sum(block.nbytes for block in (self.arena, self._intermediates, *shared))
 
     def fill(
         self,
@@ -136,97 +140,108 @@ class LoopBuffers:
         keep: Kept | None = None,
         noise: Sequence[NDArray[np.float32]] = (),
     ) -> None:
-        """Set what one generation is given: B labels, B·T uniforms, the settings, the tokens
-        [B, L_k] of the first scales where they are not to be drawn, what to keep of others, and
-        the Gumbel noise of each image [T, V] where codes are mixed (zeros where it is left out)."""
-        spec, given = self._spec, self.given.host
-        given[names.LABELS][: self._batch] = labels
-        given[names.LABELS][self._batch :] = spec.transformer.classes
+        """Write the inputs of one generation and copy them to the backend.
+
+        Args:
+            labels: B class numbers.
+            uniforms_BT: one random number in [0, 1) per image and token.
+            forced: tokens [B, L_k] of the first scales, which are then not sampled.
+            keep: tokens of the other scales that are not sampled.
+            noise: with `more_smooth`, the Gumbel noise of each image [T, V]; zeros where it is
+                left out.
+        """
+        spec, inputs = self._spec, self.inputs.host
+        inputs[names.LABELS][: self._batch] = labels
+        inputs[names.LABELS][self._batch :] = spec.transformer.classes
         prefix = spec.prefix_lengths
         for k in range(spec.scales):
             chosen = sampling.at(k, spec.scales)
-            given[_at(names.CFG, k)][...] = chosen.guidance
-            given[_at(names.TEMPERATURE, k)][...] = chosen.temperature
-            given[_at(names.TOP_K, k)][...] = chosen.top_k
-            given[_at(names.TOP_P, k)][...] = chosen.top_p
-            given[_at(names.UNIFORMS, k)][...] = uniforms_BT[:, prefix[k] : prefix[k + 1]]
-            given[_at(names.KEEP_MASK, k)][...] = k < len(forced)
+            inputs[_at(names.CFG, k)][...] = chosen.guidance
+            inputs[_at(names.TEMPERATURE, k)][...] = chosen.temperature
+            inputs[_at(names.TOP_K, k)][...] = chosen.top_k
+            inputs[_at(names.TOP_P, k)][...] = chosen.top_p
+            inputs[_at(names.UNIFORMS, k)][...] = uniforms_BT[:, prefix[k] : prefix[k + 1]]
+            inputs[_at(names.KEEP_MASK, k)][...] = k < len(forced)
             if k < len(forced):
-                given[_at(names.KEEP_TOKENS, k)][...] = forced[k]
+                inputs[_at(names.KEEP_TOKENS, k)][...] = forced[k]
             elif keep is not None:
-                given[_at(names.KEEP_MASK, k)][...] = keep.masks[k]
-                given[_at(names.KEEP_TOKENS, k)][...] = keep.tokens[k]
+                inputs[_at(names.KEEP_MASK, k)][...] = keep.masks[k]
+                inputs[_at(names.KEEP_TOKENS, k)][...] = keep.tokens[k]
             if self._more_smooth:
-                place = given[_at(names.NOISE, k)]
+                place = inputs[_at(names.NOISE, k)]
                 place[...] = 0
                 for row, numbers in enumerate(noise):
                     place[row] = numbers[prefix[k] : prefix[k + 1]]
-        self.given.upload()
+        self.inputs.upload()
 
     def image(self) -> NDArray[np.float32]:
-        """[B, side, side, channels] in [0, 1], valid after `made.download()`."""
-        return self.made.host[names.IMAGE]
+        """The images [B, side, side, channels] in [0, 1]; valid after `outputs.download()`."""
+        return self.outputs.host[names.IMAGE]
 
     def tokens(self, scale: int) -> NDArray[np.int64]:
-        """[B, L_k], valid after `made.download()`."""
-        return self.made.host[_at(names.TOKENS, scale)]
+        """The tokens [B, L_k] of a scale; valid after `outputs.download()`."""
+        return self.outputs.host[_at(names.TOKENS, scale)]
 
     def f_hat(self, scales: int) -> NDArray[np.float32]:
-        """What the first `scales` scales add up to, [B, Cv, p_K, p_K]; valid after
-        `latent.download()`, and only of the last two that were computed."""
+        """f_hat [B, Cv, p_K, p_K] after the first `scales` scales; valid after
+        `latent.download()`, and only for the last two scales that were computed."""
         return self.latent.host[FHatPlace.after(scales).value]
 
     def condition_inputs(self) -> dict[str, Array]:
-        return {names.LABELS: self.given[names.LABELS]}
+        """The input buffers of the graph `condition`."""
+        return {names.LABELS: self.inputs[names.LABELS]}
 
     def condition_outputs(self) -> dict[str, Array]:
-        return {name: self._inner[name] for name in (names.FIRST_INPUT, names.MODULATION)}
+        """The output buffers of the graph `condition`."""
+        return {name: self._intermediates[name] for name in (names.FIRST_INPUT, names.MODULATION)}
 
     def scale_inputs(self, scale: int) -> dict[str, Array]:
-        """Everything that the static graph of a scale, or `step`, may ask for."""
-        given = [*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
+        """All tensors that the static graph of a scale, or `step`, may declare as inputs."""
+        per_scale = [*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
         if self._more_smooth:
-            given.append(names.NOISE)
+            per_scale.append(names.NOISE)
         fixed = (names.SCALE, names.UP_MATRIX, names.NEXT_MATRIX)
         return {
             **self.condition_outputs(),
-            **{n: self.given[_at(n, scale)] for n in given},
+            **{n: self.inputs[_at(n, scale)] for n in per_scale},
             **{n: self._fixed[_at(n, scale)] for n in fixed},
             **self.arena.past(scale),
-            names.INPUT: self._inner[_at(names.INPUT, scale)],
+            names.INPUT: self._intermediates[_at(names.INPUT, scale)],
             names.F_HAT: self._f_hat(FHatPlace.after(scale)),
         }
 
     def scale_outputs(self, scale: int) -> dict[str, Array]:
-        """Where a scale leaves its results; at the last scale nothing for a next one."""
+        """The output buffers of a scale; the last scale has no `next_input`."""
         outputs = {
-            names.TOKENS: self.made[_at(names.TOKENS, scale)],
+            names.TOKENS: self.outputs[_at(names.TOKENS, scale)],
             names.NEW_F_HAT: self._f_hat(FHatPlace.after(scale + 1)),
             **self.arena.new(scale),
         }
         if scale + 1 < self._spec.scales:
-            outputs[names.NEXT_INPUT] = self._inner[_at(names.INPUT, scale + 1)]
+            outputs[names.NEXT_INPUT] = self._intermediates[_at(names.INPUT, scale + 1)]
         return outputs
 
     def fill_f_hat(self, f_hat: NDArray[np.float32]) -> None:
-        """Put an f_hat [B, Cv, p_K, p_K] from elsewhere where the last scale leaves its own."""
+        """Copy an f_hat [B, Cv, p_K, p_K] into the buffer that the last scale writes to."""
         self.latent.host[FHatPlace.after(self._spec.scales).value][...] = f_hat
         self.latent.upload()
 
     def decoder_inputs(self, place: FHatPlace) -> dict[str, Array]:
+        """The input buffers of the decoder, with f_hat from `place`."""
         return {names.F_HAT: self._f_hat(place)}
 
     def decoder_outputs(self) -> dict[str, Array]:
-        return {names.IMAGE: self.made[names.IMAGE]}
+        """The output buffers of the decoder."""
+        return {names.IMAGE: self.outputs[names.IMAGE]}
 
     def _f_hat(self, place: FHatPlace) -> Array:
         return self.latent[place.value]
 
 
 def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
-    """What `step` is told and a static graph knows: the scale and its resizing matrices.
+    """The scale number and resizing matrices: inputs of `step`, constants of a static graph.
 
-    The last scale feeds no next one; its `next_matrix` has a single row, whose result is unread.
+    The last scale has no next scale: its `next_matrix` has one row, whose result is not read.
     """
     side, patch = spec.tokenizer.latent_side, spec.patch_nums[scale]
     following = spec.patch_nums[scale + 1] if scale + 1 < spec.scales else 1
@@ -240,7 +255,7 @@ def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
 def step_shapes(manifest: Manifest, precision: str, scale: int) -> dict[str, tuple[int, ...]]:
     """Shape of every input of `step` at a scale: one optimisation profile of a TensorRT engine.
 
-    Raises BundleError where the bundle has no such graph.
+    Raises BundleError where the bundle has no graph `step` in this precision.
     """
     spec = manifest.model
     last = scale + 1 == spec.scales
@@ -257,13 +272,13 @@ def step_shapes(manifest: Manifest, precision: str, scale: int) -> dict[str, tup
 
 
 def _at(name: str, scale: int) -> str:
-    """Key of a buffer that exists once a scale."""
+    """Key of a buffer that exists once per scale."""
     return f"{name}@{scale}"
 
 
-def _given_fields(manifest: Manifest) -> Fields:
-    """The settings of sampling have a place a scale, so that a whole generation can be launched
-    without the host stepping in."""
+def _input_fields(manifest: Manifest) -> Fields:
+    """Inputs of all scales. Sampling settings have one buffer per scale, so that the host need not
+    write anything between the launches of a generation."""
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
         names.LABELS: ((manifest.rows,), np.int64),
     }
@@ -280,7 +295,7 @@ def _given_fields(manifest: Manifest) -> Fields:
     return fields
 
 
-def _made_fields(manifest: Manifest) -> Fields:
+def _output_fields(manifest: Manifest) -> Fields:
     t = manifest.model.tokenizer
     image = (manifest.batch, t.image_side, t.image_side, t.image_channels)
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {names.IMAGE: (image, np.float32)}
@@ -295,7 +310,7 @@ def _latent_fields(manifest: Manifest) -> Fields:
     return {place.value: (shape, np.float32) for place in FHatPlace}
 
 
-def _inner_fields(manifest: Manifest) -> Fields:
+def _intermediate_fields(manifest: Manifest) -> Fields:
     spec, batch, rows = manifest.model, manifest.batch, manifest.rows
     t = spec.transformer
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {

@@ -1,4 +1,4 @@
-"""The keywords that `Pipeline.generate`, `edit` and `vary` share, described once."""
+"""The keyword arguments that `Pipeline.generate`, `edit` and `vary` have in common."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How images are generated. Each may be left out.
+    """Options of a generation; each may be left out.
 
     Keys:
-        cfg, top_k, top_p, temperature: a number, or one per scale; see `Sampling`. None takes that
-            of `sampling`. They may be given by position as well, after the method's own arguments.
-        on_progress: called with (launches done, launches in all).
-        on_scale: called after each scale of each batch, see `ScaleEvent`.
+        cfg, top_k, top_p, temperature: a number, or one per scale; see `Sampling`. None takes the
+            value of `sampling`. They may also be positional, after the method's own arguments.
+        on_progress: called with (launches done, total launches).
+        on_scale: called with a `ScaleEvent` after each scale of each batch.
         deadline: seconds for the whole call. An image is decoded from the scales that were done in
-            time, one at least; `scales_done` of the result says how many. What scales and decoder
-            take is learned from the runs before.
+            time, at least one; `scales_done` of the result says how many. The times of scales and
+            decoder are learned from earlier runs.
         sampling: all four settings in one value; None takes the bundle's defaults.
 
-    With `on_progress`, `on_scale` or `deadline` a GPU is waited for after every scale.
+    With `on_progress`, `on_scale` or `deadline` the host waits for the GPU after every scale.
     """
 
     cfg: float | Sequence[float] | None
@@ -39,13 +39,14 @@ class GenerationOptions(TypedDict, total=False):
     sampling: Sampling | None
 
 
-SETTINGS = ("cfg", "top_k", "top_p", "temperature")  # those that may be given by position
+SETTINGS = ("cfg", "top_k", "top_p", "temperature")  # may be positional
 
 
 def takes_generation_options(method: Method) -> Method:
-    """Give a method that ends in `**options` the signature that spells them out.
+    """Decorator: replace `**options` in a method's signature by the keys of `GenerationOptions`.
 
-    A call is bound to it first, so that an unknown keyword is a TypeError and `help` shows all.
+    A call is bound to that signature first, so an unknown keyword is a TypeError, and `help` shows
+    all keywords.
     """
     own = [p for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = [

@@ -1,4 +1,4 @@
-"""The scale loop: condition once, one launch a scale, decode once."""
+"""The scale loop: launches `condition` once, one graph per scale, and the decoder once."""
 
 from __future__ import annotations
 
@@ -26,34 +26,37 @@ from var_deploy.sampling import Sampling
 
 
 class Answer(Enum):
-    """What an `Observer` says after a scale."""
+    """Answer of an `Observer` after a scale: continue with the next scale, or decode now."""
 
-    GO_ON = "draw the next scale"
-    DECODE = "draw no more: decode the scales that are done"
+    GO_ON = "generate the next scale"
+    DECODE = "stop here: decode the scales that are done"
 
 
 class Observer(Protocol):
-    """Looks on while a loop runs; on a GPU the host waits for the work before each call.
+    """Receives a call after each scale of a running `ScaleLoop`, and after the decoder.
 
-    It may ask the loop for `drawn`, `f_hat` and `preview`.
+    The loop waits for the device before each call. Within a call the observer may use the loop's
+    methods `drawn`, `f_hat` and `preview`.
     """
 
     def after_scale(self, done: int) -> Answer:
-        """`done` of K scales are done. After the last one the answer changes nothing."""
+        """Called when `done` of K scales are done. After the last scale the answer is ignored."""
         ...
 
-    def after_decoder(self) -> None: ...
+    def after_decoder(self) -> None:
+        """Called when the decoder is done."""
+        ...
 
 
 class ScaleLoop:
-    """Generates batches of exactly B images.
+    """Generates batches of exactly B images with the graphs of a bundle.
 
-    All buffers are bound when it is made; a generation only fills the small inputs and launches.
+    All buffers are bound in the constructor; a generation fills the small inputs and launches.
 
     Args:
-        bundle: folder, whose files are then opened and checked as they are needed, or files that
-            are held open already; these are not closed with the loop.
-        backend: the loop's own from here on; closed with it, also when this fails.
+        bundle: the bundle's folder, whose files are opened and checked as they are needed, or
+            files that are open already, which are not closed with the loop.
+        backend: owned by the loop, which closes it, also where the constructor fails.
         layout: "shared" drives all scales through the one `step` graph, which keeps one copy of
             the weights in memory; "per-scale" opens the K static graphs.
         decoder: False leaves the decoder out, which the bundle may then lack: for
@@ -93,10 +96,10 @@ class ScaleLoop:
             for name in sorted(graphs, key=lambda name: name != names.DECODER):
                 self._opened[name] = backend.open(files.graph(name))
             bound = self._bind_all(graphs)
-            # a backend may run everything once: with a generation that is as good as any
+            # `prepare` may run every launch once, so the inputs hold a valid generation
             draws = np.zeros((manifest.batch, self._spec.total_tokens), np.float32)
             self._buffers.fill([0] * manifest.batch, draws, Sampling())
-            ready = dict(zip(bound, backend.finish(list(bound.values())), strict=True))
+            ready = dict(zip(bound, backend.prepare(list(bound.values())), strict=True))
             self._condition = ready.get(names.CONDITION)
             self._scales = [ready[scale] for scale in range(self._spec.scales)]
             self._decoders = {place: ready[place] for place in FHatPlace if place in ready}
@@ -115,27 +118,27 @@ class ScaleLoop:
         cancelled: Callable[[], bool] | None = None,
         noise: Sequence[NDArray[np.float32]] = (),
     ) -> NDArray[np.float32]:
-        """Images [B, side, side, channels] in [0, 1] of B labels and their uniforms [B, T].
+        """Generate images [B, side, side, channels] in [0, 1] of B labels with uniforms [B, T].
 
-        The returned array is overwritten by the next run, and by `preview` and `decode`.
+        The returned array is overwritten by the next `run`, `preview` or `decode`.
 
         Args:
-            observer: told after each scale and after the decoder; it may end the run early.
-            forced: the tokens [B, L_k] of the first scales; the others are drawn.
-            keep: tokens of the other scales that are not drawn either.
-            cancelled: asked before each launch, which waits for nothing.
-            noise: of a bundle with `more_smooth`, `sampling.gumbel` of each image [T, V]. Without
-                it codes are mixed by their likelihood alone, for what only wants the work done.
+            observer: called after each scale and after the decoder; may stop after a scale.
+            forced: the tokens [B, L_k] of the first scales; the other scales are sampled.
+            keep: tokens of the other scales that are not sampled.
+            cancelled: called before each launch, without waiting for the device; True cancels.
+            noise: for a bundle with `more_smooth`, `sampling.gumbel` of each image [T, V]. Without
+                noise, codes are mixed by their likelihood alone, which is enough for timing.
 
         Raises BackendError where logits, tokens, f_hat or image are not what a model can give, and
-        CancelledError where `cancelled` says True; the loop can be used again after both.
+        CancelledError where `cancelled` returns True; the loop can be used again after both.
         """
         self._check_open()
         self._buffers.fill(labels, uniforms_BT, sampling, forced, keep, noise)
         with self._completed():
             self._run_scales(observer, cancelled)
             self._run_decoder(observer, cancelled)
-            self._buffers.made.download()
+            self._buffers.outputs.download()
             self._buffers.latent.download()
         self._check_scales()
         return self._checked_image(self._done)
@@ -143,15 +146,15 @@ class ScaleLoop:
     def generate_tokens(
         self, labels: Sequence[int], uniforms_BT: NDArray[np.float32], sampling: Sampling
     ) -> list[NDArray[np.int64]]:
-        """The tokens [B, L_k] of every scale that `run` would draw, without an image of them.
+        """Generate the tokens [B, L_k] of every scale, as `run` does, without decoding an image.
 
-        Raises BackendError as `run` does.
+        Raises BackendError where logits, tokens or f_hat are not what a model can give.
         """
         self._check_open()
         self._buffers.fill(labels, uniforms_BT, sampling)
         with self._completed():
             self._run_scales(None, None)
-            self._buffers.made.download()
+            self._buffers.outputs.download()
             self._buffers.latent.download()
         self._check_scales()
         return self.tokens()
@@ -159,7 +162,7 @@ class ScaleLoop:
     def _run_scales(
         self, observer: Observer | None, cancelled: Callable[[], bool] | None
     ) -> None:
-        """Launch all scales, or those until the observer says that it is enough."""
+        """Launch the scales in order, until the last one or until the observer answers DECODE."""
         self._done = 0
         if self._condition is not None:
             _refuse_cancelled(cancelled)
@@ -172,12 +175,12 @@ class ScaleLoop:
                 self._backend.synchronize()
                 if observer.after_scale(self._done) is Answer.DECODE:
                     break
-        self._buffers.arena.forget()  # the decoder needs the room, not the cache
+        self._buffers.arena.discard()  # the decoder needs the room, not the cache
 
     def _run_decoder(
         self, observer: Observer | None, cancelled: Callable[[], bool] | None
     ) -> None:
-        """Decode f_hat as the last scale that is done left it."""
+        """Decode f_hat of the last scale that was launched."""
         _refuse_cancelled(cancelled)
         decode = self._decoder_after(self._done)
         if self._clock is not None:
@@ -188,15 +191,15 @@ class ScaleLoop:
             observer.after_decoder()
 
     def _decoder_after(self, scales: int) -> Launch:
-        """The launch that decodes what the first `scales` scales add up to."""
+        """The launch that decodes f_hat after the first `scales` scales."""
         if not self._decoders:
             raise BackendError("this scale loop was made without a decoder")
         return self._decoders[FHatPlace.after(scales)]
 
     @contextlib.contextmanager
     def _completed(self) -> Iterator[None]:
-        """Launches and copies within are complete afterwards, also where they fail: nothing may
-        still read what the next run is given."""
+        """Wait for all launches and copies at the end of the block, also after an exception: no
+        launch may still read the input buffers when the next run fills them."""
         try:
             yield
         except BaseException:
@@ -207,68 +210,68 @@ class ScaleLoop:
 
     @property
     def scales(self) -> int:
-        """K."""
+        """K, the number of scales."""
         return self._spec.scales
 
     @property
     def scales_done(self) -> int:
-        """Scales of the run that is going on, or of the last one."""
+        """Number of scales done in the current run, or in the last one."""
         return self._done
 
     def tokens(self) -> list[NDArray[np.int64]]:
-        """Copies of the last run's tokens, [B, L_k] a scale that it came to."""
+        """Copies of the last run's tokens, [B, L_k] for each scale that was generated."""
         return [self._buffers.tokens(k).copy() for k in range(self._done)]
 
     def drawn(self, scale: int) -> NDArray[np.int64]:
-        """A copy of the tokens [B, L_k] of a scale that is done, for an observer.
+        """A copy of the tokens [B, L_k] of a scale that is done; for use by an observer.
 
-        Raises BackendError where they are no codes.
+        Raises BackendError where they are not codes of the model.
         """
-        self._buffers.made.download()
+        self._buffers.outputs.download()
         self._backend.synchronize()
         self._check_tokens(scale)
         tokens: NDArray[np.int64] = self._buffers.tokens(scale).copy()
         return tokens
 
     def f_hat(self) -> NDArray[np.float32]:
-        """A copy of what the scales that are done add up to, [B, Cv, p_K, p_K]."""
+        """A copy of f_hat [B, Cv, p_K, p_K] after the scales that are done; for an observer."""
         self._buffers.latent.download()
         self._backend.synchronize()
         latent: NDArray[np.float32] = self._buffers.f_hat(self._done).copy()
         return latent
 
     def preview(self) -> NDArray[np.float32]:
-        """What the scales that are done look like, decoded [B, side, side, channels] in [0, 1].
+        """Decode the scales that are done: images [B, side, side, channels] in [0, 1].
 
-        For an observer. The returned array is overwritten by the next one. Raises BackendError
-        where f_hat or the image are not what a model can give.
+        For use by an observer. The returned array is overwritten by the next `run`, `preview` or
+        `decode`. Raises BackendError where f_hat or the image are not what a model can give.
         """
         self._check_open()
         self._decoder_after(self._done)()
-        self._buffers.made.download()
+        self._buffers.outputs.download()
         self._buffers.latent.download()
         self._backend.synchronize()
         self._check_f_hat()
         return self._checked_image(self._done)
 
     def decode(self, f_hat: NDArray[np.float32]) -> NDArray[np.float32]:
-        """f_hat [B, Cv, p_K, p_K] → images [B, side, side, channels] in [0, 1], not during a run.
+        """Decode f_hat [B, Cv, p_K, p_K] to images [B, side, side, channels] in [0, 1].
 
-        The returned array is overwritten by the next one. Raises BackendError where the image is
-        not what a decoder can give.
+        Not for use during a run. The returned array is overwritten by the next `run` or `decode`.
+        Raises BackendError where the image is not what a decoder can give.
         """
         self._check_open()
         self._buffers.fill_f_hat(f_hat)
         self._decoder_after(self._spec.scales)()
-        self._buffers.made.download()
+        self._buffers.outputs.download()
         self._backend.synchronize()
         return self._checked_image(None)
 
     def start_clock(self) -> Clock:
-        """A clock of the runs to come, closed with the loop.
+        """Start timing the following runs; the returned clock is closed with the loop.
 
-        It marks the start of a run's first launch and the end of its decoder; with `each` the
-        start and the end of every launch. Previews are not marked.
+        The clock marks the start of a run's first launch and the end of its decoder; with
+        `Clock.each` the start and the end of every launch. Previews are not marked.
         """
         if self._clock is None:
             self._clock = clock = self._backend.clock()
@@ -299,7 +302,7 @@ class ScaleLoop:
             raise BackendError("this scale loop is closed")
 
     def _check_scales(self) -> None:
-        """Tokens and f_hat of the scales that are done, after they were downloaded."""
+        """Check tokens and f_hat of the scales that are done, after the download."""
         for scale in range(self._done):
             self._check_tokens(scale)
         self._check_f_hat()
@@ -324,9 +327,9 @@ class ScaleLoop:
         return {graph.name: self._manifest.graph(precision, graph.name) for graph in wanted}
 
     def _bind_all(self, graphs: Mapping[str, GraphInfo]) -> dict[Hashable, Launch]:
-        """Launches in the order of a generation: `condition`, the scales by number, and the decoder
-        by place of f_hat. It is there twice, since a preview is decoded from the place where the
-        last scale does not leave it; from that one it comes last."""
+        """Bind all graphs, in the order of a generation: `condition`, each scale by its number, and
+        the decoder by `FHatPlace`. The decoder is bound to both buffers of f_hat, since a preview
+        may be decoded from either; the one that the last scale writes to comes last."""
         b, scales = self._buffers, self._spec.scales
         bound: dict[Hashable, Launch] = {}
         if names.CONDITION in graphs:
@@ -347,8 +350,8 @@ class ScaleLoop:
     ) -> Launch:
         """Bind the inputs and outputs that a graph declares."""
         wanted = {t.name: inputs[t.name] for t in graphs[name].inputs}
-        given = {t.name for t in graphs[name].outputs}
-        return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in given})
+        declared = {t.name for t in graphs[name].outputs}
+        return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in declared})
 
 
 def _refuse_cancelled(cancelled: Callable[[], bool] | None) -> None:

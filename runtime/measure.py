@@ -1,7 +1,7 @@
-"""How long images and launches take.
+"""Timing of generations and of single launches.
 
-A backend's `Clock` marks moments between the launches of a loop: CUDA events where a GPU works on
-its own, the host's clock where the launch is the work.
+A backend's `Clock` marks moments between the launches of a loop: with CUDA events on a GPU, which
+runs asynchronously, and with the host's clock on a CPU.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from var_deploy.runtime.backends.protocol import Clock, Launch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Seconds that one thing took, repeated `count` times."""
+class LatencyStats:
+    """Statistics of `count` measured times: median, 10th and 95th percentile, in seconds."""
 
     median: float
     p10: float
@@ -28,12 +28,13 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
+    def of(cls, seconds: Sequence[float]) -> LatencyStats:
+        """Compute the statistics of measured times."""
         low, middle, high = np.percentile(seconds, [10, 50, 95])
         return cls(median=float(middle), p10=float(low), p95=float(high), count=len(seconds))
 
     def to_json(self) -> dict[str, float]:
-        """In milliseconds."""
+        """The statistics in milliseconds."""
         return {
             "median_ms": round(self.median * 1e3, 5),
             "p10_ms": round(self.p10 * 1e3, 5),
@@ -43,7 +44,7 @@ class Spread:
 
 
 class WallClock:
-    """The host's clock; what was launched is waited for at every mark."""
+    """A `Clock` that reads the host's clock; every mark waits for the launches before it."""
 
     source = "wall clock"
 
@@ -64,8 +65,11 @@ class WallClock:
 
 
 def clocked(launch: Launch, clock: Clock, *, first: bool = False, last: bool = False) -> Launch:
-    """`launch` between two marks where the clock marks each; else the first launch of a generation
-    is marked where it starts, and the last where it ends."""
+    """Wrap a launch so that it marks the clock.
+
+    With `clock.each` the start and the end of every launch are marked; without it only the start of
+    the first launch of a generation and the end of the last one.
+    """
 
     def run() -> None:
         if first or clock.each:
@@ -78,15 +82,17 @@ def clocked(launch: Launch, clock: Clock, *, first: bool = False, last: bool = F
 
 
 def launch_seconds(laps: Sequence[float]) -> list[float]:
-    """Of the laps of a clock that marks each launch those of the launches; the others lie between
-    two launches."""
+    """The seconds of the launches, out of the laps of a clock that marks each launch.
+
+    Every second lap lies between two launches and is left out.
+    """
     return list(laps[::2])
 
 
 def add_launches(laps: Sequence[float], launches: Sequence[str]) -> dict[str, float]:
-    """Seconds by launch, those of several generations added up; nothing where a mark is missing.
+    """Seconds of each launch by name, summed over generations; {} where a mark is missing.
 
-    `laps` are those of a clock that marks each launch.
+    `laps` come from a clock that marks each launch.
     """
     seconds, count = launch_seconds(laps), len(launches)
     if not seconds or len(seconds) % count:
@@ -95,5 +101,5 @@ def add_launches(laps: Sequence[float], launches: Sequence[str]) -> dict[str, fl
 
 
 def launch_names(manifest: Manifest) -> list[str]:
-    """The launches of a generation, in order; `step` goes by the names of the static graphs."""
+    """Names of the launches of a generation, in order; `step` counts as the static graphs."""
     return [graph.name for graph in generation_graphs(manifest.model, "per-scale")]

@@ -1,7 +1,7 @@
-"""Whether what the graphs gave is something that a model can give.
+"""Checks that the outputs of the graphs are possible outputs of a model.
 
-The checks look at tokens, f_hat and image from outside, so they hold for every backend. They cost
-a few passes over arrays that are small beside the work that made them.
+The checks look only at the values of tokens, f_hat and images, so they work for every backend. They
+cost a few passes over arrays that are small compared with a generation.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from var_deploy import names
 from var_deploy.errors import BackendError
 from var_deploy.finite import describe_not_finite, is_finite
 
-ROUNDING = 1e-3  # an image may leave [0, 1] by: less than would round to another grey level
-SAMPLED = 8  # rows and columns of an image that are looked at first
+ROUNDING = 1e-3  # how far an image may leave [0, 1]: less than half a grey level
+SAMPLED = 8  # rows and columns of an image that are checked first
 ADVICE = (
     "fp16 overflowed, or the weights hold such values; try precision fp32, and var-deploy verify "
     "names the layer"
@@ -24,9 +24,9 @@ ADVICE = (
 
 
 def check_tokens(tokens: NDArray[np.int64], codes: int, scale: int, graph: str) -> None:
-    """Raise BackendError where tokens [B, L_k] are no codes; `graph` made them.
+    """Raise BackendError where tokens [B, L_k] of `graph` are not in [0, codes).
 
-    The sampler gives `codes` where the logits are not numbers.
+    The sampler returns the token `codes` where logits are NaN.
     """
     if not tokens.size or 0 <= tokens.min() <= tokens.max() < codes:
         return
@@ -41,7 +41,7 @@ def check_tokens(tokens: NDArray[np.int64], codes: int, scale: int, graph: str) 
 
 
 def check_f_hat(f_hat: NDArray[np.float32], scale: int, graph: str) -> None:
-    """Raise BackendError where f_hat after `scale`, which `graph` made, is not finite."""
+    """Raise BackendError where f_hat after `scale`, an output of `graph`, is not finite."""
     if not is_finite(f_hat):
         raise BackendError(
             f"f_hat after scale {scale} (graph {graph}) holds {describe_not_finite(f_hat)}: "
@@ -50,13 +50,13 @@ def check_f_hat(f_hat: NDArray[np.float32], scale: int, graph: str) -> None:
 
 
 def check_image(image: NDArray[np.float32], scales: int | None, half: bool) -> None:
-    """Raise BackendError where images [B, side, side, channels] are not what a decoder gives.
+    """Raise BackendError where images [B, side, side, channels] cannot come from a decoder.
 
     Args:
-        scales: how many scales of a run are in them; None where their f_hat came from elsewhere.
-        half: whether the decoder computes in fp16. It clamps, and on some devices clamping makes
-            a number of NaN: an image without a value between 0 and 1 is then taken for one that
-            overflowed. In fp32 it is believed.
+        scales: number of scales that were decoded; None where f_hat is not that of a run.
+        half: whether the decoder computes in fp16. The decoder clamps, and on some devices
+            clamping turns NaN into a number: in fp16 an image without any value between 0 and 1
+            counts as an overflow. In fp32 such an image is accepted.
     """
     after = "" if scales is None else f" decoded after scale {scales - 1}"
     where = f"the image{after} (graph {names.DECODER})"
@@ -77,10 +77,10 @@ def check_image(image: NDArray[np.float32], scales: int | None, half: bool) -> N
 
 
 def check_encoded(tokens: Sequence[NDArray[np.int64]], codes: int, half: bool) -> None:
-    """Raise BackendError where tokens [B, L_k] of every scale are not what an encoder gives.
+    """Raise BackendError where tokens [B, L_k] of every scale cannot come from an encoder.
 
-    The nearest code to NaN is the first one: in fp16, where the encoder may overflow, an image of
-    nothing but first codes is not believed.
+    An encoder maps NaN to code 0: in fp16, where the encoder may overflow, an image whose tokens
+    are all 0 is refused.
     """
     for scale, found in enumerate(tokens):
         check_tokens(found, codes, scale, names.ENCODER)
@@ -94,5 +94,5 @@ def check_encoded(tokens: Sequence[NDArray[np.int64]], codes: int, half: bool) -
 def _all_clamped(image: NDArray[np.float32]) -> bool:
     """Whether each value of an image [side, side, channels] is exactly 0 or exactly 1."""
     step = max(len(image) // SAMPLED, 1)
-    parts = (image[::step, ::step], image)  # a look at a few settles it for most images
+    parts = (image[::step, ::step], image)  # a few rows and columns decide it for most images
     return all(bool(((part == 0) | (part == 1)).all()) for part in parts)

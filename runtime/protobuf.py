@@ -1,6 +1,6 @@
-"""Read protobuf messages field by field, as far as an ONNX file needs it; nothing is imported.
+"""A reader of protobuf messages, field by field, with the wire types that ONNX files use.
 
-The runtime has no onnx package. What a field means is the caller's to know (onnx.proto).
+The runtime does not depend on the onnx package. Field numbers are defined in onnx.proto.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ LONGEST_VARINT = 10  # bytes of a 64-bit number, seven bits each
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(number, value) of every field: integers as they are stored, all else as bytes.
+    """Iterate over (number, value) of every field: varints as int, all other types as bytes.
 
     Raises ValueError where the message is cut short or malformed.
     """
@@ -37,7 +37,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def varints(packed: int | memoryview) -> list[int]:
-    """The numbers of a repeated field, stored one by one or packed."""
+    """The integers of a repeated field, from one varint or from packed bytes."""
     if isinstance(packed, int):
         return [packed]
     found, position = [], 0

@@ -1,4 +1,4 @@
-"""What a call asks for, cut into batches and driven through the scale loop."""
+"""Requests for N images: split into batches of B and generated with the scale loop."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import Answer, ScaleLoop
 from var_deploy.sampling import Sampling, check_seed, gumbel, numbered, stack_uniforms
 
-REMEMBERED = 3  # runs that the next one is expected to be no slower than
+REMEMBERED = 3  # runs; the slowest of them is the time expected of the next one
 
 
 # the class itself is the base: the alias NDArray cannot be one, from NumPy 2.5 on Python 3.12 on
 class Images(np.ndarray[Any, np.dtype[np.uint8]]):
-    """uint8 [N, side, side, channels], and how far each image came.
+    """Generated images, uint8 [N, side, side, channels], with the number of scales of each.
 
     Attributes:
-        scales_done: [N] int64, scales that each image is made of; empty for views of it and for
-            what is computed from it.
+        scales_done: [N] int64, the number of scales that each image was decoded from; empty for
+            views of the array and for arrays computed from it.
     """
 
     scales_done: NDArray[np.int64]
 
     @classmethod
     def blank(cls, shape: tuple[int, ...], scales_done: int) -> Images:
+        """Uninitialised images of a shape [N, side, side, channels]."""
         images = np.empty(shape, np.uint8).view(cls)
         images.scales_done = np.full(shape[0], scales_done, np.int64)
         return images
@@ -45,17 +46,17 @@ class Images(np.ndarray[Any, np.dtype[np.uint8]]):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """N images to draw.
+    """N images to generate.
 
     Attributes:
-        labels: one an image.
-        streams: (seed, number) of each image's uniforms.
-        forced: tokens [N, L_k] of the first scales, which are not drawn.
-        kept: tokens of all scales that are not drawn.
+        labels: one class number per image.
+        rng_keys: one (seed, number) per image, from which its uniforms are computed.
+        forced: tokens [N, L_k] of the first scales, which are then not sampled.
+        kept: tokens of any scale that are not sampled.
     """
 
     labels: Sequence[int]
-    streams: Sequence[tuple[int, int]]
+    rng_keys: Sequence[tuple[int, int]]
     sampling: Sampling
     forced: tuple[NDArray[np.int64], ...] = ()
     kept: Kept | None = None
@@ -63,17 +64,17 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleEvent:
-    """A scale is done, of a batch of images. For use within the callback that it is given to.
+    """Event after one scale of a batch of images; valid only within the `on_scale` callback.
 
     Attributes:
-        scale: which one, from 0.
-        scales: K.
-        first: number of the batch's first image in the request.
-        tokens: what was drawn, [n, L_k] int64 of the n images of the batch; the caller's own. Of a
-            bundle with `more_smooth` the image is not made of them, see `sampling.smoothing`.
-        preview: decodes what the images look like so far, mixes of codes included, uint8
-            [n, side, side, channels]. It takes as long as a decoder does; what is not asked for
-            costs nothing.
+        scale: number of the scale, from 0.
+        scales: K, the number of scales.
+        first: index in the request of the batch's first image.
+        tokens: sampled tokens [n, L_k] int64 of the batch's n images; a copy. With `more_smooth`
+            the image is not made of these tokens, see `sampling.smoothing`.
+        preview: call it to decode the scales so far, with smoothing: uint8
+            [n, side, side, channels]. A call takes as long as the decoder; without a call there
+            is no cost.
     """
 
     scale: int
@@ -83,8 +84,8 @@ class ScaleEvent:
     preview: Callable[[], NDArray[np.uint8]]
 
 
-class Pace:
-    """How long scales and decoder took in the last runs: what a deadline is kept with."""
+class TimingModel:
+    """Expected seconds of each scale and of the decoder, from the last runs; used for deadlines."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = lengths
@@ -93,35 +94,37 @@ class Pace:
 
     @property
     def decoder(self) -> float | None:
-        """Seconds to set aside for decoding; None before the first time."""
+        """Expected seconds of the decoder; None before its first run."""
         return max(self._decoder, default=None)
 
     def scale(self, scale: int) -> float:
-        """Seconds that a scale will take: where it was never seen, as much a token as the one
-        before it."""
+        """Expected seconds of a scale; before its first run, scaled by tokens from the previous
+        scale."""
         if self._scales[scale] or not scale:
             return max(self._scales[scale], default=0.0)
         return self.scale(scale - 1) * self._lengths[scale] / self._lengths[scale - 1]
 
     def saw_scale(self, scale: int, seconds: float) -> None:
+        """Record the time of a scale."""
         self._scales[scale] = [*self._scales[scale], seconds][-REMEMBERED:]
 
     def saw_decoder(self, seconds: float) -> None:
+        """Record the time of the decoder."""
         self._decoder = [*self._decoder, seconds][-REMEMBERED:]
 
 
 class Batches:
-    """Draws the images of requests, batch by batch; the last batch is padded with its last image.
+    """Generates the images of requests in batches of B; the last batch is padded.
 
     Args:
-        cancelled: asked before each launch.
+        cancelled: called before each launch; True cancels the request.
     """
 
     def __init__(
         self, manifest: Manifest, loop: ScaleLoop, cancelled: Callable[[], bool]
     ) -> None:
         self._manifest, self._loop, self._cancelled = manifest, loop, cancelled
-        self._pace = Pace(manifest.model.scale_lengths)
+        self._timing = TimingModel(manifest.model.scale_lengths)
 
     def draw(
         self,
@@ -131,14 +134,14 @@ class Batches:
         end: float | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Images:
-        """The images of a request.
+        """Generate the images of a request.
 
         Args:
-            on_progress: called with (launches done, launches in all).
+            on_progress: called with (launches done, total launches).
             on_scale: called after each scale of each batch.
-            end: by when to be done, on the clock of `time.perf_counter`. What is left is shared
-                equally by the batches to come.
-            cancelled: asked before each launch, besides the one that all requests share.
+            end: deadline on the clock of `time.perf_counter`. The remaining time is shared
+                equally by the remaining batches.
+            cancelled: called before each launch, in addition to the one of all requests.
 
         Raises CancelledError, and BackendError where the runtime fails.
         """
@@ -150,7 +153,7 @@ class Batches:
         stop = shared if cancelled is None else lambda: shared() or cancelled()
         watcher: _Watcher | None = None
         if on_progress or on_scale or end is not None:
-            watcher = _Watcher(self._loop, self._pace, len(starts), on_progress, on_scale, end)
+            watcher = _Watcher(self._loop, self._timing, len(starts), on_progress, on_scale, end)
         for first in starts:
             rows = list(range(first, min(first + batch, count)))
             if watcher:
@@ -172,11 +175,11 @@ class Batches:
         noise: list[NDArray[np.float32]] = []
         if self._manifest.more_smooth:
             codes = self._manifest.model.tokenizer.vocab_size
-            noise = [gumbel(*request.streams[n], total, codes) for n in rows]
+            noise = [gumbel(*request.rng_keys[n], total, codes) for n in rows]
             noise += noise[-1:] * (len(padded) - len(rows))
         return self._loop.run(
             [request.labels[n] for n in padded],
-            stack_uniforms((request.streams[n] for n in padded), total),
+            stack_uniforms((request.rng_keys[n] for n in padded), total),
             request.sampling,
             watcher,
             forced=[tokens[padded] for tokens in request.forced],
@@ -187,23 +190,23 @@ class Batches:
 
 
 class _Watcher:
-    """An `Observer` of the batches of one request: reports, tells of scales, keeps the deadline.
+    """An `Observer` for one request: reports progress, calls `on_scale`, keeps the deadline.
 
     Args:
-        batches: of the request.
+        batches: number of batches in the request.
         end: see `Batches.draw`.
     """
 
     def __init__(
         self,
         loop: ScaleLoop,
-        pace: Pace,
+        timing: TimingModel,
         batches: int,
         on_progress: Callable[[int, int], None] | None,
         on_scale: Callable[[ScaleEvent], object] | None,
         end: float | None,
     ) -> None:
-        self._loop, self._pace, self._scales = loop, pace, loop.scales
+        self._loop, self._timing, self._scales = loop, timing, loop.scales
         self._on_progress, self._on_scale = on_progress, on_scale
         self._batches_left, self._launched = batches, 0
         self._launches = batches * (self._scales + 1)
@@ -212,7 +215,7 @@ class _Watcher:
         self._since = 0.0
 
     def begin_batch(self, first: int, count: int) -> None:
-        """The next run of the loop draws the request's images `first` … `first + count - 1`."""
+        """Start a batch: the next run generates images `first` … `first + count - 1`."""
         self._first, self._count = first, count
         self._since = now = time.perf_counter()
         if self._end is not None:
@@ -220,7 +223,7 @@ class _Watcher:
         self._batches_left -= 1
 
     def after_scale(self, done: int) -> Answer:
-        self._pace.saw_scale(done - 1, time.perf_counter() - self._since)
+        self._timing.saw_scale(done - 1, time.perf_counter() - self._since)
         if self._on_scale:
             self._on_scale(self._event(done - 1))
         late = done < self._scales and self._late(done)
@@ -228,24 +231,24 @@ class _Watcher:
         return Answer.DECODE if late else Answer.GO_ON
 
     def after_decoder(self) -> None:
-        self._pace.saw_decoder(time.perf_counter() - self._since)
+        self._timing.saw_decoder(time.perf_counter() - self._since)
         self._launched += self._scales + 1
         self._report(0)
 
     def _report(self, done: int) -> None:
-        """`done` scales of this batch are done."""
+        """Report progress after `done` scales of this batch."""
         if self._on_progress:
             self._on_progress(self._launched + done, self._launches)
         self._since = time.perf_counter()
 
     def _late(self, following: int) -> bool:
-        """Whether the next scale and the decoder would end too late."""
+        """Whether the next scale and the decoder would end after the deadline."""
         if self._batch_end is None:
             return False
-        if self._pace.decoder is None:  # the first deadline of all: see how long it takes
+        if self._timing.decoder is None:  # the first request with a deadline: time the decoder once
             self._preview()
-        decoder = self._pace.decoder or 0.0
-        return time.perf_counter() + self._pace.scale(following) + decoder > self._batch_end
+        decoder = self._timing.decoder or 0.0
+        return time.perf_counter() + self._timing.scale(following) + decoder > self._batch_end
 
     def _event(self, scale: int) -> ScaleEvent:
         return ScaleEvent(
@@ -259,34 +262,38 @@ class _Watcher:
     def _preview(self) -> NDArray[np.uint8]:
         started = time.perf_counter()
         image = to_uint8(self._loop.preview()[: self._count])
-        self._pace.saw_decoder(time.perf_counter() - started)
+        self._timing.saw_decoder(time.perf_counter() - started)
         return image
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """[0, 1] to 0 … 255, rounded; what is not a number was refused by the loop."""
+    """Convert images from [0, 1] to 0 … 255, rounded; the loop has refused NaN before."""
     return np.rint(images * 255).astype(np.uint8)
 
 
-def streams(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
-    """(seed, number) of the uniforms of each image: numbered, or number 0 of a seed each.
+def rng_keys(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
+    """The (seed, number) pair of each image, from which its uniforms are computed.
 
-    `count` is how many there must be; None takes one a seed. Raises UsageError for a seed that is
-    none, and for a wrong number of them.
+    One seed gives numbers 0, 1, …; a sequence of seeds gives number 0 of each seed.
+
+    Args:
+        count: number of images; None takes one image per seed.
+
+    Raises UsageError for an invalid seed, or a sequence that does not have `count` seeds.
     """
     if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
         seed = check_seed(seed)
         return numbered(seed, 0, 1 if count is None else count)
     wanted = len(seed) if count is None else count
     if len(seed) != wanted or not wanted:
-        raise UsageError(f"seed must be one number, or one an image, found {len(seed)} numbers")
+        raise UsageError(f"seed must be one number, or one per image, found {len(seed)} numbers")
     return [(check_seed(one), 0) for one in seed]
 
 
 def end_of(deadline: float | None) -> float | None:
-    """When to be done, on the clock of `time.perf_counter`; `deadline` is in seconds from now.
+    """Convert a deadline in seconds from now to the clock of `time.perf_counter`; None stays None.
 
-    Raises UsageError for a deadline that is no number above 0.
+    Raises UsageError for a deadline that is not a number above 0.
     """
     if deadline is None:
         return None
@@ -297,9 +304,9 @@ def end_of(deadline: float | None) -> float | None:
 
 
 def label_numbers(manifest: Manifest, labels: Sequence[int | str | None]) -> list[int]:
-    """Class numbers of names and numbers; 0 for each where the model has no classes.
+    """Convert labels (class names or numbers) to class numbers; all 0 for a model without classes.
 
-    None stands for an image without a class, whose number is the count of the classes.
+    A label None means "no class", whose number is the number of classes.
     """
     transformer = manifest.model.transformer
     if not transformer.conditional:

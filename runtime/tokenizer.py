@@ -1,4 +1,4 @@
-"""Images to tokens and tokens to f_hat: the graphs that a generation does not need."""
+"""Runs the graphs `encoder` (images → tokens) and `accumulate` (tokens → f_hat)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from var_deploy.spec import ModelSpec
 
 
 class SingleGraph:
-    """One static graph on a backend of its own, which is closed with it, also when this fails."""
+    """One static graph on a backend that it owns and closes, also where the constructor fails."""
 
     def __init__(
         self,
@@ -32,24 +32,24 @@ class SingleGraph:
         self._backend = backend
         try:
             info = manifest.graph(precision, graph)
-            self._given, self._made = (
+            self._inputs, self._outputs = (
                 SharedBlock(backend, _fields(tensors)) for tensors in (info.inputs, info.outputs)
             )
             self._session = backend.open(files.graph(graph))
-            (self._launch,) = backend.finish([self._session.bind(self._given, self._made)])
+            (self._launch,) = backend.prepare([self._session.bind(self._inputs, self._outputs)])
         except BaseException:
             backend.close()
             raise
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name; the next call overwrites them."""
+        """Run the graph: inputs by name → outputs by name, which the next call overwrites."""
         for name, value in inputs.items():
-            self._given.host[name][...] = value
-        self._given.upload()
+            self._inputs.host[name][...] = value
+        self._inputs.upload()
         self._launch()
-        self._made.download()
+        self._outputs.download()
         self._backend.synchronize()
-        return self._made.host
+        return self._outputs.host
 
     def close(self) -> None:
         self._session.close()
@@ -57,11 +57,11 @@ class SingleGraph:
 
 
 class TokenizerGraphs:
-    """The encoder and `accumulate`, loaded when they are first used.
+    """The graphs `encoder` and `accumulate`, each loaded at its first use.
 
     Args:
-        files: of the same generation as those of the scale loop.
-        new_backend: makes a backend like that of the scale loop.
+        files: the bundle's files that the scale loop uses too.
+        new_backend: returns a new backend of the same kind as the scale loop's.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TokenizerGraphs:
         """uint8 [N, side, side, channels] → tokens [N, L_k] of every scale.
 
         Raises BundleError where the bundle has no encoder, BackendError where the runtime fails or
-        gives what no encoder can.
+        returns tokens that cannot come from an encoder.
         """
         scales = range(self._manifest.model.scales)
         codes = self._manifest.model.tokenizer.vocab_size
@@ -88,28 +88,28 @@ class TokenizerGraphs:
         for rows, padded in self._batches(len(images)):
             pixels = images[padded].astype(np.float32) / 255
             found = self._graph(names.ENCODER)({names.IMAGE: pixels})
-            made = [found[names.encoder_tokens(k)][: len(rows)] for k in scales]
-            check_encoded(made, codes, self._precision == "fp16")
+            encoded = [found[names.encoder_tokens(k)][: len(rows)] for k in scales]
+            check_encoded(encoded, codes, self._precision == "fp16")
             for k in scales:
-                tokens[k][rows] = made[k]
+                tokens[k][rows] = encoded[k]
         return tokens
 
     def f_hats(
         self, tokens: Sequence[NDArray[np.int64]], scales: int
     ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-        """f_hat of the first `scales` scales, batch by batch: (rows, [B, Cv, p_K, p_K]).
+        """Tokens → f_hat after the first `scales` scales: (rows, [B, Cv, p_K, p_K]) per batch.
 
-        `tokens` has [N, L_k] for these scales at least. Raises BundleError where the bundle has
-        no graph for it, BackendError where f_hat is not finite.
+        `tokens` holds [N, L_k] for at least these scales. Raises BundleError where the bundle has
+        no graph `accumulate`, BackendError where f_hat is not finite.
         """
         lengths = self._manifest.model.scale_lengths
         for rows, padded in self._batches(len(tokens[0])):
-            given: dict[str, NDArray[Any]] = {}
+            inputs: dict[str, NDArray[Any]] = {}
             for k, length in enumerate(lengths):
-                # what later scales hold does not matter to the sum of the earlier ones
+                # tokens of later scales do not change f_hat of the earlier ones
                 known = tokens[k][padded] if k < scales else np.zeros((len(padded), length))
-                given[names.encoder_tokens(k)] = known
-            f_hat = self._graph(names.ACCUMULATE)(given)[names.F_HATS][scales - 1]
+                inputs[names.encoder_tokens(k)] = known
+            f_hat = self._graph(names.ACCUMULATE)(inputs)[names.F_HATS][scales - 1]
             check_f_hat(f_hat, scales - 1, names.ACCUMULATE)
             yield rows, f_hat
 
@@ -127,7 +127,7 @@ class TokenizerGraphs:
         return self._opened[name]
 
     def _batches(self, count: int) -> Iterator[tuple[list[int], list[int]]]:
-        """Rows of each batch, and the same padded to B with the last one."""
+        """(rows, padded) of each batch: image indices, and these indices padded to B."""
         batch = self._manifest.batch
         for first in range(0, count, batch):
             rows = list(range(first, min(first + batch, count)))
@@ -141,9 +141,9 @@ def _fields(tensors: Sequence[Any]) -> Fields:
 def check_tokens(
     spec: ModelSpec, tokens: Sequence[NDArray[np.int64]], scales: int
 ) -> list[NDArray[np.int64]]:
-    """The tokens [N, L_k] of the first `scales` scales as int64.
+    """Validate the tokens [N, L_k] of the first `scales` scales and return them as int64.
 
-    Raises UsageError where there are fewer, or where they are none of this model's.
+    Raises UsageError where scales are missing, or shape, type or values do not fit the model.
     """
     most = min(len(tokens), spec.scales)
     if isinstance(scales, bool) or not 1 <= scales <= most:

@@ -1,8 +1,8 @@
-"""Whether the weights of a bundle are numbers, looked at before a graph runs.
+"""Check that all weights of a bundle are finite, before a graph runs.
 
-`export` refuses weights that are not finite, so a bundle of its own holds none. Of a bundle from
-elsewhere the images would not always tell: rounding to int8 and clamping hide such values, and the
-encoder answers them with the first code.
+`export` refuses weights that are NaN or infinite, so they occur only in bundles of other origin.
+The images do not always show them: rounding to int8 and clamping hide such values, and the encoder
+maps them to code 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FLOATS: dict[int, np.dtype[Any]] = {1: np.dtype(np.float32), 10: np.dtype(np.fl
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeight:
-    """Where a floating-point weight lies in weights.bin, in bytes."""
+    """Name, type, offset and length (in bytes) of a floating-point weight in weights.bin."""
 
     name: str
     dtype: np.dtype[Any]
@@ -39,10 +39,10 @@ class StoredWeight:
 
 
 def check_weights(files: BundleFiles) -> None:
-    """Look for weights of a precision that are NaN or infinite, in all of its graphs.
+    """Raise BundleError where a weight of a precision is NaN or infinite, in any of its graphs.
 
-    Reads what `files.check` has checked, and nothing by path. Raises BundleError that names the
-    first such weight, or a file that cannot be read.
+    Reads the open files that `files.check` has checked, and opens nothing by path. The error names
+    the first such weight, or a file that cannot be read.
     """
     weights: dict[tuple[int, int], StoredWeight] = {}
     file, graphs = files.checked()
@@ -67,7 +67,7 @@ def check_weights(files: BundleFiles) -> None:
 
 
 def stored_weights(model: bytes) -> Iterator[StoredWeight]:
-    """The fp32 and fp16 weights that an ONNX file keeps in weights.bin.
+    """Iterate over the fp32 and fp16 weights that an ONNX file stores in weights.bin.
 
     Raises ValueError where the file is malformed.
     """

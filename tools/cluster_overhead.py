@@ -22,7 +22,7 @@ import numpy as np
 import ray
 
 from var_deploy.cluster.connect import LOCAL, connected
-from var_deploy.cluster.sets import Made, make_missing
+from var_deploy.cluster.sets import ClusterRun, make_missing
 from var_deploy.config import CPU, RuntimeConfig
 from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.spec import SHARD_SIZE, SetSpec
@@ -159,7 +159,7 @@ def set_of(bundle: Path, size: int, images: int) -> SetSpec:
     )
 
 
-def means(made: Made, written: Sequence[float], size: int) -> Run:
+def means(made: ClusterRun, written: Sequence[float], size: int) -> Run:
     skipped = min(2 * made.workers, len(written) // 4)
     middle = written[skipped : len(written) - skipped]
     shards = len(made.shards)

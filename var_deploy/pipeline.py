@@ -34,7 +34,7 @@ from var_deploy.runtime.request import (
     ScaleEvent,
     end_of,
     label_numbers,
-    streams,
+    rng_keys,
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
@@ -223,8 +223,8 @@ class Pipeline:
             numbers, drawn = self._variants(None, seed)
         else:
             numbers = label_numbers(self.manifest, labels)
-            drawn = streams(seed, len(numbers))
-        request = Request(labels=numbers, streams=drawn, sampling=sampling)
+            drawn = rng_keys(seed, len(numbers))
+        request = Request(labels=numbers, rng_keys=drawn, sampling=sampling)
         with self._running():
             return self._generate(request, options, end)
 
@@ -305,7 +305,7 @@ class Pipeline:
         numbers, drawn = self._variants(label, seed)
         with self._running():
             kept = edit.kept(self._tokenizer.encode(edit.pixels)).rows([0] * len(numbers))
-            request = Request(labels=numbers, streams=drawn, sampling=sampling, kept=kept)
+            request = Request(labels=numbers, rng_keys=drawn, sampling=sampling, kept=kept)
             images = self._generate(request, options, end)
         if keep_pixels:
             images[...] = edit.finish(images)
@@ -336,7 +336,7 @@ class Pipeline:
         with self._running():
             tokens = self._tokenizer.encode(pixels)[:from_scale]
             forced = tuple(np.tile(t, (len(numbers), 1)) for t in tokens)
-            request = Request(labels=numbers, streams=drawn, sampling=sampling, forced=forced)
+            request = Request(labels=numbers, rng_keys=drawn, sampling=sampling, forced=forced)
             return self._generate(request, options, end)
 
     def cancel(self) -> None:
@@ -424,7 +424,7 @@ class Pipeline:
         self, label: int | str | None, seed: int | Sequence[int]
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Labels and streams of one image a seed; no label is "no class"."""
-        drawn = streams(seed, None)
+        drawn = rng_keys(seed, None)
         numbers = [self.manifest.model.transformer.classes]
         if label is not None:
             numbers = label_numbers(self.manifest, [label])

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var_deploy.bench.worker import About, Sample, contender_parser, serve
+from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.baselines.published_path import Mark, generate_as_published
 from var_deploy.export.baselines.torch_peers import Compiler, Peer, random_modules
@@ -192,7 +192,7 @@ def _line(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = contender_parser(
+    parser = worker_parser(
         "var_deploy.export.baselines.torch_bench", threads="every core that the process may use"
     )
     parser.add_argument("--contender", choices=CONTENDERS, default="torch")

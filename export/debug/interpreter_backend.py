@@ -113,7 +113,7 @@ class TorchBackend(HostMemory):
         graph.read()  # which checks the file
         return _TorchSession(graph, self)
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
 
     def describe(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Which inference library runs a bundle here, on which of its graphs.
+"""Selects and opens the backend that runs a bundle on this machine.
 
-The rule is `var_deploy.planning.selection.select`. Here it is told about this machine, and what it
-selects is opened; where that fails and the choice was open, the failure is one more fact.
+`var_deploy.planning.selection.select` decides, from facts about this machine that are collected
+here. Where the selected backend fails to open and the choice was "auto", the failure becomes one
+more fact, and `select` decides again.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Choice:
     """A backend, ready to open the graphs of one precision and layout.
 
     Attributes:
-        config: what was settled: nothing in it is "auto".
-        reason: why this one, where the caller left it open.
-        reads_graphs: whether it loads the ONNX files themselves, which then have to be intact.
+        config: the settings in use; nothing in it is "auto".
+        reason: why this backend was selected, where the caller asked for "auto".
+        reads_graphs: whether the backend loads the ONNX files, which then have to be intact.
     """
 
     backend: Backend
@@ -45,10 +46,10 @@ class Choice:
 def choose_backend(
     bundle: Path, manifest: Manifest, config: RuntimeConfig, *, cores: int | None = None
 ) -> Choice:
-    """Set up the backend of `config`, or the best that there is. The caller closes it.
+    """Open the backend of `config`, or for "auto" the best one available. The caller closes it.
 
-    `cores` is how many CPU threads are taken where their number is open; None takes those that the
-    process may use.
+    `cores` is the number of CPU threads where `config` leaves it open; None takes the cores that
+    the process may use.
 
     Raises BackendError or BundleError where a backend that was asked for cannot run this bundle, or
     where int8 is computed wrongly here, UsageError for threads out of range or options that exclude
@@ -57,11 +58,11 @@ def choose_backend(
     check_threads(config.threads, machine=Machine())
     facts = Facts(
         engines=Engines() if (bundle / ENGINES).is_dir() else None,
-        cuda=True,  # until it would be taken: looking means importing ONNX Runtime
+        cuda=True,  # assumed until it is selected: the check imports ONNX Runtime
         cores=cores or usable_cores(),
     )
     found: _FoundEngines | None = None
-    with contextlib.ExitStack() as stack:  # the GPU of engines that are not taken
+    with contextlib.ExitStack() as stack:  # closes the GPU where its engines are not used
         while True:
             selection = select(config, manifest, facts)
             backend = selection.config.backend
@@ -90,7 +91,7 @@ def choose_backend(
                     facts = dataclasses.replace(facts, engines=found.facts)
                     continue
                 opened = found.open(bundle, manifest, selection.config)
-                stack.pop_all()  # the backend closes it
+                stack.pop_all()  # the backend closes the GPU
                 return _choice(selection, opened, reads_graphs=False)
             except BackendError as error:
                 if config.backend != AUTO:
@@ -100,8 +101,10 @@ def choose_backend(
 
 
 def facts_here(bundle: Path) -> Facts:
-    """What can be told of this machine without opening a bundle's engines: whether it has a GPU
-    that ONNX Runtime can use, and whether the bundle has engines at all."""
+    """Facts about this machine for `select`, collected without opening the bundle's engines.
+
+    They tell whether ONNX Runtime can use a GPU here and whether the bundle has engines.
+    """
     return Facts(
         engines=Engines() if (bundle / ENGINES).is_dir() else None,
         cuda=_has_cuda_provider() and _has_gpu(),
@@ -126,7 +129,7 @@ def _open_cuda(cuda_graph: bool) -> Backend:
 
 @dataclass(frozen=True, kw_only=True)
 class _FoundEngines:
-    """A bundle's engines for the GPU of this machine, which is held open."""
+    """A bundle's engines for the GPU of this machine; `cuda` holds the GPU open."""
 
     library: Library
     cuda: Cuda
@@ -148,10 +151,10 @@ class _FoundEngines:
 def _find_engines(
     bundle: Path, manifest: Manifest, library_name: str | None, precision: str
 ) -> _FoundEngines:
-    """Engines of `precision`, or with "auto" of every precision that a GPU can run.
+    """Find the engines of `precision`, or for "auto" of every precision that a GPU can run.
 
-    Raises BackendError where TensorRT or the GPU is missing, and where there are no engines for it:
-    what is said is about the precision that would be taken first.
+    Raises BackendError where TensorRT or the GPU is missing, or where the bundle has no engines for
+    this GPU; the message then names the precision that is preferred.
     """
     from var_deploy.runtime.tensorrt.library import load_library
 

@@ -1,7 +1,7 @@
-"""CUDA through cuda-python: memory, one stream, graphs. No PyTorch, no CuPy.
+"""CUDA through cuda-python: device memory, one stream and CUDA graphs, without PyTorch or CuPy.
 
-Every function of `cuda.bindings.runtime` returns a tuple whose first item is an error code; one
-that is not cudaSuccess becomes a BackendError with the name of the call.
+Every function of `cuda.bindings.runtime` returns a tuple that starts with an error code. A code
+other than cudaSuccess becomes a BackendError with the name of the function.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from var_deploy.host.installation import pip_command
 from var_deploy.runtime.backends.protocol import Array
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # the second before cuda-python 12.6.1
-DEVICE = 0  # the first that CUDA sees; CUDA_VISIBLE_DEVICES chooses another
+DEVICE = 0  # the first GPU that CUDA sees; CUDA_VISIBLE_DEVICES selects another
 MB = 2**20
 
 
 class Owned:
-    """Something that CUDA gave out and gets back: a call and its argument."""
+    """A CUDA resource: its handle, and the name of the function that releases it."""
 
     def __init__(self, release: str, handle: Any) -> None:
         self.release, self.handle = release, handle
 
 
 class Cuda:
-    """The first GPU: memory of the kind that `runtime.protocol.Memory` asks for, and a stream.
+    """The first GPU: allocates memory as `backends.protocol.Memory` defines it, on one stream.
 
-    All work goes to that one stream, so it happens in the order of the calls. `close` gives
-    everything back, last first; host arrays of `share` must not be touched after it.
+    All work goes to this stream, so it runs in the order of the calls. `close` releases all
+    resources, newest first; host arrays of `share` must not be used after it.
 
     Args:
-        api: `cuda.bindings.runtime` or what stands for it; None imports it.
+        api: the module `cuda.bindings.runtime` or a stand-in; None imports it.
 
     Raises BackendError where cuda-python is missing or finds no GPU.
     """
@@ -56,11 +56,11 @@ class Cuda:
 
     @property
     def stream(self) -> int:
-        """The stream as the number that other libraries take."""
+        """The stream's handle as an int, as other libraries expect it."""
         return int(self._stream)
 
     def allocate(self, size: int) -> Array:
-        """`size` bytes of device memory as zeros, at a multiple of 256 (CUDA's promise)."""
+        """Allocate `size` zero bytes of device memory, aligned to 256 bytes, as CUDA guarantees."""
         try:
             address = int(self._own("cudaFree", "cudaMalloc", max(size, 1)).handle)
         except BackendError as error:
@@ -69,29 +69,31 @@ class Cuda:
         return Array(address, (size,), np.dtype(np.uint8), self)
 
     def share(self, size: int) -> PinnedMemory:
-        """`size` bytes of device memory and of page-locked host memory, both as zeros."""
+        """Allocate `size` zero bytes both in device memory and in page-locked host memory."""
         flags = self._api.cudaHostAllocDefault
         host = self._own("cudaFreeHost", "cudaHostAlloc", max(size, 1), flags).handle
         return PinnedMemory(self, int(host), self.allocate(size))
 
     def synchronize(self) -> None:
-        """Wait for the stream. What failed on the device since the last time is raised here."""
+        """Wait for the stream. Raises BackendError for work that failed on the device meanwhile."""
         self._call("cudaStreamSynchronize", self._stream)
 
     def clock(self) -> CudaClock:
-        """A clock of the stream, to be closed before this."""
+        """A clock that marks moments on the stream; close it before this object."""
         return CudaClock(self.stream, self._api)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Copy `size` bytes between two addresses of this memory, the host's part of it included,
-        in order with everything else on the stream."""
-        # with unified addresses CUDA knows from the pointers which way it goes
+        """Copy `size` bytes between two addresses, on the device or in page-locked host memory.
+
+        The copy runs on the stream, in order with the other work.
+        """
+        # with unified addressing CUDA derives the direction from the pointers
         direction = self._api.cudaMemcpyKind.cudaMemcpyDefault
         self._call("cudaMemcpyAsync", target, source, size, direction, self._stream)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` sends to the stream, which does not run now, as a CUDA graph."""
-        # thread-local: what other threads do with CUDA meanwhile is theirs
+        """Record the work that `work` puts on the stream as a CUDA graph, without running it."""
+        # thread-local: CUDA calls of other threads do not disturb the capture
         mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
@@ -113,35 +115,34 @@ class Cuda:
         self._call("cudaGraphLaunch", graph.handle, self._stream)
 
     def give_back(self, owned: Owned) -> None:
-        """Release one thing before `close` does; nothing happens where that is done already."""
+        """Release one resource before `close` does; does nothing where it was released already."""
         if owned in self._owned:
             self._owned.remove(owned)
             self._release(owned)
 
     def device_name_and_sm(self) -> tuple[str, int]:
-        """Name of the GPU and its compute capability, 87 for 8.7."""
+        """Name of the GPU and its compute capability, 87 for 8.7; see `device_name_and_sm`."""
         return device_name_and_sm(self._api)
 
     def free_memory(self) -> tuple[int, int]:
-        """Bytes of device memory that are free, and all there are."""
+        """Free and total device memory in bytes."""
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
 
     def close(self) -> None:
-        """Give everything back, last first; safe to call twice.
+        """Release all resources, newest first; safe to call twice.
 
-        Raises nothing: a call that fails here only repeats the error that brought us here, and
-        would take its place.
+        Raises nothing: a failure here would only hide the error that caused the closing.
         """
         if not self._closed:
             with contextlib.suppress(BackendError):
-                self.synchronize()  # nothing may be in use when it goes
+                self.synchronize()  # no resource may be in use when it is released
         while self._owned:
             self._release(self._owned.pop())
         self._closed = True
 
     def _own(self, release: str, name: str, *arguments: Any) -> Owned:
-        """Call `name` and keep what it gives until `close`."""
+        """Call `name`, and keep the resource that it returns until `close`."""
         owned = Owned(release, self._call(name, *arguments))
         self._owned.append(owned)
         return owned
@@ -151,7 +152,7 @@ class Cuda:
             self._call(owned.release, owned.handle)
 
     def _abandon_capture(self) -> None:
-        """Back to a stream that runs what it is given, whatever became of the capture."""
+        """End a capture that failed, so that the stream runs work again."""
         with contextlib.suppress(BackendError):
             self._call("cudaGraphDestroy", self._call("cudaStreamEndCapture", self._stream))
 
@@ -170,7 +171,7 @@ class Cuda:
 
 
 class PinnedMemory:
-    """`Shared` between host and GPU: page-locked, so that copies run beside the host."""
+    """`Shared` memory of host and GPU: page-locked, so that copies run asynchronously."""
 
     def __init__(self, cuda: Cuda, host: int, device: Array) -> None:
         self._cuda, self._host_address, self._device = cuda, host, device
@@ -190,7 +191,7 @@ class PinnedMemory:
 
 
 class Graph:
-    """A recorded piece of work. Calling it launches all of it at once."""
+    """An instantiated CUDA graph. Calling it launches all recorded work at once."""
 
     def __init__(self, cuda: Cuda, made: Owned) -> None:
         self._cuda, self._made = cuda, made
@@ -203,7 +204,7 @@ class Graph:
 
 
 class CudaMemory:
-    """`runtime.protocol.Memory` of a backend that owns a `Cuda`."""
+    """Implements `backends.protocol.Memory` for a backend that owns a `Cuda`."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -217,19 +218,19 @@ class CudaMemory:
     def synchronize(self) -> None:
         self._cuda.synchronize()
 
-    def forget(self, array: Array) -> None:
-        """Device memory stays: captured launches know its addresses."""
+    def discard(self, array: Array) -> None:
+        """Do nothing: CUDA graphs hold the addresses of the memory, so it cannot be returned."""
 
     def clock(self) -> CudaClock:
         return self._cuda.clock()
 
 
 class CudaClock:
-    """CUDA events on the stream of the launches: the device notes the time, nobody waits.
+    """A `Clock` of CUDA events on the stream of the launches; marking does not wait.
 
     Args:
         stream: handle of the stream.
-        api: `cuda.bindings.runtime` or what stands for it; None imports it.
+        api: the module `cuda.bindings.runtime` or a stand-in; None imports it.
     """
 
     source = "CUDA events"
@@ -260,7 +261,7 @@ class CudaClock:
 
 
 def load_api() -> Any:
-    """`cuda.bindings.runtime`. Raises BackendError with what to install."""
+    """Import `cuda.bindings.runtime`. Raises BackendError that says what to install."""
     for name in MODULES:
         try:
             return importlib.import_module(name)
@@ -274,7 +275,7 @@ def load_api() -> Any:
 
 
 def _remedy() -> str:
-    """Which cuda-python to install."""
+    """The command that installs a cuda-python that fits the driver."""
     return (
         f"run {pip_command('cuda-python<13')} for a driver of CUDA 12 (JetPack 6), "
         f"{pip_command('cuda-python')} for CUDA 13 (JetPack 7)"
@@ -284,8 +285,8 @@ def _remedy() -> str:
 def device_name_and_sm(api: Any = None) -> tuple[str, int]:
     """Name of the first GPU and its compute capability, 87 for 8.7. Raises BackendError.
 
-    The name ends in the number of multiprocessors: all Orin boards call themselves "Orin", and an
-    engine that was tuned for sixteen of them is not the one for eight.
+    The name ends in the number of multiprocessors: all Orin boards have the name "Orin", and an
+    engine that was tuned for 16 multiprocessors is not the best one for 8.
     """
     found = call(api or load_api(), "cudaGetDeviceProperties", DEVICE)
     name = bytes(found.name).rstrip(b"\0").decode(errors="replace")
@@ -294,14 +295,14 @@ def device_name_and_sm(api: Any = None) -> tuple[str, int]:
 
 
 def call(api: Any, name: str, *arguments: Any) -> Any:
-    """Call a function of the runtime: its result, a tuple where there are several.
+    """Call a function of the CUDA runtime and return its result, a tuple where there are several.
 
-    Raises BackendError with the name of the call and CUDA's words.
+    Raises BackendError with the name of the function and CUDA's message.
     """
     code, *results = getattr(api, name)(*arguments)
     if code == api.cudaError_t.cudaSuccess:
         return results[0] if len(results) == 1 else tuple(results)
-    # or else the error would be found again, and blamed, by a library that looks for its own
+    # clear the error, or the next library that checks for its own errors would report it
     api.cudaGetLastError()
     words = [api.cudaGetErrorName(code)[1], api.cudaGetErrorString(code)[1]]
     title, text = (w.decode(errors="replace") if isinstance(w, bytes) else str(w) for w in words)

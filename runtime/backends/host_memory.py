@@ -1,4 +1,4 @@
-"""The memory of backends that run on a CPU: NumPy's, aligned."""
+"""Memory of backends that run on a CPU: aligned NumPy arrays."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ WORTH_GIVING_BACK = 1 << 24  # bytes; a page fault costs about as much as comput
 
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:
-    """Zeros [size] whose first byte lies on a multiple of 256. Raises BackendError for lack of
-    memory."""
+    """Allocate `size` zero bytes, aligned to 256 bytes. Raises BackendError without memory."""
     try:
         block = np.zeros(size + ALIGNMENT, np.uint8)
     except (MemoryError, ValueError):  # ValueError: more than an address can count
@@ -31,7 +30,7 @@ def aligned_bytes(size: int) -> NDArray[np.uint8]:
 
 
 def host_view(array: Array) -> NDArray[Any]:
-    """The values of an array that lies in host memory: the same bytes, not a copy."""
+    """A NumPy view of an `Array` in host memory, without a copy."""
     block = array.owner
     assert isinstance(block, np.ndarray)  # what `HostMemory` gives its arrays
     start = array.address - block.ctypes.data
@@ -40,7 +39,7 @@ def host_view(array: Array) -> NDArray[Any]:
 
 
 class HostShared:
-    """`Shared` where there is one memory only."""
+    """`Shared` memory of a CPU backend: host and backend use the same bytes."""
 
     def __init__(self, size: int) -> None:
         self.host = aligned_bytes(size)
@@ -54,7 +53,7 @@ class HostShared:
 
 
 class HostMemory:
-    """`Memory` on the host; freed when nothing refers to it any more."""
+    """`Memory` on the host; freed when no array refers to it any more."""
 
     def allocate(self, size: int) -> Array:
         block = aligned_bytes(size)
@@ -69,8 +68,8 @@ class HostMemory:
     def clock(self) -> WallClock:
         return WallClock(self.synchronize)
 
-    def forget(self, array: Array) -> None:
-        """Where pages cannot be given back, or too few to be worth the faults, nothing happens."""
+    def discard(self, array: Array) -> None:
+        """Return the pages of `array` to the system; does nothing for small arrays or off Linux."""
         if sys.platform != "linux" or array.nbytes < WORTH_GIVING_BACK:
             return
         first = -(-array.address // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,11 +1,11 @@
-"""Whether ONNX Runtime multiplies int8 correctly on this processor, asked before int8 is used.
+"""Check that ONNX Runtime computes int8 correctly on this processor, run before int8 is used.
 
     python -m var_deploy.runtime.backends.int8_check
 
 ONNX Runtime fuses the operators of an int8 bundle and runs them in kernels written for one
-instruction set each. A wrong kernel gives no error but noise, so the operators are run once a
-process on numbers whose results are known: all of them are integers times powers of two, or lie far
-from where rounding tips, so every correct kernel gives the same bits. The graph is written by
+instruction set each. A wrong kernel raises no error but computes noise, so the operators run once
+per process on inputs whose results are known: all results are integers times powers of two, or far
+from a rounding boundary, so every correct kernel gives the same bits. The graph is written by
 export/int8/probe.py, from the patterns below.
 """
 
@@ -28,7 +28,7 @@ from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.backends.protocol import Array
 
 GRAPH = Path(__file__).with_name("int8_probe.onnx")
-# Rows of a product. Tiles of kernels are multiples of 4 to 64 rows and columns; these are not.
+# Rows of a product. Kernels use tiles of 4 to 64 rows; most of these are not multiples of them.
 ROWS = (1, 4, 9, 37, 100, 256)
 # (name, inner size, columns of each product of the same input, images a row, bias)
 PRODUCTS: tuple[tuple[str, int, tuple[int, ...], int, bool], ...] = (
@@ -42,49 +42,51 @@ CONVOLUTIONS = (
     ("convolution 2x2", 24, 20, 2, (1, 1, 0, 0)),
 )
 SIDE = 9  # of the convolutions' maps
-ZERO = 100  # what 0 is rounded to, of inputs that reach from -100 to 155
+ZERO = 100  # zero point of inputs that reach from -100 to 155
 STEP = 1 / 16  # of the inputs
 CONV_ZERO, CONV_STEP = 128, 515.0 / 2048
 
 
 def integers(count: int, factor: int, modulus: int, low: int) -> NDArray[np.int64]:
-    """`count` integers from `low` on that do not repeat soon; the graph computes them likewise."""
+    """`count` integers in [low, low + modulus) without a short period, as in the graph."""
     numbers = np.arange(count, dtype=np.int64)
     found: NDArray[np.int64] = (numbers * numbers * factor + numbers * 17) % modulus + low
     return found
 
 
 def weights(count: int) -> NDArray[np.int64]:
-    """int8 weights. Two of them times 255 fit into 16 bits, as export sees to in every bundle."""
+    """int8 weights; two of them times 255 fit into 16 bits, as in every bundle."""
     return integers(count, 31, 127, -63)
 
 
 def column_scales(columns: int) -> NDArray[np.float32]:
-    """Powers of two."""
+    """Scale of each column: a power of two."""
     found: NDArray[np.float32] = np.exp2(-4.0 - np.arange(columns) % 3).astype(np.float32)
     return found
 
 
 def bias(columns: int) -> NDArray[np.float32]:
+    """fp32 bias of a product, one number per column."""
     return (integers(columns, 5, 4096, -2048) / 1024).astype(np.float32)
 
 
 def conv_divisors(channels: int) -> NDArray[np.int64]:
-    """What sums are divided by: odd numbers, so that no quotient ends in one half."""
+    """Divisors of the sums: odd numbers, so that no quotient ends in one half."""
     return 515 + 2 * (np.arange(channels) * 37 % 256)
 
 
 def conv_scales(channels: int) -> NDArray[np.float32]:
-    """Of the weights, so that input step · scale / output step is 1 over the divisor."""
+    """Scales of the weights: input step · scale / output step is 1 / divisor."""
     return (CONV_STEP / STEP / conv_divisors(channels)).astype(np.float32)
 
 
 def conv_bias(channels: int) -> NDArray[np.int32]:
+    """int32 bias of a convolution, one number per output channel."""
     return integers(channels, 7, 20_000, -10_000).astype(np.int32)
 
 
 def inputs(rows: int) -> dict[str, NDArray[Any]]:
-    """What the graph is given; every product's input holds both extremes."""
+    """Inputs of the graph by name; the input of every product holds both extreme values."""
     found: dict[str, NDArray[Any]] = {}
     for name, inner, _, images, _ in PRODUCTS:
         x = integers(rows * images * inner, 7, 256, -ZERO)
@@ -97,16 +99,16 @@ def inputs(rows: int) -> dict[str, NDArray[Any]]:
     return found
 
 
-def expected(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The exact results; float64 holds every sum."""
+def expected(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The exact outputs for `feeds` by name; float64 holds every sum exactly."""
     found: dict[str, NDArray[Any]] = {}
     for name, inner, columns, _, biased in PRODUCTS:
         for place, width in enumerate(columns):
             matrix = weights(inner * width).reshape(inner, width) * column_scales(width)
-            y = given[f"x.{name}"].astype(np.float64) @ matrix
+            y = feeds[f"x.{name}"].astype(np.float64) @ matrix
             found[f"y.{name}.{place}"] = (y + bias(width) if biased else y).astype(np.float32)
     for name, channels, out, side, pads in CONVOLUTIONS:
-        x = given[f"x.{name}"].astype(np.float64) - CONV_ZERO
+        x = feeds[f"x.{name}"].astype(np.float64) - CONV_ZERO
         x = np.pad(x, ((0, 0), (0, 0), pads[::2], pads[1::2]))
         windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), (2, 3))
         rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(SIDE * SIDE, -1)
@@ -118,12 +120,12 @@ def expected(given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def check_int8(backend: OrtCpuBackend) -> None:
-    """Raise BackendError where this processor or this ONNX Runtime multiplies int8 wrongly."""
+    """Raise BackendError where ONNX Runtime computes int8 wrongly on this processor."""
     refuse_int8(int8_problem(backend))
 
 
 def int8_problem(backend: OrtCpuBackend) -> str:
-    """What is wrong with int8 here, "" where it is right. Runs once a process."""
+    """The error of int8 on this processor, "" where it is correct. Runs once per process."""
     global _found
     with _asking:
         if _found is None:
@@ -140,17 +142,17 @@ _asking = Lock()
 
 
 def _wrong(backend: OrtCpuBackend) -> str:
-    """The first result that is not the known one, in words."""
+    """Describe the first output that differs from the expected one; "" where none does."""
     try:
         session = backend.open(GraphFile.outside(GRAPH))
-        given = inputs(max(ROWS))
-        wanted = expected(given)
+        feeds = inputs(max(ROWS))
+        wanted = expected(feeds)
         for rows in ROWS:
-            some, known = _first_rows(given, rows), _first_rows(wanted, rows)
-            made = {name: _array(backend, value) for name, value in known.items()}
-            session.bind({name: _filled(backend, x) for name, x in some.items()}, made)()
+            some, known = _first_rows(feeds, rows), _first_rows(wanted, rows)
+            outputs = {name: _array(backend, value) for name, value in known.items()}
+            session.bind({name: _filled(backend, x) for name, x in some.items()}, outputs)()
             for name, value in known.items():
-                problem = _difference(host_view(made[name]), value)
+                problem = _difference(host_view(outputs[name]), value)
                 if problem:
                     return f"{name.removeprefix('y.')} of {rows} rows has {problem}"
     except BackendError as error:
@@ -159,7 +161,7 @@ def _wrong(backend: OrtCpuBackend) -> str:
 
 
 def _first_rows(arrays: dict[str, NDArray[Any]], rows: int) -> dict[str, NDArray[Any]]:
-    """Of the products; the first row holds both extremes, so the others round as before."""
+    """Cut the arrays of products to `rows`; row 0 holds both extremes, so the scales stay."""
     products = ("x.product", "y.product")
     return {n: a[:rows] if n.startswith(products) else a for n, a in arrays.items()}
 
@@ -187,7 +189,7 @@ def _filled(backend: OrtCpuBackend, values: NDArray[Any]) -> Array:
 
 
 def main() -> int:
-    """Print what is wrong, nothing where all is well."""
+    """Print the error of int8 on this processor, or an empty line where it is correct."""
     try:
         print(int8_problem(OrtCpuBackend()))
     except BackendError as error:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU."""
+"""The backend for ONNX Runtime on a CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from var_deploy.runtime.backends.protocol import Arrays, Launch
 
 
 class OrtSession:
-    """One graph; weights are mapped from weights.bin and packed once."""
+    """One graph, loaded; its weights are mapped from weights.bin and packed once."""
 
     def __init__(self, session: Any, graph: str, options: Any = None) -> None:
         self._session, self._graph, self._options = session, graph, options
@@ -40,6 +40,8 @@ class OrtSession:
 
 
 class OrtLaunch:
+    """A session with all buffers bound."""
+
     def __init__(
         self, session: Any, binding: Any, keep: object, graph: str, options: Any
     ) -> None:
@@ -56,17 +58,16 @@ class OrtLaunch:
 
 
 class OrtCpuBackend(HostMemory):
-    """Opens graphs on the CPU.
+    """Opens graphs with ONNX Runtime on the CPU.
 
-    Loops of one process that open the same bytes over the same weights with the same number of
-    threads share one session, and with it the weights, packed once; a session's runs may overlap.
-    All sessions draw their scratch memory from one arena, which stays with the process for the next
-    loop.
+    Loops of one process share a session, and with it the packed weights, where graph, weights and
+    number of threads are equal; runs of a session may overlap. All sessions take their scratch
+    memory from one arena, which stays with the process for the next loop.
 
     Args:
-        threads: for one graph; None takes what the process may use, see `usable_cores`. Either
-            way ONNX Runtime is told a number: it would count every core of the machine itself, and
-            pin its threads to them.
+        threads: number of threads per graph; None takes the cores that the process may use, see
+            `usable_cores`. ONNX Runtime always gets a number: without one it would start a thread
+            for every core of the machine and pin it.
 
     Raises BackendError where onnxruntime is not installed, UsageError for threads out of range.
     """
@@ -86,11 +87,11 @@ class OrtCpuBackend(HostMemory):
 
     @property
     def version(self) -> str:
-        """Of ONNX Runtime."""
+        """Version of ONNX Runtime."""
         return str(self._ort.__version__)
 
     def open(self, graph: GraphFile) -> OrtSession:
-        graph.read()  # whatever is wrong with the file is found before a session is looked up
+        graph.read()  # raises for a damaged file before a session is looked up
         with _opening:
             key = (graph.key(), self._threads)
             session = _sessions.get(key)
@@ -111,29 +112,29 @@ class OrtCpuBackend(HostMemory):
         if _share_arena(self._ort):
             options.add_session_config_entry("session.use_env_allocators", "1")
         else:
-            # an arena a session adds up, and none of them gives back
+            # one arena per session adds up, and none of them returns memory
             options.enable_cpu_mem_arena = False
-        # A pattern is one block for a whole run, laid out as it came the first time: in the decoder
-        # of a d16 that is 100 MB more than the arena needs when asked tensor by tensor.
+        # A memory pattern is one block for a whole run, laid out as in the first run: in the
+        # decoder of a d16 it takes 100 MB more than the arena takes tensor by tensor.
         options.enable_mem_pattern = False
         kind = graph.ref.kind
         if kind == "step" or (kind == "decoder" and graph.ref.precision == "int8"):
             # Planning which freed buffer may serve again compares every two open shapes: 0.45 s of
-            # the 0.55 s that opening pocket's `step` took. The arena finds them at run time. And
-            # between the integer maps of a decoder it finds fewer: 290 MiB where the arena needs
-            # 240 in a d16 (in fp32 it is the other way round, 245 and 256).
+            # the 0.55 s that opening pocket's `step` took. The arena reuses buffers at run time
+            # too. In the int8 decoder of a d16 the arena also does better: 240 MiB against 290 MiB
+            # with planning (in fp32 it is the other way round, 256 MiB and 245 MiB).
             options.enable_mem_reuse = False
         elif kind == "scale":
-            # K sessions would hold K packed copies of the same weights; unpacked they read the one
-            # that is mapped from weights.bin, at 1.2 to 1.6 times the time
+            # K sessions would hold K packed copies of the same weights; without packing they share
+            # the weights mapped from weights.bin, and take 1.2 to 1.6 times as long
             options.add_session_config_entry("session.disable_prepacking", "1")
         return open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
 
     def close(self) -> None:
-        """Nothing is held here: sessions and memory go with the loop."""
+        """Does nothing: sessions and memory are freed with the loop."""
 
     def describe(self) -> dict[str, str]:
         threads = str(self._threads) if self._threads else "all cores"
@@ -146,13 +147,15 @@ _opening = Lock()
 
 @cache
 def _share_arena(ort: Any) -> bool:
-    """Register one arena for all sessions of the process; false where the program around us has
-    registered an allocator of its own."""
+    """Register one arena for all sessions of the process.
+
+    Returns False where the program that uses this package has registered an allocator of its own.
+    """
     try:
         where = ort.OrtMemoryInfo(
             "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
         )
-        # small first chunk, and what a reused one leaves over is cut off from 1 MB on
+        # a small first chunk; the rest of a reused chunk is split off from 1 MB on
         small = {"initial_chunk_size_bytes": 1 << 20, "max_dead_bytes_per_chunk": 1 << 20}
         ort.create_and_register_allocator(where, ort.OrtArenaCfg(small))
     except Exception:  # of ONNX Runtime's own types

@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU, over the same arena of device memory as TensorRT."""
+"""The backend for ONNX Runtime on an NVIDIA GPU; device memory comes from `backends.cuda`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 
 PROVIDER = "CUDAExecutionProvider"
-WARM_UPS = 2  # the first run allocates and loads kernels, which a recording may not
+WARM_UPS = 2  # the first run allocates and loads kernels, which is forbidden in a capture
 
 
 class OrtCudaSession:
-    """One graph on the GPU.
+    """One graph, loaded on the GPU.
 
-    Buffers of page-locked memory that a run copies from are put back by ONNX Runtime at the end of
-    a run that waits for the stream, and kept by one that does not. So runs wait, but for the one
-    that is recorded: its copies are repeated by every launch of the CUDA graph.
+    A run that waits for the stream returns its page-locked buffers to ONNX Runtime at its end; a
+    run that does not wait keeps them. So all runs wait except a recorded one, whose copies are
+    repeated by every launch of the CUDA graph.
 
     Args:
-        waiting, recording: RunOptions of the two kinds of runs.
+        waiting, recording: RunOptions of runs that wait, and of recorded runs.
     """
 
     def __init__(self, cuda: Cuda, waiting: Any, recording: Any, graph: str) -> None:
@@ -65,17 +65,17 @@ class OrtCudaSession:
             raise BackendError(f"ONNX Runtime failed in {self._graph}: {problem}")
 
     def record(self) -> str:
-        """Turn every launch into a CUDA graph, each of which must have run before.
+        """Record every launch as a CUDA graph; each launch must have run before.
 
-        Why that is not possible, "" where it is: then none is recorded, since a run beside a
-        recorded one would put back the page-locked memory that the recorded one copies from.
+        Returns "", or the reason why a launch cannot be recorded. In that case no launch is
+        recorded: a normal run would return the page-locked memory that a recorded one copies from.
         """
         for launch in self._launches:
             try:
                 launch.record()
             except BackendError as error:
                 self._discard_graphs()
-                # CUDA reports an error to the library whose call failed, again with its next call
+                # the next CUDA call of the library reports the same error once more
                 with contextlib.suppress(BackendError):
                     launch()
                 return f"{self._graph}: {error}"
@@ -84,14 +84,14 @@ class OrtCudaSession:
     def close(self) -> None:
         self._discard_graphs()
         if self._recorded is not None:
-            # A run that waits puts back what the recorded ones kept. Left to the session's end,
-            # that happens in a callback of the stream, which may outlive the session: it would
-            # then free page-locked memory, which a callback must not, and ends the process.
+            # A waiting run returns the buffers that recorded runs kept. Otherwise a callback of the
+            # stream returns them, maybe after the end of the session: it would then free
+            # page-locked memory, which is forbidden in a callback and ends the process.
             with contextlib.suppress(BackendError):
                 self.run(self._recorded)
         if self.session is not None:
             with contextlib.suppress(BackendError):
-                self._cuda.synchronize()  # nothing may be in use when it goes
+                self._cuda.synchronize()  # no buffer may be in use when it is released
         for launch in self._launches:
             launch.release()
         self._launches.clear()
@@ -103,7 +103,7 @@ class OrtCudaSession:
 
 
 class OrtCudaLaunch:
-    """A session with an address for every tensor; once recorded, a CUDA graph of its kernels."""
+    """A session with a bound address for every tensor, or its recorded CUDA graph."""
 
     def __init__(self, session: OrtCudaSession, cuda: Cuda, binding: Any, keep: object) -> None:
         self._session, self._cuda, self._binding = session, cuda, binding
@@ -117,11 +117,11 @@ class OrtCudaLaunch:
             self._session.run(self._binding)
 
     def record(self) -> None:
-        """Turn it into a CUDA graph; it must have run before. Raises BackendError.
+        """Record the launch as a CUDA graph; it must have run before. Raises BackendError.
 
-        The recording keeps the addresses of scratch memory, which ONNX Runtime takes from the
-        session's arena and puts back: the arena never returns memory to the device, and everything
-        that uses it runs on one stream, in order.
+        The graph holds addresses of scratch memory that ONNX Runtime returns to the session's
+        arena. They stay valid: the arena never returns memory to the device, and all work that
+        uses it runs on one stream, in order.
         """
         self._graph = self._cuda.capture(lambda: self._session.run(self._binding, recording=True))
 
@@ -136,17 +136,17 @@ class OrtCudaLaunch:
 
 
 class OrtCudaBackend(CudaMemory):
-    """Opens graphs on the GPU; all of them work on one stream.
+    """Opens graphs with ONNX Runtime on the GPU; all graphs run on one stream.
 
-    Recorded launches return before the work is done, others after it.
+    A recorded launch returns before its work is done, other launches after it.
 
-    A graph may keep part of its nodes on the CPU: the sizes that `step` reads off its inputs are
-    worked out there, on purpose. `session.disable_cpu_ep_fallback` would refuse such a graph, so
-    it stays off; a whole session that ended up on the CPU is refused below.
+    Some nodes of a graph run on the CPU on purpose: `step` computes sizes from the shapes of its
+    inputs there. `session.disable_cpu_ep_fallback` would refuse such a graph, so it stays off; a
+    session that runs on the CPU altogether is refused in `open`.
 
     Args:
-        ort: `onnxruntime` or what stands for it; None imports it.
-        cuda: the backend's own from here on; None makes one.
+        ort: the module `onnxruntime` or a stand-in; None imports it.
+        cuda: the GPU, owned and closed by the backend; None opens it.
         cuda_graph: record every launch as a CUDA graph, so that one call starts all its kernels.
 
     Raises BackendError where onnxruntime-gpu, its CUDA provider or cuda-python is missing.
@@ -172,12 +172,12 @@ class OrtCudaBackend(CudaMemory):
                 cuda.close()
             raise
         self._sessions: list[OrtCudaSession] = []
-        # a stream that records must not be waited for
+        # waiting for a stream is forbidden during a capture
         self._waiting, self._recording = (self._run_options(waits) for waits in (True, False))
 
     def open(self, graph: GraphFile) -> OrtCudaSession:
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1  # sizes, nothing more
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # for sizes only
         options.enable_cpu_mem_arena = False
         opened = OrtCudaSession(self._cuda, self._waiting, self._recording, graph.ref.name)
         self._sessions.append(opened)
@@ -192,10 +192,10 @@ class OrtCudaBackend(CudaMemory):
             )
         return opened
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
-        """Run the generation until nothing is allocated any more, then record every launch.
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        """Run the launches until no memory is allocated any more, then record each of them.
 
-        A session that cannot be recorded goes on without CUDA graphs; `describe` says why.
+        A session that cannot be recorded runs without CUDA graphs; `describe` gives the reason.
         """
         if not self._cuda_graph:
             return launches
@@ -218,7 +218,7 @@ class OrtCudaBackend(CudaMemory):
         }
 
     def close(self) -> None:
-        """Sessions first: they free on the stream that goes with the memory."""
+        """Close sessions before the memory: they free their memory on its stream."""
         while self._sessions:
             self._sessions.pop().close()
         self._cuda.close()
@@ -231,16 +231,16 @@ class OrtCudaBackend(CudaMemory):
         return options
 
     def _settings(self) -> dict[str, str]:
-        """Options of the provider, by ONNX Runtime's documentation of it."""
+        """Options of the CUDA provider, as documented by ONNX Runtime."""
         return {
             "device_id": str(DEVICE),
             "user_compute_stream": str(self._cuda.stream),
             "do_copy_in_default_stream": "1",  # in order with the rest
             # the sampler's sums and the logits are fp32 because they need all of its digits
             "use_tf32": "0",
-            # every session has an arena, which never gives back: it should not grow by doubling
+            # every session has an arena that never returns memory: it should not grow by doubling
             "arena_extend_strategy": "kSameAsRequested",
-            # not by measuring, which may choose another algorithm the next time, and another image
+            # measuring may choose another algorithm the next time, and so another image
             "cudnn_conv_algo_search": "HEURISTIC",
         }
 
@@ -250,8 +250,8 @@ def _import() -> Any:
         ort = importlib.import_module("onnxruntime")
     except ImportError:
         raise BackendError(f"onnxruntime-gpu is not installed; run {pip_install('gpu')}") from None
-    # finds CUDA and cuDNN where pip put them (from 1.21 on); what it misses it prints, and what
-    # is really missing shows when a session is made
+    # finds CUDA and cuDNN where pip installed them (from 1.21 on). It prints what it misses; a
+    # library that is really needed is reported when a session is made
     if PROVIDER in ort.get_available_providers() and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()

@@ -1,4 +1,4 @@
-"""Makes sessions of ONNX Runtime out of the graphs of a bundle, on any of its providers."""
+"""Creates ONNX Runtime sessions from the graphs of a bundle, for any execution provider."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from var_deploy.files.paths import utf8_path
 
 # a session made of bytes looks for the weights that they name in this folder
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-BYTES_FROM = (1, 21)  # before, a session of bytes does not find weights for all that it optimises
-SILENT = 4  # only what ends the process is written to the terminal; errors come as exceptions
+BYTES_FROM = (1, 21)  # older versions do not find all weights of a model that comes as bytes
+SILENT = 4  # only fatal errors are printed; all others come as exceptions
 
 
 def quiet(ort: Any) -> None:
-    """Keep ONNX Runtime's own lines, which it writes around Python, off the terminal."""
+    """Stop ONNX Runtime from printing log lines to the terminal."""
     ort.set_default_logger_severity(SILENT)
 
 
 def open_session(
     ort: Any, graph: GraphFile, options: Any, *, data: bytes | None = None, **how: Any
 ) -> Any:
-    """A session of exactly the bytes and weights that were checked.
+    """Create a session from exactly the graph bytes and weights that were checked.
 
     Args:
-        options: SessionOptions of this session alone; they are added to.
-        data: run these bytes instead of the graph's own, over its weights.
-        how: for InferenceSession, such as its providers.
+        options: SessionOptions of this session; entries are added to them.
+        data: bytes of another graph over the same weights, to run instead of the graph.
+        how: arguments of InferenceSession, such as `providers`.
 
-    Raises BundleError where the graph cannot be trusted or has changed, BackendError where ONNX
-    Runtime refuses it.
+    Raises BundleError where the graph is damaged or was replaced, BackendError where ONNX Runtime
+    refuses it.
     """
     files = graph.files
     options.log_severity_level = SILENT
@@ -51,7 +51,7 @@ def open_session(
     session, problem = None, ""
     for _ in range(1 if files is None else 2):
         try:
-            # without fallback: it would tell on the terminal of a second attempt
+            # without fallback, which would print a line about a second attempt
             session = ort.InferenceSession(model, options, enable_fallback=0, **how)
             problem = ""
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
@@ -60,8 +60,8 @@ def open_session(
             files.confirm(graph.ref.name)
         if not problem:
             break
-        # it looks up where the weights lie, which fails while a bundle is being renamed
-    if problem:  # raised here: in the traceback above ONNX Runtime's session would live on
+        # try again: ONNX Runtime looks up the weights by path, and the bundle may be in a rename
+    if problem:  # raised here: a traceback from the `except` would keep the session alive
         raise BackendError(f"ONNX Runtime refuses {graph.path.name}: {problem}")
     return session
 

@@ -1,7 +1,7 @@
-"""What the scale loop asks of an inference library: memory, graphs, launches.
+"""The interface between the scale loop and an inference library: memory, sessions, launches.
 
-A backend owns a memory (the host's or a device's) and opens graphs that read and write it. The
-loop sees addresses and shapes alone, so the same loop drives a CPU and a GPU.
+A backend owns memory (the host's or a device's) and opens graphs that read and write it. The loop
+uses only addresses and shapes, so one loop serves CPUs and GPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from var_deploy.bundle.files import GraphFile
 
-ALIGNMENT = 256  # what TensorRT asks of an address, and no less than any vector unit wants
+ALIGNMENT = 256  # bytes, required by TensorRT; more than any vector unit needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class Array:
     """A typed view of a backend's memory, C-contiguous.
 
     Attributes:
-        address: of the first byte, in the backend's memory.
-        owner: what keeps that memory alive.
+        address: address of the first byte in the backend's memory.
+        owner: an object that keeps the memory alive.
     """
 
     address: int
@@ -38,7 +38,7 @@ class Array:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows [start, stop) along the first axis: the same memory."""
+        """A view of rows [start, stop) along the first axis."""
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         shape = (stop - start, *self.shape[1:])
         return Array(self.address + start * row, shape, self.dtype, self.owner)
@@ -48,19 +48,23 @@ Arrays = Mapping[str, Array]
 
 
 class Shared(Protocol):
-    """Memory that both sides see: `host` here, `address` in the backend's memory.
+    """Memory that exists on the host (`host`) and in the backend's memory (`address`).
 
-    On a CPU they are the same bytes, and both copies do nothing.
+    On a CPU both are the same bytes, and `upload` and `download` do nothing.
     """
 
     @property
-    def host(self) -> NDArray[np.uint8]: ...
+    def host(self) -> NDArray[np.uint8]:
+        """The bytes on the host, uint8 [size]."""
+        ...
 
     @property
-    def address(self) -> int: ...
+    def address(self) -> int:
+        """Address of the first byte in the backend's memory."""
+        ...
 
     def upload(self) -> None:
-        """Copy host → backend, in the order of the launches around it."""
+        """Copy host → backend, in order with the launches."""
         ...
 
     def download(self) -> None:
@@ -69,53 +73,57 @@ class Shared(Protocol):
 
 
 class Clock(Protocol):
-    """Marks moments in the order of the work, see `ScaleLoop.start_clock`.
+    """Marks moments between launches, in order with them; see `ScaleLoop.start_clock`.
 
     Attributes:
         each: mark the start and the end of every launch, not only of a generation.
-        source: what is read, for a report.
+        source: name of the time source, for a report.
     """
 
     each: bool
     source: str
 
-    def mark(self) -> None: ...
+    def mark(self) -> None:
+        """Mark the current moment, after the launches so far."""
+        ...
 
     def laps(self) -> list[float]:
-        """Seconds between the marks since the last call; waits for the work."""
+        """Seconds between the marks since the last call; waits for the launches."""
         ...
 
     def close(self) -> None: ...
 
 
 class Memory(Protocol):
-    """Allocations live until the backend is closed. All start at a multiple of 256, as zeros."""
+    """Allocates memory, zeroed and aligned to 256 bytes, that lives until the backend is closed."""
 
     def allocate(self, size: int) -> Array:
-        """`size` bytes for the graphs alone, uint8 [size]. Raises BackendError if there is no
-        room."""
+        """Allocate uint8 [size] that only graphs read and write. Raises BackendError if memory is
+        short."""
         ...
 
     def share(self, size: int) -> Shared:
-        """`size` bytes that the host fills or reads."""
+        """Allocate `size` bytes that the host reads or writes too."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything launched and copied so far is done."""
+        """Wait until all launches and copies so far are done."""
         ...
 
-    def forget(self, array: Array) -> None:
-        """What `array` holds will not be read again before it is written; it may come back as
-        zeros. Memory of the host goes back to the system until then."""
+    def discard(self, array: Array) -> None:
+        """Discard the contents of `array`: the caller writes to it before reading it again.
+
+        A backend on the host returns the memory to the system; its contents may become zeros.
+        """
         ...
 
     def clock(self) -> Clock:
-        """A clock of the work that is launched; the caller closes it before the backend."""
+        """A new clock of the launches; the caller closes it before the backend."""
         ...
 
 
 class Launch(Protocol):
-    """A graph with every buffer bound. Calling it starts the work, in order; see `synchronize`."""
+    """A graph with all buffers bound. A call starts it, in order; `Memory.synchronize` waits."""
 
     def __call__(self) -> None: ...
 
@@ -124,9 +132,9 @@ class Session(Protocol):
     """A loaded graph."""
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
-        """Bind buffers by name once; they must outlive the launch.
+        """Bind buffers by tensor name; they must outlive the returned launch.
 
-        All inputs of the graph are needed; outputs that are left out go nowhere.
+        All inputs of the graph must be given; outputs that are left out are not stored.
         """
         ...
 
@@ -134,28 +142,30 @@ class Session(Protocol):
 
 
 class Backend(Memory, Protocol):
-    """An inference library, set up."""
+    """An inference library, ready to open graphs."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The backend's name, as in `RuntimeConfig.backend`."""
+        ...
 
     def open(self, graph: GraphFile) -> Session:
-        """Load the graph that this ONNX file describes; `graph.ref` says which one of a bundle's it
-        is: name, kind, scale and precision.
+        """Load the graph of an ONNX file; `graph.ref` has its name, kind, scale and precision.
 
-        Raises BackendError, and BundleError where the file is not what it should be.
+        Raises BundleError where the file is damaged, BackendError where the library refuses it.
         """
         ...
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
-        """Called once, when everything is bound, with the launches in the order of a generation.
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        """Prepare the launches of a generation, given in order; called once, after binding.
 
-        What comes back is called instead: the place to record CUDA graphs.
+        The returned launches are called instead. A backend may run every launch here, for example
+        to record CUDA graphs.
         """
         ...
 
     def describe(self) -> dict[str, str]:
-        """Versions and settings, for a person who reads a benchmark: text, not data."""
+        """Versions and settings as text, for the reader of a benchmark; not meant to be parsed."""
         ...
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""TensorRT: engines, built on the device that runs them and kept in the bundle."""
+"""The backend for TensorRT: builds engines on the device, stores them in the bundle, runs them."""

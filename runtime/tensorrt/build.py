@@ -1,7 +1,7 @@
-"""The engines of a bundle: which there are to build, which are still good, one after the other.
+"""Builds the engines of a bundle one after the other, and keeps those that are up to date.
 
-Every finished engine is in engine.json before the next one starts, so a build that is cut off goes
-on where it was.
+Every finished engine is listed in engine.json before the next one starts, so that an interrupted
+build continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from var_deploy.runtime.tensorrt.monitor import Progress
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
 from var_deploy.runtime.weights_check import check_weights
 
-Layout = Literal["shared", "per-scale", "both"]
+BuildLayout = Literal["shared", "per-scale", "both"]
 FindDevice = Callable[[], tuple[str, int]]
 
 LAYOUTS = ("shared", "per-scale", "both", "auto")
@@ -38,7 +38,7 @@ SHARED_PROFILES_FIXED = (10, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineResult:
-    """One engine after a build: `kept` where an earlier build had made it already."""
+    """One engine after a build; `kept` says that an earlier build had built it already."""
 
     graph: str
     kept: bool
@@ -49,17 +49,17 @@ class EngineResult:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What `build_bundle` did.
+    """Result of `build_bundle`.
 
     Attributes:
-        folder: where the engines lie.
-        layout: the one that was built, and why.
-        notes: what a person should know, a line each.
+        folder: folder of the engines.
+        layout: the layout that was built; `reason`: why it was chosen.
+        notes: warnings for the user, one line each.
     """
 
     folder: Path
     target: Target
-    layout: Layout
+    layout: BuildLayout
     reason: str
     engines: tuple[EngineResult, ...]
     notes: tuple[str, ...]
@@ -68,18 +68,19 @@ class BuildReport:
         return {**dataclasses.asdict(self), "folder": str(self.folder)}
 
 
-def engines_of(manifest: Manifest, precision: str, layout: Layout, encoder: bool) -> list[str]:
-    """Names of the engines of a layout, in the order in which a generation needs them.
+def engines_of(manifest: Manifest, precision: str, layout: BuildLayout, encoder: bool) -> list[str]:
+    """Names of the engines of a layout, in the order of a generation.
 
-    `encoder` adds what reads images and adds up their tokens; a bundle from before `accumulate`
-    has no such graph, and edits need none. Raises BundleError where another graph is missing.
+    `encoder` adds the graphs `encoder` and `accumulate`. `accumulate` is left out where an older
+    bundle lacks it, since editing does not need it. Raises BundleError where another graph is
+    missing.
     """
     held = manifest.graphs.get(precision, {})
     graphs = [graph.name for graph in generation_graphs(manifest.model, layout)]
     if encoder:
         extra = [graph.name for graph in tokenizer_graphs()]
         graphs += [name for name in extra if name != names.ACCUMULATE or name in held]
-    manifest.graph(precision, names.DECODER)  # every bundle has it, if it has the precision
+    manifest.graph(precision, names.DECODER)  # raises where the bundle lacks the precision
     for graph in graphs:
         if graph not in manifest.graphs[precision]:
             raise BundleError(
@@ -93,7 +94,7 @@ def build_bundle(
     bundle: Path,
     *,
     precision: str | None = None,
-    layout: Layout | Literal["auto"] = "auto",
+    layout: BuildLayout | Literal["auto"] = "auto",
     options: BuildOptions | None = None,
     low_memory: bool = False,
     library: Library | str | None = None,
@@ -109,22 +110,21 @@ def build_bundle(
         precision: "fp16" or "fp32"; None takes fp16 where the bundle has it, int8 never.
         layout: "shared" (one engine for all scales), "per-scale" (one each), "both", or "auto".
         low_memory: build each engine in a process of its own.
-        library: "tensorrt", "tensorrt_rtx", or one that is loaded; None takes what is installed.
-        encoder: build the encoder and `accumulate` too, which only images or tokens as input
-            need.
-        force: build again what is finished.
-        find_device: name and compute capability of the GPU, ("Orin, 8 SMs", 87).
-        find_memory: bytes that the GPU has free, which settle "auto".
+        library: "tensorrt", "tensorrt_rtx", or a loaded `Library`; None takes the installed one.
+        encoder: build `encoder` and `accumulate` too, which only editing and decoding tokens need.
+        force: build finished engines again.
+        find_device: returns name and compute capability of the GPU, ("Orin, 8 SMs", 87).
+        find_memory: returns the free bytes of the GPU, on which layout "auto" depends.
         progress: called with a message and the fraction done.
 
-    Raises BundleError for a bundle that cannot be trusted, UsageError for options that do not fit,
-    BackendError where TensorRT is missing or refuses, or the disk does; KeyboardInterrupt after
-    Ctrl-C. Engines that were finished before stay.
+    Raises BundleError for a damaged bundle, UsageError for options that exclude each other,
+    BackendError where TensorRT is missing or fails or the disk cannot be written, KeyboardInterrupt
+    after Ctrl-C. Engines that were finished before are kept.
     """
     report = progress or (lambda message, fraction: None)
     if layout not in LAYOUTS:
         raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
-    bundle = bundle.absolute()  # a process of its own has a working directory of its own
+    bundle = bundle.absolute()  # a child process may have another working directory
     manifest = read_manifest(bundle)
     if precision is None:
         precision = gpu_precision(manifest.graphs, "TensorRT")
@@ -189,7 +189,7 @@ def _settle(
     precision: str,
     find_device: FindDevice | None,
 ) -> tuple[Library, BuildOptions, Target]:
-    """Library, options and target that belong together."""
+    """Resolve library, options and target, so that they fit each other."""
     ahead = options.compute_capability
     if not isinstance(library, Library):
         library = load_library(library or (RTX if ahead is not None else None))
@@ -218,7 +218,7 @@ def _settle(
 
 
 def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Progress) -> None:
-    """An engine from damaged weights would be found by nobody."""
+    """Check files and weights of the bundle: damage would not be visible in an engine."""
     prefix = f"{precision}/"
     total = sum(f.size for name, f in manifest.files.items() if name.startswith(prefix))
     done = 0
@@ -236,7 +236,7 @@ def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Pro
         files.close()
 
 
-def _version_notes(library: Library, layout: Layout) -> list[str]:
+def _version_notes(library: Library, layout: BuildLayout) -> list[str]:
     parts = tuple(int(p) for p in library.version.split(".")[:2] if p.isdigit())
     if layout == "per-scale" or library.is_rtx or parts >= SHARED_PROFILES_FIXED:
         return []
@@ -254,7 +254,10 @@ def _finished(folder: EngineFolder, graph: str, key: str) -> bool:
 def _check_disk(
     folder: EngineFolder, manifest: Manifest, precision: str, graphs: list[str]
 ) -> None:
-    """Make the folder; refuse where the plans, about as large as their weights, have no room."""
+    """Create the folder; raise BackendError where the disk has no room for the engines.
+
+    An engine is about as large as its weights.
+    """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not os.access(folder.path, os.W_OK):

@@ -1,14 +1,14 @@
-"""What lies in a bundle's engines/: finished engines, and from what each was built.
+"""Reads and writes a bundle's folder engines/: finished engines and what each was built from.
 
     engines/
-      tensorrt-10.3.0-sm87-fp16/    one folder a target
-        engine.json                 the target, and of every plan its size, sha256 and key
-        step.plan, decoder.plan …   serialized engines, one a graph
-        timing.cache                what TensorRT measured; shortens the next build
+      tensorrt-10.3.0-sm87-fp16/    one folder per target
+        engine.json                 the target; size, sha256 and key of every plan
+        step.plan, decoder.plan …   serialized engines, one per graph
+        timing.cache                timings of TensorRT; shortens the next build
 
-An engine runs where it was built and nowhere else: on that device, with that version of TensorRT.
-It also goes stale with its source. All of it is checked here, before TensorRT sees a byte; no
-TensorRT is needed for that.
+An engine runs only on the device and with the TensorRT version that it was built for, and it is
+out of date where graphs or weights have changed. Both are checked here, without TensorRT, before
+TensorRT reads an engine.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ ENGINE_JSON = "engine.json"
 ENGINE_JSON_BYTES = 4 << 20
 MAX_PLAN_BYTES = 1 << 40
 TIMING_CACHE = "timing.cache"
-OLD_TEMPORARY = ".partial"  # what older versions called a file that they were writing
+OLD_TEMPORARY = ".partial"  # suffix of unfinished files of older versions
 SCHEMA_VERSION = 1
-RECIPE = 1  # goes up when `network.py` builds other engines from the same input
+RECIPE = 1  # increased when `network.py` builds other engines from the same input
 
 Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """One plan as engine.json describes it.
+    """Entry of engine.json for one plan (a serialized engine).
 
     Attributes:
-        graph: the graph it was built from; also the engine's name.
+        graph: name of the graph that it was built from, and of the engine.
         file: name of the plan in the target's folder.
-        key: of what it was built from, see `engine_key`.
-        profiles: optimisation profiles in it; 1 for a static graph.
-        seconds: that the build took.
-        options: it was built with.
+        key: hash of everything that it was built from, see `engine_key`.
+        profiles: number of optimisation profiles; 1 for a static graph.
+        seconds: duration of the build.
+        options: options of the build.
     """
 
     graph: str
@@ -68,13 +68,13 @@ class EngineRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFolder:
-    """engine.json of one target, read. A change makes a new one: see `add_engine`.
+    """The contents of one target's engine.json. Immutable: `add_engine` returns a new one.
 
     Attributes:
-        path: where it lies.
-        target: what it says of itself, which need not be what its name says.
+        path: the folder of engine.json.
+        target: the target in engine.json, which may differ from the folder's name.
         engines: graph → record.
-        timing_cache: None before the first build.
+        timing_cache: size and hash of the timing cache; None before the first build.
     """
 
     bundle: Path
@@ -84,7 +84,7 @@ class EngineFolder:
     timing_cache: FileInfo | None = None
 
     def record(self, graph: str) -> EngineRecord:
-        """Raises BackendError where the engine was not built."""
+        """The record of a graph's engine. Raises BackendError where the engine was not built."""
         if graph not in self.engines:
             built = ", ".join(self.engines) or "none"
             raise BackendError(
@@ -94,7 +94,7 @@ class EngineFolder:
         return self.engines[graph]
 
     def intact(self, record: EngineRecord) -> bool:
-        """Whether the plan lies there with the bytes that were written."""
+        """Whether the plan file exists with the size and hash of its record."""
         path = self.path / record.file
         try:
             return path.stat().st_size == record.size and file_sha256(path) == record.sha256
@@ -105,8 +105,8 @@ class EngineFolder:
 def graph_profiles(
     manifest: Manifest, precision: str, graph: str
 ) -> list[dict[str, tuple[int, ...]]]:
-    """Input shapes of every optimisation profile: one a scale for `step`, none where the graph
-    is static."""
+    """Input shapes of every optimisation profile: one profile per scale for `step`, none for a
+    static graph."""
     if graph != names.STEP:
         return []
     return [step_shapes(manifest, precision, k) for k in range(manifest.model.scales)]
@@ -115,9 +115,10 @@ def graph_profiles(
 def engine_key(
     manifest: Manifest, graph: str, precision: str, options: BuildOptions, target: Target
 ) -> str:
-    """Hash over everything that an engine is made of: where it is the same, so is the engine.
+    """Hash of everything that an engine is built from: graph, weights, profiles, options, target.
 
-    Raises BundleError where the bundle lacks the graph.
+    An engine is up to date where its key has not changed. Raises BundleError where the bundle lacks
+    the graph.
     """
     file = manifest.graph(precision, graph).file
     weights = manifest.files.get(f"{precision}/{names.WEIGHTS}")
@@ -135,7 +136,7 @@ def engine_key(
 def build_command(bundle: Path, target: Target, graph: str | None = None) -> str:
     """The command that builds the engines of a target, or one that includes `graph`."""
     words = ["var-deploy", "build", str(bundle), "--precision", target.precision]
-    # of the other graphs every build makes those that it was not told to leave out
+    # every build includes the other graphs, unless an option leaves them out
     if graph is not None and graph not in names.FIXED_GRAPHS:
         words += ["--layout", "per-scale"]
     if target.library != "tensorrt":
@@ -146,12 +147,12 @@ def build_command(bundle: Path, target: Target, graph: str | None = None) -> str
 
 
 def new_folder(bundle: Path, target: Target) -> EngineFolder:
-    """The place of a target's engines, with none in it."""
+    """An `EngineFolder` of a target without engines."""
     return EngineFolder(bundle=bundle, path=bundle / ENGINES / target.folder, target=target)
 
 
 def read_engines(bundle: Path, target: Target) -> EngineFolder:
-    """The engines of a target; without any where its folder is missing.
+    """Read the engine.json of a target; an empty `EngineFolder` where the file is missing.
 
     Raises BackendError where engine.json is damaged or from a newer version.
     """
@@ -178,9 +179,9 @@ def read_engines(bundle: Path, target: Target) -> EngineFolder:
 
 
 def folder_target(path: Path) -> Target:
-    """What the engine.json of a folder says it is for.
+    """The target in the engine.json of a folder.
 
-    Raises BackendError where it says nothing that could be read.
+    Raises BackendError where engine.json cannot be read.
     """
     file = path / ENGINE_JSON
     try:
@@ -192,7 +193,7 @@ def folder_target(path: Path) -> Target:
 
 
 def engine_folders(bundle: Path) -> list[EngineFolder]:
-    """The folders of engines in a bundle that can be read and lie where their target says."""
+    """All readable engine folders of a bundle whose names agree with their targets."""
     found = []
     for path in _target_folders(bundle):
         with contextlib.suppress(BackendError):
@@ -204,12 +205,11 @@ def engine_folders(bundle: Path) -> list[EngineFolder]:
 def copy_engines(
     folder: EngineFolder, bundle: Path, place: Callable[[Path, Path], None]
 ) -> EngineFolder:
-    """The engines of a target and their timing cache in another bundle, where nothing uses them
-    yet.
+    """Copy the engines of a target and their timing cache to another bundle, not yet in use.
 
-    `place` puts one file at a new path. A file that engine.json does not name is left behind, and
-    so is one whose bytes there are not those that were written: a link is followed for its content
-    alone. Raises BackendError where the disk refuses.
+    `place` links or copies one file to a new path. Files that engine.json does not name, or whose
+    size or hash differ from it, are not copied. Raises BackendError where the disk cannot be
+    written.
     """
     new = dataclasses.replace(
         folder, bundle=bundle, path=bundle / ENGINES / folder.path.name, engines={},
@@ -236,10 +236,10 @@ def copy_engines(
 
 
 def find_target(bundle: Path, target: Target) -> EngineFolder:
-    """The engines of a target, for use.
+    """Find the engines of a target, to run them.
 
-    Raises BackendError where there are none (naming the targets that there are), or where those
-    of that name were built for another device or version.
+    Raises BackendError where the bundle has none (the message names the targets that it has), or
+    where those in the target's folder were built for another device or version.
     """
     folder = read_engines(bundle, target)
     if not folder.engines:
@@ -256,7 +256,7 @@ def find_target(bundle: Path, target: Target) -> EngineFolder:
 def load_plan(
     bundle: Path, manifest: Manifest, graph: str, target: Target
 ) -> tuple[EngineRecord, bytes]:
-    """An engine of the bundle, all checks passed; raises BackendError as they do."""
+    """Load an engine: its record and bytes. Raises BackendError where a check fails."""
     folder = find_target(bundle, target)
     record = folder.record(graph)
     key = engine_key(manifest, graph, target.precision, record.options, folder.target)
@@ -266,10 +266,10 @@ def load_plan(
 def check_engine(
     folder: EngineFolder, record: EngineRecord, expected_target: Target, key: str
 ) -> bytes:
-    """The plan's bytes, once nothing speaks against handing them to TensorRT.
+    """Check an engine and return the bytes of its plan, safe to deserialize.
 
-    Raises BackendError for another device, version or precision than `expected_target`, another
-    source than `key` stands for, and a plan that is missing, truncated or changed.
+    Raises BackendError for a device, version or precision other than `expected_target`, for a key
+    other than `key`, and for a plan that is missing, truncated or changed.
     """
     _refuse_other_target(folder, expected_target)
     path = folder.path / record.file
@@ -304,27 +304,28 @@ def check_engine(
 
 
 def plan_sha256(plan: Bytes) -> str:
+    """SHA-256 of a plan, as it stands in engine.json."""
     return hashlib.sha256(plan).hexdigest()
 
 
 def add_engine(folder: EngineFolder, plan: Bytes, record: EngineRecord) -> EngineFolder:
-    """Write a plan, then engine.json; a crash in between leaves a plan that nothing refers to.
+    """Write a plan, then engine.json; a crash in between leaves a plan that is not listed.
 
-    Raises BackendError where the disk refuses; what was there before is still there then.
+    Raises BackendError where the disk cannot be written; the old files are then unchanged.
     """
     _replace_file(folder.path / record.file, plan)
     return _save(dataclasses.replace(folder, engines={**folder.engines, record.graph: record}))
 
 
 def add_timing_cache(folder: EngineFolder, data: bytes) -> EngineFolder:
-    """Write the timing cache and its hash. Raises BackendError where the disk refuses."""
+    """Write the timing cache and its hash. Raises BackendError where the disk is not writable."""
     _replace_file(folder.path / TIMING_CACHE, data)
     info = FileInfo(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     return _save(dataclasses.replace(folder, timing_cache=info))
 
 
 def read_timing_cache(folder: EngineFolder) -> bytes | None:
-    """The timing cache, b"" where there is none yet, None where it is not what was written."""
+    """Read the timing cache: b"" where there is none yet, None where it is damaged."""
     path = folder.path / TIMING_CACHE
     try:
         data = path.read_bytes()
@@ -338,7 +339,7 @@ def read_timing_cache(folder: EngineFolder) -> bytes | None:
 
 
 def remove_leftovers(folder: EngineFolder) -> None:
-    """Delete what a build that was cut off left, and what engine.json does not know."""
+    """Delete files of interrupted builds, and plans that engine.json does not list."""
     known = {record.file for record in folder.engines.values()}
     if folder.timing_cache is not None:
         known.add(TIMING_CACHE)
@@ -374,7 +375,7 @@ def _save(folder: EngineFolder) -> EngineFolder:
 
 
 def _replace_file(path: Path, data: Bytes) -> None:
-    """Write by rename, so that a file is never half there; a link is replaced, not followed."""
+    """Write a file atomically, by rename; a symbolic link is replaced, not followed."""
     with whole_file(path, error=BackendError, follow=False) as stream:
         stream.write(data)
 
@@ -408,7 +409,7 @@ def _record(data: Value) -> EngineRecord:
     info = _file_info(data)
     return EngineRecord(
         graph=data.member("graph").text(),
-        # a name in this folder, and in no other
+        # a file name without a folder
         file=data.member("file").text(r"[^\\/\x00-\x1f]+\.[a-z]+", "the name of a plan"),
         size=info.size,
         sha256=info.sha256,

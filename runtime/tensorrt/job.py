@@ -1,8 +1,8 @@
-"""One engine of a bundle, built here or in a process of its own.
+"""Builds one engine of a bundle, in this process or in a child process.
 
-`python -m var_deploy.runtime.tensorrt.job` is that process: a request on stdin, JSON lines on
-stdout. Whatever TensorRT holds after a build is gone with it, so that the next one has the whole
-memory; and where memory runs out, it is not the caller that is killed.
+`python -m var_deploy.runtime.tensorrt.job` is the child: it reads a request on stdin and writes
+JSON lines to stdout. Memory that TensorRT holds after a build is freed when the child ends, so that
+the next build has all of it; and where memory runs out, the child is killed and not the caller.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from var_deploy.runtime.tensorrt.network import build_engine
 from var_deploy.runtime.tensorrt.target import BuildOptions, Target
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
-KILLED = 9  # the signal that Linux sends where memory has run out
+KILLED = 9  # the signal that Linux sends to a process when memory runs out
 PROGRESS_PAUSE = 0.1  # seconds between two lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One engine to build, as it is handed to another process."""
+    """One engine to build; can be sent to a child process as JSON."""
 
     bundle: Path
     graph: str
@@ -65,10 +65,10 @@ class Job:
 
 
 def run_job(job: Job, library: Library, progress: Progress) -> list[str]:
-    """Build one engine and put it into the bundle. Returns notes; raises as `build_engine`."""
+    """Build one engine and add it to the bundle. Returns notes; raises as `build_engine`."""
     manifest = read_manifest(job.bundle)
     files = BundleFiles(job.bundle, manifest, job.precision)
-    files.read(job.graph)  # the parser reads it by path: looked at before and after
+    files.read(job.graph)  # the parser reads it by path: checked before and after the build
     if job.key != engine_files.engine_key(
         manifest, job.graph, job.precision, job.options, job.target
     ):
@@ -109,7 +109,7 @@ def run_job(job: Job, library: Library, progress: Progress) -> list[str]:
 
 
 def open_folder(bundle: Path, target: Target) -> tuple[EngineFolder, list[str]]:
-    """The target's folder as it is; what cannot be used is left behind with a note."""
+    """Read the target's engine folder; an empty one, with a note, where it cannot be used."""
     try:
         folder = engine_files.read_engines(bundle, target)
     except BackendError as error:
@@ -122,7 +122,7 @@ def open_folder(bundle: Path, target: Target) -> tuple[EngineFolder, list[str]]:
 
 
 def run_in_child(job: Job, library: Library, progress: Progress) -> list[str]:
-    """`run_job` in another process. Raises BackendError where that process is killed, too."""
+    """Run `run_job` in a child process. Raises BackendError also where the child is killed."""
     request = {"job": job.to_json(), "module": library.module.__name__}
     last: dict[str, Any] = {}
     with (
@@ -143,7 +143,7 @@ def run_in_child(job: Job, library: Library, progress: Progress) -> list[str]:
                     progress(*message["progress"])
                 last = message or last
             code = child.wait()
-        except BaseException:  # Ctrl-C, or a failing callback: the child stops after its step
+        except BaseException:  # Ctrl-C, or a failing callback: the child stops after a step
             with contextlib.suppress(ValueError):  # Windows tells it by itself
                 child.send_signal(signal.SIGINT)
             child.wait()
@@ -177,7 +177,7 @@ def _send(stream: IO[str] | None, request: Mapping[str, Any]) -> None:
 
 
 def _message(line: str) -> dict[str, Any]:
-    """A line of the child; {} where a library wrote there."""
+    """Parse a line of the child's stdout; {} for a line that a library printed."""
     try:
         message = json.loads(line)
     except json.JSONDecodeError:
@@ -186,7 +186,7 @@ def _message(line: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Read a request on stdin and build; the last line on stdout says how it went."""
+    """Read a request on stdin and build; the last line on stdout has notes or the error."""
     lock, told = threading.Lock(), 0.0
 
     def tell(**message: Any) -> None:

@@ -1,7 +1,6 @@
-"""The one place that picks the module: `tensorrt` (10.3 to 11.x) or `tensorrt_rtx`, one Python API.
+"""Imports TensorRT: the module `tensorrt` (10.3 to 11.x) or `tensorrt_rtx`, which share an API.
 
-Nothing else in the package imports either; it is handed a `Library`. A stand-in for the module
-takes the same way in.
+No other module imports them; the others receive a `Library`, which can also hold a stand-in.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ LIBRARIES = (TENSORRT, RTX)
 
 
 class Library:
-    """TensorRT, loaded.
+    """An imported TensorRT module with its name, version and logger.
 
     Attributes:
-        module: `tensorrt`, `tensorrt_rtx` or what stands for it.
-        name: which of the two, whatever the module calls itself.
-        version: as the module gives it; an engine is tied to it.
+        module: `tensorrt`, `tensorrt_rtx` or a stand-in.
+        name: "tensorrt" or "tensorrt_rtx".
+        version: the module's version; an engine runs only with the version that built it.
         logger: an ILogger that keeps the last error lines: `errors()`, `clear()`.
     """
 
@@ -43,10 +42,10 @@ class Library:
         return self.name == RTX
 
     def words(self) -> str:
-        """What TensorRT said since the logger was cleared, on one line.
+        """TensorRT's errors since the logger was cleared, on one line.
 
-        Its first complaint is the cause and the last one the call that failed; what lies between
-        is left out where there is much of it.
+        The first error is the cause, the last one names the call that failed; of many errors, those
+        in between are left out.
         """
         lines = list(dict.fromkeys(self.logger.errors()))
         if len(lines) > SHOWN_LINES:
@@ -98,7 +97,7 @@ def _broken(name: str, error: Exception) -> str:
 
 
 def _remedy(name: str) -> str:
-    """How to get this library."""
+    """How to install the library."""
     if name == RTX:
         return f"run {pip_command(RTX)}"
     return (
@@ -109,8 +108,11 @@ def _remedy(name: str) -> str:
 
 @cache
 def _error_log(module: Any) -> Any:
-    """One logger a module: TensorRT sends some lines to the first it was ever given, and no
-    object of TensorRT may outlive its logger."""
+    """The error logger of a module, created once.
+
+    TensorRT sends some lines to the first logger that it got, and no object of TensorRT may outlive
+    its logger.
+    """
     severity = module.ILogger.Severity
     kept = (severity.INTERNAL_ERROR, severity.ERROR)
 

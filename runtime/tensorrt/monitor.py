@@ -1,4 +1,4 @@
-"""What goes on during a build: how far it is, and Ctrl-C."""
+"""Progress of an engine build, and Ctrl-C during it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Progress = Callable[[str, float], None]
 
 
 class Interrupt:
-    """Whether Ctrl-C was pressed."""
+    """Records in `pressed` whether Ctrl-C was pressed."""
 
     def __init__(self) -> None:
         self.pressed = False
@@ -24,9 +24,9 @@ class Interrupt:
 
 @contextlib.contextmanager
 def held_interrupt() -> Iterator[Interrupt]:
-    """Hold Ctrl-C back inside the block; after it, it takes effect as if it came then.
+    """Delay Ctrl-C until the end of the block, where it then takes effect.
 
-    Does nothing outside the main thread, which gets no signals, and where SIGINT is ignored.
+    Does nothing outside the main thread, where no signals arrive, and where SIGINT is ignored.
     """
     interrupt, previous = Interrupt(), signal.getsignal(signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()
@@ -43,9 +43,9 @@ def held_interrupt() -> Iterator[Interrupt]:
 
 
 class PhaseTree:
-    """One number out of TensorRT's nested phases of so many steps each.
+    """Computes the fraction of a build that is done from TensorRT's nested phases and steps.
 
-    Phases are reported from several threads; a name is free again once its phase has finished.
+    Phases are reported from several threads; a phase's name can be reused after it has finished.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,10 @@ class PhaseTree:
             self._phases[phase] = (parent, max(steps, 1), 0)
 
     def step(self, phase: str, step: int) -> float:
-        """Step `step`, counted from 0, is done. Returns the fraction of the whole, which only
-        grows: a later phase without a parent cannot be foreseen."""
+        """Record that step `step`, counted from 0, is done; return the fraction of the build.
+
+        The fraction never decreases, although later phases without a parent are not known.
+        """
         with self._lock:
             if phase in self._phases:
                 parent, steps, _ = self._phases[phase]
@@ -83,12 +85,15 @@ class PhaseTree:
 
 
 def build_monitor(trt: Any, on_progress: Progress | None, stopped: Callable[[], bool]) -> Any:
-    """An IProgressMonitor of the module `trt` that reports fractions and stops the build when
-    `stopped` says so. What a callback raised is in its `failures`."""
+    """Create an IProgressMonitor of the module `trt`.
+
+    It calls `on_progress` with fractions, and stops the build when `stopped` returns True. Its
+    attribute `failures` holds exceptions of the callbacks.
+    """
     phases = PhaseTree()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is known at run time only
-        """An exception must not reach TensorRT: it is kept, and the build stops."""
+        """Keeps exceptions, which must not reach TensorRT's C++ code, and stops the build."""
 
         def __init__(self) -> None:
             super().__init__()  # pybind11 refuses an instance that skipped it

@@ -1,7 +1,7 @@
-"""One engine: an ONNX file in, a serialized plan out.
+"""Builds one engine: ONNX file → serialized plan.
 
-Networks are strongly typed, so an engine computes in the types that the graph names, and shapes
-are static: each profile has minimum, optimum and maximum alike.
+Networks are strongly typed, so an engine computes in the types of the graph. Shapes are static: the
+minimum, optimum and maximum of a profile are equal.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from var_deploy.runtime.tensorrt.target import BuildOptions
 Profile = Mapping[str, tuple[int, ...]]
 
 SHOWN_ERRORS = 5
-STOP_POLL = 0.2  # seconds; what Ctrl-C waits at most on systems that do not wake a waiting thread
+STOP_POLL = 0.2  # seconds; longest delay of Ctrl-C where signals do not wake a waiting thread
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
-    """What a build leaves.
+    """Result of `build_engine`.
 
     Attributes:
-        plan: the serialized engine as bytes; TensorRT's own memory, which a copy would double.
-        timing_cache: the one that was given with what was measured now; b"" where the library
-            has none.
-        seconds: that it took.
-        notes: what a person should know, a line each.
+        plan: the serialized engine, a view of TensorRT's memory, since a copy would double it.
+        timing_cache: the given timing cache with the new measurements; b"" where the library has
+            none.
+        seconds: duration of the build.
+        notes: warnings for the user, one line each.
     """
 
     plan: memoryview
@@ -56,14 +56,15 @@ def build_engine(
     """Build the engine of one graph.
 
     Args:
-        profiles: shapes of the inputs, a profile each; empty for a static graph.
-        timing_cache: of an earlier build for the same device.
-        on_progress: called with TensorRT's phase and a fraction that only grows, from any thread.
-        cancelled: asked after every step; True stops the build.
+        profiles: input shapes of each optimisation profile; empty for a static graph.
+        timing_cache: timing cache of an earlier build for the same device.
+        on_progress: called from any thread with TensorRT's phase and a fraction that never
+            decreases.
+        cancelled: called after every step; True stops the build.
 
-    Raises BackendError naming the graph, the layer where it is known, and TensorRT's own words;
-    KeyboardInterrupt where Ctrl-C or `cancelled` stopped it. An engine that was finished when
-    Ctrl-C came is returned under `held_interrupt`, and lost otherwise.
+    Raises BackendError with the graph, the layer where it is known, and TensorRT's errors;
+    KeyboardInterrupt where Ctrl-C or `cancelled` stopped the build. If Ctrl-C comes when the engine
+    is finished, the engine is returned inside `held_interrupt` and lost otherwise.
     """
     trt, graph, started = library.module, onnx_path.stem, time.monotonic()
     library.logger.clear()
@@ -78,7 +79,7 @@ def build_engine(
     config = _configure(library, builder, network, graph, profiles, options)
     notes = _use_timing_cache(library, config, timing_cache) if not library.is_rtx else ()
     plan = _run(library, builder, network, config, graph, on_progress, cancelled)
-    del parser  # the network's weights were its memory
+    del parser  # held until here: the network's weights are the parser's memory
     cache = None if library.is_rtx else config.get_timing_cache()
     return BuiltEngine(
         plan=memoryview(plan).cast("B"),  # IHostMemory calls its bytes floats
@@ -89,9 +90,9 @@ def build_engine(
 
 
 def _parse(library: Library, builder: Any, path: Path) -> tuple[Any, Any]:
-    """The network, and the parser, which has to live as long."""
+    """Parse an ONNX file: (network, parser). The parser must live as long as the network."""
     trt, graph = library.module, path.stem
-    # its bit moved between 10.x and 11.x, where every network is strongly typed
+    # the flag's bit moved between 10.x and 11.x, where every network is strongly typed
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     if network is None:
@@ -117,7 +118,7 @@ def _parser_error(error: Any) -> str:
 
 
 def _check_shapes(graph: str, network: Any, profiles: Sequence[Profile]) -> None:
-    """Every size must be known: written in the graph, or the same in a profile."""
+    """Raise BackendError where a size is neither static in the graph nor given by a profile."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     for tensor in inputs:
         if tensor.is_shape_tensor:
@@ -158,7 +159,7 @@ def _check_profile(
 
 
 def _shape(tensor: Any) -> tuple[int, ...] | None:
-    """None where not even the rank is known: a Dims of length -1, which has no len()."""
+    """Shape of a tensor; None where its rank is unknown (a Dims of length -1 has no len())."""
     try:
         return tuple(int(size) for size in tensor.shape)
     except ValueError:
@@ -193,7 +194,7 @@ def _configure(
             if -1 in tuple(tensor.shape):
                 shape = shapes[tensor.name]
                 profile.set_shape(tensor.name, shape, shape, shape)
-        profile.extra_memory_target = 0.0  # profiles share the weights: no room for copies
+        profile.extra_memory_target = 0.0  # profiles share the weights: no memory for copies
         if config.add_optimization_profile(profile) != number:
             raise BackendError(
                 f"{_name(library)} refuses profile {number} of {graph}: {library.words()}"
@@ -219,9 +220,9 @@ def _configure_rtx(library: Library, config: Any, options: BuildOptions) -> None
 
 
 def _use_timing_cache(library: Library, config: Any, data: bytes) -> tuple[str, ...]:
-    """Attach a timing cache; one that TensorRT does not take is replaced by an empty one.
+    """Attach a timing cache; one that TensorRT refuses is replaced by an empty one. Returns notes.
 
-    Not with tensorrt_rtx: it times nothing, and the call would make it look for a GPU.
+    Not for tensorrt_rtx, which measures nothing; the call would make it search for a GPU.
     """
     library.logger.clear()
     if data:
@@ -246,11 +247,11 @@ def _run(
     on_progress: Progress | None,
     cancelled: Callable[[], bool] | None,
 ) -> Any:
-    """IHostMemory with the plan.
+    """Build the plan and return it as IHostMemory.
 
-    The build has a thread of its own. Python runs signal handlers in the main thread alone, and
-    between bytecodes: were that thread inside TensorRT, Ctrl-C would wait for it, or an exception
-    would have to pass through C++.
+    The build runs in a thread of its own. Python runs signal handlers only in the main thread and
+    between bytecodes: with TensorRT in the main thread, Ctrl-C would wait for the end of the build,
+    or an exception would have to pass through C++.
     """
     results: list[Any] = []
     with held_interrupt() as interrupt:

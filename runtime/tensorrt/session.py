@@ -1,9 +1,9 @@
-"""Running engines: one execution context a launch, all in one arena of device memory.
+"""The TensorRT backend: runs engines, with one execution context per launch.
 
-Everything that costs time or memory happens before the first image. Contexts bring no memory of
-their own: they run one after the other, so one scratch buffer of the largest size serves them all.
-A context takes one optimisation profile and keeps it. TensorRT before 10.8 had an accuracy bug
-with several profiles in an engine: there, compare the shared layout with the per-scale one.
+All time and memory for set-up is spent before the first image. Contexts allocate no memory: they
+run one after the other, so they share one scratch buffer of the largest size. A context uses one
+optimisation profile throughout. TensorRT before 10.8 has an accuracy bug with several profiles in
+an engine: with such a version, compare the shared layout with the per-scale one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AGAIN = "run var-deploy build again"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineTensor:
-    """An input or output as the engine describes it; -1 is a size that the profile settles."""
+    """An input or output of an engine; a size of -1 depends on the optimisation profile."""
 
     name: str
     kind: str  # name of its TensorRT data type
@@ -49,12 +49,12 @@ class EngineTensor:
 
 
 class TensorRtBackend(CudaMemory):
-    """Runs engines on the GPU that `cuda` stands for.
+    """Opens and runs TensorRT engines on the GPU of `cuda`.
 
     Args:
-        plans: the bytes of the engine of a graph, already checked; raises BackendError.
-        cuda: the backend's own from here on, closed with it.
-        cuda_graph: record every launch as a CUDA graph, so that one call starts it all.
+        plans: graph name → checked bytes of its engine; raises BackendError.
+        cuda: the GPU, owned and closed by the backend.
+        cuda_graph: record every launch as a CUDA graph, so that one call starts all its kernels.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class TensorRtBackend(CudaMemory):
         session.load(self._runtime, self._plans(graph.ref.name))
         return session
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
-        """Give all contexts their scratch memory, run each once, and record them.
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        """Give all contexts their scratch memory, run each launch once, then record it.
 
-        The first run of a context initialises what a recording may not, so the inputs must hold
-        values that the graphs can work with.
+        The first run of a context does initialisation that is forbidden in a capture, so the inputs
+        must hold valid values.
         """
         bound = [launch for session in self._sessions for launch in session.launches]
         scratch = self.allocate(max((launch.scratch_size for launch in bound), default=0))
@@ -113,7 +113,7 @@ class TensorRtBackend(CudaMemory):
         }
 
     def close(self) -> None:
-        """Release graphs, contexts, engines, the runtime and the memory, in this order."""
+        """Release CUDA graphs, contexts, engines, the runtime and the memory, in this order."""
         while self._sessions:
             self._sessions.pop().close()
         self._runtime = None
@@ -130,7 +130,7 @@ class TensorRtBackend(CudaMemory):
 
 
 class TrtSession:
-    """One engine and the contexts that were made from it."""
+    """One loaded engine and the launches (execution contexts) that were made from it."""
 
     def __init__(self, library: Library, cuda: Cuda, graph: str) -> None:
         self.library, self.cuda, self.graph = library, cuda, graph
@@ -140,7 +140,7 @@ class TrtSession:
         self.engine: Any = None
 
     def load(self, runtime: Any, plan: bytes) -> None:
-        """Raises BackendError where TensorRT refuses the plan."""
+        """Deserialize a plan. Raises BackendError where TensorRT refuses it."""
         self.library.logger.clear()
         self.engine = runtime.deserialize_cuda_engine(plan)
         del runtime, plan  # the traceback of what is raised below would keep them
@@ -158,7 +158,7 @@ class TrtSession:
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> TrtLaunch:
         launch = TrtLaunch(self)
-        self.launches.append(launch)  # now, so that it is released if it is never finished
+        self.launches.append(launch)  # first, so that `close` releases it if binding fails
         launch.bind(inputs, outputs)
         return launch
 
@@ -166,17 +166,17 @@ class TrtSession:
         if self.engine is None:
             return
         with contextlib.suppress(BackendError):
-            self.cuda.synchronize()  # nothing may be in use when it goes
+            self.cuda.synchronize()  # nothing may run when it is released
         while self.launches:
             self.launches.pop().release()
         self.engine = None
 
     def profile_shapes(self, name: str, profile: int) -> set[tuple[int, ...]]:
-        """Smallest, best and largest of an input: one shape, as the profiles are static."""
+        """Minimum, optimum and maximum shape of an input; one shape, as profiles are static."""
         return {tuple(shape) for shape in self.engine.get_tensor_profile_shape(name, profile)}
 
     def fail(self, what: str) -> BackendError:
-        """`what` and TensorRT's own words."""
+        """A BackendError with `what` failed and TensorRT's errors."""
         return BackendError(f"{self.title} {what}: {self.library.words()}")
 
     def _add(self, name: str) -> None:
@@ -196,23 +196,23 @@ class TrtSession:
 
 
 class TrtLaunch:
-    """An execution context with an address for every tensor; once recorded, a CUDA graph of it.
+    """An execution context with a bound address for every tensor, or its recorded CUDA graph.
 
-    Outputs that go nowhere get memory all the same, each its own: TensorRT keeps there what later
-    layers read. So do outputs whose place is not aligned (rows of a cache whose bytes are not a
-    multiple of 256), which are copied to it afterwards. Launches share that spare memory.
+    Outputs that are not stored get spare memory, each its own, since later layers of the engine may
+    read them. Outputs whose buffers are not aligned (cache rows whose bytes are not a multiple of
+    256) are written to spare memory too, and copied afterwards. All launches share spare memory.
 
     Attributes:
-        scratch_size: bytes of scratch memory that its engine asks for.
-        spare_size: bytes of the outputs that have no place of their own.
+        scratch_size: bytes of scratch memory that the engine needs.
+        spare_size: bytes of the outputs in spare memory.
     """
 
     def __init__(self, session: TrtSession) -> None:
         self._session, self._cuda = session, session.cuda
-        self._context: Any = None  # nowhere else, or `release` would not free it
+        self._context: Any = None  # the only reference, so that `release` frees it
         self._graph: Graph | None = None
         self._spare: dict[str, int] = {}  # output → its offset in the spare memory
-        self._places: dict[str, Array] = {}  # output there → where it is copied to
+        self._places: dict[str, Array] = {}  # output in spare memory → its buffer
         self._copies: list[tuple[int, int, int]] = []  # target, source, bytes
         self._keep: object = None
         self.scratch_size = self.spare_size = 0
@@ -239,11 +239,11 @@ class TrtLaunch:
         self.scratch_size = int(session.engine.device_memory_size_v2)
 
     def attach(self, scratch: Array, spare: Array) -> None:
-        """Give it the memory that all launches share."""
+        """Set the scratch and spare memory, which all launches share."""
         session = self._session
         session.library.logger.clear()
         self._context.set_device_memory(scratch.address, scratch.nbytes)
-        if session.library.logger.errors():  # the call itself says nothing
+        if session.library.logger.errors():  # the call returns nothing
             raise session.fail(f"does not take the scratch memory of {session.graph}")
         for name, offset in self._spare.items():
             self._set_address(name, spare.address + offset)
@@ -262,7 +262,7 @@ class TrtLaunch:
             self._cuda.copy(target, source, size)
 
     def record(self) -> None:
-        """Turn it into a CUDA graph; it must have run once. Raises BackendError."""
+        """Record the launch as a CUDA graph; it must have run once. Raises BackendError."""
         if self._graph is not None:
             return
         try:
@@ -274,7 +274,7 @@ class TrtLaunch:
             ) from None
 
     def release(self) -> None:
-        """The graph first: it launches what the context owns."""
+        """Release the CUDA graph, then the context whose kernels it launches."""
         if self._graph is not None:
             self._graph.close()
         self._graph = self._context = self._keep = None
@@ -287,7 +287,7 @@ class TrtLaunch:
             return session.engine.create_execution_context(managed)
         config = session.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(managed)
-        # not lazily: a graph would record the kernels that stand in until the right ones are ready
+        # lazily, a CUDA graph would record the fallback kernels that run until these are compiled
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
         return session.engine.create_execution_context(config)
@@ -296,7 +296,7 @@ class TrtLaunch:
         session = self._session
         for kind, wanted, there in (
             ("input", session.inputs, inputs),
-            # one more input than the engine reads does no harm, an output that it lacks does
+            # an input that the engine does not read is allowed, an output that it lacks is not
             ("output", outputs, session.outputs),
         ):
             for name in wanted:
@@ -307,7 +307,7 @@ class TrtLaunch:
                     )
 
     def _set_shapes(self, inputs: Arrays) -> None:
-        """Pick the profile that was built for these inputs, and say their shapes."""
+        """Select the profile that was built for these inputs, and set their shapes."""
         session, graph = self._session, self._session.graph
         varying = [tensor.name for tensor in session.inputs.values() if tensor.open]
         if varying:
@@ -346,7 +346,7 @@ class TrtLaunch:
         self._places = {name: outputs[name] for name in homeless if name in outputs}
 
     def _shape(self, tensor: EngineTensor) -> tuple[int, ...]:
-        """As it is in this profile."""
+        """Shape of an output in the selected profile."""
         shape = tuple(self._context.get_tensor_shape(tensor.name))
         if min(shape, default=1) < 0:
             raise BackendError(
@@ -378,8 +378,10 @@ class TrtLaunch:
 
 
 def _asked(question: Callable[[], Any]) -> Any:
-    """TensorRT's answer, None where it raises: how Python is told of some calls that fail. The
-    exception goes no further, as its traceback may hold what has to be released."""
+    """Return TensorRT's answer, None where the call fails by raising RuntimeError.
+
+    The exception is dropped, since its traceback may hold objects that have to be released.
+    """
     try:
         return question()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What an engine is built for, and with which options."""
+"""The target of an engine (library, device, precision) and its build options."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ ANY_DEVICE = "any"  # engines of tensorrt_rtx are tied to a compute capability, 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where an engine runs.
+    """The library, device and precision that an engine is built for.
 
     Attributes:
         library: "tensorrt" or "tensorrt_rtx".
-        version: of the library.
+        version: version of the library.
         device: name of the GPU, or "any".
         sm: compute capability, 87 for 8.7.
-        precision: of the graphs, "fp16" or "fp32".
+        precision: precision of the graphs, "fp16" or "fp32".
     """
 
     library: str
@@ -30,22 +30,23 @@ class Target:
 
     @property
     def folder(self) -> str:
-        """Name of its folder under engines/."""
+        """Name of the target's folder under engines/."""
         return f"{self.library}-{self.version}-sm{self.sm}-{self.precision}"
 
     def describe(self) -> str:
+        """The target in words, for messages."""
         device = "any GPU" if self.device == ANY_DEVICE else self.device
         return f"{self.library} {self.version} on {device} (sm{self.sm}), {self.precision}"
 
     def serves(self, wanted: Target) -> bool:
-        """Whether an engine of this target runs where `wanted` says."""
+        """Whether an engine built for this target runs on the target `wanted`."""
         device = wanted.device if self.device == ANY_DEVICE else self.device
         return dataclasses.replace(self, device=device) == wanted
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What changes an engine besides its graph.
+    """Build options that change an engine.
 
     Attributes:
         workspace_mb: most memory that a layer may use for itself, in MiB; None leaves the limit

@@ -56,7 +56,7 @@ def test_json_alone_on_stdout(url: str) -> None:
         (("--threads", 1), ("--threads means nothing",)),
         (("--plot", "a.png"), ("--plot means nothing",)),
         (("--concurrency", "0"), ("--concurrency takes numbers from 1",)),
-        (("--against", "torch"), ("'torch' is no address",)),
+        (("--against", "torch"), ("'torch' is not an address",)),
     ],
 )
 def test_bad_usage(url: str, options: tuple[object, ...], parts: tuple[str, ...]) -> None:

@@ -144,7 +144,7 @@ def test_of_a_bundle_it_is_what_generate_takes(
         found = [plan(made, "--device", d)["precision"] for d in ("cpu", "thor")]
         assert found == [cpu, gpu]
     holding("int8")
-    alone = "has int8 graphs alone, which are for onnxruntime-cpu"
+    alone = "has only int8 graphs, which are for onnxruntime-cpu"
     refused(1, "plan", made, "--device", "thor", parts=(alone, "--precision fp16"))
 
 

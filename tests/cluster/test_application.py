@@ -25,8 +25,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, manifest: Manifest, replicas: str) ->
     from ray import serve
 
     from var_deploy.cluster.devices import Device
-    from var_deploy.cluster.place import Offer
-    from var_deploy.cluster.replica import Drawer
+    from var_deploy.cluster.place import BundleSource
+    from var_deploy.cluster.replica import Replica
     from var_deploy.cluster.replicas import Replicas
     from var_deploy.cluster.service import Plan, application
 
@@ -37,11 +37,11 @@ def asked(monkeypatch: pytest.MonkeyPatch, manifest: Manifest, replicas: str) ->
         return deployment(kind, **options)
 
     monkeypatch.setattr(serve, "deployment", watched)
-    nowhere = Offer(bundle=Path("b"), digest="d", precision="auto", version="0", node="n")
+    nowhere = BundleSource(bundle=Path("b"), digest="d", precision="auto", version="0", node="n")
     application(
         Plan(
             manifest=manifest,
-            offer=nowhere,
+            source=nowhere,
             config=RuntimeConfig(),
             device=Device(cpus=3, gpus=1, memory=10**9, threads=None),
             replicas=Replicas.parse(replicas),
@@ -49,7 +49,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, manifest: Manifest, replicas: str) ->
             name="pocket",
         )
     )
-    return found[Drawer]
+    return found[Replica]
 
 
 def test_a_number_of_replicas(monkeypatch: pytest.MonkeyPatch, manifest: Manifest) -> None:

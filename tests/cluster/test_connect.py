@@ -80,12 +80,12 @@ def test_something_else_listens(
     monkeypatch.setattr("var_deploy.cluster.connect.PATIENCE", 0.5)
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         address = f"127.0.0.1:{server.server_port}"
-        refused(2, *command, "--ray", address, parts=(f"what listens at {address} is no Ray",))
+        refused(2, *command, "--ray", address, parts=(f"the server at {address} is not Ray",))
 
 
 @pytest.mark.parametrize("address", ["", "here", "host:", "host:0", ":6379", "http://host:80"])
 def test_no_address(command: list[Any], no_ray: None, address: str) -> None:
-    refused(2, *command, "--ray", address, parts=("is no address of a Ray cluster",))
+    refused(2, *command, "--ray", address, parts=("is not an address of a Ray cluster",))
 
 
 @pytest.mark.parametrize(

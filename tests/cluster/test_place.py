@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
 from var_deploy.cluster import place  # noqa: E402
 from var_deploy.cluster.connect import connected  # noqa: E402
-from var_deploy.cluster.place import Offer, offer  # noqa: E402
+from var_deploy.cluster.place import BundleSource, bundle_source  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +34,17 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joined: None) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(place, "PART", 100_000)  # of the files that a driver hands over
     fetched: list[Path] = []
-    holds, fetch = Offer._holds, Offer._fetch
+    holds, fetch = BundleSource._holds, BundleSource._fetch
 
-    def not_here(self: Offer, folder: Path, *, hashes: bool) -> bool:
+    def not_here(self: BundleSource, folder: Path, *, hashes: bool) -> bool:
         return folder != self.bundle and holds(self, folder, hashes=hashes)
 
-    def watched(self: Offer, copy: Path) -> None:
+    def watched(self: BundleSource, copy: Path) -> None:
         fetch(self, copy)
         fetched.append(copy)
 
-    monkeypatch.setattr(Offer, "_holds", not_here)
-    monkeypatch.setattr(Offer, "_fetch", watched)
+    monkeypatch.setattr(BundleSource, "_holds", not_here)
+    monkeypatch.setattr(BundleSource, "_fetch", watched)
     return fetched
 
 
@@ -52,17 +52,17 @@ def test_a_bundle_that_is_there_is_used(
     bundle: Path, joined: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(bundle.parent)
-    offered = offer(Path("bundle"))
-    assert offered.path() == bundle
-    path = ray.remote(num_cpus=0)(Offer.path)  # for another process
-    assert ray.get(path.remote(offered)) == bundle
+    source = bundle_source(Path("bundle"))
+    assert source.path() == bundle
+    path = ray.remote(num_cpus=0)(BundleSource.path)  # for another process
+    assert ray.get(path.remote(source)) == bundle
 
 
 def test_once_a_node(bundle: Path, elsewhere: list[Path]) -> None:
     (bundle / "engines").mkdir()
     (bundle / "engines" / "engine.json").touch()
-    offered, found = offer(bundle), []
-    threads = [threading.Thread(target=lambda: found.append(offered.path())) for _ in range(3)]
+    source, found = bundle_source(bundle), []
+    threads = [threading.Thread(target=lambda: found.append(source.path())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -75,18 +75,18 @@ def test_once_a_node(bundle: Path, elsewhere: list[Path]) -> None:
 
 def test_the_files_of_one_precision(bundle: Path, elsewhere: list[Path]) -> None:
     shutil.copytree(bundle / "fp32", bundle / "fp16")
-    found = offer(bundle, "fp32").path()
+    found = bundle_source(bundle, "fp32").path()
     assert {path.name for path in found.iterdir()} == {"fp32", "manifest.json"}
     assert found.name.endswith("-fp32")
 
 
 def test_a_damaged_copy_is_fetched_again(bundle: Path, elsewhere: list[Path]) -> None:
-    offered = offer(bundle)
-    weights = offered.path() / "fp32" / "weights.bin"
+    source = bundle_source(bundle)
+    weights = source.path() / "fp32" / "weights.bin"
     data = bytearray(weights.read_bytes())
     data[1000] ^= 1
     weights.write_bytes(data)
-    assert offered.path() == elsewhere[0] == elsewhere[1]
+    assert source.path() == elsewhere[0] == elsewhere[1]
     assert weights.read_bytes() == (bundle / "fp32" / "weights.bin").read_bytes()
 
 
@@ -105,10 +105,10 @@ def remove(bundle: Path) -> None:
 def test_what_arrives_damaged_is_refused(
     bundle: Path, elsewhere: list[Path], change: Callable[[Path], None], words: str
 ) -> None:
-    offered = offer(bundle)
+    source = bundle_source(bundle)
     change(bundle)
     with pytest.raises(BundleError, match=words) as caught:
-        offered.path()
+        source.path()
     assert "\n" not in str(caught.value)
     assert [path.suffix for path in place.cache_folder().iterdir()] == [".lock"]
 
@@ -117,19 +117,19 @@ def test_a_driver_outside_of_the_cluster_hands_over_the_files(
     bundle: Path, elsewhere: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(place.client, "is_connected", lambda: True)
-    offered, expected = offer(bundle), tree(bundle)
+    source, expected = bundle_source(bundle), tree(bundle)
     shutil.rmtree(bundle)
-    assert tree(offered.path()) == expected
+    assert tree(source.path()) == expected
 
 
 def test_an_incomplete_bundle_is_not_offered(bundle: Path, joined: None) -> None:
     remove(bundle)
     with pytest.raises(BundleError, match=r"weights\.bin is missing"):
-        offer(bundle)
+        bundle_source(bundle)
 
 
 def test_another_version(bundle: Path, joined: None) -> None:
-    other = dataclasses.replace(offer(bundle), version="0.0")
+    other = dataclasses.replace(bundle_source(bundle), version="0.0")
     with pytest.raises(VarDeployError, match=r"has var-deploy .*, expected 0\.0: install the same"):
         other.path()
 
@@ -140,4 +140,4 @@ def test_a_cache_that_cannot_be_written(
     (bundle.parent / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(bundle.parent / "file"))
     with pytest.raises(VarDeployError, match="cannot be written: Not a directory; make room"):
-        offer(bundle).path()
+        bundle_source(bundle).path()

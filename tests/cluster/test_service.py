@@ -210,7 +210,7 @@ def test_what_a_lost_replica_drew_is_drawn_again(served: Served, local: Client) 
     with served.client.stream(STREAM, LONG) as events:
         assert [next(events)[0] for _ in range(2)] == ["queued", "scale"]
         replicas = [
-            pid for pid, words in served.family().items() if ":Drawer" in words.partition("(")[0]
+            pid for pid, words in served.family().items() if ":Replica" in words.partition("(")[0]
         ]
         assert len(replicas) == 1
         end(replicas)

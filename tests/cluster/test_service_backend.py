@@ -76,7 +76,7 @@ def asked(scenario: Callable[..., Coroutine[Any, Any, None]], *scripts: Script) 
 def work(**options: Any) -> Any:
     from var_deploy.serving.backend import Work
 
-    request = Request(labels=[1], streams=[(7, 0)], sampling=Sampling())
+    request = Request(labels=[1], rng_keys=[(7, 0)], sampling=Sampling())
     return Work(request=request, **options)
 
 

@@ -16,7 +16,7 @@ from cli_steps import run
 from fake_machine import DPKG, H100_GPU, ORIN_GPU, FakeMachine, jetson, workstation
 from var_deploy.host import machine as machine_module
 from var_deploy.host.cuda_driver import describe
-from var_deploy.host.doctor import Finding, Report, examine
+from var_deploy.host.doctor import DoctorReport, Finding, examine
 from var_deploy.host.installation import pip, pip_command, pip_install
 from var_deploy.host.machine import NO_DRIVER, Answer, Driver, Gpu, Machine
 
@@ -34,12 +34,12 @@ def changed(machine: FakeMachine, **changes: Any) -> FakeMachine:
     return dataclasses.replace(machine, **merged)
 
 
-def finding(report: Report, name: str) -> Finding:
+def finding(report: DoctorReport, name: str) -> Finding:
     (found,) = (f for f in report.findings if f.name == name)
     return found
 
 
-def able(report: Report) -> dict[str, tuple[str, ...]]:
+def able(report: DoctorReport) -> dict[str, tuple[str, ...]]:
     """What each ability lacks."""
     return {ability.name: ability.lacks for ability in report.abilities}
 

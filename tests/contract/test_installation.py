@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from var_deploy.bench.process import ContenderProcess
+from var_deploy.bench.process import WorkerProcess
 from var_deploy.host import installation
 from var_deploy.host.installation import (
     ROOT,
@@ -94,10 +94,10 @@ def test_bench_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
     assert run["rates_problem"] == ""
 
 
-def test_a_contender_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
+def test_a_worker_beside_decoys(decoys: Path, pocket_bundle: Path) -> None:
     command = module_command("var_deploy.bench.ours", pocket_bundle, "--threads", 1)
-    with ContenderProcess(command) as contender:
-        assert contender.ready().threads == 1
+    with WorkerProcess(command) as worker:
+        assert worker.ready().threads == 1
 
 
 def test_options_of_the_interpreter_are_handed_on() -> None:

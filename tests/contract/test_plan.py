@@ -602,7 +602,7 @@ def test_what_is_taken_of_a_bundle() -> None:
     assert (cpu_precision(every), gpu_precision(every, "")) == ("int8", "fp16")
     assert (cpu_precision(every[1:]), gpu_precision(every[:2], "")) == ("fp32", "fp32")
     assert cpu_precision(("fp16",)) == "fp16"
-    with pytest.raises(BackendError, match=r"has int8 graphs alone.*not for TensorRT; export"):
+    with pytest.raises(BackendError, match=r"has only int8 graphs.*not for TensorRT; export"):
         gpu_precision(("int8",), "TensorRT")
 
 

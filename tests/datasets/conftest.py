@@ -40,7 +40,7 @@ class FakePipeline:
                 np.random.default_rng([*stream, label]).integers(
                     0, 256, (8, 8, self._channels), np.uint8
                 )
-                for stream, label in zip(request.streams, request.labels, strict=True)
+                for stream, label in zip(request.rng_keys, request.labels, strict=True)
             ]
         )
 

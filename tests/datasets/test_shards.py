@@ -28,7 +28,7 @@ def opened(data: bytes) -> tarfile.TarFile:
 
 def test_an_image_is_asked_for_by_its_number(pipe: Any, spec: SetSpec) -> None:
     draw_shard(pipe, spec, 1)
-    assert [r.streams for r in pipe.requests] == [[(9, 4), (9, 5)], [(9, 6), (9, 7)]]
+    assert [r.rng_keys for r in pipe.requests] == [[(9, 4), (9, 5)], [(9, 6), (9, 7)]]
     assert [r.labels for r in pipe.requests] == [[4, 0], [1, 2]]
     assert all(r.sampling == spec.sampling for r in pipe.requests)
 

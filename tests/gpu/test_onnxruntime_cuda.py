@@ -23,7 +23,7 @@ from var_deploy.device_check.agreement import (
     Outcome,
     Reference,
     compare,
-    judge,
+    evaluate,
     make_cases,
     observe,
 )
@@ -72,7 +72,7 @@ def test_tokens_and_images_are_those_of_the_cpu(
     pocket: Path, reference: Reference, open_backend: Open, precision: str, layout: Layout
 ) -> None:
     plain = outcome(pocket, open_backend(cuda_graph=False), reference, precision, layout)
-    _, problems = judge(plain, reference)
+    _, problems = evaluate(plain, reference)
     assert not problems
     assert plain.repeats
     recorded = outcome(pocket, open_backend(), reference, precision, layout)

@@ -209,11 +209,11 @@ def test_a_bundle_of_int8_alone(gpu: None, rounded: Path) -> None:
     with Pipeline.load(rounded) as pipe:
         how = pipe.describe()
     assert (how.backend, how.precision) == ("onnxruntime-cpu", "int8")
-    assert how.reason.startswith("TensorRT: the bundle has int8 graphs alone, which")
+    assert how.reason.startswith("TensorRT: the bundle has only int8 graphs, which")
     for backend in ("tensorrt", "onnxruntime-cuda"):
-        with pytest.raises(BackendError, match="has int8 graphs alone"):
+        with pytest.raises(BackendError, match="has only int8 graphs"):
             Pipeline.load(rounded, backend=backend)
-    with pytest.raises(BackendError, match=r"int8 graphs alone.*--precision fp16"):
+    with pytest.raises(BackendError, match=r"only int8 graphs.*--precision fp16"):
         build(rounded)
 
 

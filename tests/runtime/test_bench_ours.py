@@ -1,4 +1,4 @@
-"""Our own contender, and the process that measures the machine."""
+"""Our own worker, and the process that measures the machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bundle(export_to: ExportTo) -> Path:
 
 
 @pytest.fixture
-def contender(bundle: Path) -> Iterator[Ours]:
+def worker(bundle: Path) -> Iterator[Ours]:
     """Five images a generation: three batches, the last one filled up."""
     opened = Ours(bundle, 5, RuntimeConfig(**CPU))
     yield opened
@@ -43,18 +43,18 @@ def contender(bundle: Path) -> Iterator[Ours]:
 
 
 def test_it_makes_what_a_pipeline_makes(
-    contender: Ours, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Ours, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
     generate = Pipeline.generate
     monkeypatch.setattr(
         Pipeline, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[-1]
     )
-    contender.generate()
+    worker.generate()
     with Pipeline.load(bundle, **CPU) as pipe:
         np.testing.assert_array_equal(made[0], generate(pipe, [0, 2, 4, 1, 3]))
         described = pipe.describe()
-    assert contender.describe().settings == {
+    assert worker.describe().settings == {
         "var-deploy": __version__,
         **dataclasses.replace(described, reason="").to_json(),
         "images a launch": "2",
@@ -62,9 +62,9 @@ def test_it_makes_what_a_pipeline_makes(
     }
 
 
-def test_launches_of_all_batches_are_added_up(contender: Ours) -> None:
+def test_launches_of_all_batches_are_added_up(worker: Ours) -> None:
     for _ in range(2):
-        sample = contender.generate()
+        sample = worker.generate()
         assert list(sample.launches) == LAUNCHES
         assert 0 < sum(sample.launches.values()) < sample.seconds
         assert min(sample.launches.values()) > 0

@@ -1,4 +1,4 @@
-"""A contender and the one who asks it, in good and in bad days."""
+"""A worker and the one who asks it, in good and in bad days."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fake_contender import LAUNCHES, command
+from fake_worker import LAUNCHES, command
 from var_deploy.bench import process as module
-from var_deploy.bench.process import ContenderProcess, MemoryWatch
+from var_deploy.bench.process import MemoryWatch, WorkerProcess
 from var_deploy.bench.worker import About, Sample, serve
 from var_deploy.errors import BackendError, BundleError
 
-Start = Callable[..., ContenderProcess]
+Start = Callable[..., WorkerProcess]
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def start(log: Path) -> Iterator[Start]:
     """Starts a fake; whatever a test leaves is ended."""
     with contextlib.ExitStack() as stack:
 
-        def begin(manner: str = "", **options: float) -> ContenderProcess:
-            return stack.enter_context(ContenderProcess(command("fake", log, manner), **options))
+        def begin(manner: str = "", **options: float) -> WorkerProcess:
+            return stack.enter_context(WorkerProcess(command("fake", log, manner), **options))
 
         yield begin
 
@@ -46,7 +46,7 @@ def gone(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-# the contender's side
+# the worker's side
 
 
 class Dummy:
@@ -99,27 +99,27 @@ def test_what_cannot_be_loaded_is_a_problem() -> None:
 # the asker's side
 
 
-def test_a_contender_loads_generates_and_ends(start: Start, log: Path) -> None:
-    contender = start()
-    said = contender.ready()
+def test_a_worker_loads_generates_and_ends(start: Start, log: Path) -> None:
+    worker = start()
+    said = worker.ready()
     assert said.settings == {"threads": "2", "precision": "fp32", "name": "fake"}
     assert (said.graphs, said.threads, said.backend, said.reason) == ("fp32", 2, "", "")
-    assert contender.cold is None
-    assert contender.generate() == Sample(seconds=0.010, launches=LAUNCHES)
-    cold = contender.cold
+    assert worker.cold is None
+    assert worker.generate() == Sample(seconds=0.010, launches=LAUNCHES)
+    cold = worker.cold
     assert cold is not None and cold > 0
-    contender.generate()
-    assert contender.cold == cold, "of the first generation alone"
-    contender.close()
-    contender.close()
-    assert gone(contender.pid)
+    worker.generate()
+    assert worker.cold == cold, "of the first generation alone"
+    worker.close()
+    worker.close()
+    assert gone(worker.pid)
     assert log.read_text() == "fake\nfake\n"
 
 
 def test_what_a_library_prints_is_no_answer(start: Start) -> None:
-    contender = start("noisy")
-    assert contender.ready().settings["name"] == "fake"
-    assert contender.generate().seconds == contender.generate().seconds == 0.010
+    worker = start("noisy")
+    assert worker.ready().settings["name"] == "fake"
+    assert worker.generate().seconds == worker.generate().seconds == 0.010
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,10 @@ def test_what_a_library_prints_is_no_answer(start: Start) -> None:
     ],
 )
 def test_loading_can_fail(start: Start, manner: str, words: str) -> None:
-    contender = start(manner, load_seconds=0.5 if manner.startswith("hangs") else 30)
+    worker = start(manner, load_seconds=0.5 if manner.startswith("hangs") else 30)
     with pytest.raises(BackendError, match=words):
-        contender.ready()
-    assert gone(contender.pid)
+        worker.ready()
+    assert gone(worker.pid)
 
 
 @pytest.mark.parametrize(
@@ -147,43 +147,43 @@ def test_loading_can_fail(start: Start, manner: str, words: str) -> None:
     ],
 )
 def test_generating_can_fail(start: Start, manner: str, words: str) -> None:
-    contender = start(manner, generate_seconds=0.5 if manner == "hangs" else 30)
-    contender.ready()
+    worker = start(manner, generate_seconds=0.5 if manner == "hangs" else 30)
+    worker.ready()
     with pytest.raises(BackendError, match=words):
         for _ in range(3):
-            contender.generate()
-    assert gone(contender.pid)
+            worker.generate()
+    assert gone(worker.pid)
     with pytest.raises(BackendError, match="has ended"):
-        contender.generate()
+        worker.generate()
 
 
-def test_what_a_contender_started_ends_with_it(start: Start, log: Path) -> None:
-    contender = start("has a child")
-    contender.ready()
+def test_what_a_worker_started_ends_with_it(start: Start, log: Path) -> None:
+    worker = start("has a child")
+    worker.ready()
     child = int(log.read_text())
     assert not gone(child)
-    contender.kill()
+    worker.kill()
     assert gone(child)
 
 
 def test_one_that_does_not_end_is_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CLOSE_SECONDS", 0.1)
-    contender = start("hangs loading")
-    contender.close()
-    assert gone(contender.pid)
+    worker = start("hangs loading")
+    worker.close()
+    assert gone(worker.pid)
 
 
 def test_a_program_that_is_not_there() -> None:
     with pytest.raises(BackendError, match=r"^/no/such cannot be started: No such file"):
-        ContenderProcess(["/no/such"])
+        WorkerProcess(["/no/such"])
 
 
 def test_an_answer_without_times() -> None:
     code = "print('{\"ready\": {\"settings\": {}}}'); input(); print('{\"seconds\": \"long\"}')"
-    with ContenderProcess([sys.executable, "-uc", code]) as contender:
-        assert contender.ready() == About(settings={})
+    with WorkerProcess([sys.executable, "-uc", code]) as worker:
+        assert worker.ready() == About(settings={})
         with pytest.raises(BackendError, match="gave an answer without times"):
-            contender.generate()
+            worker.generate()
 
 
 # memory

@@ -17,14 +17,14 @@ from var_deploy import names
 from var_deploy.bench.figure import draw
 from var_deploy.bench.power import Energy
 from var_deploy.bench.rates import Rates
-from var_deploy.bench.report import Report, Result, Run, Surroundings
+from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
 from var_deploy.bench.rounds import Comparison, Rated, Rounds
 from var_deploy.bench.run import (
     PEERS,
     Settings,
     entries,
-    judge,
-    least,
+    evaluate,
+    generation_rooflines,
     measured_device,
     weights_used,
 )
@@ -64,7 +64,7 @@ def manifest(export_to: Callable[..., Path]) -> Manifest:
 
 
 def result(name: str, seconds: float = 0.1, **changes: Any) -> Result:
-    """A contender that took this long, and a tenth longer the next time."""
+    """A worker that took this long, and a tenth longer the next time."""
     launches = {"scale_00": 0.5 * seconds, "decoder": 0.4 * seconds}
     return Result(
         name=name,
@@ -130,15 +130,16 @@ def test_the_machine_is_described() -> None:
     assert bare.cpu
 
 
-# floors
+# rooflines
 
 
-def test_floors_are_those_of_plan_at_the_measured_rates(manifest: Manifest) -> None:
+def test_rooflines_are_those_of_plan_at_the_measured_rates(manifest: Manifest) -> None:
     device = measured_device(RATES)
     planned = launch_times(workload_of(manifest, "fp32"), device)
-    once = least(manifest, "fp32", 2, device)
-    assert [floor.seconds for floor in once] == pytest.approx([time.seconds for time in planned])
-    thrice = least(manifest, "fp32", 5, device)
+    once = generation_rooflines(manifest, "fp32", 2, device)
+    expected = [time.seconds for time in planned]
+    assert [roofline.seconds for roofline in once] == pytest.approx(expected)
+    thrice = generation_rooflines(manifest, "fp32", 5, device)
     for one, three in zip(once, thrice, strict=True):
         assert three.seconds == pytest.approx(3 * one.seconds), "five images are three batches"
         assert (three.operations, three.traffic) == (3 * one.operations, 3 * one.traffic)
@@ -171,11 +172,11 @@ def test_each_is_held_against_what_it_ran_on(manifest: Manifest) -> None:
         Result(name="absent", ours=False, problem="not installed"),
     ]
     comparison.rated = Rated(problem="no probe")
-    run = judge(comparison, manifest, 2, workstation())
+    run = evaluate(comparison, manifest, 2, workstation())
     cpu, gpu, openvino, torch, _ = run.results
-    assert (cpu.least, cpu.reached) == ((), None)
-    assert cpu.least_problem == "the rates of this machine could not be measured: no probe"
-    assert gpu.least, "a GPU's rates are published ones"
+    assert (cpu.rooflines, cpu.reached) == ((), None)
+    assert cpu.roofline_problem == "the rates of this machine could not be measured: no probe"
+    assert gpu.rooflines, "a GPU's rates are published ones"
     assert openvino.weights == cpu.weights == weights_used(manifest, "fp32")
     assert torch.weights is None
     assert (run.rates, run.rates_problem) == (None, "no probe")
@@ -196,7 +197,7 @@ def test_numbers_of_a_result() -> None:
     assert result("torch", peak=None, weights=200).peak_over_weights is None
 
 
-def make_report(manifest: Manifest) -> Report:
+def make_report(manifest: Manifest) -> BenchReport:
     ours = result(
         "var-deploy",
         about=About(settings={"precision": "fp32"}, graphs="fp32", reason="no GPU"),
@@ -205,18 +206,18 @@ def make_report(manifest: Manifest) -> Report:
         weights=200_000_000,
         energy=Energy(by_source={"package-0": 3.0, "dram-0": 0.5}),
     )
-    ours.least = [
-        floor
-        for floor in least(manifest, "fp32", 2, measured_device(RATES))
-        if floor.name in ours.launches
+    ours.rooflines = [
+        roofline
+        for roofline in generation_rooflines(manifest, "fp32", 2, measured_device(RATES))
+        if roofline.name in ours.launches
     ]
     slow = result("torch", 0.2, peak_problem="no /proc", energy=Energy(problem="no meter"))
     absent = Result(name="openvino", ours=False, problem="not installed")
-    return Report(
+    return BenchReport(
         name="small",
         manifest=manifest,
         surroundings=Surroundings.of(PC),
-        settings=dataclasses.asdict(ALL),
+        settings=ALL.to_json(),
         date="2026-11-22T10:00:00+00:00",
         runs=[Run(images=2, results=[ours, slow, absent], rates=RATES)],
     )

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fake_contender import LAUNCHES, RATE, command
+from fake_worker import LAUNCHES, RATE, command
 from var_deploy.bench import rounds as module
 from var_deploy.bench.power import EnergyCounter, Meters
-from var_deploy.bench.process import ContenderProcess
+from var_deploy.bench.process import WorkerProcess
 from var_deploy.bench.rates import Rates
 from var_deploy.bench.rounds import Comparison, Entry, Rounds
 
@@ -115,10 +115,10 @@ def test_one_that_fails_at_the_end_has_failed(compare: Callable[..., Comparison]
 
 
 def test_ctrl_c_ends_everybody(compare: Callable[..., Comparison]) -> None:
-    started: list[ContenderProcess] = []
+    started: list[WorkerProcess] = []
 
-    def start(command: Sequence[str]) -> ContenderProcess:
-        started.append(ContenderProcess(command))
+    def start(command: Sequence[str]) -> WorkerProcess:
+        started.append(WorkerProcess(command))
         return started[-1]
 
     def progress(message: str, fraction: float) -> None:

@@ -158,7 +158,7 @@ def test_an_answer_that_is_no_image(fake: Fake) -> None:
     ("path", "part"),
     [
         ("/v2/models/other", "no model that var-deploy triton wrote"),
-        ("/elsewhere", "is no service of var-deploy"),
+        ("/elsewhere", "is not a service of var-deploy"),
     ],
 )
 def test_somebody_else(fake: Fake, path: str, part: str) -> None:
@@ -175,5 +175,5 @@ def test_nobody_answers(fake: Fake) -> None:
 
 @pytest.mark.parametrize("url", ["http://", "http://[::1", "http://host:x", "http://a/?b=1"])
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(UsageError, match="is no address; write http://host:port"):
+    with pytest.raises(UsageError, match="is not an address; write http://host:port"):
         find_service(url)

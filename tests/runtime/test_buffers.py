@@ -197,13 +197,13 @@ def test_filling_reaches_every_launch() -> None:
         host_view(buffers.condition_inputs()[names.LABELS]), [3, 1, 5, 5]
     )
     for scale in range(len(SIDES)):
-        given = views(buffers.scale_inputs(scale))
-        assert given[names.CFG] == 6.0 * scale / 3
-        assert (given[names.TEMPERATURE], given[names.TOP_K]) == (0.5, 9)
-        assert given[names.TOP_P] == 0.25
-        assert given[names.SCALE] == scale
+        inputs = views(buffers.scale_inputs(scale))
+        assert inputs[names.CFG] == 6.0 * scale / 3
+        assert (inputs[names.TEMPERATURE], inputs[names.TOP_K]) == (0.5, 9)
+        assert inputs[names.TOP_P] == 0.25
+        assert inputs[names.SCALE] == scale
         np.testing.assert_array_equal(
-            given[names.UNIFORMS], draws[:, PREFIX[scale] : PREFIX[scale + 1]]
+            inputs[names.UNIFORMS], draws[:, PREFIX[scale] : PREFIX[scale + 1]]
         )
 
 

@@ -21,20 +21,20 @@ from fake_machine import FakeMachine, jetson, workstation
 from fake_tensorrt import builder as fake
 from fake_tensorrt import cudart, engine
 from var_deploy import names
-from var_deploy.bench.roofline import floors, reached
+from var_deploy.bench.roofline import reached, rooflines
 from var_deploy.device_check import agreement, bundle_check, command, variants
 from var_deploy.device_check.agreement import (
     Case,
     Reference,
     compare,
-    judge,
+    evaluate,
     make_cases,
     observe,
     psnr,
 )
 from var_deploy.device_check.command import Options, check_device, main
 from var_deploy.device_check.measure import time_images
-from var_deploy.device_check.report import Found, NotRunError, Report
+from var_deploy.device_check.report import DeviceReport, Found, NotRunError
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
 from var_deploy.planning.costs import Workload
@@ -43,7 +43,7 @@ from var_deploy.planning.plan import launch_times
 from var_deploy.runtime.backends.cuda import CudaClock, Graph
 from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
-from var_deploy.runtime.measure import Spread, WallClock, clocked
+from var_deploy.runtime.measure import LatencyStats, WallClock, clocked
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.session import TensorRtBackend
@@ -305,9 +305,9 @@ def test_onnxruntime_on_the_gpu_and_pytorch_beside_it(
     for precision in ("fp16", "fp32"):
         step = found[f"onnxruntime-cuda {precision} shared"]
         assert step["state"] == "done"
-        least = floors(Workload(model=manifest.model, precision=precision), measured_device())
+        least = rooflines(Workload(model=manifest.model, precision=precision), measured_device())
         assert step["result"]["floor"]["floor_ms"] == pytest.approx(
-            1e3 * sum(floor.seconds for floor in least), rel=1e-2
+            1e3 * sum(roofline.seconds for roofline in least), rel=1e-2
         )
     assert found["onnxruntime-cuda fp32 shared"]["result"]["agreement"]["psnr_bound_db"] == 60
     best = min(
@@ -468,7 +468,7 @@ def test_the_report_tells_nothing_of_the_machine(no_gpu: None, bundle: Path) -> 
 
 
 def test_paths_are_cut_to_their_last_name(tmp_path: Path) -> None:
-    report = Report(tmp_path / "r.json", {}, say=lambda line: None)
+    report = DeviceReport(tmp_path / "r.json", {}, say=lambda line: None)
     told = "libx.so: cannot open /opt/lib/libx.so.10: 68 GB/s, fp16/step, /proc/cpuinfo"
 
     def work() -> Found:
@@ -482,7 +482,7 @@ def test_paths_are_cut_to_their_last_name(tmp_path: Path) -> None:
 
 def test_the_file_says_where_the_process_was(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
-    report = Report(out, {}, say=lambda line: None)
+    report = DeviceReport(out, {}, say=lambda line: None)
     seen: list[dict[str, Any]] = []
 
     def interrupted() -> Found:
@@ -513,7 +513,7 @@ def test_ctrl_c_ends_with_130(
 
 
 def test_an_unexpected_error_is_a_failed_step(tmp_path: Path) -> None:
-    report = Report(tmp_path / "r.json", {}, say=lambda line: None)
+    report = DeviceReport(tmp_path / "r.json", {}, say=lambda line: None)
     assert report.step("one", lambda: Found(result={"n": 1 // 0})) is None
     assert report.steps[0].reason.startswith("ZeroDivisionError: ")
     assert [step.name for step in report.failed] == ["one"]
@@ -550,7 +550,7 @@ def test_tokens_may_differ_by_rounding_and_no_further(
     loop = cpu_loop(exported / "small")
     outcome = observe(loop, moved, "fp16")
     loop.close()
-    result, problems = judge(outcome, reference)
+    result, problems = evaluate(outcome, reference)
     assert (result["forced_equal"] == result["tokens"]) == (shift == 0)
     assert (result["beyond"] == 0) == within
     assert (not problems) == within
@@ -576,13 +576,13 @@ def test_images_that_are_no_numbers_fail(exported: Path, reference: Reference) -
     loop = cpu_loop(exported / "small")
     outcome = observe(loop, reference, "fp32")
     loop.close()
-    assert judge(outcome, reference)[1] == []
+    assert evaluate(outcome, reference)[1] == []
     same, nothing = compare(outcome, outcome)
     assert (same["equal"], same["largest_difference"], nothing) == (True, 0.0, [])
     outcome.forced_images[1][0, 0, 0, 0] = np.nan
-    problems = judge(outcome, reference)[1]
+    problems = evaluate(outcome, reference)[1]
     assert problems == ["an image with all tokens given has -200.0 dB, at least 60 is due"]
-    json.dumps(judge(outcome, reference)[0], allow_nan=False)
+    json.dumps(evaluate(outcome, reference)[0], allow_nan=False)
 
 
 def test_psnr() -> None:
@@ -605,7 +605,7 @@ def test_the_bounds_are_those_of_verify() -> None:
 
 
 def test_a_spread() -> None:
-    spread = Spread.of([0.001 * n for n in range(101)])
+    spread = LatencyStats.of([0.001 * n for n in range(101)])
     assert (spread.median, spread.p10, spread.p95) == pytest.approx((0.05, 0.01, 0.095))
     assert spread.to_json() == {"median_ms": 50.0, "p10_ms": 10.0, "p95_ms": 95.0, "count": 101}
 
@@ -650,21 +650,21 @@ def test_events_are_read_when_the_work_is_done() -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 @pytest.mark.parametrize("device", ["orin-nano-8gb", "h100"])
-def test_floors_are_what_plan_says(exported: Path, precision: Any, device: str) -> None:
+def test_rooflines_are_what_plan_says(exported: Path, precision: Any, device: str) -> None:
     workload = Workload(model=read_manifest(exported / "small").model, precision=precision)
     times = launch_times(workload, DEVICES[device])
-    least = floors(workload, DEVICES[device])
-    assert [floor.name for floor in least] == [time.work.name for time in times] == LAUNCHES
-    for floor, planned in zip(least, times, strict=True):
-        assert floor.seconds == pytest.approx(planned.seconds)
-        assert (floor.moving >= floor.computing) == (planned.bound == "memory")
+    least = rooflines(workload, DEVICES[device])
+    assert [roofline.name for roofline in least] == [time.work.name for time in times] == LAUNCHES
+    for roofline, planned in zip(least, times, strict=True):
+        assert roofline.seconds == pytest.approx(planned.seconds)
+        assert (roofline.moving >= roofline.computing) == (planned.bound == "memory")
 
 
-def test_what_part_of_the_floor_is_reached(exported: Path) -> None:
+def test_what_part_of_the_roofline_is_reached(exported: Path) -> None:
     workload = Workload(model=read_manifest(exported / "small").model)
-    least = floors(workload, DEVICES["orin-nano-8gb"])
-    doubled = {floor.name: Spread.of([2 * floor.seconds]) for floor in least}
-    whole = Spread.of([4 * sum(floor.seconds for floor in least)])
+    least = rooflines(workload, DEVICES["orin-nano-8gb"])
+    doubled = {roofline.name: LatencyStats.of([2 * roofline.seconds]) for roofline in least}
+    whole = LatencyStats.of([4 * sum(roofline.seconds for roofline in least)])
     found = reached(doubled, whole, least)
     assert found["reached"] == pytest.approx(0.25)
     assert {row["reached"] for row in found["launches"]} == {0.5}

@@ -23,7 +23,7 @@ from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.backends.protocol import Launch
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_seconds
-from var_deploy.runtime.request import Pace, ScaleEvent
+from var_deploy.runtime.request import ScaleEvent, TimingModel
 from var_deploy.sampling import stack_uniforms
 
 ExportTo = Callable[..., Path]
@@ -40,7 +40,7 @@ class Noting(OrtCpuBackend):
         super().__init__(threads=1)
         self.seconds, self.decoded, self.waits = 0.0, 0, 0
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         condition, *scales = launches[:-2]
         return [condition, *map(self._slow, scales), *map(self._decode, launches[-2:])]
 
@@ -189,7 +189,7 @@ def test_a_seed_an_image(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(pipe.generate(LABELS, seed=np.array(seeds, np.uint64)), images)
     assert pipe.generate(seed=[1, 2, 3]).shape == (3, SIDE, SIDE, 3)
     for wrong in ([1, 2], []):
-        with pytest.raises(UsageError, match="one an image"):
+        with pytest.raises(UsageError, match="one per image"):
             pipe.generate(LABELS, seed=wrong)
     with pytest.raises(UsageError, match="seed must be a whole number"):
         pipe.generate([0], seed=[1.5])  # type: ignore[list-item]
@@ -250,14 +250,14 @@ def test_the_first_deadline_of_all_looks_how_long_the_decoder_takes(
 
 
 def test_what_was_never_seen_is_guessed_from_the_scale_before() -> None:
-    pace = Pace((1, 4, 16))
-    assert pace.decoder is None and pace.scale(2) == 0
-    pace.saw_scale(0, 0.5)
-    assert pace.scale(1) == 2.0 and pace.scale(2) == 8.0
+    timing = TimingModel((1, 4, 16))
+    assert timing.decoder is None and timing.scale(2) == 0
+    timing.saw_scale(0, 0.5)
+    assert timing.scale(1) == 2.0 and timing.scale(2) == 8.0
     for seconds in (9.0, 3.0, 1.0, 2.0):  # the first is forgotten
-        pace.saw_scale(1, seconds)
-        pace.saw_decoder(seconds)
-    assert pace.scale(1) == 3.0 and pace.decoder == 3.0
+        timing.saw_scale(1, seconds)
+        timing.saw_decoder(seconds)
+    assert timing.scale(1) == 3.0 and timing.decoder == 3.0
 
 
 @pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "1", True])

@@ -137,7 +137,7 @@ def test_forgotten_memory_comes_back_as_zeros_or_as_it_was() -> None:
     large, small = memory.allocate(4 * WORTH_GIVING_BACK), memory.allocate(4096)
     for array in (large, small):
         host_view(array)[:] = 7
-        memory.forget(array)
+        memory.discard(array)
         values = host_view(array)
         assert set(np.unique(values).tolist()) <= {0, 7}
     assert (host_view(small) == 7).all(), "too small to be worth it"

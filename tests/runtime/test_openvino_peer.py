@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var_deploy.bench.openvino_peer import OpenVinoBackend, OpenVinoContender
+from var_deploy.bench.openvino_peer import OpenVinoBackend, OpenVinoWorker
 from var_deploy.bench.worker import serve
 from var_deploy.bundle.files import GraphFile
 from var_deploy.config import Layout
@@ -62,16 +62,16 @@ def test_tokens_and_images_are_those_of_onnx_runtime(
     np.testing.assert_allclose(image, expected, atol=1e-4)
 
 
-def test_a_contender_makes_the_pipelines_images(openvino: Any, bundle: Path) -> None:
+def test_a_worker_makes_the_pipelines_images(openvino: Any, bundle: Path) -> None:
     """Three images in batches of two, launches of both batches added up."""
-    contender = OpenVinoContender(bundle, 3, threads=1)
-    sample = contender.generate()
+    worker = OpenVinoWorker(bundle, 3, threads=1)
+    sample = worker.generate()
     assert list(sample.launches) == launch_names(read_manifest(bundle))
     assert 0 < sum(sample.launches.values()) < sample.seconds
     with Pipeline.load(bundle, backend="onnxruntime-cpu", threads=1) as pipeline:
         expected = pipeline.generate([0, 2, 4])
-    assert np.abs(contender.images.astype(int) - expected).max() <= 1
-    assert contender.describe().settings == {
+    assert np.abs(worker.images.astype(int) - expected).max() <= 1
+    assert worker.describe().settings == {
         "backend": "openvino",
         "openvino": openvino.__version__,
         "threads": "1",
@@ -81,9 +81,9 @@ def test_a_contender_makes_the_pipelines_images(openvino: Any, bundle: Path) -> 
         "graphs": "fp32",
         "images a launch": "2",
     }
-    contender.close()
+    worker.close()
     with pytest.raises(BackendError, match="closed"):
-        contender.generate()
+        worker.generate()
 
 
 def test_bf16_is_not_claimed_where_the_cpu_has_none(openvino: Any, bundle: Path) -> None:
@@ -98,28 +98,28 @@ def test_bf16_is_not_claimed_where_the_cpu_has_none(openvino: Any, bundle: Path)
 
 def test_tokens_are_replaced_in_bf16(openvino: Any, bundle: Path) -> None:
     """Its sampler may arrive at no code, which the loop takes for logits that are no numbers."""
-    contender = OpenVinoContender(bundle, 1, hint="bf16", layout="shared", threads=1)
-    contender._backend.computes = "bf16"  # as on a CPU that has it
-    assert contender.describe().settings["tokens"] == "replaced: to draw them takes fp32"
-    assert contender.describe().settings["precision"] == "bf16"
-    contender.generate()
-    assert not np.concatenate(contender._loop.tokens(), axis=1).any()
-    contender._backend.computes = "f32"
-    contender.generate()
-    assert np.concatenate(contender._loop.tokens(), axis=1).any()
-    contender.close()
+    worker = OpenVinoWorker(bundle, 1, hint="bf16", layout="shared", threads=1)
+    worker._backend.computes = "bf16"  # as on a CPU that has it
+    assert worker.describe().settings["tokens"] == "replaced: to draw them takes fp32"
+    assert worker.describe().settings["precision"] == "bf16"
+    worker.generate()
+    assert not np.concatenate(worker._loop.tokens(), axis=1).any()
+    worker._backend.computes = "f32"
+    worker.generate()
+    assert np.concatenate(worker._loop.tokens(), axis=1).any()
+    worker.close()
 
 
 def test_without_static_graphs_it_takes_step(openvino: Any, export_to: ExportTo) -> None:
     shared = export_to(batch=1, layout="shared")
-    contender = OpenVinoContender(shared, 1, threads=1)
-    assert contender.describe().settings["layout"] == "shared"
-    assert len(contender.generate().launches) == 5
-    contender.close()
+    worker = OpenVinoWorker(shared, 1, threads=1)
+    assert worker.describe().settings["layout"] == "shared"
+    assert len(worker.generate().launches) == 5
+    worker.close()
     with pytest.raises(BundleError, match="no graph scale_00"):
-        OpenVinoContender(shared, 1, layout="per-scale")
+        OpenVinoWorker(shared, 1, layout="per-scale")
     with pytest.raises(BundleError, match="no fp16 graphs"):
-        OpenVinoContender(shared, 1, precision="fp16")
+        OpenVinoWorker(shared, 1, precision="fp16")
 
 
 def test_a_graph_that_it_refuses_is_one_line(openvino: Any, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_without_openvino_there_is_one_clear_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what makes an import fail
     replies = io.StringIO()
-    assert serve(lambda: OpenVinoContender(bundle, 1), io.StringIO(), replies) == 1
+    assert serve(lambda: OpenVinoWorker(bundle, 1), io.StringIO(), replies) == 1
     (line,) = replies.getvalue().splitlines()
     told = f'openvino is not installed; run {pip_command()} "openvino'
     assert json.loads(line)["problem"].startswith(told)

@@ -104,7 +104,7 @@ def test_cache_and_buffers_are_exact(
     assert CacheArena(manifest, dtype, HostMemory()).nbytes == cache_bytes(workload)
     buffers = LoopBuffers(manifest, dtype, HostMemory())
     assert buffers.nbytes == cache_bytes(workload) + buffer_bytes(workload)
-    assert buffers.given.nbytes == upload_bytes(workload)
+    assert buffers.inputs.nbytes == upload_bytes(workload)
 
 
 @pytest.fixture(scope="session")

@@ -45,11 +45,11 @@ class Elsewhere:
             raise BusyError("nobody is free", 17)
         try:
             yield Queued(position=3)
-            if work.request.streams[0][0] == 99:
+            if work.request.rng_keys[0][0] == 99:
                 raise ZeroDivisionError("nobody thought of this")
-            if error := FAILURES.get(work.request.streams[0][0]):
+            if error := FAILURES.get(work.request.rng_keys[0][0]):
                 raise error
-            values = [seed + number for seed, number in work.request.streams]
+            values = [seed + number for seed, number in work.request.rng_keys]
             images = np.array(values, np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
             yield Drawn(images=images, scales_done=np.full(work.count, 3))
         finally:

@@ -18,7 +18,7 @@ COUNT = 200
 
 def work(count: int, cfg: float = 1.0) -> Work:
     request = Request(
-        labels=[0] * count, streams=numbered(0, 0, count), sampling=Sampling(cfg=cfg)
+        labels=[0] * count, rng_keys=numbered(0, 0, count), sampling=Sampling(cfg=cfg)
     )
     return Work(request=request)
 

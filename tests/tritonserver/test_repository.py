@@ -200,7 +200,7 @@ def test_a_gpu_without_engines(
 @pytest.mark.parametrize(
     ("code", "options", "parts"),
     [
-        (2, ("--name", "a b"), ("'a b' is no name for a model", "--name")),
+        (2, ("--name", "a b"), ("'a b' is not a name for a model", "--name")),
         (2, ("--name", "../up"), ("'../up' is no name",)),
         (2, ("--instances", 0), ("--instances",)),
         (2, ("--queue-delay", -1), ("--queue-delay",)),

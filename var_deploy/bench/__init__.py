@@ -1,1 +1,1 @@
-"""`var-deploy bench`: a bundle beside other ways to compute the same, in one interleaved run."""
+"""`var-deploy bench`: times a bundle against other runtimes, in interleaved rounds."""

@@ -1,6 +1,6 @@
-"""The figure of a report: launches against their floors, and whole generations beside each other.
+"""The figure of a `bench` report: launches with their rooflines, and whole generations.
 
-matplotlib is imported here alone, when something is drawn.
+matplotlib is imported only here, when a figure is made.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import names
-from var_deploy.bench.report import Report, Result, Run
+from var_deploy.bench.report import BenchReport, Result, Run
 from var_deploy.files import whole_file
 
-# Okabe and Ito's colours, which stay apart to colour-blind eyes and, in this order, on grey paper
+# colours of Okabe and Ito, distinct for colour-blind readers and, in this order, in grey print
 COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#999999")
 INK, FAINT = "#222222", "#bbbbbb"
 STYLE: Any = {
@@ -30,12 +30,12 @@ STYLE: Any = {
     "legend.frameon": False,
     "savefig.dpi": 200,
 }
-GROUP = 0.8  # of the room between two launches
+GROUP = 0.8  # share of the distance between two launches that bars take
 MOST = 1.35  # times the longest bar: the width of the right half
 
 
-def draw(report: Report, path: Path) -> None:
-    """Write a PNG: a row for each number of images; see `files.whole_file`."""
+def draw(report: BenchReport, path: Path) -> None:
+    """Write the figure as a PNG, atomically; one row per number of images."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def draw(report: Report, path: Path) -> None:
             figure.savefig(stream, format="png", metadata=text)
 
 
-def _title(report: Report) -> str:
+def _title(report: BenchReport) -> str:
     here, threads = report.surroundings, report.settings["threads"]
     count = f"threads: {threads}" if threads else f"processors: {here.processors}"
     return f"{report.name} on {here.cpu}, {count} ({' '.join(here.isa)})"
@@ -68,7 +68,7 @@ def _images(run: Run) -> str:
 
 
 def _launches(axes: Any, run: Run, told: Sequence[Result], colours: dict[str, str]) -> None:
-    """Bars a launch, and over each the line that it cannot get below."""
+    """Plot bars for each launch, each with a line at its roofline."""
     axes.set_title(f"Launches of {_images(run)}: median, and the floor")
     axes.set_ylabel("ms")
     axes.grid(axis="x", visible=False)
@@ -77,35 +77,35 @@ def _launches(axes: Any, run: Run, told: Sequence[Result], colours: dict[str, st
         return
     launches = list(told[0].launches)
     width = GROUP / len(told)
-    floor_label: str | None = "floor"
+    roofline_label: str | None = "floor"
     for n, result in enumerate(told):
         places = [at - GROUP / 2 + (n + 0.5) * width for at in range(len(launches))]
         spreads = result.launches
         heights = [1e3 * spreads[name].median if name in spreads else 0.0 for name in launches]
         axes.bar(places, heights, 0.92 * width, color=colours[result.name], label=result.name)
-        if result.least:
-            floors = {floor.name: 1e3 * floor.seconds for floor in result.least}
+        if result.rooflines:
+            rooflines = {roofline.name: 1e3 * roofline.seconds for roofline in result.rooflines}
             edges = [(at - width / 2, at + width / 2) for at in places]
             axes.hlines(
-                [floors[name] for name in launches],
+                [rooflines[name] for name in launches],
                 [left for left, _ in edges],
                 [right for _, right in edges],
                 colors=INK,
                 linewidth=1.6,
-                label=floor_label,
+                label=roofline_label,
             )
-            floor_label = None
+            roofline_label = None
     axes.set_xticks(range(len(launches)), [_short(name) for name in launches])
     axes.set_xlabel("condition, scales, decoder")
     axes.legend(loc="upper left")
 
 
 def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, str]) -> None:
-    """A bar a contender with its p10 to p95, and a stroke where its floor is."""
+    """Plot one bar per worker, with p10 to p95 and a stroke at its roofline."""
     axes.set_title(f"{_images(run)[0].upper()}{_images(run)[1:]}, all included")
     axes.set_xlabel("ms: median, p10 to p95")
     axes.grid(axis="y", visible=False)
-    # one slow round in ten must not squeeze all bars: a whisker may leave the figure
+    # a slow round must not squeeze all bars, so a whisker may leave the figure
     widest = MOST * max(1e3 * result.whole.median for result in ran) if ran else 1.0
     axes.set_xlim(0, widest)
     axes.locator_params(axis="x", nbins=5)
@@ -114,9 +114,9 @@ def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, 
         middle, low, high = (1e3 * s for s in (whole.median, whole.p10, whole.p95))
         axes.barh(at, middle, 0.6, color=colours[result.name])
         axes.hlines(at, low, high, colors=INK, linewidth=1)
-        if result.least:
-            floor = 1e3 * sum(floor.seconds for floor in result.least)
-            axes.vlines(floor, at - 0.36, at + 0.36, colors=INK, linewidth=1.6)
+        if result.rooflines:
+            roofline = 1e3 * sum(roofline.seconds for roofline in result.rooflines)
+            axes.vlines(roofline, at - 0.36, at + 0.36, colors=INK, linewidth=1.6)
         axes.annotate(
             f"{middle:.0f}" if middle >= 1000 else f"{middle:.4g}",
             (middle, at),
@@ -128,7 +128,7 @@ def _generations(axes: Any, run: Run, ran: Sequence[Result], colours: dict[str, 
 
 
 def _short(launch: str) -> str:
-    """Scales by their number."""
+    """Short name of a launch: the number of a scale, "cond." or "dec."."""
     if launch in (names.CONDITION, names.DECODER):
         return {names.CONDITION: "cond.", names.DECODER: "dec."}[launch]
     return str(int(launch.rpartition("_")[2]))

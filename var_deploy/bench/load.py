@@ -1,7 +1,7 @@
-"""Closed-loop load on services: N clients, each of which asks again once it was answered.
+"""Closed-loop load test of services: N clients, each with one request at a time.
 
-Services and numbers of clients take turns, round after round, so that a slow minute of the machine
-hits all alike. Every image of a run has a seed of its own.
+Services and numbers of clients take turns in interleaved rounds, so that a slow minute of the
+machine affects all alike. Every image of a run has its own seed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 
 from var_deploy import __version__
 from var_deploy.bench.service import Connection, Question, Service
-from var_deploy.runtime.measure import Spread
+from var_deploy.runtime.measure import LatencyStats
 
 SCHEMA_VERSION = 1
-EACH = 4  # images that a client asks for in a round
+EACH = 4  # images per client and round
 
 Progress = Callable[[str, float], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadSettings:
-    """`concurrency`: numbers of clients; `repeat` rounds count, `warm_up` before them do not."""
+    """`concurrency`: numbers of clients; `repeat`: counted rounds; `warm_up`: rounds before."""
 
     concurrency: tuple[int, ...] = (1, 4, 16)
     repeat: int = 10
@@ -38,11 +38,11 @@ class LoadSettings:
 
 @dataclass(kw_only=True)
 class Level:
-    """A service under a number of clients; filled while the run goes on.
+    """Results of a service with a number of clients; filled during the run.
 
     Attributes:
-        latencies: seconds from a question to the last byte of its answer.
-        rates: images a second of each round.
+        latencies: seconds from a request to the last byte of its response.
+        rates: images per second of each round.
     """
 
     clients: int
@@ -51,12 +51,12 @@ class Level:
 
     @property
     def rate(self) -> float:
-        """Images a second of the median round."""
+        """Images per second, the median over the rounds."""
         return statistics.median(self.rates)
 
     @property
-    def latency(self) -> Spread:
-        return Spread.of(self.latencies)
+    def latency(self) -> LatencyStats:
+        return LatencyStats.of(self.latencies)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,8 +68,8 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What was found of a service."""
+class ServiceResult:
+    """The results of one service for all numbers of clients."""
 
     service: Service
     levels: Sequence[Level]
@@ -85,9 +85,11 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
+    """The report of one load test, with all services."""
+
     settings: LoadSettings
     date: str
-    results: Sequence[Loaded]
+    results: Sequence[ServiceResult]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -104,12 +106,12 @@ def load_services(
     settings: LoadSettings,
     progress: Progress = lambda message, fraction: None,
 ) -> LoadReport:
-    """Put load on the services in turn.
+    """Run the load test on the services in turn.
 
-    Raises BackendError at the first answer that is no image.
+    Raises BackendError at the first response that is not an image.
     """
     results = [
-        Loaded(service=service, levels=[Level(clients=n) for n in settings.concurrency])
+        ServiceResult(service=service, levels=[Level(clients=n) for n in settings.concurrency])
         for service in services
     ]
     seeds = itertools.count()
@@ -130,9 +132,9 @@ def load_services(
 
 
 def ask_together(service: Service, clients: int, seeds: Iterator[int]) -> tuple[list[float], float]:
-    """Seconds of each of EACH answers a client, and seconds of all of them together.
+    """Run one round: the latency of each request, EACH per client, and the seconds of the round.
 
-    Raises BackendError at the first answer that is no image.
+    Raises BackendError at the first response that is not an image.
     """
     asked = [[service.question(next(seeds)) for _ in range(EACH)] for _ in range(clients)]
     together, stopped = threading.Barrier(clients + 1), threading.Event()
@@ -159,5 +161,5 @@ def ask_together(service: Service, clients: int, seeds: Iterator[int]) -> tuple[
             started = time.perf_counter()
             latencies = [seconds for one in as_completed(working) for seconds in one.result()]
         finally:
-            stopped.set()  # where one failed, or Ctrl-C was pressed, the others ask no more
+            stopped.set()  # after a failure or Ctrl-C, the other clients send no more requests
     return latencies, time.perf_counter() - started

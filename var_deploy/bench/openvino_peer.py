@@ -1,12 +1,12 @@
-"""OpenVINO on the CPU, on our own graphs: what `bench` compares ONNX Runtime with.
+"""The worker that runs the bundle's graphs with OpenVINO on the CPU, a peer of `bench`.
 
     python -m var_deploy.bench.openvino_peer BUNDLE --hint f32 --batch N --threads N
 
-Static graphs, one compiled model a scale, are where OpenVINO is fastest: with `step` it infers the
-shapes of a thousand operations anew in every launch. Measured on pocket, one thread: an image in
-45 ms against 66 ms. Each compiled model packs its own copy of the weights, so memory grows with
-the number of scales (460 MB against 180 MB; ten copies of 0.8 GB for d16 in fp32). `--layout
-shared` is for machines on which that does not fit.
+OpenVINO is fastest with static graphs, one compiled model per scale: with `step` it infers the
+shapes of a thousand operations in every launch. Measured with pocket on one thread: 45 ms per
+image against 66 ms. Each compiled model packs its own copy of the weights, so memory grows with
+the number of scales (460 MB against 180 MB; ten copies of 0.8 GB for d16 in fp32). Use `--layout
+shared` on machines without that much memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.bench.worker import About, Sample, contender_parser, serve
+from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.bundle.files import GraphFile
 from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import Layout
@@ -40,7 +40,7 @@ SEED = 0
 
 
 class OpenVinoSession:
-    """One compiled model; each binding has an infer request of its own."""
+    """One compiled model; each binding has its own infer request."""
 
     def __init__(self, openvino: Any, compiled: Any, graph: str) -> None:
         self._openvino, self._compiled, self._graph = openvino, compiled, graph
@@ -57,6 +57,8 @@ class OpenVinoSession:
 
 
 class OpenVinoLaunch:
+    """An infer request with all tensors bound."""
+
     def __init__(self, request: Any, keep: object, graph: str) -> None:
         self._request, self._graph = request, graph
         self._keep = keep  # the request's tensors are views of these arrays
@@ -64,17 +66,17 @@ class OpenVinoLaunch:
     def __call__(self) -> None:
         try:
             self._request.infer(share_outputs=True)  # else every output is copied once more
-        except Exception as error:  # RuntimeError, and whatever a plugin throws
+        except Exception as error:  # RuntimeError, and other types from plugins
             raise BackendError(f"OpenVINO failed in {self._graph}: {one_line(error)}") from error
 
 
 class OpenVinoBackend(HostMemory):
-    """Compiles graphs for the CPU.
+    """Opens graphs with OpenVINO on the CPU.
 
     Args:
-        hint: precision to compute in, "f32" or "bf16". OpenVINO takes f32 without a word where
-            the CPU has no bf16; `describe` tells.
-        threads: for one graph; 0 takes every core that the process may use.
+        hint: precision to compute in, "f32" or "bf16". OpenVINO silently computes in f32 where the
+            CPU has no bf16; `describe` shows that.
+        threads: threads per graph; 0 takes every core that the process may use.
 
     Raises BackendError where openvino is not installed, UsageError for an unknown hint or threads
     out of range.
@@ -107,21 +109,21 @@ class OpenVinoBackend(HostMemory):
         self._threads = str(threads) if threads else "all cores"
 
     def open(self, graph: GraphFile) -> OpenVinoSession:
-        graph.read()  # whatever is wrong with the file is found before OpenVINO sees it
+        graph.read()  # raises for a damaged file before OpenVINO reads it
         try:
             compiled = self._core.compile_model(str(graph.path), "CPU", self._options)
-            # what it settled on: no more threads than cores, no precision that the CPU lacks
+            # the values in use: at most one thread per core, and a precision that the CPU has
             self.computes = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
             self._threads = str(compiled.get_property("INFERENCE_NUM_THREADS"))
-        except Exception as error:  # RuntimeError, and whatever a plugin throws
+        except Exception as error:  # RuntimeError, and other types from plugins
             raise BackendError(f"OpenVINO refuses {graph.path.name}: {one_line(error)}") from error
         return OpenVinoSession(self._openvino, compiled, graph.ref.name)
 
-    def finish(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+    def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
         return launches
 
     def close(self) -> None:
-        """Nothing is held here: models and memory go with the loop."""
+        """Does nothing: models and memory are freed with the loop."""
 
     def describe(self) -> dict[str, str]:
         precision = self._hint
@@ -136,19 +138,18 @@ class OpenVinoBackend(HostMemory):
         }
 
 
-class OpenVinoContender:
-    """Images in batches of the bundle's B, as `Pipeline` makes them.
+class OpenVinoWorker:
+    """The worker that generates images with OpenVINO, in batches of the bundle's B.
 
     Args:
-        images: of one generation.
-        precision: of the graphs in the bundle, as "fp32"; `hint` is what they are computed in.
-        layout: None takes the static graphs, or `step` where the bundle has no others.
+        images: images per generation.
+        precision: precision of the bundle's graphs; `hint`: the precision that computes them.
+        layout: None takes the static graphs, or `step` where the bundle has only that.
 
     Attributes:
-        images: of the last generation, [N, side, side, channels] uint8.
+        images: images of the last generation, [N, side, side, channels] uint8.
 
-    Raises BundleError where the bundle cannot be trusted, BackendError where OpenVINO is missing
-    or refuses.
+    Raises BundleError for a damaged bundle, BackendError where OpenVINO is missing or fails.
     """
 
     def __init__(
@@ -187,11 +188,11 @@ class OpenVinoContender:
         count = len(self.images)
         request = Request(
             labels=spread_labels(self._manifest.model.transformer.classes, count),
-            streams=[(SEED, n) for n in range(count)],
+            rng_keys=[(SEED, n) for n in range(count)],
             sampling=self._manifest.defaults,
             forced=self._forced(),
         )
-        self._clock.laps()  # what was marked before belongs to nobody
+        self._clock.laps()  # drop earlier marks
         started = time.perf_counter()
         self.images = self._batches.draw(request)
         seconds = time.perf_counter() - started
@@ -204,10 +205,10 @@ class OpenVinoContender:
         self._loop.close()
 
     def _forced(self) -> tuple[NDArray[np.int64], ...]:
-        """Tokens in place of the drawn ones where these are not to be had.
+        """Tokens that replace the sampled ones in bf16; () in f32.
 
-        In bf16 several codes share one number, and the sampler may arrive at none, which the loop
-        refuses. It computes all the same, so the time is that of a generation.
+        In bf16 several codes have the same cumulative probability, so the sampler may find no code,
+        which the loop refuses. The sampler still runs, so the time is that of a generation.
         """
         if self._backend.computes == "f32":
             return ()
@@ -216,7 +217,7 @@ class OpenVinoContender:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = contender_parser(
+    parser = worker_parser(
         "var_deploy.bench.openvino_peer", threads="every core that the process may use"
     )
     parser.add_argument("--precision", default="fp32", help="of the bundle's graphs")
@@ -224,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=["per-scale", "shared"], help="default: per-scale")
     given: Any = parser.parse_args(arguments)
 
-    def load() -> OpenVinoContender:
-        return OpenVinoContender(
+    def load() -> OpenVinoWorker:
+        return OpenVinoWorker(
             given.bundle,
             given.batch,
             precision=given.precision,

@@ -1,4 +1,4 @@
-"""This project's own contender: a `Pipeline` with a clock between its launches.
+"""The worker of this project: a `Pipeline` with a clock between its launches.
 
     python -m var_deploy.bench.ours BUNDLE --batch N --threads N --precision fp32
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from var_deploy import __version__
-from var_deploy.bench.worker import About, Sample, contender_parser, serve
+from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.config import RuntimeConfig
 from var_deploy.labels import spread_labels
 from var_deploy.pipeline import Pipeline
@@ -21,10 +21,10 @@ from var_deploy.runtime.measure import add_launches, launch_names
 
 
 class Ours:
-    """Loaded as `Pipeline.load` does it, hashes included.
+    """The worker that runs a bundle with `Pipeline`; loading includes the check of hashes.
 
     Args:
-        images: of one generation, whatever the bundle's batch.
+        images: number of images per generation, which may differ from the bundle's batch.
     """
 
     def __init__(self, bundle: Path, images: int, config: RuntimeConfig) -> None:
@@ -51,8 +51,8 @@ class Ours:
         )
 
     def generate(self) -> Sample:
-        """Labels to uint8 images; launches of several batches are added up."""
-        self._clock.laps()  # what was marked before belongs to nobody
+        """Time a generation from labels to uint8 images; launches are summed over batches."""
+        self._clock.laps()  # drop earlier marks
         started = time.perf_counter()
         self._pipeline.generate(self._labels)
         seconds = time.perf_counter() - started
@@ -65,7 +65,7 @@ class Ours:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = contender_parser(
+    parser = worker_parser(
         "var_deploy.bench.ours", threads="what the pipeline takes"
     )
     parser.add_argument("--precision", default="auto")

@@ -1,7 +1,6 @@
-"""Energy, where a machine reports it: RAPL on PCs, the rails of a Jetson, NVIDIA's cards.
+"""Measures energy where a machine reports it: RAPL on PCs, power rails of a Jetson, NVIDIA cards.
 
-Each source is a `Meter`, started before some work and stopped after it. What a machine draws while
-it does nothing is part of what is counted.
+Each source is a `Meter`, started before the work and stopped after it. Idle power is included.
 """
 
 from __future__ import annotations
@@ -19,25 +18,29 @@ from typing import Any, Protocol
 from var_deploy.host.machine import Machine
 
 SAMPLE_SECONDS = 0.1
-# Two ways to split what a module draws at its input, of which a board has one. The second is that
-# of AGX Orin: NVIDIA Jetson Linux Developer Guide, "Power Monitor", names the rails.
+# Rails that add up to the input power of a module; a board has one of these two sets. The second is
+# that of AGX Orin: NVIDIA Jetson Linux Developer Guide, "Power Monitor", names the rails.
 RAILS = (("VDD_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 SMI = ("nvidia-smi", "-i", "0", "--query-gpu=power.draw", "--format=csv,noheader,nounits")
 
 
 class Meter(Protocol):
-    """Counts joules between `start` and `stop`. Both raise OSError where it cannot be read."""
+    """Measures joules between `start` and `stop`. Both raise OSError where reading fails."""
 
     @property
     def name(self) -> str: ...
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Start to measure."""
+        ...
 
-    def stop(self) -> float: ...
+    def stop(self) -> float:
+        """Stop to measure; returns the joules since `start`."""
+        ...
 
 
 class EnergyCounter:
-    """A counter of microjoules that starts again at `span`, once between two readings at most."""
+    """A meter that reads a counter of microjoules, which wraps around at `span` at most once."""
 
     def __init__(self, name: str, read: Callable[[], int], span: int) -> None:
         self.name = name
@@ -52,7 +55,7 @@ class EnergyCounter:
 
 
 class PowerSamples:
-    """Watts, read again and again in a thread, and summed up by the trapezoidal rule."""
+    """A meter that samples watts in a thread and integrates them by the trapezoidal rule."""
 
     def __init__(
         self, name: str, read: Callable[[], float], seconds: float = SAMPLE_SECONDS
@@ -96,11 +99,11 @@ class PowerSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class Meters:
-    """What there is to read.
+    """The energy meters of a machine.
 
     Attributes:
-        found: sources that add up, none of which is part of another.
-        problem: why there are none, or why one is left out; "" where nothing is amiss.
+        found: meters whose energy adds up; none is part of another.
+        problem: why there are none, or why one is left out; "" without a problem.
     """
 
     found: Sequence[Meter] = ()
@@ -109,7 +112,7 @@ class Meters:
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Joules an image, by source; None where it is unknown, and why."""
+    """Joules per image by source, or the problem why they are unknown."""
 
     by_source: Mapping[str, float] = field(default_factory=dict)
     problem: str = ""
@@ -128,7 +131,7 @@ class Energy:
 
 
 def measure(meters: Meters, work: Callable[[], int]) -> Energy:
-    """Energy of `work`, which returns how many images it made."""
+    """Measure the energy of `work`, which returns its number of images."""
     if not meters.found:
         return Energy(problem=meters.problem)
     try:
@@ -139,14 +142,14 @@ def measure(meters: Meters, work: Callable[[], int]) -> Energy:
     except OSError as error:
         return Energy(problem=_why(error))
     finally:
-        for meter in meters.found:  # once more, for those that were not reached
+        for meter in meters.found:  # again, for meters that were not stopped above
             with contextlib.suppress(OSError):
                 meter.stop()
     return Energy(by_source=joules, problem=meters.problem)
 
 
 def find_meters(machine: Machine, root: Path = Path("/")) -> Meters:
-    """Every source of this machine; `root` is where its /sys lies."""
+    """Find all meters of this machine; `root` is the folder that contains sys/."""
     found: list[Meter] = []
     problems: list[str] = []
     for look in (_rapl, _rails):
@@ -167,7 +170,7 @@ def find_meters(machine: Machine, root: Path = Path("/")) -> Meters:
 
 
 def _rapl(root: Path) -> list[Meter]:
-    """Packages and their memory; what else there is (cores, graphics) is part of a package.
+    """RAPL meters of packages and memory; other zones (cores, graphics) are parts of a package.
 
     Linux, Documentation/power/powercap. AMD's processors come under the same names.
     """
@@ -178,7 +181,7 @@ def _rapl(root: Path) -> list[Meter]:
             continue
         counter = zone / "energy_uj"
         span = _number(zone / "max_energy_range_uj")
-        _number(counter)  # where only root may read it, that is better known now
+        _number(counter)  # raises now where only root may read it
         package = zone.name.split(":")[1]
         label = name if name != "dram" else f"dram-{package}"
         meters.append(EnergyCounter(label, partial(_number, counter), span))
@@ -194,7 +197,7 @@ def _number(path: Path) -> int:
 
 
 def _rails(root: Path) -> list[Meter]:
-    """What a Jetson module draws at its input: mV × mA of INA3221 channels."""
+    """The meter of a Jetson module's input power: mV × mA of INA3221 channels."""
     rails: dict[str, tuple[Path, Path]] = {}
     for label in sorted((root / "sys/class/hwmon").glob("hwmon*/in*_label")):
         channel = re.fullmatch(r"in(\d+)_label", label.name)
@@ -204,7 +207,7 @@ def _rails(root: Path) -> list[Meter]:
     for names in RAILS:
         if rails.keys() >= set(names):
             pairs = [rails[name] for name in names]
-            _product(pairs)  # a channel may be switched off
+            _product(pairs)  # raises where a channel is switched off
             return [PowerSamples(" + ".join(names), partial(_product, pairs))]
     return []
 
@@ -226,7 +229,7 @@ def _watts(text: str) -> float:
 
 
 def _why(error: OSError) -> str:
-    """In one line; of a file, which one."""
+    """The error in one line, with the name of the file."""
     if isinstance(error, PermissionError):
         return f"{error.filename} is for root alone"
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)

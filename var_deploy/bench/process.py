@@ -1,7 +1,7 @@
-"""A contender's process, as the one that asks it sees it.
+"""Starts and controls the process of a worker, and watches its memory.
 
-Whatever goes wrong with it is one `BackendError` in one line, and afterwards it is gone: a
-contender that dies, that says nothing for too long, or that cannot be understood.
+A worker that dies, that does not answer in time or that answers something unexpected raises a
+`BackendError` with one line, and its process is ended.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import IO, Any
 from var_deploy.bench.worker import GENERATE, About, Sample
 from var_deploy.errors import BackendError
 
-LOAD_SECONDS = 900.0  # torch.compile does its work with the first image, which is no quicker
-GENERATE_SECONDS = 1800.0
+LOAD_SECONDS = 900.0
+GENERATE_SECONDS = 1800.0  # torch.compile compiles during the first generation
 CLOSE_SECONDS = 10.0
 WATCH_SECONDS = 0.05
 PSS = re.compile(r"^Pss:\s+(\d+) kB", re.M)
 
 
-class ContenderProcess:
-    """Starts a program that speaks as `contender.serve` does; a context manager that ends it.
+class WorkerProcess:
+    """The process of a worker (see `worker.serve`); a context manager that ends it.
 
     Args:
         command: the program and its arguments.
-        load_seconds, generate_seconds: how long it may take to load and to make one generation.
+        load_seconds, generate_seconds: time limits for loading and for one generation.
 
     Attributes:
         cold: seconds from the start of the process to the end of its first generation, None
@@ -61,7 +61,7 @@ class ContenderProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                start_new_session=True,  # Ctrl-C reaches us alone, and we end all that it started
+                start_new_session=True,  # no Ctrl-C for the worker; `kill` ends its children
             )
         except OSError as error:
             self._errors.close()
@@ -74,14 +74,14 @@ class ContenderProcess:
         return self._process.pid
 
     def ready(self) -> About:
-        """Wait until it is loaded; what it says of itself."""
+        """Wait until the worker is loaded; returns its description."""
         about = About.read(self._reply(self._load_seconds, "loading").get("ready"))
         if about is None:
             raise self._refuse("did not say that it is ready")
         return about
 
     def generate(self) -> Sample:
-        """Ask for one generation and wait for it."""
+        """Request one generation and wait for it."""
         if self._gone:
             raise BackendError("the program has ended")
         try:
@@ -89,7 +89,7 @@ class ContenderProcess:
             self._process.stdin.write(f"{GENERATE}\n".encode())
             self._process.stdin.flush()
         except OSError:
-            pass  # it has gone: the missing answer tells
+            pass  # the process has ended, which `_reply` reports
         reply = self._reply(self._generate_seconds, "generating")
         try:
             launches = {str(name): float(s) for name, s in reply["launches"].items()}
@@ -103,7 +103,7 @@ class ContenderProcess:
         return sample
 
     def close(self) -> None:
-        """Let it end, or end it and all that it started; safe to call twice."""
+        """Let the worker end by itself, else kill it and its children; safe to call twice."""
         if self._gone:
             return
         try:
@@ -116,11 +116,11 @@ class ContenderProcess:
             self.kill()
 
     def kill(self) -> None:
-        """End it, and all that it started, at once; safe to call twice."""
+        """Kill the worker and its children at once; safe to call twice."""
         if self._gone:
             return
         self._gone = True
-        if hasattr(os, "killpg"):  # also where it has ended: what it started may live on
+        if hasattr(os, "killpg"):  # also where it has ended: its children may live on
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
@@ -130,7 +130,7 @@ class ContenderProcess:
             self._process.stdin.close()
         self._errors.close()
 
-    def __enter__(self) -> ContenderProcess:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(
@@ -145,7 +145,7 @@ class ContenderProcess:
             self.kill()
 
     def _listen(self) -> None:
-        """Pass on what it says; in a thread, so that waiting for it can come to an end."""
+        """Put the worker's lines into a queue; runs in a thread, so that waits can time out."""
         assert self._process.stdout is not None
         with self._process.stdout as replies:
             for line in replies:
@@ -175,7 +175,7 @@ class ContenderProcess:
         return BackendError(f"the program {why}")
 
     def _last_words(self) -> str:
-        """How it ended, with the last line that it wrote to stderr."""
+        """Describe how the worker ended, with the last line that it wrote to stderr."""
         try:
             code = self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -190,13 +190,14 @@ class ContenderProcess:
 
 
 class MemoryWatch:
-    """Looks at a process's PSS every 50 ms, from entry to exit of the context.
+    """Reads a process's PSS (proportional set size) every 50 ms within the context.
 
-    PSS shares out pages that several processes map; a process that is to be judged has to be the
-    only one that maps its files. Looking takes milliseconds a gigabyte: no time for a stopwatch.
+    PSS divides shared pages among the processes that map them, so no other process may map the
+    files of the watched one. Reading takes milliseconds per gigabyte: do not time anything
+    meanwhile.
 
     Attributes:
-        peak: bytes, None where they could not be read; `problem` says why.
+        peak: largest PSS in bytes, None where it could not be read; `problem`: the reason.
     """
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:

@@ -1,9 +1,9 @@
-"""How fast this machine multiplies, convolves and copies at best: what a floor is made of.
+"""Measures this machine's best rates of products, convolutions and copies, for rooflines.
 
     python -m var_deploy.bench.rates --threads N
 
-A contender like the others, so that its rates are taken in the same minutes as the times that they
-are held against. The graphs are those of `export/graphs/probes.py`, opened as a bundle's are.
+It is a worker like the others, so that rates are measured in the same minutes as the times that
+they are compared with. The graphs are those of `export/graphs/probes.py`, opened as a bundle's are.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ LENGTHS = (72, 200, 512)  # M: rows of two images at a middle scale, of the last
 CHANNELS, SIDE = 160, 128  # of the convolutions: a layer of the released decoder
 GEMM_FP32, GEMM_INT8, CONV_FP32, CONV_INT8 = "gemm_fp32", "gemm_int8", "conv_fp32", "conv_int8"
 COPY = "copy"
-# that a thread copies from and to; far more than caches hold
+# bytes that each thread copies, far more than caches hold; and those of all threads at most
 COPIED, MOST_COPIED = 1 << 26, 1 << 31
 REPEATS = 3  # of a probe in one generation, after one that is not counted
 
 
 def amounts(threads: int) -> dict[str, float]:
-    """Operations of every probe, and the bytes that `copy` reads and writes."""
+    """Probe → its number of operations; for `copy`, the bytes that are read and written."""
     found: dict[str, float] = {
         f"{kind} {length}": 2.0 * length * K * N
         for kind in (GEMM_FP32, GEMM_INT8)
@@ -54,14 +54,14 @@ def _copied(threads: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Operations and bytes a second.
+    """Measured rates of this machine, per second.
 
     Attributes:
-        gemm: by "fp32" and "int8", the best over the lengths.
-        conv: likewise.
+        gemm: "fp32" and "int8" → operations of matrix products, the best over all lengths.
+        conv: "fp32" and "int8" → operations of convolutions.
         bandwidth: bytes read and written in copies by all threads at once.
-        probes: what each probe came to, by name.
-        threads: that worked.
+        probes: probe → its rate.
+        threads: number of threads in use.
     """
 
     gemm: Mapping[str, float]
@@ -72,7 +72,7 @@ class Rates:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], threads: int) -> Rates:
-        """From the medians over all samples."""
+        """Compute the rates from the medians over all samples."""
         probes = {
             name: amount / statistics.median(sample.launches[name] for sample in samples)
             for name, amount in amounts(threads).items()
@@ -100,10 +100,10 @@ class Rates:
 
 
 class RateProbes:
-    """Every probe, ready to run: a `Contender` whose launches are the probes.
+    """The `Worker` that measures rates: its launches are the probes.
 
     Args:
-        threads: 0 takes every core that the process may use.
+        threads: number of threads; 0 takes every core that the process may use.
     """
 
     def __init__(self, threads: int) -> None:
@@ -120,7 +120,7 @@ class RateProbes:
             self._probes[kind] = self._open(kind).bind({"x": x}, {"y": y})
         self._pool = ThreadPoolExecutor(self._threads)
         size = _copied(self._threads)
-        # ones: pages of zeros that nobody wrote are one and the same page
+        # ones: pages of zeros that were never written are all the same physical page
         self._copies = [
             (np.ones(size, np.uint8), np.ones(size, np.uint8)) for _ in range(self._threads)
         ]
@@ -131,7 +131,7 @@ class RateProbes:
         return About(settings=settings, threads=self._threads)
 
     def generate(self) -> Sample:
-        """Every probe: the median of a few runs."""
+        """Run every probe a few times; the launches are the medians."""
         started = time.perf_counter()
         launches = {name: _typical(run) for name, run in self._probes.items()}
         return Sample(seconds=time.perf_counter() - started, launches=launches)
@@ -145,7 +145,7 @@ class RateProbes:
         return self._backend.open(GraphFile.outside(Path(__file__).with_name(f"{kind}.onnx")))
 
     def _array(self, dtype: Any, *shape: int) -> Array:
-        """Numbers that vary, as in a picture."""
+        """An array of random numbers."""
         kind = np.dtype(dtype)
         block = self._backend.allocate(int(np.prod(shape)) * kind.itemsize)
         array = Array(block.address, shape, kind, block.owner)
@@ -155,7 +155,7 @@ class RateProbes:
         return array
 
     def _copy(self) -> None:
-        """NumPy lets go of the interpreter's lock while it copies."""
+        """Copy in all threads at once; NumPy releases the interpreter's lock meanwhile."""
         for done in [self._pool.submit(np.copyto, *pair) for pair in self._copies]:
             done.result()
 

@@ -1,4 +1,4 @@
-"""What a run of `bench` found, and what it was run on."""
+"""The report of `bench`: results, and the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from var_deploy import __version__
 from var_deploy.bench.power import Energy
 from var_deploy.bench.rates import Rates
-from var_deploy.bench.roofline import Floor, reached
+from var_deploy.bench.roofline import Roofline, reached
 from var_deploy.bench.worker import About, Sample
 from var_deploy.errors import UsageError
 from var_deploy.host.machine import Machine, jetson_model
 from var_deploy.manifest import Manifest
 from var_deploy.planning.devices import cpu_device
-from var_deploy.runtime.measure import Spread
+from var_deploy.runtime.measure import LatencyStats
 
 SCHEMA_VERSION = 1
-# what decides the speed of products, by the names that Linux gives them
+# instruction sets that decide the speed of products, by their names in Linux
 ISA = (
     "avx2",
     "avx512f",
@@ -40,7 +40,7 @@ ISA = (
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """The machine. `isa` holds those of ISA that it has; `memory` is in bytes, 0 if unknown."""
+    """The machine. `isa`: those of ISA that it has; `memory`: bytes, 0 where unknown."""
 
     cpu: str
     processors: int
@@ -73,17 +73,17 @@ class Surroundings:
 
 @dataclass(kw_only=True)
 class Result:
-    """One contender; filled while the run goes on.
+    """The result of one worker; filled during the run.
 
     Attributes:
-        name: as in the table; `ours`: whether it is this project.
-        about: what it says of itself, None where it did not come to that.
+        name: name in the table; `ours`: whether it runs this project's runtime.
+        about: the worker's description, None where it did not get ready.
         problem: why it could not run, "" where it could.
         cold: seconds from the start of its process to its first image.
-        peak: bytes of PSS, None where unknown, and why.
-        samples: one a round.
-        weights: bytes of the weights that it uses, None where it does not tell.
-        least: floors of its launches, and why there are none.
+        peak: peak PSS in bytes, None where unknown; `peak_problem`: the reason.
+        samples: one sample per round.
+        weights: bytes of the weights that it uses, None where unknown.
+        rooflines: the least time of each launch; `roofline_problem`: why there are none.
     """
 
     name: str
@@ -96,29 +96,29 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
     energy: Energy = field(default_factory=Energy)
     weights: int | None = None
-    least: Sequence[Floor] = ()
-    least_problem: str = ""
+    rooflines: Sequence[Roofline] = ()
+    roofline_problem: str = ""
 
     @property
     def ran(self) -> bool:
         return not self.problem and bool(self.samples)
 
     @property
-    def whole(self) -> Spread:
-        """One generation."""
-        return Spread.of([sample.seconds for sample in self.samples])
+    def whole(self) -> LatencyStats:
+        """Statistics of the time of one generation."""
+        return LatencyStats.of([sample.seconds for sample in self.samples])
 
     @property
-    def launches(self) -> dict[str, Spread]:
-        """By name; empty where they cannot be told apart."""
+    def launches(self) -> dict[str, LatencyStats]:
+        """Launch → statistics of its time; empty where the worker does not tell them apart."""
         names = self.samples[0].launches if self.samples else {}
         if any(sample.launches.keys() != names.keys() for sample in self.samples):
             return {}
-        return {name: Spread.of([s.launches[name] for s in self.samples]) for name in names}
+        return {name: LatencyStats.of([s.launches[name] for s in self.samples]) for name in names}
 
     @property
     def host_share(self) -> float | None:
-        """Part of a generation that lies outside of all launches."""
+        """Share of a generation's time that is spent outside of all launches."""
         if not self.launches:
             return None
         return statistics.median(1 - sum(s.launches.values()) / s.seconds for s in self.samples)
@@ -129,10 +129,10 @@ class Result:
 
     @property
     def reached(self) -> float | None:
-        """The floor over the time of a generation."""
-        if not self.least:
+        """The least time of a generation by its roofline, divided by the measured time."""
+        if not self.rooflines:
             return None
-        return sum(floor.seconds for floor in self.least) / self.whole.median
+        return sum(roofline.seconds for roofline in self.rooflines) / self.whole.median
 
     def to_json(self, images: int, first: Result | None) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -159,14 +159,14 @@ class Result:
             "ratio": _rounded(ratio, 5),
             "host_share": _rounded(self.host_share, 5),
             "launches": {name: spread.to_json() for name, spread in self.launches.items()},
-            "floor": reached(self.launches, self.whole, self.least) if self.least else None,
-            "floor_problem": self.least_problem,
+            "floor": reached(self.launches, self.whole, self.rooflines) if self.rooflines else None,
+            "floor_problem": self.roofline_problem,
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything with one number of images a generation."""
+    """The results of all workers for one number of images per generation."""
 
     images: int
     results: Sequence[Result]
@@ -175,7 +175,7 @@ class Run:
 
     @property
     def first(self) -> Result | None:
-        """What the others are held against: the first one that ran."""
+        """The result that ratios refer to: the first worker that ran."""
         return next((result for result in self.results if result.ran), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -188,11 +188,11 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All runs of one call.
+class BenchReport:
+    """The report of one call of `bench`, with all runs.
 
     Attributes:
-        settings: threads, rounds and the like, as words and numbers.
+        settings: threads, rounds and so on, as JSON values.
         date: ISO 8601, UTC.
     """
 
@@ -205,7 +205,7 @@ class Report:
 
     @property
     def failed(self) -> list[Result]:
-        """What of our own did not run."""
+        """The results of this project's workers that did not run."""
         return [r for run in self.runs for r in run.results if r.ours and not r.ran]
 
     def to_json(self) -> dict[str, Any]:

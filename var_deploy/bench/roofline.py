@@ -1,4 +1,4 @@
-"""The least time that a device's rates allow, and how near to it a run came."""
+"""Rooflines: the least time of a launch by a device's rates, and the share that was reached."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from var_deploy.planning.costs import Workload
 from var_deploy.planning.devices import Device
 from var_deploy.planning.plan import launch_times
-from var_deploy.runtime.measure import Spread
+from var_deploy.runtime.measure import LatencyStats
 
 
 @dataclass(frozen=True, kw_only=True)
-class Floor:
-    """The least time of one launch, twice: to move its bytes, and to do its operations."""
+class Roofline:
+    """The least seconds of one launch: `moving` its bytes, and `computing` its operations."""
 
     name: str
     traffic: int
@@ -27,10 +27,10 @@ class Floor:
         return max(self.moving, self.computing)
 
 
-def floors(workload: Workload, device: Device) -> list[Floor]:
-    """Floors of every launch of B images, as `plan` counts bytes and operations."""
+def rooflines(workload: Workload, device: Device) -> list[Roofline]:
+    """The roofline of every launch of B images, with bytes and operations as in `plan`."""
     return [
-        Floor(
+        Roofline(
             name=launch.work.name,
             traffic=launch.work.traffic,
             operations=launch.work.compute_operations + launch.work.full_operations,
@@ -42,24 +42,24 @@ def floors(workload: Workload, device: Device) -> list[Floor]:
 
 
 def reached(
-    launches: Mapping[str, Spread], whole: Spread, least: Sequence[Floor]
+    launches: Mapping[str, LatencyStats], whole: LatencyStats, rooflines: Sequence[Roofline]
 ) -> dict[str, Any]:
-    """What part of the measured times the floors are: 1 is the floor itself."""
+    """The least times divided by the measured times, as JSON values; 1 is the roofline."""
     rows = []
-    for floor in least:
-        measured = launches.get(floor.name)
+    for roofline in rooflines:
+        measured = launches.get(roofline.name)
         rows.append(
             {
-                "launch": floor.name,
-                "bytes": floor.traffic,
-                "operations": floor.operations,
-                "moving_ms": round(floor.moving * 1e3, 5),
-                "computing_ms": round(floor.computing * 1e3, 5),
+                "launch": roofline.name,
+                "bytes": roofline.traffic,
+                "operations": roofline.operations,
+                "moving_ms": round(roofline.moving * 1e3, 5),
+                "computing_ms": round(roofline.computing * 1e3, 5),
                 "measured_ms": measured and round(measured.median * 1e3, 5),
-                "reached": measured and round(floor.seconds / measured.median, 4),
+                "reached": measured and round(roofline.seconds / measured.median, 4),
             }
         )
-    seconds = sum(floor.seconds for floor in least)
+    seconds = sum(roofline.seconds for roofline in rooflines)
     return {
         "floor_ms": round(seconds * 1e3, 5),
         "measured_ms": round(whole.median * 1e3, 5),

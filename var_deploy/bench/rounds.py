@@ -1,8 +1,8 @@
-"""Every contender alone, for its memory; then all of them in turn, round after round.
+"""Measures workers: first the memory of each alone, then the times of all in interleaved rounds.
 
-Memory comes first and apart: PSS shares out what several processes map, and looking at it takes
-time that a stopwatch would see. Rounds are interleaved so that a slow minute of the machine hits
-all alike; whoever is not asked waits without taking a processor.
+Memory is measured separately, since PSS divides pages among processes, and reading it would disturb
+timings. Rounds are interleaved, so that a slow minute of the machine affects all workers alike; a
+worker that waits uses no processor.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from functools import partial
 from pathlib import Path
 
 from var_deploy.bench.power import Energy, Meters, measure
-from var_deploy.bench.process import ContenderProcess, MemoryWatch
+from var_deploy.bench.process import MemoryWatch, WorkerProcess
 from var_deploy.bench.report import Result
 from var_deploy.bench.worker import About, Sample
 from var_deploy.errors import BackendError
 
 ALONE = 2  # generations while memory is watched
-# The threads of a library spin for a moment after their work, in case more follows: as long as
-# they do, the next contender would not have the processor to itself.
+# Seconds between two workers. Threads of a library spin for a moment after their work and would
+# take processors from the next worker.
 PAUSE = 0.05
 ENERGY_SECONDS = 5.0
-SETTLE_SECONDS = 1.5  # before energy counts: NVIDIA's cards tell the mean of the last second
+SETTLE_SECONDS = 1.5  # before energy is measured: NVIDIA cards report the mean of the last second
 PROC = Path("/proc")
 
 Progress = Callable[[str, float], object]
-Start = Callable[[Sequence[str]], ContenderProcess]
+Start = Callable[[Sequence[str]], WorkerProcess]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A contender that is to run: its program, or why there is none."""
+    """A worker to run: its name and command, or the problem why it cannot run."""
 
     name: str
     ours: bool
@@ -45,14 +45,14 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """How often, and with what.
+    """Settings of a comparison.
 
     Attributes:
-        images: of one generation.
-        warm_up, repeat: rounds that do not count, then rounds that do.
-        meters: of the energy, which is measured after the rounds where there are some.
-        proc: where the kernel tells the memory of processes.
-        start: starts a contender.
+        images: images per generation.
+        warm_up, repeat: rounds that are not counted, then rounds that are.
+        meters: energy meters, read after the rounds.
+        proc: folder /proc, from which memory is read.
+        start: starts a worker's process.
     """
 
     images: int
@@ -60,12 +60,12 @@ class Rounds:
     repeat: int
     meters: Meters = field(default_factory=Meters)
     proc: Path = PROC
-    start: Start = ContenderProcess
+    start: Start = WorkerProcess
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rated:
-    """What the process that measures the machine came to: samples, or the problem."""
+    """Result of the process that measures the machine's rates: samples, or the problem."""
 
     about: About | None = None
     samples: tuple[Sample, ...] = ()
@@ -73,11 +73,11 @@ class Rated:
 
 
 class Comparison:
-    """Contenders, and a program that measures the machine in between.
+    """Runs workers in turn, and in between a program that measures the machine's rates.
 
     Args:
-        entries: in the order in which they take turns.
-        rates: the command of that program.
+        entries: workers, in the order of their turns.
+        rates: command of the program that measures rates.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class Comparison:
         self._done = 0
 
     def run(self) -> None:
-        """Fill `results` and `rated`. What goes wrong with a contender is noted and ends it."""
+        """Fill `results` and `rated`. An error of a worker is recorded and ends that worker."""
         for result in self._running():
             with self._noting(result):
                 self._alone(result)
         with contextlib.ExitStack() as stack:
             clock = self._start_rates(stack)
-            started: dict[str, ContenderProcess] = {}
+            started: dict[str, WorkerProcess] = {}
             for result in self._running():
                 with self._noting(result):
                     started[result.name] = self._start(result, stack)
@@ -123,7 +123,7 @@ class Comparison:
         self._done += steps
 
     def _alone(self, result: Result) -> None:
-        """Nobody else maps its files now: its PSS is all its own."""
+        """Measure the peak PSS of a worker, while no other process maps its files."""
         self._told(f"{result.name}: memory", ALONE + 3)
         rounds = self._rounds
         with (
@@ -135,7 +135,7 @@ class Comparison:
                 process.generate()
         result.peak, result.peak_problem = watch.peak, watch.problem
 
-    def _start(self, result: Result, stack: contextlib.ExitStack) -> ContenderProcess:
+    def _start(self, result: Result, stack: contextlib.ExitStack) -> WorkerProcess:
         self._told(f"{result.name}: first image", 3)
         process = stack.enter_context(self._rounds.start(self._commands[result.name]))
         process.ready()
@@ -143,7 +143,7 @@ class Comparison:
         result.cold = process.cold
         return process
 
-    def _start_rates(self, stack: contextlib.ExitStack) -> ContenderProcess | None:
+    def _start_rates(self, stack: contextlib.ExitStack) -> WorkerProcess | None:
         try:
             process = stack.enter_context(self._rounds.start(self._rates))
             self.rated = Rated(about=process.ready())
@@ -154,7 +154,7 @@ class Comparison:
         return process
 
     def _round(
-        self, number: int, clock: ContenderProcess | None, started: dict[str, ContenderProcess]
+        self, number: int, clock: WorkerProcess | None, started: dict[str, WorkerProcess]
     ) -> None:
         counts = number >= 0
         name = f"round {number + 1} of {self._rounds.repeat}" if counts else "warming up"
@@ -169,15 +169,15 @@ class Comparison:
                 if counts:
                     result.samples.append(sample)
 
-    def _rate(self, clock: ContenderProcess) -> None:
+    def _rate(self, clock: WorkerProcess) -> None:
         rated = self.rated
         try:
             self.rated = dataclasses.replace(rated, samples=(*rated.samples, clock.generate()))
         except BackendError as error:
             self.rated = Rated(problem=str(error))
 
-    def _energy(self, result: Result, process: ContenderProcess) -> None:
-        """One generation after the other, for some seconds."""
+    def _energy(self, result: Result, process: WorkerProcess) -> None:
+        """Measure the energy of a worker that generates without pauses for some seconds."""
         if not self._rounds.meters.found:
             result.energy = Energy(problem=self._rounds.meters.problem)
             return

@@ -1,4 +1,4 @@
-"""What is compared with what, and the floors that it is held against."""
+"""Sets up and runs `bench`: which workers are compared, and the rooflines of their launches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, cast
 from var_deploy import names
 from var_deploy.bench.power import find_meters
 from var_deploy.bench.rates import Rates
-from var_deploy.bench.report import Report, Result, Run, Surroundings
-from var_deploy.bench.roofline import Floor, floors
+from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
+from var_deploy.bench.roofline import Roofline, rooflines
 from var_deploy.bench.rounds import Comparison, Entry, Progress, Rated, Rounds
 from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
@@ -30,11 +30,11 @@ OURS, RATES = "var_deploy.bench.ours", "var_deploy.bench.rates"
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Somebody else's way to run the same model.
+    """Another runtime for the same model, which `bench` compares with.
 
     Attributes:
-        module: a program that speaks as `contender.serve` does, with its `arguments`.
-        needs: the Python module that it cannot do without, and the extra that brings it.
+        module: module of the worker program (see `worker.serve`), and its `arguments`.
+        needs: the Python module that it requires; `extra`: the extra that installs it.
     """
 
     module: str
@@ -70,14 +70,14 @@ PEERS: Mapping[str, Peer] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared.
+    """Settings of `bench`.
 
     Attributes:
-        batches: images of a generation; a run for each.
-        configs: of our own contenders, one each. Their threads, which are the same in all of them,
-            are for everything; None is a thread for each core that the process may use.
+        batches: numbers of images per generation; there is one run for each.
+        configs: one config per worker of this project. All have the same number of threads, which
+            holds for the peers too; None is one thread for each core that the process may use.
         against: names of PEERS.
-        repeat: rounds that count; `warm_up`: rounds before, that do not.
+        repeat: rounds that are counted; `warm_up`: rounds before them that are not.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -111,11 +111,11 @@ def bench(
     *,
     machine: Machine | None = None,
     progress: Progress = lambda message, fraction: None,
-) -> Report:
-    """Compare, and say what was found.
+) -> BenchReport:
+    """Run all comparisons and return the report.
 
-    A contender that fails is in the report, with its reason. Raises BundleError for a bundle that
-    cannot be trusted or that lacks a precision.
+    A worker that fails is listed in the report with its problem. Raises BundleError for a damaged
+    bundle, or one that lacks a precision.
     """
     machine = machine or Machine()
     manifest = read_manifest(bundle)
@@ -123,7 +123,7 @@ def bench(
         if config.precision != AUTO:
             manifest.graph(config.precision, names.DECODER)
     progress("reading the bundle", 0.0)
-    check_files(bundle, manifest)  # which also brings it into the page cache, for all alike
+    check_files(bundle, manifest)  # also reads it into the page cache, for all workers
     surroundings, meters, runs = Surroundings.of(machine), find_meters(machine), []
     for number, images in enumerate(settings.batches):
         rounds = Rounds(
@@ -136,8 +136,8 @@ def bench(
             partial(_part, progress, settings.batches, number),
         )
         comparison.run()
-        runs.append(judge(comparison, manifest, images, machine))
-    return Report(
+        runs.append(evaluate(comparison, manifest, images, machine))
+    return BenchReport(
         name=bundle.absolute().name,
         manifest=manifest,
         surroundings=surroundings,
@@ -150,13 +150,13 @@ def bench(
 def _part(
     progress: Progress, batches: Sequence[int], number: int, message: str, fraction: float
 ) -> None:
-    """Progress of one run as a part of all."""
+    """Report the progress of one run as a part of all runs."""
     prefix = f"{batches[number]} a generation, " if len(batches) > 1 else ""
     progress(prefix + message, (number + fraction) / len(batches))
 
 
 def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> list[Entry]:
-    """Ours first, then the peers, as they were named."""
+    """The workers to run: those of this project first, then the peers in the given order."""
     found = []
     options = (bundle, "--batch", images, "--threads", settings.threads or 0)
     for config in settings.configs:
@@ -175,11 +175,11 @@ def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> 
     return found
 
 
-# what the times are held against
+# rates and rooflines
 
 
-def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
-    """A run with its rates, and floors for our own contenders."""
+def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: Machine) -> Run:
+    """The result of a comparison, with rates, and rooflines for this project's workers."""
     rated = comparison.rated
     found = None
     if rated.samples and rated.about is not None:
@@ -194,17 +194,19 @@ def judge(comparison: Comparison, manifest: Manifest, images: int, machine: Mach
             try:
                 device = _device(result, found, rated, machine)
             except UsageError as error:
-                result.least_problem = str(error)
+                result.roofline_problem = str(error)
                 continue
-            result.least = least(manifest, precision, images, device)
+            result.rooflines = generation_rooflines(manifest, precision, images, device)
     return Run(
         images=images, results=comparison.results, rates=found, rates_problem=rated.problem
     )
 
 
 def weights_used(manifest: Manifest, precision: str) -> int:
-    """Bytes of the weights of one generation, each counted once: the static graphs of the scales
-    hold together what `step` holds."""
+    """Bytes of the weights of one generation, each counted once.
+
+    The static graphs of all scales together have the same weights as `step`.
+    """
     graphs = manifest.graphs[precision]
     workload = workload_of(manifest, cast(Precision, precision))
     wanted = [graph.name for graph in generation_graphs(manifest.model, "shared")]
@@ -216,23 +218,25 @@ def weights_used(manifest: Manifest, precision: str) -> int:
     )
 
 
-def least(manifest: Manifest, precision: str, images: int, device: Device) -> list[Floor]:
-    """Floors of the launches of a generation, those of several batches added up."""
+def generation_rooflines(
+    manifest: Manifest, precision: str, images: int, device: Device
+) -> list[Roofline]:
+    """Least time of each launch of a generation of `images` images, summed over its batches."""
     batches = -(-images // manifest.batch)
     return [
         dataclasses.replace(
-            floor,
-            traffic=batches * floor.traffic,
-            operations=batches * floor.operations,
-            moving=batches * floor.moving,
-            computing=batches * floor.computing,
+            roofline,
+            traffic=batches * roofline.traffic,
+            operations=batches * roofline.operations,
+            moving=batches * roofline.moving,
+            computing=batches * roofline.computing,
         )
-        for floor in floors(workload_of(manifest, cast(Precision, precision)), device)
+        for roofline in rooflines(workload_of(manifest, cast(Precision, precision)), device)
     ]
 
 
 def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:
-    """What a contender ran on: a CPU as it was measured, a GPU as it is published.
+    """The device of a worker: a CPU with measured rates, a GPU with published ones.
 
     Raises UsageError where the rates are not known.
     """
@@ -244,7 +248,7 @@ def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine)
 
 
 def measured_device(found: Rates) -> Device:
-    """The measured rates as a device: int8 products have one of their own."""
+    """A `Device` with the measured rates of this machine; int8 products have their own rate."""
     return Device(
         name="measured",
         title="this machine, as measured",

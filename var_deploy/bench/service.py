@@ -1,8 +1,8 @@
-"""Services that draw images over HTTP: ours, and a model of NVIDIA Triton.
+"""HTTP clients for services that generate images: `var-deploy serve`, and a model of NVIDIA Triton.
 
-A `Service` says what to send for an image; `Connection` sends it and waits for the answer. Triton
-is asked by the KServe v2 protocol with its extension for binary data, for which no library of
-NVIDIA's is needed.
+A `Service` composes the request for an image; `Connection` sends it and waits for the response.
+Requests to Triton follow the KServe v2 protocol with its binary data extension, without NVIDIA's
+client library.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 from var_deploy.errors import BackendError, UsageError, one_line
 
 SCHEME = "http://"
-TIMEOUT = 600.0  # seconds for one answer
-LABEL = 0  # of every image: what one costs does not depend on it
+TIMEOUT = 600.0  # seconds for one response
+LABEL = 0  # of every image: the time does not depend on it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Of a service; `path` has no slash at its end, and is "" for the root."""
+    """Address of a service; `path` has no slash at its end, and is "" for the root."""
 
     host: str
     port: int
@@ -34,20 +34,20 @@ class Address:
 
     @classmethod
     def read(cls, url: str) -> Address:
-        """Raises UsageError for what is no http:// address."""
+        """Parse a URL. Raises UsageError where it is not an http:// address."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
         except ValueError:
             host = None
         if host is None or not url.startswith(SCHEME) or parts.query or parts.fragment:
-            raise UsageError(f"{url!r} is no address; write {SCHEME}host:port")
+            raise UsageError(f"{url!r} is not an address; write {SCHEME}host:port")
         return cls(host=host, port=port or 80, path=parts.path.rstrip("/"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A POST to `path`."""
+    """The request for an image: a POST to `path`."""
 
     path: str
     body: bytes
@@ -56,7 +56,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Service(ABC):
-    """A service that was found at an address; `about` is what it says of itself."""
+    """A service that was found at an address; `about` has its settings."""
 
     kind: ClassVar[str]
     url: str
@@ -65,11 +65,11 @@ class Service(ABC):
 
     @abstractmethod
     def question(self, seed: int) -> Question:
-        """What asks for one image of this seed."""
+        """The request for one image with this seed."""
 
 
 class OurService(Service):
-    """`var-deploy serve`."""
+    """The service of `var-deploy serve`."""
 
     kind = "var-deploy"
 
@@ -80,7 +80,7 @@ class OurService(Service):
 
 
 class TritonModel(Service):
-    """A model that `var-deploy triton` wrote."""
+    """A model on Triton, from a repository that `var-deploy triton` wrote."""
 
     kind = "triton"
 
@@ -102,14 +102,14 @@ class TritonModel(Service):
 
 
 class Connection:
-    """Kept open from one question to the next; for one thread."""
+    """An HTTP connection that is kept open between requests; for one thread."""
 
     def __init__(self, address: Address) -> None:
         self._where = f"{SCHEME}{address.host}:{address.port}"
         self._http = http.client.HTTPConnection(address.host, address.port, timeout=TIMEOUT)
 
     def open(self) -> None:
-        """What the first exchange would do."""
+        """Connect now, so that the first request does not include it."""
         with self._told():
             self._http.connect()
 
@@ -117,7 +117,7 @@ class Connection:
         return self._exchange("GET", path, None, {})
 
     def ask(self, question: Question) -> bytes:
-        """Raises BackendError for any answer but an image."""
+        """Send a request; returns the image. Raises BackendError for any other response."""
         status, data = self._exchange("POST", question.path, question.body, question.headers)
         if status != 200:
             raise BackendError(f"{self._where}{question.path} answered {status}: {_error(data)}")
@@ -143,10 +143,10 @@ class Connection:
 
 
 def find_service(url: str) -> Service:
-    """Ask what is served at an address.
+    """Find out which kind of service runs at a URL.
 
-    Raises UsageError for what is no address, BackendError where nobody answers, or nobody that is
-    known.
+    Raises UsageError where it is not an address, BackendError where no service answers, or one of
+    another kind.
     """
     address = Address.read(url)
     with contextlib.closing(Connection(address)) as connection:
@@ -155,7 +155,7 @@ def find_service(url: str) -> Service:
         found = _json(connection, f"{address.path}/v1/model")
     if "digest" not in found:
         raise BackendError(
-            f"{url} is no service of var-deploy; a model of Triton is named as in "
+            f"{url} is not a service of var-deploy; the address of a Triton model is "
             f"{SCHEME}host:port/v2/models/NAME"
         )
     told = ("digest", "precision", "backend", "batch")
@@ -168,14 +168,14 @@ def _triton(connection: Connection, address: Address) -> dict[str, str]:
     config = _json(connection, f"{address.path}/config")
     parameters = config.get("parameters") or {}
     if "digest" not in parameters:
-        raise BackendError(f"{where} is no model that var-deploy triton wrote, or not loaded")
+        raise BackendError(f"{where} is not a model of var-deploy triton, or it is not loaded")
     told = {name: str(value.get("string_value")) for name, value in parameters.items()}
     instances = sum(group.get("count", 1) for group in config.get("instance_group", []))
     return {**told, "batch": str(config.get("max_batch_size")), "instances": str(instances)}
 
 
 def _json(connection: Connection, path: str) -> dict[str, Any]:
-    """An answer as an object; {} for whatever is none."""
+    """GET a JSON object; {} where the response is something else."""
     status, data = connection.get(path)
     try:
         found = json.loads(data) if status == 200 else None
@@ -185,7 +185,7 @@ def _json(connection: Connection, path: str) -> dict[str, Any]:
 
 
 def _error(data: bytes) -> str:
-    """Both kinds of service say it as {"error": …}."""
+    """The error message of a response: {"error": …} in both kinds of service."""
     try:
         return " ".join(str(json.loads(data)["error"]).split())
     except (ValueError, KeyError, TypeError):

@@ -1,10 +1,10 @@
-"""What `bench` compares: programs that make one generation whenever they are asked to.
+"""Worker programs of `bench`: each runs one generation per request.
 
-A contender is a process of its own, so that no library shares threads, memory or environment with
-another, and speaks one line of JSON at a time: first, once it is loaded, `{"ready": {...}}` or
-`{"problem": "one line"}`; then, for each line "generate" that it reads, `{"seconds": ...,
-"launches": {...}}` or a problem. It ends when its input does. Warming up is not its business: the
-first generation is asked for like any other, and tells how long a start takes.
+A worker is a process of its own, so that runtimes share no threads, memory or environment. It
+writes lines of JSON to stdout: after loading `{"ready": {...}}` or `{"problem": "one line"}`; then,
+for each line "generate" on stdin, `{"seconds": ..., "launches": {...}}` or a problem. It ends at
+the end of stdin. A worker does not warm up by itself: its first generation is requested like any
+other, and shows how long a start takes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ GENERATE = "generate"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One generation as its user sees it: N images, everything included.
+    """The time of one generation of N images, from labels to uint8 images.
 
     Attributes:
-        launches: seconds of each launch by the names of `launch_names`; empty where they cannot
-            be told apart.
+        launches: name of `launch_names` → seconds of the launch; empty where the runtime does not
+            tell them apart.
     """
 
     seconds: float
@@ -39,14 +39,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a contender says of itself.
+    """A worker's description of itself, sent when it is ready.
 
     Attributes:
-        settings: versions, threads, precision and so on, for a person who reads the report.
-        graphs: precision of the bundle's weights that it runs; "" where it runs no such.
-        backend: what runs them, as `RuntimeConfig` names it; "" for what is none of those.
-        threads: of the CPU; 0 where it does not tell.
-        reason: why its backend was chosen; "" where nothing was passed over.
+        settings: versions, threads, precision and so on, as text for the report.
+        graphs: precision of the bundle's graphs that it runs; "" where it runs none of them.
+        backend: its backend, as `RuntimeConfig` names it; "" for other runtimes.
+        threads: CPU threads; 0 where unknown.
+        reason: why its backend was selected; "" where no backend was passed over.
     """
 
     settings: Mapping[str, str]
@@ -57,7 +57,7 @@ class About:
 
     @classmethod
     def read(cls, data: object) -> About | None:
-        """Of the line that a contender writes; None where it is none."""
+        """Parse the JSON value of "ready"; None where it is not a description."""
         if not isinstance(data, dict) or not isinstance(data.get("settings"), dict):
             return None
         texts = {name: str(data.get(name, "")) for name in ("graphs", "backend", "reason")}
@@ -69,56 +69,60 @@ class About:
         )
 
     def to_json(self) -> dict[str, str]:
-        """As a report holds it."""
+        """The settings and the reason, as they appear in a report."""
         return {**self.settings, **({"chosen because": self.reason} if self.reason else {})}
 
 
-class Contender(Protocol):
-    """One way to make N images, loaded and ready."""
+class Worker(Protocol):
+    """A runtime that is loaded and ready to generate N images."""
 
-    def describe(self) -> About: ...
+    def describe(self) -> About:
+        """Settings and versions of the worker."""
+        ...
 
-    def generate(self) -> Sample: ...
+    def generate(self) -> Sample:
+        """Generate N images, and measure the time."""
+        ...
 
     def close(self) -> None: ...
 
 
 def serve(
-    make: Callable[[], Contender],
+    make: Callable[[], Worker],
     requests: TextIO | None = None,
     replies: TextIO | None = None,
 ) -> int:
-    """Answer requests until their end; the exit code.
+    """Run a worker's main loop: answer requests until their end; returns the exit code.
 
-    `make` imports and loads. Where `replies` is left out they go to what stdout was at the start,
-    and whatever else is written to stdout, by Python or by a library, goes to stderr instead.
+    `make` imports the runtime and loads the bundle. Without `replies`, replies go to the original
+    stdout, and all other output to stdout, of Python or of a library, is redirected to stderr.
     """
     out = _take_stdout() if replies is None else replies
     requests = requests or sys.stdin
     try:
-        contender = make()
+        worker = make()
     except (Exception, SystemExit) as error:
         _reply(out, {"problem": _problem(error)})
         return 1
     try:
-        _reply(out, {"ready": dataclasses.asdict(contender.describe())})
+        _reply(out, {"ready": dataclasses.asdict(worker.describe())})
         for line in requests:
             if line.strip() != GENERATE:
                 _reply(out, {"problem": f"unknown request {line.strip()[:40]!r}"})
                 continue
             try:
-                sample = contender.generate()
+                sample = worker.generate()
             except Exception as error:
                 _reply(out, {"problem": _problem(error)})
                 continue
             _reply(out, {"seconds": sample.seconds, "launches": dict(sample.launches)})
     finally:
-        contender.close()
+        worker.close()
     return 0
 
 
-def contender_parser(module: str, *, threads: str) -> argparse.ArgumentParser:
-    """What every contender's command line takes. `threads`: what 0 of them means."""
+def worker_parser(module: str, *, threads: str) -> argparse.ArgumentParser:
+    """Argument parser with the options of all workers. `threads`: help text for 0 threads."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", type=int, default=1, help="images of one generation")
@@ -127,7 +131,7 @@ def contender_parser(module: str, *, threads: str) -> argparse.ArgumentParser:
 
 
 def _take_stdout() -> TextIO:
-    """A stream to where stdout leads now; from here on descriptor 1 leads to stderr."""
+    """Return a stream to the current stdout, and redirect descriptor 1 to stderr."""
     sys.stdout.flush()
     kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -140,6 +144,6 @@ def _reply(out: TextIO, message: Mapping[str, object]) -> None:
 
 
 def _problem(error: BaseException) -> str:
-    """Our own messages as they are; others with their kind, which often says more than they."""
+    """The message of an error; for errors of other packages with the name of its type."""
     said, kind = one_line(error), type(error).__name__
     return said if isinstance(error, VarDeployError) or said == kind else f"{kind}: {said}"

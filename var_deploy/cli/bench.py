@@ -24,7 +24,7 @@ from var_deploy.host.installation import pip_install
 from var_deploy.host.terminal import visible_json
 
 if TYPE_CHECKING:
-    from var_deploy.bench.report import Report, Result, Run
+    from var_deploy.bench.report import BenchReport, Result, Run
 
 WIDTH = 96
 LEGEND = (
@@ -258,7 +258,7 @@ def _figure(plot: str) -> Path:
 # the report on a terminal
 
 
-def _as_text(report: Report) -> str:
+def _as_text(report: BenchReport) -> str:
     parts = [_facts(report)]
     for run in report.runs:
         parts += [f"{_count(run.images, 'image')} a generation", _contenders(run)]
@@ -271,7 +271,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _facts(report: Report) -> str:
+def _facts(report: BenchReport) -> str:
     here, manifest, settings = report.surroundings, report.manifest, report.settings
     threads = settings["threads"] or "as each library takes them"
     memory = f", {human_bytes(here.memory)}" if here.memory else ""
@@ -346,8 +346,8 @@ def _launches(run: Run) -> str:
     head = ["median ms"]
     for result in told:
         head.append(result.name.removeprefix("var-deploy "))
-        head += ["floor", "reached"] if result.least else []
-    columns = [(result, result.launches, {f.name: f for f in result.least}) for result in told]
+        head += ["floor", "reached"] if result.rooflines else []
+    columns = [(result, result.launches, {f.name: f for f in result.rooflines}) for result in told]
     rows = [tuple(head)]
     for name in told[0].launches:
         row = [name]
@@ -375,7 +375,7 @@ def _notes(run: Run) -> str:
         said = result.problem or ", ".join(f"{k} {v}" for k, v in about.items())
         lines.append(f"{result.name}: {'not run: ' if result.problem else ''}{said}")
         if result.ran:
-            lines += [f"{result.name}: no floor: {why}" for why in [result.least_problem] if why]
+            lines += [f"{result.name}: no floor: {why}" for why in [result.roofline_problem] if why]
     ran = [result for result in run.results if result.ran]
     for what, reasons in (
         ("memory is unknown", [r.peak_problem for r in ran if r.peak is None]),

@@ -11,7 +11,7 @@ import click
 from var_deploy.cli.console import Progress, echo, paint, table
 
 if TYPE_CHECKING:
-    from var_deploy.host.doctor import Report
+    from var_deploy.host.doctor import DoctorReport
 
 
 @click.command()
@@ -36,7 +36,7 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _as_json(report: Report) -> dict[str, object]:
+def _as_json(report: DoctorReport) -> dict[str, object]:
     return {
         "findings": [dataclasses.asdict(finding) for finding in report.findings],
         "abilities": [
@@ -47,7 +47,7 @@ def _as_json(report: Report) -> dict[str, object]:
     }
 
 
-def _as_text(report: Report) -> str:
+def _as_text(report: DoctorReport) -> str:
     marks = {"ok": "", "missing": paint("missing", "yellow"), "problem": paint("!", "red")}
     rows = [("", "found", "for")]
     steps = []

@@ -216,15 +216,15 @@ class _OneByOne:
         return len(self._labels)
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        from var_deploy.runtime.request import Request, label_numbers, streams
+        from var_deploy.runtime.request import Request, label_numbers, rng_keys
 
         count, batch = len(self), self._pipe.manifest.batch
         labels = label_numbers(self._pipe.manifest, self._labels)
-        drawn = streams(self._seeds if len(self._seeds) > 1 else self._seeds[0], count)
+        drawn = rng_keys(self._seeds if len(self._seeds) > 1 else self._seeds[0], count)
         for first in range(0, count, batch):
             self._progress.update(f"image {first} of {count}", first / count)
             rows = slice(first, first + batch)
-            request = Request(labels=labels[rows], streams=drawn[rows], sampling=self._settings)
+            request = Request(labels=labels[rows], rng_keys=drawn[rows], sampling=self._settings)
             yield from self._pipe.draw(request)
 
 

@@ -37,7 +37,7 @@ from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling
 
 if TYPE_CHECKING:
-    from var_deploy.cluster.sets import Made
+    from var_deploy.cluster.sets import ClusterRun
     from var_deploy.datasets.work import Tell
 
 
@@ -262,7 +262,7 @@ def _on_ray(
     config: RuntimeConfig,
     workers: int | None,
     tell: Tell,
-) -> Made:
+) -> ClusterRun:
     with needs_extra("ray", "sample --ray"):
         from var_deploy.cluster.connect import connected
         from var_deploy.cluster.sets import make_missing

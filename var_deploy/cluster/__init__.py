@@ -1,13 +1,14 @@
-"""Beyond one machine, on Ray: its scheduler, its object store, its failure handling.
+"""Image sets and the HTTP service on several machines, with Ray.
 
-    connect   joins a cluster, or starts one on this machine
-    place     brings a bundle to the nodes that draw from it, once each
-    devices   what a worker needs of a node, and for how many there is room
-    worker    the actor that draws shards
-    sets      image sets, a shard a call
-    measure   what that adds to drawing
-    service   the HTTP service as replicas of Ray Serve, and replicas, how many
-    drawer    the replicas that draw; backend, how the one that answers asks them
+    connect    connects to a Ray cluster, or starts one on this machine
+    place      copies a bundle to the nodes that need it, once per node
+    devices    what a worker needs of a node, and how many workers have room
+    worker     the actor that generates shards
+    sets       writes an image set, one shard per call of a worker
+    service    deploys the HTTP service on Ray Serve
+    replica    the deployment that generates images
+    backend    the ingress's backend, which sends requests to the replicas
+    replicas   the number of replicas
 
 Needs the extra `ray`, on every node and in the same version.
 """

@@ -1,4 +1,4 @@
-"""The backend of the service on Ray Serve: works go to replicas that draw, events come back."""
+"""The service's backend on Ray Serve: sends requests to replicas and passes on their events."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ from var_deploy.serving.batches import Job
 from var_deploy.serving.metrics import Metrics
 from var_deploy.serving.request_queue import Line
 
-PROMPT = 0.05  # seconds in which Ray refuses what its queue has no room for
+PROMPT = 0.05  # seconds in which Ray refuses a request when its queue is full
 
 
 class LostError(RefusedError):
-    """What drew this has died, and so has what drew it again."""
+    """Two replicas died, one after the other, while they generated the images of a request."""
 
 
 class RayBackend(Line):
     """Sends works to the replicas of a deployment.
 
-    The queue is Ray's, which does not tell what becomes of it: this one counts who came and who
-    began, so positions are right as far as Ray keeps the order.
+    Ray queues the requests and does not tell their positions. This class counts requests that
+    arrived and that have begun, so positions are right as far as Ray keeps the order.
 
     Args:
-        how: of a replica's pipeline, see `Pipeline.describe`.
+        replica: handle of the deployment.
+        how: `Pipeline.describe` of a replica's pipeline.
     """
 
     def __init__(
         self,
-        drawer: DeploymentHandle[Any],
+        replica: DeploymentHandle[Any],
         manifest: Manifest,
         how: Loaded,
         metrics: Metrics,
     ) -> None:
         super().__init__(metrics)
         self.manifest, self._how = manifest, how
-        self._drawer: Any = drawer.draw.options(stream=True)
+        self._replicas: Any = replica.draw.options(stream=True)
         self._followers: dict[Job, asyncio.Task[None]] = {}
         self._announcements: dict[Job, asyncio.TimerHandle] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pace = 1.0  # seconds from a request to its images, the last ones counting most
+        self._seconds = 1.0  # moving average of the seconds from a request to its images
 
     def describe(self) -> Loaded:
         return self._how
 
     async def stop(self) -> None:
-        """See `serving.backend.Backend`."""
+        """Refuse new requests and wait for the others, see `serving.backend.Backend.stop`."""
         self._stopping = True
         await self._idle.wait()
 
@@ -74,13 +75,13 @@ class RayBackend(Line):
             self._idle.set()
 
     def _announce(self, job: Job) -> None:
-        """Ray has not refused it: say where it stands."""
+        """Send the position in the queue, once Ray has not refused the request."""
         self._withdraw(job)
         if job in self._waiting:
             job.tell(Queued(position=self._waiting.index(job)))
 
     def _withdraw(self, job: Job) -> bool:
-        """Whether the announcement was still to come."""
+        """Cancel the announcement of a position; return whether it was still pending."""
         timer = self._announcements.pop(job, None)
         if timer is not None:
             timer.cancel()
@@ -90,20 +91,20 @@ class RayBackend(Line):
         try:
             try:
                 await self._ask(job)
-            except RayActorError:  # its replica has died; another draws the same
+            except RayActorError:  # its replica has died; another one generates the same images
                 await self._ask(job)
         except RayActorError:
             job.tell(LostError("what drew this was lost twice; ask again", 1))
         except BackPressureError:
             if job in self._waiting:
                 self._waiting.remove(job)
-            job.tell(self._busy(self._pace))
+            job.tell(self._busy(self._seconds))
         except Exception as error:
             job.tell(error)
 
     async def _ask(self, job: Job) -> None:
         end = None if job.end is None else time.time() + job.end - time.perf_counter()
-        told = self._drawer.remote(job.work, end)
+        told = self._replicas.remote(job.work, end)
         try:
             async for item in told:
                 self._take(job, item)
@@ -124,5 +125,5 @@ class RayBackend(Line):
             self._metrics.drew(item.images, item.seconds)
         else:
             if isinstance(item, Drawn):
-                self._pace = 0.8 * self._pace + 0.2 * (time.perf_counter() - job.came)
+                self._seconds = 0.8 * self._seconds + 0.2 * (time.perf_counter() - job.came)
             job.tell(item)

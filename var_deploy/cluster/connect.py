@@ -1,4 +1,4 @@
-"""To a Ray cluster and away again, without its minutes of waiting and without its own words."""
+"""Connects to a Ray cluster: fails within seconds, and suppresses Ray's own output."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import ray
 from var_deploy.errors import UsageError, one_line
 
 LOCAL, AUTO, CLIENT = "local", "auto", "ray://"
-PATIENCE = 5.0  # seconds; Ray itself waits for two minutes and then ends the process
+PATIENCE = 5.0  # seconds; Ray waits two minutes and then ends the process
 FORMS = "local, auto, HOST:PORT from a node of the cluster, or ray://HOST:10001 from elsewhere"
-# before Ray starts: nothing is reported to its makers, no advice is printed, and a proxy of Ray
-# Serve has more than five seconds to come up, after which a busy machine would have it killed
+# set before Ray starts: no usage statistics, no advice on accelerators, and more than five seconds
+# for a proxy of Ray Serve to start, which is too short on a busy machine
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -32,15 +32,15 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Work with the Ray cluster at `address`.
+    """Connect to the Ray cluster at `address` for the time of the block.
 
-    "local" is a cluster of this machine alone, which ends with the block. Others are joined:
-    "auto" is the one in RAY_ADDRESS or that of this machine, "host:port" is for its nodes, and
-    "ray://host:port" for machines that are none. What this process started there ends with the
+    "local" starts a cluster on this machine, which ends with the block. The other forms connect to
+    a running cluster: "auto" to the one in RAY_ADDRESS or on this machine, "host:port" from a node
+    of the cluster, "ray://host:port" from another machine. Actors of this process end with the
     block.
 
-    Raises UsageError where no Ray runs at the address, within seconds, or one that this Ray or
-    Python cannot talk to.
+    Raises UsageError, within seconds, where no Ray runs at the address, or where its version of Ray
+    or Python differs from the ones here.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -67,13 +67,13 @@ def connected(address: str) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.redirect_stdout(io.StringIO()):  # what it has held back
+            with contextlib.redirect_stdout(io.StringIO()):  # drop its delayed output
                 ray.shutdown()
 
 
 @contextlib.contextmanager
 def _in_folder(folder: str) -> Iterator[None]:
-    """Change the current folder for a block; `contextlib.chdir` of Python 3.11."""
+    """Change the current folder for the block, as `contextlib.chdir` of Python 3.11 does."""
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -83,10 +83,10 @@ def _in_folder(folder: str) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise UsageError where nobody listens, or something that does not speak gRPC as Ray does."""
+    """Raise UsageError where no server listens at the address, or one that is not Ray."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
-        raise UsageError(f"{address!r} is no address of a Ray cluster; write {FORMS}")
+        raise UsageError(f"{address!r} is not an address of a Ray cluster; write {FORMS}")
     place = f"{host}:{port}"
     try:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
@@ -100,13 +100,12 @@ def _check_reachable(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=PATIENCE)
         except grpc.FutureTimeoutError:
             raise UsageError(
-                f"what listens at {place} is no Ray; write {FORMS}, whose port is 6379 where "
-                "nobody chose another"
+                f"the server at {place} is not Ray; write {FORMS}; the default port is 6379"
             ) from None
 
 
 def _refusal(address: str, error: BaseException) -> str:
-    """One line about what `ray.init` raised."""
+    """The error message, in one line, for an exception of `ray.init`."""
     reason = one_line(error)
     if "version" in reason.lower() and "mismatch" in reason.lower():
         return (
@@ -121,7 +120,7 @@ def _refusal(address: str, error: BaseException) -> str:
 
 
 class _WithoutRay(io.TextIOBase):
-    """A stream that drops what Ray's own threads print, such as the log of a node that ended."""
+    """A stream that drops the output of Ray's threads, such as the log of a node that ended."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

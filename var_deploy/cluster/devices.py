@@ -1,4 +1,4 @@
-"""What an actor needs of a node, and how many of them a cluster has room for."""
+"""The resources that a worker needs of a node, and how many workers fit on a cluster."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from var_deploy.planning.costs import workload_of
 from var_deploy.planning.memory import Library, footprint
 from var_deploy.planning.selection import Facts, select
 
-WORKER = 100_000_000  # bytes of Ray itself in a worker process, measured
+WORKER = 100_000_000  # bytes that Ray takes in a worker process, measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a worker occupies, as Ray counts it.
+    """The resources of a worker, in Ray's units.
 
     Attributes:
-        cpus, gpus: how many of each.
-        memory: bytes of the node's.
-        threads: what its pipeline is told; None on a GPU.
+        cpus, gpus: numbers of CPUs and GPUs.
+        memory: bytes of the node's memory.
+        threads: threads of its pipeline; None on a GPU.
     """
 
     cpus: int
@@ -34,8 +34,8 @@ class Device:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `ray.remote`. An actor that is lost stays lost, and so does its call: who hands out
-        the work decides what becomes of both."""
+        """Options for `ray.remote`. Ray restarts neither a lost actor nor its call: the driver
+        decides about both."""
         return {
             "num_cpus": self.cpus,
             "num_gpus": self.gpus,
@@ -45,6 +45,7 @@ class Device:
         }
 
     def too_large(self) -> UsageError:
+        """The error for a cluster without a node that can hold the worker."""
         parts = [f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"]
         parts += [f"{self.gpus} GPU"] if self.gpus else []
         return UsageError(
@@ -54,12 +55,14 @@ class Device:
 
 
 def device_of(manifest: Manifest, config: RuntimeConfig, *, images: int) -> Device:
-    """A GPU where the backend is one, or is open and the cluster has GPUs; else CPU threads.
+    """The resources of a worker that runs a bundle with `config`.
 
-    Memory is the peak that `plan` gives, with `images` that are held and the worker itself. On a
-    GPU it is the same of the host, which holds an engine no longer than it takes to load it.
+    A worker takes a GPU where the backend runs on one, or is "auto" and the cluster has GPUs; else
+    it takes one CPU of the cluster per thread. Memory is the peak that `plan` predicts, plus
+    `images` images and Ray's share. The same amount is taken on the host of a GPU, which holds an
+    engine only while it is loaded.
 
-    Raises what `select` raises. A worker has as many threads as it has CPUs of the cluster.
+    Raises what `select` raises.
     """
     gpu = cast(Any, ray).cluster_resources().get("GPU", 0) >= 1
     selection = select(config, manifest, Facts(cuda=gpu, cores=1))
@@ -77,7 +80,7 @@ def device_of(manifest: Manifest, config: RuntimeConfig, *, images: int) -> Devi
 
 
 def places(device: Device) -> int:
-    """How many workers the nodes that are alive could hold, whatever else runs there."""
+    """Number of workers that fit on all live nodes, if nothing else ran there."""
     needs = {"CPU": device.cpus, "GPU": device.gpus, "memory": device.memory}
     return sum(
         min(int(node["Resources"].get(name, 0)) // need for name, need in needs.items() if need)

@@ -1,9 +1,9 @@
-"""A bundle on every node that draws from it, brought there once.
+"""Copies a bundle to the nodes of a Ray cluster, once per node.
 
-Where the bundle lies at the same path with the same contents, as on one machine or in a shared
-folder, it is used as it is. Other nodes fetch a copy through Ray's object store, in parts, into
-$XDG_CACHE_HOME/var-deploy (~/.cache/var-deploy), where the next run finds it. Engines are no part
-of it: they belong to one device, and are used where the bundle itself is.
+A node that has the bundle at the same path with the same contents uses it in place, as on one
+machine or with a shared folder. Other nodes fetch a copy through Ray's object store, in parts, into
+$XDG_CACHE_HOME/var-deploy (~/.cache/var-deploy), where the next run finds it. Engines are not
+copied, since they belong to one device: they are used only where the bundle is used in place.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from var_deploy import __version__, names
 from var_deploy.errors import BundleError, VarDeployError
 from var_deploy.manifest import check_files, read_manifest
 
-PART = 1 << 24  # bytes that travel at a time
+PART = 1 << 24  # bytes per part of a file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
-    """A bundle for all nodes of a cluster. Made by `offer`; plain data that travels to workers.
+class BundleSource:
+    """Tells the nodes of a cluster where to get a bundle. Made by `bundle_source`; plain data.
 
     Attributes:
-        bundle: where it lies, at the offering node and perhaps at others.
-        digest: of its manifest.
-        precision: whose files are needed; "auto" for all.
-        version: of the var-deploy that offers it.
-        node: Ray's name of the node that reads it for others.
-        parts: file → its parts in the object store, where the driver is on none of the nodes.
+        bundle: path of the bundle on the driver's node, and perhaps on others.
+        digest: digest of its manifest.
+        precision: the precision whose files are needed; "auto" for all.
+        version: version of var-deploy on the driver.
+        node: Ray's id of the node that reads the bundle for others.
+        parts: file → its parts in the object store, where the driver is not a node itself.
     """
 
     bundle: Path
@@ -52,20 +52,20 @@ class Offer:
     parts: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def path(self) -> Path:
-        """The bundle on the node of the caller, a worker; fetched where it is not there.
+        """Path of the bundle on the calling worker's node, where it is fetched if it is missing.
 
-        One process of a node fetches while others wait. A copy is there whole or not at all, and
-        one that does not match its hashes is fetched again.
+        One process per node fetches while the others wait. A copy appears only when it is complete,
+        and a copy that does not match its hashes is fetched again.
 
-        Raises VarDeployError for a worker with another version, where the disk refuses, or where
-        the bundle arrives damaged (BundleError).
+        Raises VarDeployError where the worker has another version of var-deploy or the disk cannot
+        be written, BundleError where the copy is damaged.
         """
         if __version__ != self.version:
             raise VarDeployError(
                 f"node {socket.gethostname()} has var-deploy {__version__}, expected "
                 f"{self.version}: install the same version on every node"
             )
-        if self._holds(self.bundle, hashes=False):  # who loads it reads the hashes
+        if self._holds(self.bundle, hashes=False):  # hashes are checked when it is loaded
             return self.bundle
         kind = "" if self.precision == "auto" else f"-{self.precision}"
         copy = cache_folder() / f"{self.digest[:16]}{kind}"
@@ -84,7 +84,7 @@ class Offer:
 
     @property
     def prefix(self) -> str:
-        """Of the files that are needed."""
+        """Prefix of the names of the needed files."""
         return "" if self.precision == "auto" else f"{self.precision}/"
 
     def _holds(self, folder: Path, *, hashes: bool) -> bool:
@@ -99,7 +99,7 @@ class Offer:
 
     def _fetch(self, copy: Path) -> None:
         part = copy.with_name(f"{copy.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
         part.mkdir()
         try:
             self._write(part, names.MANIFEST)
@@ -134,45 +134,46 @@ class Offer:
             raise cause_of(error) from None
 
 
-def offer(bundle: Path, precision: str = "auto") -> Offer:
-    """Offer a bundle to the nodes of the cluster that this process is connected to.
+def bundle_source(bundle: Path, precision: str = "auto") -> BundleSource:
+    """Describe a bundle for the nodes of the connected cluster, which can then fetch it.
 
-    Nothing travels before a node asks for it, except from a driver outside of the cluster, which
-    cannot be asked: it hands over the files at once.
+    A node fetches files on demand from the driver's node. A driver outside the cluster cannot be
+    reached by nodes, so it puts all files into the object store at once.
 
     Raises BundleError for a bundle that lacks files.
     """
     bundle = bundle.resolve()
     manifest = read_manifest(bundle)
-    offered = Offer(
+    source = BundleSource(
         bundle=bundle,
         digest=manifest.digest(),
         precision=precision,
         version=__version__,
         node=ray.get_runtime_context().get_node_id(),
     )
-    check_files(bundle, manifest, prefix=offered.prefix, hashes=False)
+    check_files(bundle, manifest, prefix=source.prefix, hashes=False)
     if not cast(Any, client).is_connected():
-        return offered
+        return source
     parts = {}
-    for name in (names.MANIFEST, *needed(manifest.files, offered.prefix)):
+    for name in (names.MANIFEST, *needed(manifest.files, source.prefix)):
         read = functools.partial(read_part, bundle / name)
         parts[name] = [ray.put(data) for data in _in_parts(read)]
-    return dataclasses.replace(offered, parts=parts)
+    return dataclasses.replace(source, parts=parts)
 
 
 def needed(files: Mapping[str, object], prefix: str) -> list[str]:
+    """Names of the files that start with `prefix`, sorted."""
     return sorted(name for name in files if name.startswith(prefix))
 
 
 def cache_folder() -> Path:
-    """Of this node, for copies of bundles."""
+    """This node's folder for copies of bundles."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "var-deploy"
 
 
 def read_part(path: Path, offset: int) -> bytes:
-    """The next part of a file, b"" at its end. Raises BundleError where it cannot be read."""
+    """Read the part of a file at `offset`, b"" at its end. Raises BundleError on failure."""
     try:
         with path.open("rb") as stream:
             stream.seek(offset)
@@ -182,12 +183,12 @@ def read_part(path: Path, offset: int) -> bytes:
 
 
 def cause_of(error: RayTaskError) -> BaseException:
-    """What a worker raised, without the worker's traceback in its words."""
+    """The exception that a worker raised, without the worker's traceback in its message."""
     return cast(BaseException, error.cause)
 
 
 def _in_parts(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """What `read` gives from one offset to the next, until it gives nothing."""
+    """Iterate over the parts of a file: `read(offset)` until it returns b""."""
     offset = 0
     while data := read(offset):
         yield data

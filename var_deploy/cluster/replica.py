@@ -1,4 +1,4 @@
-"""What draws on Ray Serve: a pipeline a replica, in batches that Ray Serve gathers."""
+"""The deployment that generates images on Ray Serve: one pipeline per replica, in batches."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 
 from ray import serve
 
-from var_deploy.cluster.place import Offer
+from var_deploy.cluster.place import BundleSource
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import CancelledError, VarDeployError
 from var_deploy.pipeline import Pipeline
 from var_deploy.serving.backend import Drawn, Event, Work
 from var_deploy.serving.batches import BatchDrawer, Job, gather
 
-SOON = 1e-3  # seconds: what a deadline that has passed on the way leaves
+SOON = 1e-3  # seconds that a request keeps when its deadline passed in transit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """The first images of a work are about to be drawn."""
+    """Event: the generation of a request's first images begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A batch was drawn. Told to one of those whose images were in it, for the metrics."""
+    """Event for the metrics: a batch is done. Sent to one of the requests in the batch."""
 
     images: int
     seconds: float
@@ -37,8 +37,8 @@ class Batch:
 Item = Event | Begun | Batch | VarDeployError
 
 
-class Order(Job):
-    """A job whose events travel to another process, and notes of how it goes with them."""
+class RemoteRequest(Job):
+    """A request from the ingress, in another process, to which its events are streamed."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
@@ -48,7 +48,7 @@ class Order(Job):
         self._put(self._items, event)
 
     async def items(self) -> AsyncGenerator[Item, None]:
-        """Up to the images, or to what came instead. Raises what nobody thought of."""
+        """Iterate over the events, up to the images or the error. Re-raises unexpected errors."""
         while True:
             item = await self._items.get()
             if isinstance(item, Exception) and not isinstance(item, VarDeployError):
@@ -58,57 +58,58 @@ class Order(Job):
                 return
 
 
-class Drawer:
-    """A replica.
+class Replica:
+    """Generates the images of requests with a pipeline of its own.
 
     Args:
-        cores: CPU threads that are this replica's, for where it draws without a GPU after all.
+        cores: CPU threads of this replica, used where it runs on the CPU.
     """
 
-    def __init__(self, offer: Offer, config: RuntimeConfig, cores: int) -> None:
-        self._pipeline = Pipeline.open(offer.path(), config, digest=offer.digest, cores=cores)
+    def __init__(self, source: BundleSource, config: RuntimeConfig, cores: int) -> None:
+        self._pipeline = Pipeline.open(source.path(), config, digest=source.digest, cores=cores)
         self._batches = BatchDrawer(self._pipeline)
-        self._orders: list[Order] = []  # all that are here, in the order in which they came
-        turn: Any = self._turn  # it has more to it than its types say
+        self._requests: list[RemoteRequest] = []  # in order of arrival
+        turn: Any = self._turn  # its types lack the methods that `serve.batch` adds
         turn.set_max_batch_size(self._pipeline.manifest.batch)
 
     def describe(self) -> Loaded:
         return self._pipeline.describe()
 
     async def draw(self, work: Work, end: float | None) -> AsyncGenerator[Item, None]:
-        """Begun, Batch and events, then Drawn or what is wrong.
+        """Generate the images of a request: yields Begun, Batch and events, then Drawn or an error.
 
-        `end` is when the deadline comes on the clock of `time.time`, which nodes agree upon: the
-        way here takes time of its own.
+        `end` is the deadline on the clock of `time.time`, which the nodes share, so that the time
+        in transit counts.
         """
         if end is not None:
             work = dataclasses.replace(work, deadline=max(end - time.time(), SOON))
-        order = Order(work)
-        self._orders.append(order)
-        turn = asyncio.ensure_future(self._turn(order))
+        request = RemoteRequest(work)
+        self._requests.append(request)
+        turn = asyncio.ensure_future(self._turn(request))
         try:
-            async for item in order.items():
+            async for item in request.items():
                 yield item
         finally:
-            order.leave()
-            self._orders.remove(order)
+            request.leave()
+            self._requests.remove(request)
             turn.cancel()
 
-    @serve.batch(batch_wait_timeout_s=0)  # nobody waits for company
-    async def _turn(self, orders: list[Order]) -> list[None]:
-        await asyncio.to_thread(self._draw, orders)
-        return [None] * len(orders)
+    @serve.batch(batch_wait_timeout_s=0)  # do not wait for more requests
+    async def _turn(self, requests: list[RemoteRequest]) -> list[None]:
+        await asyncio.to_thread(self._draw, requests)
+        return [None] * len(requests)
 
-    def _draw(self, orders: list[Order]) -> None:
-        """All images of some orders, one batch after another.
+    def _draw(self, requests: list[RemoteRequest]) -> None:
+        """Generate all images of `requests`, one batch after another.
 
-        Ray Serve closes its batches when they come, long before their turn. So whoever is here by
-        then and may share a batch fills it up, and has had all or a part of the own turn already.
+        Ray Serve closes a batch of requests long before its turn. So images of requests that
+        arrived later fill up the batches here, if they may share a batch, and their own turn then
+        has less or nothing left to do.
         """
-        while own := [order for order in orders if _waits(order)]:
+        while own := [request for request in requests if _waits(request)]:
             started = time.perf_counter()
-            company = [order for order in list(self._orders) if _waits(order) and order not in own]
-            shares = gather([*own, *company], self._pipeline.manifest.batch)
+            others = [r for r in list(self._requests) if _waits(r) and r not in own]
+            shares = gather([*own, *others], self._pipeline.manifest.batch)
             for share in shares:
                 if share.begins:
                     share.job.tell(Begun())
@@ -118,12 +119,12 @@ class Drawer:
                 next(s.job for s in shares if not s.job.gone or s is shares[-1]).tell(drew)
                 self._batches.hand_over(shares, images)
             except CancelledError:
-                pass  # it was for nobody
-            except Exception as error:  # whatever it is, the next batch may do better
+                pass  # no request of the batch is waiting any more
+            except Exception as error:  # reported to the requests; the next batch may succeed
                 for share in shares:
                     share.job.leave()
                     share.job.tell(error)
 
 
-def _waits(order: Order) -> bool:
-    return order.left > 0 and not order.gone
+def _waits(request: RemoteRequest) -> bool:
+    return request.left > 0 and not request.gone

@@ -1,4 +1,4 @@
-"""How many replicas of the service draw."""
+"""The number of replicas of the service."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from var_deploy.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Replicas:
-    """As many as there is work for, between two numbers."""
+    """The least and the most replicas; Ray Serve scales between them with the load."""
 
     least: int
     most: int
 
     @classmethod
     def parse(cls, text: str) -> Replicas:
-        """Of "3" or "1:4". Raises UsageError."""
+        """Parse "3" or "1:4". Raises UsageError for other texts."""
         least, colon, most = text.partition(":")
         numbers = [int(part) for part in (least, most if colon else least) if part.isdecimal()]
         if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:

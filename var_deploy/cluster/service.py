@@ -1,6 +1,6 @@
-"""The HTTP service on Ray Serve: one replica answers, any number of others draw.
+"""The HTTP service on Ray Serve: one ingress answers requests, replicas generate the images.
 
-proxies ──► Ingress: `create_app` with a `RayBackend` ──► Drawer, Drawer, …
+proxies ──► Ingress: `create_app` with a `RayBackend` ──► Replica, Replica, …
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from var_deploy.cluster.backend import RayBackend
 from var_deploy.cluster.devices import Device, device_of, places
-from var_deploy.cluster.place import Offer, offer
-from var_deploy.cluster.replica import Drawer
+from var_deploy.cluster.place import BundleSource, bundle_source
+from var_deploy.cluster.replica import Replica
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, one_line
@@ -44,26 +44,26 @@ from var_deploy.serving.server import url_of
 from var_deploy.serving.settings import Settings
 
 NAME = "var-deploy"  # of the application
-ANSWERS = 10_000  # requests that the one replica may answer at a time: most of them wait
-AHEAD = 2  # batches that a replica has at hand: one is drawn, one is next
-BACKOFF = 0.01  # seconds after which Ray asks replicas that were full again
-STARTS = 3  # of Ray Serve
-PATIENCE = 60.0  # seconds in which proxies must have heard of the service
-SOON = 5.0  # the same of proxies that were there before
+ANSWERS = 10_000  # requests that the ingress handles at a time: most of them wait
+AHEAD = 2  # batches that a replica accepts: one runs, one is next
+BACKOFF = 0.01  # seconds after which Ray tries full replicas again
+STARTS = 3  # attempts to start Ray Serve
+PATIENCE = 60.0  # seconds in which new proxies must know the service
+SOON = 5.0  # seconds in which proxies that ran before must know the service
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is deployed.
+    """Everything that is deployed: bundle, settings and resources.
 
     Attributes:
-        device: what a replica that draws occupies.
-        name: what the model is called where it is no preset.
+        device: resources of a replica.
+        name: name of the model where it is not a preset.
     """
 
     manifest: Manifest
-    offer: Offer
+    source: BundleSource
     config: RuntimeConfig
     device: Device
     replicas: Replicas
@@ -78,14 +78,14 @@ def plan_for(
     settings: Settings,
     config: RuntimeConfig,
 ) -> Plan:
-    """What the cluster that this process is connected to is to run.
+    """Plan the deployment of a bundle on the connected cluster.
 
     Raises BundleError for a bundle that lacks files.
     """
     device = device_of(manifest, config, images=manifest.batch)
     return Plan(
         manifest=manifest,
-        offer=offer(bundle, config.precision),
+        source=bundle_source(bundle, config.precision),
         config=dataclasses.replace(config, threads=device.threads),
         device=device,
         replicas=replicas,
@@ -96,27 +96,29 @@ def plan_for(
 
 @serve.ingress()
 class Ingress:
-    """What answers. There is one, since it counts the queue."""
+    """The deployment that answers HTTP requests. There is one, since it counts the queue."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, drawer: DeploymentHandle[Any], manifest: Manifest, settings: Settings, name: str
+        self, replica: DeploymentHandle[Any], manifest: Manifest, settings: Settings, name: str
     ) -> None:
         self._settings, self._name, self._metrics = settings, name, Metrics()
-        how = await drawer.describe.remote()
-        self._backend = RayBackend(drawer, manifest, how, self._metrics)
+        how = await replica.describe.remote()
+        self._backend = RayBackend(replica, manifest, how, self._metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._backend, self._settings, name=self._name, metrics=self._metrics)
 
     async def stop(self) -> None:
+        """Refuse new requests and wait for the accepted ones."""
         await self._backend.stop()
 
     def abort(self) -> None:
+        """Drop all requests."""
         self._backend.abort()
 
 
 def application(plan: Plan) -> Any:
-    """What Ray Serve runs."""
+    """The Ray Serve application: an `Ingress` bound to `Replica`s."""
     batch, replicas = plan.manifest.batch, plan.replicas
     shared: dict[str, Any] = {"graceful_shutdown_wait_loop_s": 0.1, "health_check_period_s": 2}
     how_many: dict[str, Any] = {"num_replicas": replicas.most}
@@ -127,9 +129,9 @@ def application(plan: Plan) -> Any:
             target_ongoing_requests=batch,
         )
         how_many = {"autoscaling_config": scaling}
-    deployment: Any = serve.deployment  # its types are those of a decorator
-    drawer = deployment(
-        Drawer,
+    deployment: Any = serve.deployment  # typed as a decorator only
+    replica = deployment(
+        Replica,
         ray_actor_options={
             name: plan.device.options[name] for name in ("num_cpus", "num_gpus", "memory")
         },
@@ -139,28 +141,28 @@ def application(plan: Plan) -> Any:
         max_constructor_retry_count=1,
         **how_many,
         **shared,
-    ).bind(plan.offer, plan.config, plan.device.cpus)
+    ).bind(plan.source, plan.config, plan.device.cpus)
     ingress = deployment(
         Ingress,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=ANSWERS,
         **shared,
     )
-    return ingress.bind(drawer, plan.manifest, plan.settings, plan.name)
+    return ingress.bind(replica, plan.manifest, plan.settings, plan.name)
 
 
 @contextlib.contextmanager
 def deployed(plan: Plan, host: str, port: int, *, alone: bool) -> Iterator[DeploymentHandle[Any]]:
-    """Run the service on the cluster that this process is connected to, until the block ends.
+    """Run the service on the connected cluster until the block ends; yields the `Ingress` handle.
 
-    The handle is that of `Ingress`. Applications of others stay as they are. `alone` says that the
-    cluster ends right afterwards, so that nothing need be taken away by itself.
+    Other applications on the cluster are not changed. `alone` says that the cluster ends right
+    after the block, so that the service need not be removed.
 
-    Raises UsageError where the cluster is too small, has such a service already, or listens
-    elsewhere, and BackendError where the service cannot be started.
+    Raises UsageError where the cluster is too small, runs such a service already, or listens at
+    another address, and BackendError where the service cannot be started.
     """
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
-    for number in SIGNALS:  # Ray has put its own there
+    for number in SIGNALS:  # Ray has installed handlers of its own
         signal.signal(number, signal.default_int_handler)
     room = places(plan.device)
     if not room:
@@ -191,8 +193,10 @@ def deployed(plan: Plan, host: str, port: int, *, alone: bool) -> Iterator[Deplo
 
 
 def _start(options: HTTPOptions, logs: LoggingConfig) -> None:
-    """Start Ray Serve. On a busy node of somebody's cluster it ends proxies that took too long, and
-    starts others: that is no reason to give up."""
+    """Start Ray Serve, with several attempts.
+
+    On a busy node Ray Serve ends proxies that start too slowly, and starts others.
+    """
     for left in reversed(range(STARTS)):
         try:
             serve.start(http_options=options, logging_config=logs)
@@ -203,7 +207,7 @@ def _start(options: HTTPOptions, logs: LoggingConfig) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong on a replica, out of what Ray makes of it: the last line of a traceback."""
+    """The error of a replica: the last line of the traceback in Ray's message."""
     service = serve.status().applications.get(NAME)
     messages = [one.message for one in service.deployments.values()] if service else []
     lines = [line.strip() for text in [str(error), *messages] for line in text.splitlines()]
@@ -221,12 +225,12 @@ def _check_answers(plan: Plan, host: str, port: int, patience: float) -> None:
     if not ray.get(ask.remote(where, plan.manifest.digest(), patience)):
         raise UsageError(
             f"Ray Serve does not answer at {where}: it listens where it was first started; give "
-            "--host and --port of that"
+            "its --host and --port"
         )
 
 
 def answers(where: str, digest: str, patience: float) -> bool:
-    """Whether a service of a bundle answers, or does so soon."""
+    """Whether the service of the bundle with `digest` answers within `patience` seconds."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
@@ -238,7 +242,7 @@ def answers(where: str, digest: str, patience: float) -> bool:
 
 
 def _remove(*, whole: bool) -> None:
-    """The application; with it Ray Serve, where nobody else had started it or uses it now."""
+    """Remove the application; with `whole` also Ray Serve, if no other application uses it."""
     with contextlib.suppress(RayError, RayServeException, RuntimeError, TimeoutError):
         if NAME in serve.status().applications:
             serve.delete(NAME)
@@ -247,8 +251,10 @@ def _remove(*, whole: bool) -> None:
 
 
 def until_stopped(handle: DeploymentHandle[Any]) -> None:
-    """Return after a signal, once what was taken is done. A second signal drops it, a third waits
-    for nothing."""
+    """Wait for a signal, then for the accepted requests.
+
+    A second signal drops the requests, a third returns at once.
+    """
     told: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whether it is a signal
     for number in SIGNALS:
         signal.signal(number, lambda *_: told.put(True))
@@ -260,6 +266,6 @@ def until_stopped(handle: DeploymentHandle[Any]) -> None:
 
 
 def _finish(handle: DeploymentHandle[Any], told: queue.SimpleQueue[bool]) -> None:
-    with contextlib.suppress(RayError, RayServeException):  # there is nothing left to finish
+    with contextlib.suppress(RayError, RayServeException):  # the service is gone already
         handle.stop.remote().result()
     told.put(False)

@@ -1,8 +1,8 @@
-"""An image set on a Ray cluster: an actor a device draws, the driver writes.
+"""Generates an image set on a Ray cluster: one worker (actor) per device, and the driver writes.
 
-Nothing is scheduled here: Ray places actors where their device and memory are free, and the next
-missing shard goes to whoever is free. A shard comes back through the object store and is written by
-the driver, so nodes share no folder and the set appears exactly as with one process.
+Ray places workers where a device and memory are free, and the next missing shard goes to a free
+worker. A shard returns through the object store and is written by the driver, so nodes need no
+shared folder, and the set is written exactly as with one process.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from var_deploy.cluster.devices import Device, device_of, places
-from var_deploy.cluster.place import cause_of, offer
-from var_deploy.cluster.worker import Drawn, Worker
+from var_deploy.cluster.place import bundle_source, cause_of
+from var_deploy.cluster.worker import ShardResult, Worker
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.spec import SetSpec
@@ -29,23 +29,23 @@ from var_deploy.datasets.work import Tally, Tell, listing
 from var_deploy.errors import VarDeployError, one_line
 from var_deploy.manifest import read_manifest
 
-LOSSES = 3  # of workers over one shard, or over loading the bundle, that end a run
-LOOK = 2.0  # seconds between two looks at what the cluster has
-PATIENCE = 60.0  # seconds without any device, as where a node is started anew
+LOSSES = 3  # lost workers with one shard, or while loading, after which a run ends
+LOOK = 2.0  # seconds between two checks of the cluster's resources
+PATIENCE = 60.0  # seconds without any device, as when a node restarts
 LOST = (RayActorError, ObjectLostError)
 KEPT = "whole shards are kept: the same command makes the rest"
 
 
 @dataclass(kw_only=True)
-class Made:
-    """What a run did.
+class ClusterRun:
+    """Result and statistics of a run.
 
     Attributes:
-        how: `Pipeline.describe` of the first worker that was ready, None while none is.
-        shards: those that were made.
-        workers: the most that drew at one time; lost: those that ended too early.
-        drawing, waiting: seconds of all workers with a shard, and between two.
-        receiving, writing: seconds of the driver with their results.
+        how: `Pipeline.describe` of the first worker that was ready, None before.
+        shards: numbers of the shards that were made.
+        workers: most workers at one time; lost: workers that ended unexpectedly.
+        drawing, waiting: seconds that all workers spent on shards, and between two shards.
+        receiving, writing: seconds that the driver spent on receiving and writing shards.
     """
 
     spec: SetSpec
@@ -73,18 +73,17 @@ def make_missing(
     *,
     config: RuntimeConfig,
     workers: int | None = None,
-) -> Made:
-    """Draw those of `shards` that are not in the folder on the cluster that is connected.
+) -> ClusterRun:
+    """Generate the missing ones of `shards` on the connected cluster.
 
-    What is "auto" in `spec` is decided by the first worker that is ready, and the set is begun
-    then. However this ends, set.json lists what is there, and the workers are ended.
+    The first worker that is ready resolves "auto" in `spec`; then the set's folder is begun. At the
+    end, also after an error, set.json lists the shards in the folder, and all workers are ended.
 
     Args:
-        config: how a worker runs the bundle, but for what the set decides; threads that are left
-            open are one.
-        workers: the most at one time; None takes every device.
+        config: how a worker runs the bundle, except what the set decides; one thread by default.
+        workers: most workers at one time; None uses every device.
 
-    Raises UsageError where no node can hold a worker, what a worker raised or
+    Raises UsageError where no node can hold a worker, exceptions of workers and of
     `SetFolder.write`, and VarDeployError where workers are lost again and again.
     """
     device = device_of(read_manifest(bundle), spec.config(config), images=spec.shard_size)
@@ -92,7 +91,7 @@ def make_missing(
         raise device.too_large()
     hire = functools.partial(
         ray.remote(**device.options)(Worker).remote,
-        offer(bundle, spec.precision),
+        bundle_source(bundle, spec.precision),
         dataclasses.replace(config, threads=device.threads),
         device.cpus,
     )
@@ -107,7 +106,7 @@ def make_missing(
 
 
 class _Worker:
-    """An actor, and its calls in order: the bundle at first (None), then shards."""
+    """An actor with its pending calls in order: loading the bundle (None), then shards."""
 
     def __init__(self, actor: Any, spec: SetSpec) -> None:
         self.actor = actor
@@ -127,7 +126,7 @@ class _Run:
         hire: Callable[[], Any],
         most: int | None,
     ) -> None:
-        self.made = Made(spec=spec)
+        self.made = ClusterRun(spec=spec)
         self._folder, self._tell = folder, tell
         self._shards = shards
         self._device, self._new_actor, self._most = device, hire, most
@@ -138,7 +137,7 @@ class _Run:
         self._looked = self._placed = float("-inf")
 
     def begin(self) -> SetSpec:
-        """Wait for the first worker, and begin the set as it draws. Returns the settings."""
+        """Wait for the first worker, and begin the set with its settings, which are returned."""
         while self.made.how is None:
             self._step()
         self._folder.begin(self.made.spec)
@@ -157,7 +156,7 @@ class _Run:
             ray.kill(worker.actor)
 
     def _step(self) -> None:
-        """Hire, and take what has come back."""
+        """Start workers where there is room, and process finished calls."""
         if time.monotonic() - self._looked > LOOK:
             self._hire()
         if not any(worker.ready for worker in self._workers):
@@ -170,7 +169,7 @@ class _Run:
             time.sleep(LOOK)  # no device is there
 
     def _hire(self) -> None:
-        """Workers for the devices that have none; those that Ray has no room for yet wait."""
+        """Start workers for free devices; those without room yet are queued by Ray."""
         self._looked = time.monotonic()
         room = places(self._device)
         if room or self._workers:
@@ -184,15 +183,15 @@ class _Run:
             self._pending[worker.loading] = worker
 
     def _hand_out(self) -> None:
-        """A shard to everyone who has none; then, while there are more than workers, a second
-        one, so that nobody waits for the driver."""
+        """Give a shard to each worker without one; then, while enough shards are left, a second
+        one, so that workers do not wait for the driver."""
         ready = [worker for worker in self._workers if worker.ready]
         for held in (0, 1):
             for worker in ready:
                 enough = len(self._todo) > (len(ready) if held else 0)
                 if len(worker.calls) == held and enough:
                     shard = self._todo.popleft()
-                    if self._folder.has(self.made.spec, shard):  # somebody else made it
+                    if self._folder.has(self.made.spec, shard):  # another process made it
                         self._tally.skip(shard)
                         continue
                     call = worker.actor.draw.remote(self.made.spec, shard)
@@ -200,8 +199,8 @@ class _Run:
                     self._pending[call] = worker
 
     def _take(self, call: Any) -> None:
-        """What a call has given, or that its worker is lost."""
-        if call not in self._pending:  # of a worker that another call has shown to be lost
+        """Process the result of a call, or the loss of its worker."""
+        if call not in self._pending:  # its worker was lost with another call
             return
         worker = self._pending.pop(call)
         started = time.monotonic()
@@ -216,7 +215,7 @@ class _Run:
         if shard is None:
             self._welcome(worker, cast(Loaded, result))
         else:
-            self._keep(shard, cast(Drawn, result), time.monotonic() - started)
+            self._keep(shard, cast(ShardResult, result), time.monotonic() - started)
 
     def _welcome(self, worker: _Worker, how: Loaded) -> None:
         worker.ready = True
@@ -227,7 +226,7 @@ class _Run:
             made.how = how
             made.spec = made.spec.decided_by(how)
 
-    def _keep(self, shard: int, drawn: Drawn, receiving: float) -> None:
+    def _keep(self, shard: int, drawn: ShardResult, receiving: float) -> None:
         made, started = self.made, time.monotonic()
         if not self._folder.has(made.spec, shard):
             self._folder.write(made.spec, shard, drawn.data)
@@ -240,15 +239,15 @@ class _Run:
         self._tally.tell()
 
     def _lose(self, worker: _Worker, error: Exception) -> None:
-        """Put the shards of a worker back. The first of them is what it was at."""
+        """Requeue the shards of a lost worker. It was working on the first of them."""
         self._workers.remove(worker)
         self._pending = {call: w for call, w in self._pending.items() if w is not worker}
-        ray.kill(worker.actor)  # where it is only out of reach
+        ray.kill(worker.actor)  # it may only be unreachable
         self._todo.extendleft(shard for shard in reversed(worker.calls) if shard is not None)
         at = worker.calls[0]
         self._losses[at] += 1
         self.made.lost += 1
-        self._looked = float("-inf")  # somebody else is to take its place
+        self._looked = float("-inf")  # look for a replacement at once
         if self._losses[at] < LOSSES or (at is None and any(w.ready for w in self._workers)):
             return
         what = "while they loaded the bundle" if at is None else f"over shard {at}"
@@ -266,7 +265,7 @@ def _raised(error: RayTaskError) -> BaseException:
 
 
 def _cause(error: Exception) -> str:
-    """The first sentences of what Ray says, which goes on for a page."""
+    """The first sentences of Ray's message, which can be a page long."""
     text = one_line(error)
     if "No module named 'var_deploy" in text:
         return "var-deploy is not installed on their nodes"

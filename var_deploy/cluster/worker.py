@@ -1,4 +1,4 @@
-"""What runs at the far end: an actor with a pipeline of its own."""
+"""The Ray actor that generates shards of an image set, with a pipeline of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from var_deploy.cluster.place import Offer
+from var_deploy.cluster.place import BundleSource
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.shards import draw_shard
 from var_deploy.datasets.spec import SetSpec
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A shard's file; seconds that it took, and that its worker waited for it since the last."""
+class ShardResult:
+    """A shard's file, the seconds to generate it, and the seconds since the worker's last shard."""
 
     data: bytes
     drawing: float
@@ -25,36 +25,36 @@ class Drawn:
 
 
 class Worker:
-    """Draws shards of an offered bundle.
+    """Generates shards with the bundle of `source`.
 
     Args:
-        config: how to run it, but for what the set decides.
-        cores: CPU threads that are this worker's, for where it draws without a GPU after all.
+        config: how to run the bundle, except what the set decides.
+        cores: CPU threads of this worker, used where it runs on the CPU.
     """
 
-    def __init__(self, offered: Offer, config: RuntimeConfig, cores: int) -> None:
-        self._offered, self._config, self._cores = offered, config, cores
+    def __init__(self, source: BundleSource, config: RuntimeConfig, cores: int) -> None:
+        self._source, self._config, self._cores = source, config, cores
         self._pipe: Pipeline | None = None
         self._free: float | None = None
 
     def load(self, spec: SetSpec) -> Loaded:
-        """Have the bundle loaded for a set, which may leave "auto" open; `Pipeline.describe` of it.
+        """Load the bundle for a set, whose settings may be "auto"; returns `Pipeline.describe`.
 
-        Raises what `Offer.path` and `Pipeline.load` raise.
+        Raises what `BundleSource.path` and `Pipeline.load` raise.
         """
         return self._loaded(spec).describe()
 
-    def draw(self, spec: SetSpec, shard: int) -> Drawn:
-        """Raises what `load` and `draw_shard` raise."""
+    def draw(self, spec: SetSpec, shard: int) -> ShardResult:
+        """Generate a shard. Raises what `load` and `draw_shard` raise."""
         started = time.monotonic()
         pipe = self._loaded(spec)
         data = draw_shard(pipe, spec, shard)
         waiting = 0.0 if self._free is None else started - self._free
         self._free = time.monotonic()
-        return Drawn(data=data, drawing=self._free - started, waiting=waiting)
+        return ShardResult(data=data, drawing=self._free - started, waiting=waiting)
 
     def close(self) -> None:
-        """Give the bundle back, if one is loaded."""
+        """Close the pipeline, if one is loaded."""
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
@@ -67,9 +67,9 @@ class Worker:
                 return self._pipe
             self.close()
         self._pipe = Pipeline.open(
-            self._offered.path(),
+            self._source.path(),
             spec.config(self._config),
-            digest=self._offered.digest,
+            digest=self._source.digest,
             cores=self._cores,
         )
         return self._pipe

@@ -49,7 +49,7 @@ def _draw(
         drawn = numbers[first : first + batch]
         labels = [spec.label(n) or 0 for n in drawn]
         streams = [(spec.seed, n) for n in drawn]
-        request = Request(labels=labels, streams=streams, sampling=spec.sampling)
+        request = Request(labels=labels, rng_keys=streams, sampling=spec.sampling)
         for number, image in zip(drawn, pipe.draw(request), strict=True):
             stream = io.BytesIO()
             write_png(stream, image, {})

@@ -1,4 +1,4 @@
-"""Runs the command."""
+"""Entry point of `python -m var_deploy.device_check`."""
 
 from __future__ import annotations
 

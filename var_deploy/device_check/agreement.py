@@ -1,9 +1,9 @@
-"""Whether another way through the graphs draws the same images as the fp32 graphs on the CPU.
+"""Compares images and tokens of a variant with those of the fp32 graphs on the CPU.
 
-A scale is judged on its own: it starts from the reference's tokens, and what it draws is compared.
-Where rounding tips a token, the reference is asked again with the uniforms moved a little down and
-up. Codes lie along the cumulative distribution in their own order, so whatever a uniform within
-that margin could draw lies between the two answers; a token outside of them is no rounding.
+Each scale is compared on its own: it starts from the reference's tokens, and its sampled tokens are
+compared. Where a token differs, the reference samples again with uniforms a little lower and a
+little higher. Codes are ordered along the cumulative distribution, so rounding within that margin
+gives a token between the two results; a token outside of them is an error.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from var_deploy.sampling import Sampling, numbered, stack_uniforms
 Tokens = NDArray[np.int64]
 Image = NDArray[np.float32]
 
-# How far a uniform may lie from one that draws the same token. fp16: as `verify` has it; fp32: more
-# than there, since a device sums in another order than a CPU.
+# Largest shift of a uniform that counts as rounding. fp16: as in `verify`; fp32: more than there,
+# since a device sums in another order than a CPU.
 MARGIN = {"fp32": 1e-3, "fp16": 5e-2}
-FORCED_PSNR = {"fp32": 60.0, "fp16": 35.0}  # dB, of an image whose tokens are all given
-SAME_PSNR = 50.0  # dB, between two ways that run the same graphs in the same precision
-EQUAL_PSNR = 200.0  # stands for equal
+FORCED_PSNR = {"fp32": 60.0, "fp16": 35.0}  # dB, of an image with all tokens forced
+SAME_PSNR = 50.0  # dB, between two variants with the same graphs and precision
+EQUAL_PSNR = 200.0  # dB, reported for equal images
 LARGEST_UNIFORM = np.float32(1 - 2.0**-24)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one generation is given. `uniforms` [B, T]."""
+    """The inputs of one generation of B images; `uniforms` [B, T]."""
 
     labels: list[int]
     uniforms: NDArray[np.float32]
@@ -44,7 +44,7 @@ class Case:
 
 
 def make_cases(manifest: Manifest, images: int) -> list[Case]:
-    """Batches that hold at least `images` images, with the bundle's default settings."""
+    """Inputs of enough batches for `images` images, with the bundle's default settings."""
     batch, tokens = manifest.batch, manifest.model.total_tokens
     classes = manifest.model.transformer.classes
     return [
@@ -59,14 +59,14 @@ def make_cases(manifest: Manifest, images: int) -> list[Case]:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one way made of all cases.
+    """The outputs of one variant for all cases.
 
     Attributes:
-        drawn: by case and scale, where the scales before had the reference's tokens.
-        free: by case and scale, where it was left to itself.
-        forced_images: by case [B, side, side, channels], with the reference's tokens throughout.
-        free_images: by case, left to itself.
-        repeats: whether the same input gave the same bytes again.
+        drawn: tokens by case and scale, with the reference's tokens in all earlier scales.
+        free: tokens by case and scale, with its own tokens in earlier scales.
+        forced_images: by case, [B, side, side, channels] with the reference's tokens.
+        free_images: by case, [B, side, side, channels] with its own tokens.
+        repeats: whether a second run with the same inputs gave the same bytes.
     """
 
     precision: str
@@ -78,13 +78,12 @@ class Outcome:
 
 
 class Reference:
-    """The cases as a trusted loop runs them.
+    """Tokens and images of the reference loop for all cases.
 
-    The loop is opened when something has to be computed and closed again, so that whatever is
-    judged has the memory to itself.
+    The loop is open only while it computes, so that a variant under test has all memory.
 
     Args:
-        open_loop: opens the loop; called again for margins.
+        open_loop: opens the reference loop; called again for `near`.
     """
 
     def __init__(self, open_loop: Callable[[], ScaleLoop], cases: Sequence[Case]) -> None:
@@ -104,9 +103,9 @@ class Reference:
     def near(
         self, wanted: Sequence[tuple[int, int]], margin: float
     ) -> dict[tuple[int, int], tuple[Tokens, Tokens]]:
-        """(case, scale) → the tokens [B, L_k] that uniforms `margin` lower and higher draw there.
+        """(case, scale) → tokens [B, L_k] with uniforms `margin` lower, and `margin` higher.
 
-        Asked once; the answers are kept.
+        Results are computed once and kept.
         """
         missing = [pair for pair in wanted if (pair[0], pair[1], margin) not in self._near]
         if missing:
@@ -131,7 +130,7 @@ class Reference:
 
 
 def observe(loop: ScaleLoop, reference: Reference, precision: str) -> Outcome:
-    """Run the reference's cases on another loop: free, a scale at a time, and all forced."""
+    """Run all cases on another loop: free, with each scale forced in turn, and all forced."""
     drawn, free, forced_images, free_images, repeats = [], [], [], [], True
     for case, tokens in zip(reference.cases, reference.tokens, strict=True):
         given = (case.labels, case.uniforms, case.sampling)
@@ -157,8 +156,8 @@ def observe(loop: ScaleLoop, reference: Reference, precision: str) -> Outcome:
     )
 
 
-def judge(outcome: Outcome, reference: Reference) -> tuple[dict[str, Any], list[str]]:
-    """The agreement with the reference in numbers, and what of it is beyond its bound."""
+def evaluate(outcome: Outcome, reference: Reference) -> tuple[dict[str, Any], list[str]]:
+    """Compare an outcome with the reference: (JSON values, problems beyond the bounds)."""
     margin = MARGIN[outcome.precision]
     wanted = [
         (case, scale)
@@ -207,7 +206,7 @@ def judge(outcome: Outcome, reference: Reference) -> tuple[dict[str, Any], list[
 
 
 def compare(one: Outcome, other: Outcome) -> tuple[dict[str, Any], list[str]]:
-    """Two ways through the same graphs: equal, or how far apart, and what is beyond the bound."""
+    """Compare two variants of the same graphs: (JSON values, problems beyond the bounds)."""
     drawn = _share(one.drawn, other.drawn)
     free = _share(one.free, other.free)
     psnr_forced = _all_psnr(one.forced_images, other.forced_images)
@@ -239,18 +238,18 @@ def compare(one: Outcome, other: Outcome) -> tuple[dict[str, Any], list[str]]:
 
 
 def psnr(found: Image, expected: Image) -> float:
-    """Of images in [0, 1], in dB: 200 where they are equal, -200 where one is no number."""
+    """PSNR of images in [0, 1] in dB: 200 where they are equal, -200 where one has NaN."""
     return round(max(-EQUAL_PSNR, images.psnr(found, expected)), 2)
 
 
 def _all_psnr(found: Sequence[Image], expected: Sequence[Image]) -> list[float]:
-    """Of every image of every case."""
+    """PSNR of every image of every case, in dB."""
     batches = zip(found, expected, strict=True)
     return [psnr(a, b) for batch in batches for a, b in zip(*batch, strict=True)]
 
 
 def _share(one: Sequence[Sequence[Tokens]], other: Sequence[Sequence[Tokens]]) -> tuple[int, int]:
-    """Equal tokens, and all of them."""
+    """(number of equal tokens, number of all tokens)."""
     pairs = [
         pair for case in zip(one, other, strict=True) for pair in zip(*case, strict=True)
     ]

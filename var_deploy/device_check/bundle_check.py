@@ -1,6 +1,6 @@
 """The steps of `device_check` for one bundle.
 
-One loop is open at a time: what is judged gets the memory that it would have alone.
+Only one loop is open at a time, so that each variant has all memory.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from var_deploy.bench.roofline import floors, reached
+from var_deploy.bench.roofline import reached, rooflines
 from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.device_check.agreement import (
     Outcome,
     Reference,
     compare,
-    judge,
+    evaluate,
     make_cases,
     observe,
 )
 from var_deploy.device_check.measure import Latency, time_images
-from var_deploy.device_check.report import Found, NotRunError, Report
+from var_deploy.device_check.report import DeviceReport, Found, NotRunError
 from var_deploy.device_check.variants import (
     ORT_CPU,
     ORT_CUDA,
@@ -54,14 +54,15 @@ EXPORT_BOTH = "export it with --precision fp32 --precision fp16"
 
 @dataclass(kw_only=True)
 class Here:
-    """What this machine has.
+    """Facts about this machine, filled by the first steps.
 
     Attributes:
-        gpu: whether there is one that CUDA can use.
-        library: TensorRT, None where there is none.
-        published, device: rates that `plan` knows, and those to measure against; None where
-            nothing is known.
-        rates: where the latter come from.
+        gpu: whether there is a GPU that CUDA can use.
+        library: TensorRT, None where it is not installed.
+        low_memory: build each engine in a process of its own.
+        published: the device with the published rates of `plan`; None where unknown.
+        device: the device with the rates for rooflines; None where unknown.
+        rates: source of the rates of `device`.
     """
 
     gpu: bool = False
@@ -73,12 +74,12 @@ class Here:
 
 
 class BundleCheck:
-    """One bundle on this machine."""
+    """Runs the steps for one bundle and keeps their results."""
 
     manifest: Manifest
 
     def __init__(
-        self, bundle: Path, name: str, report: Report, here: Here, images: int, budget: float
+        self, bundle: Path, name: str, report: DeviceReport, here: Here, images: int, budget: float
     ) -> None:
         self._bundle, self._name, self._report, self._here = bundle, name, report, here
         self._images, self._budget = images, budget
@@ -88,11 +89,11 @@ class BundleCheck:
         self._latencies: dict[Variant, Latency] = {}
 
     def open(self) -> bool:
-        """Whether the bundle can be trusted."""
+        """Read and check the bundle; return whether it is intact."""
         return self._report.step("bundle", self._read) is not None
 
     def run(self) -> None:
-        """Every step, in an order in which each finds what it needs."""
+        """Run all steps, each after the steps that it depends on."""
         report = self._report
         report.step("plan", self._plan)
         report.step("reference", self._refer)
@@ -128,11 +129,11 @@ class BundleCheck:
 
     @property
     def precision(self) -> str:
-        """That of the engines."""
+        """Precision of the engines."""
         return "fp16" if "fp16" in self.manifest.graphs else next(iter(self.manifest.graphs))
 
     def best(self) -> float | None:
-        """Seconds of one generation on the fastest way over a GPU, None where none ran."""
+        """Seconds of one generation with the fastest variant on a GPU, None where none ran."""
         found = [
             latency.image.median
             for variant, latency in self._latencies.items()
@@ -196,7 +197,7 @@ class BundleCheck:
 
     @property
     def _common_layout(self) -> Layout:
-        """The one that holds the weights once, where the bundle has it."""
+        """Layout "shared" where the bundle has it in all precisions, else "per-scale"."""
         held = map(held_layouts, self.manifest.graphs.values())
         everywhere = all("shared" in layouts for layouts in held)
         return "shared" if everywhere else "per-scale"
@@ -230,7 +231,7 @@ class BundleCheck:
             f"{len(made.engines) - len(fresh)} kept, {size / 1e6:.1f} MB",
         )
 
-    # one way through the bundle
+    # one variant
 
     def _run(self, variant: Variant) -> Found:
         self._refuse(variant)
@@ -259,12 +260,12 @@ class BundleCheck:
         told, problems = [f"image {latency.image.median * 1e3:.2f} ms"], list[str]()
         if self._here.device is not None:
             workload = workload_of(manifest, cast(Precision, variant.precision))
-            least = floors(workload, self._here.device)
+            least = rooflines(workload, self._here.device)
             part = reached(latency.launches, latency.image, least)
             result["floor"] = {"rates": self._here.rates, **part}
         if outcome is not None and reference is not None:
             self._outcomes[variant] = outcome
-            result["agreement"], problems = judge(outcome, reference)
+            result["agreement"], problems = evaluate(outcome, reference)
             found = result["agreement"]
             told = [
                 f"{found['forced_equal']} of {found['tokens']} tokens, "
@@ -274,7 +275,7 @@ class BundleCheck:
         return Found(result=result, headline=", ".join(told), problems=problems)
 
     def _refuse(self, variant: Variant) -> None:
-        """Raises NotRunError where a variant cannot be run here, or need not."""
+        """Raise NotRunError where a variant cannot run on this machine, or need not."""
         here = self._here
         if variant.backend == ORT_CPU and here.gpu:
             raise NotRunError("a rehearsal, for machines without a GPU")
@@ -290,8 +291,10 @@ class BundleCheck:
             raise NotRunError(lacking)
 
     def _memory(self, variant: Variant, before: int, after: int) -> dict[str, int]:
-        """Bytes of device memory that a loop holds after it ran, and those that `plan` expects of
-        it besides the CUDA context, which is there before."""
+        """Bytes of device memory that a loop holds after it ran, and those that `plan` predicts.
+
+        The prediction is without the CUDA context, which exists before.
+        """
         workload = workload_of(self.manifest, cast(Precision, variant.precision))
         held = footprint(workload, variant.layout, "tensorrt")
         return {
@@ -301,7 +304,7 @@ class BundleCheck:
             "predicted": held.peak - held.runtime,
         }
 
-    # what follows from several
+    # comparisons of variants
 
     def _compare(self, *pair: Variant) -> Found:
         for variant in pair:
@@ -318,7 +321,7 @@ class BundleCheck:
         return Found(result=result, headline=told, problems=problems)
 
     def _generate(self) -> Found:
-        """As `var-deploy generate` does it: whatever backend it takes by itself."""
+        """Generate an image as `var-deploy generate` does, with the backend that "auto" selects."""
         conditional = self.manifest.model.transformer.conditional
         with Pipeline.load(self._bundle) as pipe:
             images = pipe.generate([0] if conditional else None)

@@ -1,11 +1,11 @@
-"""Everything that only a machine with a GPU can tell, in one go and one file.
+"""`python -m var_deploy.device_check`: all checks that need a GPU, in one run and one report.
 
     python -m var_deploy.device_check BUNDLE --out device-report.json
 
 Builds the engines of both layouts, compares them with the fp32 graphs on the CPU, with each other
-and with and without CUDA graphs, times them against what the device could do at best, and writes a
-report to send back. A step that fails or cannot be run does not stop the others. Without a GPU the
-same steps run on the CPU as far as they go: a rehearsal.
+and with and without CUDA graphs, times them, compares the times with the device's roofline, and
+writes a report. A step that fails or cannot run does not stop the others. Without a GPU, the steps
+that can run on the CPU do so, as a rehearsal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from var_deploy.device_check.bundle_check import NO_GPU, BundleCheck, Here
 from var_deploy.device_check.measure import BUDGET
-from var_deploy.device_check.report import Found, NotRunError, Report, latency_table
+from var_deploy.device_check.report import DeviceReport, Found, NotRunError, latency_table
 from var_deploy.errors import BackendError, UsageError, VarDeployError, one_line
 from var_deploy.host.doctor import examine
 from var_deploy.host.installation import module_command, pip_command
@@ -37,7 +37,7 @@ from var_deploy.runtime.tensorrt.library import load_library
 
 DEFAULT_BUNDLE = Path("build/pocket")
 DEFAULT_OUT = Path("device-report.json")
-# a program: it needs PyTorch, which nothing here does
+# run as a program, since it needs PyTorch, which this package must not import
 PEERS = "var_deploy.export.baselines.torch_peers"
 PEER_SECONDS = 1200.0
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -46,14 +46,14 @@ SHOWN = ("system", "board", "JetPack", "power mode", "CUDA", "onnxruntime")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much is done.
+    """Options of a device check.
 
     Attributes:
-        images: that are compared, at least.
-        budget: seconds for each kind of timing.
-        low_memory: build each engine in a process of its own; always so where CPU and GPU share
+        images: least number of images to compare.
+        budget: seconds for each series of timings.
+        low_memory: build each engine in a process of its own; always done where CPU and GPU share
             their memory.
-        library: "tensorrt" or "tensorrt_rtx"; None takes what is installed.
+        library: "tensorrt" or "tensorrt_rtx"; None takes the installed one.
         peers: time PyTorch as well, where it is installed.
     """
 
@@ -66,14 +66,14 @@ class Options:
 
 def check_device(
     bundles: Sequence[Path], out: Path, options: Options, machine: Machine | None = None
-) -> Report:
+) -> DeviceReport:
     """Run every step and write the report to `out`.
 
-    Raises BackendError where the report cannot be written; whatever else goes wrong is in it.
+    Raises BackendError where the report cannot be written; all other errors are in the report.
     """
     machine = machine or Machine()
     names = _names(bundles)
-    report = Report(out, _private(names))
+    report = DeviceReport(out, _private(names))
     report.step("machine", partial(_examine, machine))
     here = _look_around(report, options, machine)
     for bundle, name in names.items():
@@ -83,7 +83,9 @@ def check_device(
     return report
 
 
-def _check_bundle(bundle: Path, name: str, report: Report, here: Here, options: Options) -> None:
+def _check_bundle(
+    bundle: Path, name: str, report: DeviceReport, here: Here, options: Options
+) -> None:
     check = BundleCheck(bundle, name, report, here, options.images, options.budget)
     if check.open():
         check.run()
@@ -93,7 +95,7 @@ def _check_bundle(bundle: Path, name: str, report: Report, here: Here, options: 
 
 
 def _names(bundles: Sequence[Path]) -> dict[Path, str]:
-    """What each bundle is called in the report."""
+    """Bundle → its name in the report, unique."""
     names: dict[Path, str] = {}
     for bundle in bundles:
         name, count = bundle.absolute().name or "bundle", 1
@@ -104,7 +106,7 @@ def _names(bundles: Sequence[Path]) -> dict[Path, str]:
 
 
 def _private(names: Mapping[Path, str]) -> dict[str, str]:
-    """Folders of this machine, and what stands for them in the report."""
+    """Folders of this machine → their replacements in the report."""
     found = {str(bundle.absolute()): name for bundle, name in names.items()}
     found |= {str(b): name for b, name in names.items() if len(b.parts) > 1}
     found |= {str(Path.cwd()): ".", str(Path.home()): "~"}
@@ -129,8 +131,8 @@ def _examine(machine: Machine) -> Found:
     )
 
 
-def _look_around(report: Report, options: Options, machine: Machine) -> Here:
-    """What the steps need to know of this machine."""
+def _look_around(report: DeviceReport, options: Options, machine: Machine) -> Here:
+    """Run the steps about this machine, and return the facts that other steps need."""
     here = Here()
     report.step("GPU", partial(_find_gpu, here))
     report.step("TensorRT", partial(_find_tensorrt, here, options.library))
@@ -166,7 +168,7 @@ def _find_tensorrt(here: Here, wanted: str | None) -> Found:
 
 
 def _rates(here: Here, machine: Machine) -> Found:
-    """The published rates of `plan`, or better what PyTorch measures."""
+    """Rates of this machine: measured by PyTorch where possible, else the published ones."""
     try:
         device = find_device("this", machine)
     except UsageError as error:
@@ -212,7 +214,7 @@ def _rates_of(device: Device) -> dict[str, float]:
 
 
 def _ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
-    """The lines that the program PEERS prints; the last one says so where time ran out.
+    """Run the program PEERS and return its lines; after a time-out the last one is a problem.
 
     Raises NotRunError where PyTorch or its CUDA is missing, BackendError where it fails.
     """
@@ -245,7 +247,7 @@ def _ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
 
 
 def _peers(bundle: Path, check: BundleCheck, here: Here, options: Options) -> Found:
-    """Our PyTorch modules on the same GPU, and how many times as long they take as our best."""
+    """Time PyTorch modules on the same GPU, as a multiple of the fastest variant's time."""
     if not options.peers:
         raise NotRunError("left out, as asked for")
     if not here.gpu:
@@ -266,7 +268,7 @@ def _peers(bundle: Path, check: BundleCheck, here: Here, options: Options) -> Fo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where nothing failed, 1 where a step did, 2 for bad usage, 130 after Ctrl-C."""
+    """Exit code: 0 without failures, 1 after a failed step, 2 for bad usage, 130 after Ctrl-C."""
     open_standard_streams()
     parser = _parser()
     given = parser.parse_args(arguments)
@@ -292,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if report.failed else 0
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: DeviceReport) -> str:
     count = {state: 0 for state in ("done", "failed", "not run")}
     for step in report.steps:
         count[step.state] += 1

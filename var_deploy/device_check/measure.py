@@ -1,4 +1,4 @@
-"""Repeats generations until their times can be told."""
+"""Measures the time of generations and launches by repetition."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from var_deploy.runtime.backends.protocol import Clock
-from var_deploy.runtime.measure import Spread, launch_seconds
+from var_deploy.runtime.measure import LatencyStats, launch_seconds
 
-BUDGET = 20.0  # seconds for one kind of repetition
-WARM_UP = 0.1  # share of it that is run before; clocks rise and caches fill meanwhile
+BUDGET = 20.0  # seconds for one series of repetitions
+WARM_UP = 0.1  # share of the budget for warm-up, in which clocks rise and caches fill
 FEWEST, MOST, FEWEST_WARM_UPS = 5, 200, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One generation of B images.
+    """Time statistics of one generation of B images.
 
     Attributes:
         image: from the start of the first launch to the end of the last.
-        call: of the whole `ScaleLoop.run` as the host sees it, copies and checks included.
-        launches: by name, in order; empty where they cannot be told apart.
+        call: the whole `ScaleLoop.run` on the host's clock, copies and checks included.
+        launches: launch → statistics, in order; empty where marks are missing.
     """
 
-    image: Spread
-    call: Spread
-    launches: Mapping[str, Spread]
+    image: LatencyStats
+    call: LatencyStats
+    launches: Mapping[str, LatencyStats]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,10 +40,12 @@ class Latency:
 def time_images(
     run: Callable[[], object], clock: Clock, launches: Sequence[str], budget: float = BUDGET
 ) -> Latency:
-    """Time `run`, a generation of a loop with this clock: first as a whole, then launch by launch,
-    each for about `budget` seconds."""
+    """Time `run`, a generation of the loop of `clock`.
+
+    It is timed first as a whole, then launch by launch, each for about `budget` seconds.
+    """
     clock.each = False
-    clock.laps()  # what was marked before belongs to nobody
+    clock.laps()  # drop earlier marks
     _repeat(run, FEWEST_WARM_UPS, WARM_UP * budget, clock.laps, most=None)
     images: list[float] = []
     calls = _repeat(run, FEWEST, budget, lambda: images.append(sum(clock.laps())))
@@ -54,9 +56,9 @@ def time_images(
     fit = all(len(laps) == len(launches) for laps in parts)
     columns = zip(launches, zip(*parts, strict=True), strict=True) if fit else ()
     return Latency(
-        image=Spread.of(images),
-        call=Spread.of(calls),
-        launches={name: Spread.of(laps) for name, laps in columns},
+        image=LatencyStats.of(images),
+        call=LatencyStats.of(calls),
+        launches={name: LatencyStats.of(laps) for name, laps in columns},
     )
 
 
@@ -67,7 +69,7 @@ def _repeat(
     after: Callable[[], object],
     most: int | None = MOST,
 ) -> list[float]:
-    """Seconds of each of at least `fewest` runs, as many as the budget allows up to `most`."""
+    """Seconds of each run: at least `fewest` runs, at most `most`, within the budget."""
     seconds: list[float] = []
     started = time.perf_counter()
     while most is None or len(seconds) < most:

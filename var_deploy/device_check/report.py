@@ -1,7 +1,7 @@
-"""The report of `device_check`: steps that go on after a failure, one JSON file, lines to read.
+"""The report of `device_check`: runs steps, also after a failed one, and writes one JSON file.
 
-The file is written anew before and after every step, so that it tells where the process was when
-something took it down: that step says "running". It holds no paths and no name of the machine.
+The file is written before and after every step: if the process dies, the report shows its last step
+as "running". It contains no paths and no name of the machine.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from var_deploy.host.terminal import is_terminal, visible
 
 SCHEMA_VERSION = 1
 State = Literal["running", "done", "failed", "not run"]
-# two names and more, absolute; what lies in /proc and /etc is the same on every machine
+# absolute paths of two or more names; those in /proc and /etc are the same on every machine
 PATH = re.compile(r"(?<![\w.~-])(?:~|[A-Za-z]:)?(?!/(?:proc|etc)/)(?:[/\\][^\s/\\:;,'\"()]+){2,}")
 PAUSE = 0.1  # seconds
 
 
 class NotRunError(Exception):
-    """A step cannot be run here; the message says why, and what would change it."""
+    """A step cannot run on this machine; the message says why, and how to change that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a step found.
+    """The result of a step.
 
     Attributes:
         result: JSON values.
-        headline: the same in a few words.
-        problems: what is beyond its bound, a line each.
+        headline: a summary in a few words.
+        problems: values beyond their bounds, one line each.
     """
 
     result: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Found:
 
 @dataclass(kw_only=True)
 class Step:
-    """One line of the report. `bundle` is "" for what concerns the machine."""
+    """One step of the report; `bundle` is "" for steps about the machine."""
 
     name: str
     bundle: str
@@ -68,13 +68,13 @@ class Step:
         }
 
 
-class Report:
-    """Runs steps and keeps what they found.
+class DeviceReport:
+    """Runs steps, keeps their results and writes them to a file.
 
     Args:
-        out: the file.
-        private: texts that must not get into it, such as folders, and what stands for them.
-        say: takes each line as it is known.
+        out: path of the report.
+        private: text that must not appear in it, such as a folder → its replacement.
+        say: called with each line for the terminal.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class Report:
         return [step for step in self.steps if step.state == "failed"]
 
     def start_bundle(self, name: str) -> None:
-        """The steps from here on are about this bundle."""
+        """Start the steps of a bundle."""
         self._bundle = name
         self._say(f"\n{visible(name)}")
 
     def step(self, name: str, work: Callable[[], Found]) -> Found | None:
-        """Run one step; None where it was not run or did not come to a result.
+        """Run one step; returns its result, None where it was not run or failed.
 
-        Raises nothing that `work` raises but what is meant to end the program.
+        Exceptions of `work` are recorded; only KeyboardInterrupt and SystemExit are re-raised.
         """
         step = Step(name=name, bundle=self._bundle)
         self.steps.append(step)
@@ -129,7 +129,7 @@ class Report:
         return found
 
     def progress(self, message: str, fraction: float | None = None) -> None:
-        """A passing line on a terminal, ten times a second at most."""
+        """Show a progress line on a terminal, at most ten times per second."""
         now = time.monotonic()
         if self._shown and (fraction is None or now - self._shown_at > PAUSE):
             self._shown_at = now
@@ -184,7 +184,7 @@ def _line(step: Step, headline: str) -> str:
 
 
 def latency_table(steps: Sequence[Step]) -> list[str]:
-    """Lines: the times of every step of a bundle that has some."""
+    """Lines of a table with the times of all steps that measured some."""
     rows: list[tuple[str, ...]] = [("", "image ms", "p10", "p95", "call ms", "of the floor")]
     for step in steps:
         if "latency" not in step.result:

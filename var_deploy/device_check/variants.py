@@ -1,4 +1,4 @@
-"""The ways through a bundle that `device_check` compares: a backend, a precision, a layout."""
+"""The variants that `device_check` compares: backend, precision and layout of a bundle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TENSORRT, ORT_CUDA, ORT_CPU = "tensorrt", "onnxruntime-cuda", "onnxruntime-cpu"
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way through a bundle. `backend` "tensorrt" stands for tensorrt_rtx as well."""
+    """A backend, precision and layout for a bundle; "tensorrt" includes tensorrt_rtx."""
 
     backend: str
     precision: str
@@ -43,12 +43,12 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A variant that is open.
+    """An opened variant.
 
     Attributes:
-        runs_on: its versions and settings.
-        free: bytes of device memory before it was opened, 0 on a CPU.
-        cuda: the GPU it runs on, None on a CPU.
+        runs_on: versions and settings of its backend.
+        free: free bytes of device memory before it was opened, 0 on a CPU.
+        cuda: its GPU, None on a CPU.
     """
 
     loop: ScaleLoop
@@ -79,9 +79,10 @@ def onnxruntime_lacks(manifest: Manifest, variant: Variant) -> str:
 def opened(
     bundle: Path, manifest: Manifest, variant: Variant, library: Library | None
 ) -> Iterator[Running]:
-    """Open a variant; everything is given back at the end.
+    """Open a variant for the time of the block.
 
-    `library` is for engines. Raises BackendError where it cannot run.
+    `library` is TensorRT, for variants with engines. Raises BackendError where the variant cannot
+    run.
     """
     cuda, free = None, 0
     backend: Backend

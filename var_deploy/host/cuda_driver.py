@@ -1,8 +1,8 @@
-"""What the CUDA driver says of itself and its GPUs: `python -m var_deploy.host.cuda_driver`.
+"""Prints the CUDA driver's version and its GPUs as JSON: `python -m var_deploy.host.cuda_driver`.
 
-It needs the driver's library alone, not CUDA's toolkit nor a Python package, and makes no context
-on the GPU. Printed as JSON by a program of its own, so that a driver that hangs or crashes takes
-nobody with it. Calls and numbers are those of the CUDA driver API (cuda.h).
+It needs only the driver's library, neither the CUDA toolkit nor a Python package, and creates no
+context on the GPU. It runs as a program of its own, so that a driver that hangs or crashes does not
+affect the caller. Functions and numbers are those of the CUDA driver API (cuda.h).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 class DriverError(Exception):
-    """A call of the driver did not succeed."""
+    """A function of the driver returned an error."""
 
 
 def describe(load: Callable[[str], Any] = ctypes.CDLL) -> dict[str, Any]:
-    """`machine.Driver` as JSON values: cuda, gpus, problem."""
+    """The fields of `machine.Driver` as JSON values: cuda, gpus, problem."""
     try:
         library = load("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -66,7 +66,7 @@ def _gpu(library: Any, index: int) -> dict[str, Any]:
 
 
 def _number(library: Any, call: str, *arguments: Any) -> int:
-    """Result of a call that writes an int through its first argument."""
+    """Call a function that writes an int through its first argument; returns the int."""
     result = ctypes.c_int()
     _call(library, call, ctypes.byref(result), *arguments)
     return result.value

@@ -1,8 +1,8 @@
-"""What this machine can do with var-deploy, what it lacks, and the command that changes it.
+"""`var-deploy doctor`: what works on this machine, what is missing, and how to install it.
 
-Every fact comes through a `Machine`; nothing here raises because a probe failed. Versions are read
-from package metadata; the libraries that must load native code to be of use are imported in a
-process of their own.
+All facts come from a `Machine`; a failed probe becomes a finding and never raises. Versions are
+read from package metadata; libraries with native code are imported in a process of their own, to
+see whether they load.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        found: what is there, or what is wrong with it; "" where it is missing.
-        purpose: what it is for, or what its absence costs.
-        remedy: a command or a step that mends it, "" where nothing needs to be done.
+        found: what was found, or its problem; "" where it is missing.
+        purpose: what it is needed for.
+        remedy: a command or a step that fixes it, "" where none is needed.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Ability:
-    """Something that var-deploy does, and what stands in its way here."""
+    """A function of var-deploy, and the findings that prevent it on this machine."""
 
     name: str
     lacks: tuple[str, ...] = ()
@@ -69,20 +69,20 @@ class Ability:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All findings, in the order in which they are shown."""
+class DoctorReport:
+    """The report of `doctor`: all findings in order, and the abilities that follow from them."""
 
     findings: tuple[Finding, ...]
     abilities: tuple[Ability, ...]
 
     @property
     def generates(self) -> bool:
-        """Whether any backend here can make images."""
+        """Whether any backend on this machine can generate images."""
         return any(ability.here and ability.generates for ability in self.abilities)
 
 
-def examine(machine: Machine) -> Report:
-    """Look at everything; takes seconds where large libraries are installed."""
+def examine(machine: Machine) -> DoctorReport:
+    """Examine the machine; takes seconds where large libraries are installed."""
     jetson, driver = jetson_model(machine), machine.driver()
     findings = [_ok("var-deploy", __version__, "this program"), _python(machine), _system(machine)]
     if jetson is not None:
@@ -104,7 +104,7 @@ def examine(machine: Machine) -> Report:
     ]
     findings += [cuda, *gpus, onnxruntime, *int8, tensorrt, bindings, *training, *optional]
     engines = _lacking([tensorrt, bindings, cuda, *gpus[:1]])
-    return Report(
+    return DoctorReport(
         findings=tuple(findings),
         abilities=(
             Ability(name="export and verify", lacks=_lacking([*training, onnxruntime])),
@@ -151,7 +151,7 @@ def _system(machine: Machine) -> Finding:
 
 
 def _jetpack(machine: Machine) -> Finding:
-    """Package nvidia-jetpack, and the release of Jetson Linux, which is always there:
+    """The package nvidia-jetpack, and the release of Jetson Linux, whose file always exists:
     "# R36 (release), REVISION: 4.3, GCID: …"."""
     linux = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", machine.read(TEGRA_RELEASE) or "")
     package = machine.run("dpkg-query", "-W", "-f=${Version}", "nvidia-jetpack")
@@ -175,7 +175,7 @@ def _jetpack(machine: Machine) -> Finding:
 
 
 def _power(machine: Machine) -> Finding:
-    """`nvpmodel -q` prints "NV Power Mode: MAXN_SUPER" and the number of the mode."""
+    """The power mode: `nvpmodel -q` prints "NV Power Mode: MAXN_SUPER" and its number."""
     answer = machine.run("nvpmodel", "-q")
     mode = re.search(r"Power Mode:\s*(\S+)", answer.output)
     purpose = "sets the clocks, and with them the speed"
@@ -186,7 +186,7 @@ def _power(machine: Machine) -> Finding:
 
 
 def _driver(machine: Machine, driver: Driver, jetson: bool) -> Finding:
-    """The CUDA that the driver serves, and the driver's own version from the kernel module."""
+    """The driver's newest CUDA version, and its own version from the kernel module."""
     module = re.search(
         r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s",
         machine.read("/proc/driver/nvidia/version") or "",
@@ -234,13 +234,13 @@ def _onnxruntime(machine: Machine) -> Finding:
     held = [each for each in (name, f"{name}-gpu") if machine.distribution(each)]
     if len(held) < 2:
         return _ok(name, found, purpose)
-    # the two packages overwrite each other's files: the last one installed is what runs
+    # the two packages overwrite each other's files: the one installed last runs
     remedy = f"{pip()} uninstall {' '.join(held)}, then {remedy}"
     return _ok(name, f"{found}, from one of {' and '.join(held)}", purpose, remedy)
 
 
 def _int8(machine: Machine) -> Finding:
-    """int8 has kernels of its own for each instruction set, which are tried on known numbers."""
+    """Whether int8 works: its kernels differ by instruction set, and run on known numbers."""
     name, purpose = "int8", "bundles exported with --precision int8, on the CPU"
     answer = machine.int8()
     problem = answer.problem or answer.output.strip()
@@ -252,7 +252,7 @@ def _int8(machine: Machine) -> Finding:
 
 
 def _tensorrt(machine: Machine, jetson: bool) -> Finding:
-    """`tensorrt`, or on a PC `tensorrt_rtx`: the first that loads."""
+    """TensorRT: the first of `tensorrt` and `tensorrt_rtx` that loads."""
     name, purpose, broken = "TensorRT", "build engines and run them", ""
     remedy = FLASH if jetson else pip_install("tensorrt", "tensorrt")
     for module in ("tensorrt", "tensorrt_rtx"):
@@ -281,7 +281,7 @@ def _tensorrt(machine: Machine, jetson: bool) -> Finding:
 
 
 def _bindings(machine: Machine, driver: Driver) -> Finding:
-    """cuda-python, whose major version must be one that the driver serves."""
+    """cuda-python, whose major version must not be newer than the driver's CUDA."""
     name, purpose = "cuda-python", "device memory and CUDA graphs for TensorRT"
     newest = _numbers(driver.cuda)[0]
     below = f",<{newest + 1}" if newest else ""
@@ -303,13 +303,13 @@ def _package(machine: Machine, name: str, purpose: str, remedy: str) -> Finding:
 
 
 def _two_lines(answer: Answer) -> tuple[str, str]:
-    """Version and what follows it, of `Machine.import_module`."""
+    """(version, second line) of an answer of `Machine.import_module`."""
     first, _, rest = answer.output.strip().partition("\n")
     return first.strip(), rest.strip()
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """ "10.3.0.post1" → (10, 3, 0); (0,) where there is no number."""
+    """Numbers of a version: "10.3.0.post1" → (10, 3, 0); (0,) without a number."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(n) for n in found[0].split(".")) if found else (0,)
 

@@ -1,9 +1,8 @@
-"""Where this package is installed, commands that run it in child processes, and what a shell here
-would have to be told to run it or to install what it lacks.
+"""Commands that run this package in child processes, and shell commands that run or install it.
 
 `python -m` and `python -c` look for modules in the current folder first. Started inside a checkout
-of this repository, or beside a file that is called like a module, a child would load that instead
-of what this process runs. The commands made here search the folders that this process searches.
+of this repository, or beside a file with the name of a module, a child process would import these
+files instead of the installed ones. The commands made here use the search path of this process.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from pathlib import Path
 
 ROOT = str(Path(__file__).parents[2])  # the folder that holds this package
 HALVES = ("var_deploy.export", "var_deploy.runtime")
-PROGRAM, DISTRIBUTION = "var-deploy", "var-deploy"  # of the script, and of the metadata
+PROGRAM, DISTRIBUTION = "var-deploy", "var-deploy"  # names of the script, and of the package
 
-# the two lines before a child's own code; nothing but `sys`, which is built in, can be imported
-# before the path is set
+# code that runs first in a child process; only `sys`, which is built in, can be imported before the
+# path is set
 PREPARE = "import sys; sys.path[:] = {path}\n"
 RUN_MODULE = "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
@@ -29,32 +28,34 @@ RUN_MODULE = "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__
 def module_command(module: str, *arguments: object) -> list[str]:
     """The command that runs `module` as a program, as `python -m` does, in a child process.
 
-    The child is a Python like this one: the same interpreter, flags and search path, whatever the
-    current folder holds.
+    The child has the interpreter, flags and search path of this process; the current folder does
+    not matter.
     """
     return code_command(RUN_MODULE, module, *arguments)
 
 
 def code_command(code: str, *arguments: object) -> list[str]:
-    """The command that runs Python code, as `python -c` does, in a child process like this one.
+    """The command that runs Python code, as `python -c` does, in a child process.
 
-    The arguments are `sys.argv[1:]` there.
+    The child has the interpreter, flags and search path of this process; the arguments are its
+    `sys.argv[1:]`.
     """
     prepare = PREPARE.format(path=ascii(search_path()))
     return [sys.executable, *_flags(), "-c", prepare + code, *map(str, arguments)]
 
 
 def search_path() -> list[str]:
-    """`sys.path` as it holds in any folder: absolute, and with this package on it.
+    """`sys.path` with absolute folders, so that it does not depend on the current folder.
 
-    An editable install is found by an import hook; its folder goes last.
+    It contains this package's folder; for an editable install, which an import hook finds, that
+    folder comes last.
     """
     found: list[str] = []
     for entry in sys.path:
         if os.path.isabs(entry):
             found.append(entry)
         else:
-            # of the moment: "" is the current folder, dropped unless this package lies there
+            # "" is the current folder, kept only where it contains this package
             with contextlib.suppress(FileNotFoundError):  # a current folder that was deleted
                 path = os.path.abspath(entry)
                 found += [path] if entry or path == ROOT else []
@@ -62,7 +63,7 @@ def search_path() -> list[str]:
 
 
 def _flags() -> list[str]:
-    """The options of this interpreter that change what code means."""
+    """Command-line flags of this interpreter that change how code runs."""
     flags = sys.flags
     letters = {
         "I": flags.isolated,
@@ -80,7 +81,7 @@ def _flags() -> list[str]:
 
 
 def shadowed(error: ModuleNotFoundError) -> str:
-    """One line for an import that failed because a checkout hides the installed package; else "".
+    """The error message for an import that failed because a checkout hides the package; else "".
 
     In a checkout `export/` and `runtime/` lie beside `var_deploy/`, which alone is half a package.
     """
@@ -94,11 +95,11 @@ def shadowed(error: ModuleNotFoundError) -> str:
     )
 
 
-# what a shell is told; the package is on no index, so an extra is named by its packages
+# commands for a shell; the package is not on an index, so an extra is named by its packages
 
 
 def program() -> str:
-    """How a shell in the current folder calls the program `var-deploy` of this environment."""
+    """The command that runs `var-deploy` of this environment in the current folder."""
     script = _beside_python(PROGRAM)
     if _on_path(PROGRAM, script):
         return PROGRAM
@@ -106,39 +107,38 @@ def program() -> str:
 
 
 def activation() -> str:
-    """The command after which `var-deploy` alone is enough; "" where it is already, or where
-    there is none."""
+    """The command that activates the virtual environment; "" where it is active or missing."""
     script = _beside_python("activate")
     return "" if program() == PROGRAM or not script.is_file() else f". {_shell_path(script)}"
 
 
 def pip_install(extra: str, *names: str, missing: str = "") -> str:
-    """The command that installs an extra's packages where this program runs.
+    """The command that installs an extra's packages in this environment.
 
-    It holds those packages of the extra that are not installed, or all of them where none is
-    missing; with `names` those of these names alone. `missing` is one that could not be imported.
+    It lists the packages of the extra that are not installed, or all of them where none is missing;
+    with `names`, only these packages. `missing` is a package that could not be imported.
     """
     needed = {_distribution(requirement): requirement for requirement in _requirements(extra)}
     absent = [name for name in needed if name == _distribution(missing) or not _installed(name)]
     chosen = [needed.get(name, name) for name in map(_distribution, names)]
     chosen = chosen or [needed[name] for name in absent] or list(needed.values())
-    # without metadata, which a package on an added path has not, the extra's name must do
+    # a package on an added path has no metadata: use the extra's name
     return pip_command(*chosen) if chosen else pip_command(f"{DISTRIBUTION}[{extra}]")
 
 
 def pip_command(*requirements: str) -> str:
-    """`pip install …` for this environment, whatever environment the `pip` of the shell is of."""
+    """The `pip install` command for this environment, also where the shell's pip is another."""
     quoted = (f'"{r}"' if re.search(r"[^\w.-]", r) else r for r in requirements)
     return " ".join([pip(), "install", *quoted])
 
 
 def pip() -> str:
-    """How a shell in the current folder calls the pip of this environment."""
+    """The command that runs the pip of this environment in the current folder."""
     return "pip" if _on_path("pip", _beside_python("pip")) else f"{_python()} -m pip"
 
 
 def _requirements(extra: str) -> list[str]:
-    """What the metadata of this package list for an extra, as in "onnxruntime>=1.20"."""
+    """Requirements of an extra from the package's metadata, as "onnxruntime>=1.20"."""
     try:
         listed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # a zipped package, a path that was added
@@ -152,7 +152,7 @@ def _requirements(extra: str) -> list[str]:
 
 
 def _distribution(requirement: str) -> str:
-    """ "ray[serve]>=2.60" → "ray", in the one spelling that pip takes all others for."""
+    """Normalised name of a requirement's package: "ray[serve]>=2.60" → "ray"."""
     name = re.match(r"[\w.-]+", requirement)
     return re.sub(r"[-_.]+", "-", name[0] if name else requirement).lower()
 
@@ -170,7 +170,7 @@ def _beside_python(name: str) -> Path:
 
 
 def _on_path(name: str, script: Path) -> bool:
-    """Whether a shell that is told `name` runs this script."""
+    """Whether the command `name` in a shell runs this script."""
     found = shutil.which(name)
     return found is not None and script.is_file() and os.path.samefile(found, script)
 
@@ -180,7 +180,7 @@ def _python() -> str:
 
 
 def _shell_path(path: Path) -> str:
-    """A path as one types it: relative where it lies below the current folder."""
+    """A path for a shell: relative where it is below the current folder, quoted if needed."""
     with contextlib.suppress(ValueError, FileNotFoundError):  # elsewhere; a deleted folder
         path = path.relative_to(Path.cwd())
     text = str(path)

@@ -1,8 +1,8 @@
-"""What can be asked of the machine that this runs on.
+"""Facts about the machine that this process runs on: files, programs, processors, GPUs.
 
-`doctor` and `plan --device this` ask through a `Machine`, so that a test can stand in for a board.
-Nothing raises: a file that is not there is None, a program that fails or hangs is an `Answer` with
-a problem. Whatever could hang or crash in native code runs in a process of its own.
+`doctor` and `plan --device this` use a `Machine`, which tests replace by a fake board. Its methods
+do not raise: a missing file is None, a program that fails or hangs is an `Answer` with a problem.
+Native code that could hang or crash runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 from var_deploy.errors import UsageError
 from var_deploy.host.installation import code_command, module_command
 
-SECONDS = 20.0  # the first import of a large library from a slow disk takes about as long
+SECONDS = 20.0  # time limit; about the first import of a large library from a slow disk
 MODEL, TEGRA_RELEASE = "/proc/device-tree/model", "/etc/nv_tegra_release"
 NO_DRIVER = "no CUDA driver is installed"
-MOST_THREADS_ELSEWHERE = 4096  # more than one machine has processors for
+MOST_THREADS_ELSEWHERE = 4096  # more than any machine has processors
 
-# imports argv[1] and prints the version of argv[2], then what ONNX Runtime can run on
+# imports argv[1], prints the version of argv[2], then ONNX Runtime's execution providers
 IMPORT = """
 import importlib, sys
 importlib.import_module(sys.argv[1])
@@ -40,7 +40,7 @@ print(*getattr(module, "get_available_providers", tuple)())
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a program printed, or in one line why it did not."""
+    """The output of a program, or its problem in one line."""
 
     output: str = ""
     problem: str = ""
@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU as the CUDA driver describes it; 0 where it does not tell."""
+    """A GPU as the CUDA driver describes it; 0 where a value is unknown."""
 
     name: str
     memory: int  # bytes
@@ -62,7 +62,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Driver:
-    """The CUDA driver: the newest CUDA that it serves ("12.6"), its GPUs, or what is wrong."""
+    """The CUDA driver: the newest CUDA version that it supports ("12.6"), its GPUs, a problem."""
 
     cuda: str = ""
     gpus: tuple[Gpu, ...] = ()
@@ -70,10 +70,10 @@ class Driver:
 
 
 class Machine:
-    """This machine."""
+    """Access to facts about this machine."""
 
     def read(self, path: str) -> str | None:
-        """Text of a file; None where there is none, or none that can be read."""
+        """Text of a file; None where it is missing or cannot be read."""
         try:
             return Path(path).read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -124,27 +124,26 @@ class Machine:
         return f"{platform.system()} {platform.machine()}"
 
     def total_processors(self) -> int:
-        """Logical processors of the machine, whoever may use them."""
+        """Number of logical processors of the machine."""
         return os.cpu_count() or 1
 
     def affinity(self) -> frozenset[int] | None:
-        """Numbers of the logical processors that the system may run this process on; None where
-        it does not tell."""
+        """Numbers of the logical processors that may run this process; None where unknown."""
         return frozenset(os.sched_getaffinity(0)) if sys.platform == "linux" else None
 
     def threads(self) -> int:
-        """Logical processors that this process may use, by its mask and by the quota of its
-        control groups."""
+        """Number of logical processors that this process may use, by its affinity mask and the
+        quota of its control groups."""
         allowed = self.affinity()
         count = self.total_processors() if allowed is None else len(allowed)
         return _within_quota(count, cpu_quota(self))
 
     def import_module(self, module: str, versioned: str = "") -> Answer:
-        """Import in a fresh interpreter: version, and on the second line what is available."""
+        """Import a module in a new interpreter: its version, then ONNX Runtime's providers."""
         return self.run(*code_command(IMPORT, module, versioned or module))
 
     def driver(self) -> Driver:
-        """The CUDA driver and its GPUs, asked in a process of its own; else nvidia-smi's word."""
+        """The CUDA driver and its GPUs, from a child process; where it fails, from nvidia-smi."""
         answer = self.run(*module_command("var_deploy.host.cuda_driver"))
         try:
             data: Mapping[str, Any] = json.loads(answer.output) if answer.output else {}
@@ -157,8 +156,7 @@ class Machine:
         return Driver(cuda=data.get("cuda", ""), gpus=gpus, problem=problem)
 
     def int8(self) -> Answer:
-        """What is wrong with int8 on ONNX Runtime here, "" where it is right; asked in a process
-        of its own."""
+        """The error of int8 with ONNX Runtime, "" where it is correct; from a child process."""
         return self.run(*module_command("var_deploy.runtime.backends.int8_check"))
 
     def _listed_gpus(self) -> tuple[Gpu, ...]:
@@ -174,7 +172,7 @@ class Machine:
 
 
 def jetson_model(machine: Machine) -> str | None:
-    """Name of the board, None where this is no Jetson."""
+    """Name of the Jetson board, None where this is another machine."""
     model = (machine.read(MODEL) or "").strip("\0 \n")
     if "Jetson" in model or "Orin" in model:
         return model
@@ -182,14 +180,14 @@ def jetson_model(machine: Machine) -> str | None:
 
 
 def processor_name(machine: Machine) -> str:
-    """What the kernel calls the processor; on Arm, where it gives numbers alone, the platform."""
+    """Name of the processor from the kernel; the platform on Arm, where the kernel has no name."""
     text = machine.read("/proc/cpuinfo") or ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
     return name[1].strip() if name else machine.platform()
 
 
 def memory_of(machine: Machine) -> tuple[int, int] | None:
-    """Bytes of memory that Linux sees, and those of it that are available; None elsewhere."""
+    """(total, available) bytes of memory as Linux sees them; None on other systems."""
     text = machine.read("/proc/meminfo") or ""
     found = {
         key: int(kilobytes) << 10
@@ -204,10 +202,10 @@ def memory_of(machine: Machine) -> tuple[int, int] | None:
 
 
 def usable_cores(machine: Machine | None = None) -> int | None:
-    """Threads that a computation of this process should have: one for each physical core that it
-    may run on, and no more than the quota of its control groups keeps busy.
+    """Number of threads for a computation in this process: one per physical core that it may use,
+    and at most the CPU quota of its control groups.
 
-    None where the system does not tell (only Linux does); a library then decides.
+    None where that is unknown (on systems other than Linux); the library then decides.
     """
     machine = machine or Machine()
     allowed = machine.affinity()
@@ -217,13 +215,13 @@ def usable_cores(machine: Machine | None = None) -> int | None:
 
 
 def check_threads(threads: int | None, *, machine: Machine | None = None) -> int | None:
-    """`threads` as a number of threads for `machine`, or for another one where it is None.
+    """Validate a number of threads for `machine`; None stays None.
 
-    More threads than processors only wait for each other, and thousands of them do so for ever, so
-    there is a bound: four for each processor of the machine and at least 64; for a machine that
-    is not this one, 4096.
+    More threads than processors only wait for each other, and thousands of them hang. So the limit
+    is four threads per processor of the machine, at least 64; without `machine`, which stands for
+    another machine, 4096.
 
-    Raises UsageError for what is no whole number from 1 to the bound; None stays None.
+    Raises UsageError where `threads` is not a whole number from 1 to the limit.
     """
     if threads is None:
         return None
@@ -242,18 +240,20 @@ def check_threads(threads: int | None, *, machine: Machine | None = None) -> int
 
 
 def most_threads(machine: Machine) -> int:
-    """The bound of `check_threads` for a machine."""
+    """The limit of `check_threads` for a machine."""
     return max(64, 4 * machine.total_processors())
 
 
 def _shorten(number: int) -> str:
-    """A number in words of an error: a long one by its number of digits."""
+    """A number for an error message; a long one as its number of digits."""
     return str(number) if number < 10**18 else "a number of more than 18 digits"
 
 
 def cpu_quota(machine: Machine) -> float | None:
-    """Processors that the control groups of this process let it keep busy on average; None where
-    they set no limit. A group cannot have more than those above it."""
+    """CPU quota of this process's control groups, in processors; None without a limit.
+
+    The smallest quota of a group and of the groups above it counts.
+    """
     mounts = list(_control_mounts(machine.read("/proc/self/mountinfo") or ""))
     limits = []
     for line in (machine.read("/proc/self/cgroup") or "").splitlines():
@@ -273,12 +273,12 @@ def cpu_quota(machine: Machine) -> float | None:
 
 
 def _within_quota(count: int, quota: float | None) -> int:
-    """A thread beyond the whole processors of a quota makes all of them wait for its end."""
+    """Limit a number of threads to the whole processors of a quota; more would wait."""
     return count if quota is None else max(min(count, int(quota)), 1)
 
 
 def _core_of(machine: Machine, processor: int) -> str:
-    """The logical processors of a core, which are the same text for each of them."""
+    """A text that is equal for all logical processors of one physical core."""
     folder = f"/sys/devices/system/cpu/cpu{processor}/topology"
     for name in ("core_cpus_list", "thread_siblings_list"):  # the second before Linux 5.3
         text = (machine.read(f"{folder}/{name}") or "").strip()
@@ -297,8 +297,10 @@ def _control_mounts(mountinfo: str) -> Iterator[tuple[str, list[str], str, str]]
 
 
 def _groups_above(group: str, root: str, point: str) -> Iterator[str]:
-    """Folders of a group and of those above it, as far as they are mounted. A container may see
-    the path of its group as the host has it: then its own is where the mount begins."""
+    """Folders of a control group and of the groups above it, as far as they are mounted.
+
+    A container may see its group's path as on the host: then its group is the mount point.
+    """
     path = PurePosixPath(group)
     inside = path.is_relative_to(root) and ".." not in path.parts
     parts = path.relative_to(root).parts if inside else ()

@@ -1,5 +1,5 @@
-"""What every program of the package needs before it prints: streams that are there, characters that
-they can encode, and no text from elsewhere that steers a terminal.
+"""Safe output to a terminal: opens missing standard streams, replaces characters that a stream
+cannot encode, and escapes control characters in text of other origin.
 
 Imports nothing heavy: it runs before click and numpy are imported.
 """
@@ -34,18 +34,16 @@ PLAIN = {
     "►": ">",
 }
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹ᵀ", "0123456789T")
-JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji need them; they steer nothing
+JOINERS = "\u200c\u200d"  # needed by Persian, Indian scripts and emoji; no control characters
 
 
 def open_standard_streams() -> None:
-    """Give the process the standard streams that it was started without, and make those that are
-    there write every character.
+    """Open missing standard streams, and make all streams able to write every character.
 
-    Where a descriptor of 0 to 2 is closed (`2>&-`), the next file that is opened would get its
-    number, and what a library writes to "standard error" would end up in that file: such a
-    descriptor is opened on the null device. Where Python has no stream (`pythonw`), it gets one
-    that leads there. A character that the encoding of a stream lacks is written in a plain form:
-    2⁶⁴ as 2^64, a character without such a form as a question mark.
+    A closed descriptor 0 to 2 (`2>&-`) is opened on the null device: otherwise the next opened file
+    would get its number, and a library's output to "standard error" would go to that file. A stream
+    that Python lacks (`pythonw`) is opened on the null device too. A character that is not in a
+    stream's encoding is written in a plain form: 2⁶⁴ as 2^64; without a plain form, as "?".
     """
     for number in range(3):  # in order: the lowest free number is what `open` takes
         try:
@@ -62,7 +60,7 @@ def open_standard_streams() -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether what is written to a stream is seen on a terminal; False where there is none."""
+    """Whether a stream is a terminal; False for None and for a closed stream."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:  # it is closed
@@ -70,11 +68,11 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """A text in which nothing steers a terminal or turns the direction of writing.
+    """Escape all characters of a text that could control a terminal or change writing direction.
 
-    Control characters (escape sequences begin with one), marks of direction, invisible formats,
-    line separators and bytes of a file name that are no text are written as \\x1b, \\u202e, …;
-    with `lines` the newlines stay.
+    Control characters (which begin escape sequences), direction marks, invisible formats, line
+    separators and undecodable bytes of file names are written as \\x1b, \\u202e, …; with `lines`
+    newlines are kept.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -84,8 +82,10 @@ def visible(text: str, *, lines: bool = False) -> str:
 
 
 def visible_json(text: str) -> str:
-    """JSON, as `json.dumps` writes it with `ensure_ascii=False`, with the characters that `visible`
-    replaces written as JSON writes them: \\u001b. The newlines between values stay."""
+    """Escape in JSON text the characters that `visible` escapes, as JSON does: \\u001b.
+
+    `text` comes from `json.dumps` with `ensure_ascii=False`; newlines between values are kept.
+    """
     return "".join(
         "".join(f"\\u{unit:04x}" for unit in _utf16(char))
         if char != "\n" and _steers(char)

@@ -1,1 +1,1 @@
-"""What a model needs on a device: weights and operations, memory, devices, and the plan of it."""
+"""Predicts what a model needs on a device: weights, operations, memory and least time."""

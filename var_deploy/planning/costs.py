@@ -1,8 +1,8 @@
-"""What a model costs before anything is built: bytes and operations, from its sizes alone.
+"""Counts bytes and operations of each launch from the sizes of a model, without a bundle.
 
-The formulas follow the graphs (docs/DESIGN.md) operator by operator; tests hold the bytes against
-exported bundles, where they agree to the byte. Notation as in `spec`. A multiplication with an
-addition counts as two operations.
+The formulas follow the graphs (docs/DESIGN.md) operator by operator; tests compare the bytes with
+exported bundles, where they are equal. Notation as in `spec`. A multiply-add counts as two
+operations.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from var_deploy.manifest import Manifest
 from var_deploy.spec import ModelSpec, TokenizerSpec
 
 FULL = 4  # bytes of an fp32 or int32 number
-# Top-k and top-p halve an interval 32 times each, with a comparison, a choice and a sum a code and
-# halving; exponentials, masks and the search for the drawn code come to about twenty more.
+# Top-k and top-p bisect an interval 32 times each, with three operations per code and bisection
+# (compare, select, add); exponentials, masks and the search for the sampled code add about 20.
 SAMPLER_OPERATIONS = 2 * 32 * 3 + 20
-MIX_OPERATIONS = 10  # noise, factors and a softmax, where codes are mixed
+MIX_OPERATIONS = 10  # with more_smooth: noise, factors and a softmax per code
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model and how it is run: all that a cost depends on besides the device."""
+    """A model with batch, guidance and precision: all inputs of a cost besides the device."""
 
     model: ModelSpec
     batch: int = 1
@@ -38,17 +38,17 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """G."""
+        """G, the rows of a batch: 2·B with guidance, else B."""
         return 2 * self.batch if self.guidance else self.batch
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight that is stored in the graph's precision."""
+        """Bytes per weight that is stored in the graph's precision."""
         return {"fp32": FULL, "fp16": 2, "int8": 1}[self.precision]
 
     @property
     def cache_itemsize(self) -> int:
-        """Bytes of a number in keys, values and other results: int8 graphs give fp32."""
+        """Bytes per number in the cache and other intermediates; int8 graphs use fp32 there."""
         return 2 if self.precision == "fp16" else FULL
 
     @property
@@ -58,7 +58,7 @@ class Workload:
 
 
 def workload_of(manifest: Manifest, precision: Precision) -> Workload:
-    """What a bundle runs."""
+    """The workload of a bundle in a precision."""
     return Workload(
         model=manifest.model,
         batch=manifest.batch,
@@ -70,12 +70,12 @@ def workload_of(manifest: Manifest, precision: Precision) -> Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Numbers that a graph takes from weights.bin.
+    """Number of weights of a graph in weights.bin.
 
     Attributes:
-        compute: those stored in the precision of the graph; of int8, matrices and kernels alone.
-        full: those of four bytes in every precision: fp32, and the int32 biases of int8.
-        tables: part of `full`, of which a launch reads a few rows.
+        compute: weights in the graph's precision; in int8, only matrices and kernels.
+        full: weights of four bytes in every precision: fp32, and the int32 biases of int8.
+        tables: part of `full` that are lookup tables, of which a launch reads a few rows.
     """
 
     compute: int = 0
@@ -83,11 +83,11 @@ class Weights:
     tables: int = 0
 
     def nbytes(self, itemsize: int) -> int:
-        """Bytes, as `weight_bytes` in the manifest."""
+        """Size in bytes, as `weight_bytes` in the manifest."""
         return self.compute * itemsize + self.full * FULL
 
     def read(self, itemsize: int) -> int:
-        """Bytes that every launch reads."""
+        """Bytes that every launch reads: all weights except lookup tables."""
         return self.nbytes(itemsize) - self.tables * FULL
 
     def __add__(self, other: Weights) -> Weights:
@@ -105,13 +105,13 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One launch.
+    """Operations and memory traffic of one launch.
 
     Attributes:
-        name: the static graph.
-        compute_operations: in the graph's precision; in int8 the products of rounded numbers.
-        full_operations: in fp32, whatever the precision.
-        traffic: bytes that it reads and writes at least: weights, cache, inputs, outputs.
+        name: name of the static graph.
+        compute_operations: operations in the graph's precision; in int8, products of int8 numbers.
+        full_operations: operations in fp32, in every precision.
+        traffic: least bytes that are read and written: weights, cache, inputs, outputs.
     """
 
     name: str
@@ -147,12 +147,12 @@ def graph_weights(workload: Workload, graph: str) -> Weights:
 
 
 def bundle_weights(workload: Workload) -> int:
-    """Bytes of all weights of one precision, each once (weights.bin adds padding to pages)."""
+    """Bytes of all weights of one precision, each once; weights.bin adds padding to pages."""
     model = workload.model
     graphs = [names.STEP, names.DECODER]
     if model.transformer.conditional:
         graphs.append(names.CONDITION)
-    # the rest of the encoder is in step
+    # the other weights of the encoder are those of step
     weights = _autoencoder_weights(encoder_layers(model.tokenizer), workload.precision)
     for graph in graphs:
         weights += graph_weights(workload, graph)
@@ -160,7 +160,7 @@ def bundle_weights(workload: Workload) -> int:
 
 
 def _linear(before: int, after: int, precision: Precision) -> Weights:
-    """A matrix and its bias, which int8 keeps in fp32, with a scale a column besides."""
+    """A matrix and its bias; int8 stores the bias in fp32, and one scale per column."""
     if precision == "int8":
         return Weights(compute=before * after, full=2 * after)
     return Weights(compute=before * after + after)
@@ -187,7 +187,7 @@ def _block_weights(w: Workload) -> Weights:
 def _scale_weights(
     w: Workload, *, first: bool, later: bool, phis: int, feeds: bool = True
 ) -> Weights:
-    """`first`, `later`: whether the graph serves scale 0, and whether it serves others."""
+    """Weights of a scale graph. `first`: it serves scale 0; `later`: it serves other scales."""
     model, t, vocab = w.model, w.model.transformer, w.model.tokenizer.vocab_size
     family = family_of(t)
     full = t.width * vocab + vocab + family.norm_weights(t)  # the head
@@ -203,7 +203,7 @@ def _scale_weights(
 
 
 def _codebook(model: ModelSpec) -> Weights:
-    """A graph holds all codebooks where every scale has its own."""
+    """Weights of the codebooks; all of them are in the graph where each scale has its own."""
     t = model.tokenizer
     size = t.vocab_size * t.code_width * (model.scales if t.codebook_per_scale else 1)
     return Weights(full=size, tables=size)
@@ -219,14 +219,14 @@ def _phi(model: ModelSpec, count: int) -> Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer on square maps.
+    """A layer of the autoencoder, on square feature maps.
 
     Attributes:
-        side: of its output.
-        kernel: 0 where it is no convolution.
-        doubled: it follows nearest up-sampling; but in fp16 it runs before it, as a convolution of
-            2×2 for each of the four phases.
-        rounded: int8 in an int8 graph, and not fp32; up-samplings are counted so, of which
+        side: side of its output.
+        kernel: side of the convolution's kernel; 0 for other layers.
+        doubled: the convolution follows nearest up-sampling. In fp32 and int8 it runs before it, as
+            a 2×2 convolution for each of the four phases.
+        rounded: it is int8 in an int8 graph, not fp32. Up-samplings count as int8, although
             calibration may leave some in fp32.
     """
 
@@ -250,7 +250,7 @@ class Layer:
         return Weights(full=kernels + self.after)
 
     def operations(self, precision: Precision) -> int:
-        """An image; only products count."""
+        """Operations per image; only products count."""
         positions = self.side**2
         if self.kind == "conv":
             return 2 * self._taps(precision) * self.before * self.after * positions
@@ -295,7 +295,7 @@ def _level(before: int, after: int, blocks: int, side: int, lowest: bool) -> Ite
 
 
 def decoder_layers(spec: TokenizerSpec) -> list[Layer]:
-    """f_hat → image: what docs/DESIGN.md calls the decoder, layer by layer."""
+    """Layers of the decoder (f_hat → image), as in docs/DESIGN.md."""
     widths = [spec.base_width * m for m in spec.width_multipliers]
     side, top = spec.latent_side, len(widths) - 1
     first = [_conv(spec.code_width, spec.code_width, side)]
@@ -314,7 +314,7 @@ def decoder_layers(spec: TokenizerSpec) -> list[Layer]:
 
 
 def encoder_layers(spec: TokenizerSpec) -> list[Layer]:
-    """Image → latent."""
+    """Layers of the encoder (image → latent)."""
     widths = [spec.base_width * m for m in spec.width_multipliers]
     side, coming = spec.image_side, spec.base_width
     layers = [_conv(spec.image_channels, spec.base_width, side)]
@@ -336,10 +336,10 @@ def _autoencoder_weights(layers: list[Layer], precision: Precision) -> Weights:
 
 
 def launches(workload: Workload, itemsize: int | None = None) -> list[Work]:
-    """What one generation of B images launches, in order.
+    """The launches of one generation of B images, in order.
 
-    `itemsize`: bytes of a weight in the graph's precision as the device reads it, where it
-    converts them.
+    `itemsize`: bytes per weight of `Weights.compute` as the device reads them, where the device
+    converts weights; None for the bytes of the graph's precision.
     """
     size = itemsize or workload.itemsize
     found = [_scale_work(workload, k, size) for k in range(workload.model.scales)]
@@ -361,7 +361,7 @@ def _condition_work(w: Workload, itemsize: int) -> Work:
 
 
 def _scale_work(w: Workload, scale: int, itemsize: int) -> Work:
-    """Head, codes and sampling are fp32, and so is attention where the rest is int8."""
+    """Work of a scale. Head, codes and sampling are fp32; in int8 graphs so is attention."""
     model, t, tok = w.model, w.model.transformer, w.model.tokenizer
     length, past = model.scale_lengths[scale], model.prefix_lengths[scale]
     weights = graph_weights(w, names.scale_graph(scale))
@@ -372,7 +372,7 @@ def _scale_work(w: Workload, scale: int, itemsize: int) -> Work:
     full += w.batch * length * vocab * (SAMPLER_OPERATIONS + 2 * math.isqrt(vocab))
     noise = w.batch * length * vocab if w.more_smooth else 0
     full += noise * (MIX_OPERATIONS + 2 * tok.code_width)
-    mixing = noise and (noise + vocab * tok.code_width) * FULL  # the whole codebook, and not rows
+    mixing = noise and (noise + vocab * tok.code_width) * FULL  # the whole codebook, not a few rows
     full += 2 * w.batch * tok.code_width * (side * patch * patch + side * side * patch)
     if tok.phi_count:
         full += 2 * w.batch * 9 * tok.code_width**2 * side**2

@@ -1,6 +1,6 @@
-"""Devices that `plan` knows: memory, bandwidth and rates, as published.
+"""Devices known to `plan`: memory, bandwidth and compute rates, as published.
 
-Sources, named again at each entry:
+Sources, also named in each entry:
 - NVIDIA data sheets of the Jetson Orin Nano, Orin NX (DS-10712), AGX Orin and Thor modules; the
   Super modes are those of JetPack 6.2.
 - NVIDIA data sheets of A100, H100, H200 and L4, and the architecture papers of GA102, Ada and
@@ -24,14 +24,14 @@ from var_deploy.errors import UsageError
 from var_deploy.host.machine import Gpu, Machine, jetson_model, memory_of
 
 GIB = 1 << 30
-# Linux sees 7620 MiB of an 8 GiB module; firmware and carve-outs hold the rest
+# Linux sees 7620 MiB of an 8 GiB module; firmware and carve-outs take the rest
 VISIBLE = 0.93
 JETSON_SYSTEM = 1_500_000_000  # Ubuntu without a desktop; a desktop takes about a gigabyte more
-GPU_SYSTEM = 500_000_000  # a display and what the driver keeps
-ORIN_CLOCK_OPERATIONS = 512  # dense fp16, a tensor core and clock
+GPU_SYSTEM = 500_000_000  # a display and the driver
+ORIN_CLOCK_OPERATIONS = 512  # dense fp16 operations per tensor core and clock
 
-# dense fp16 operations a clock and multiprocessor (fp16 sums where those are faster), and CUDA
-# cores a multiprocessor, by SM: what the published rates come to when divided
+# by SM: dense fp16 operations per clock and multiprocessor (with fp16 sums where those are faster),
+# and CUDA cores per multiprocessor; derived from the published rates
 TENSOR_OPERATIONS = {80: 2048, 87: 2048, 90: 4096, 100: 8192, 101: 8192, 103: 8192, 110: 8192}
 OTHER_TENSOR_OPERATIONS = 1024
 CORES = {75: 64, 80: 64}
@@ -43,12 +43,13 @@ JETSON_FAMILIES = (
     ("Thor", "thor"),
 )
 
-# of a processor, where nothing better is known
-CPU_CLOCK = 3e9  # of one core at work; a virtual machine reports the base clock
+# assumptions about a processor that does not tell
+CPU_CLOCK = 3e9  # of a busy core; a virtual machine reports the base clock
 CPU_BANDWIDTH = 51.2e9  # two channels of DDR4-3200
-VECTOR_OPERATIONS = (("avx512f", 64), ("avx2", 32), ("asimd", 16))  # fp32, a core and clock
-# int8, likewise: two units of the vectors' width, which sum four products at once. Older ones need
-# three instructions for that.
+# fp32 operations per core and clock
+VECTOR_OPERATIONS = (("avx512f", 64), ("avx2", 32), ("asimd", 16))
+# int8 operations per core and clock: two vector units that sum four products at once; older
+# instruction sets need three instructions for that
 INT8_OPERATIONS = (
     ("avx512_vnni", 256),
     ("avx_vnni", 128),
@@ -61,19 +62,19 @@ INT8_OPERATIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a prediction needs to know.
+    """A device: memory, bandwidth and compute rates, the inputs of a prediction.
 
     Attributes:
-        name: as given to --device; title: for people.
+        name: the name for --device; title: the name in texts.
         memory: bytes that programs can see.
-        reserved: of these, what the system holds.
-        bandwidth: bytes a second.
-        compute_rate: dense fp16 operations a second on a GPU, int8 ones on a CPU.
-        full_rate: fp32 operations a second, without TF32, which engines here do not use.
+        reserved: part of `memory` that the system uses.
+        bandwidth: bytes per second.
+        compute_rate: dense operations per second, of fp16 on a GPU, of int8 on a CPU.
+        full_rate: fp32 operations per second, without TF32, which engines here do not use.
         sm: 87 for compute capability 8.7; None without a GPU.
-        one_memory: CPU and GPU share it.
-        source: where the numbers come from.
-        derived: what is not published as such but follows from what is; "" where nothing.
+        one_memory: CPU and GPU share their memory.
+        source: source of the numbers.
+        derived: numbers that are not published but derived, and how; "" where there are none.
     """
 
     name: str
@@ -90,11 +91,11 @@ class Device:
 
     @property
     def available(self) -> int:
-        """Bytes for var-deploy."""
+        """Bytes of memory that var-deploy can use."""
         return max(self.memory - self.reserved, 0)
 
     def rate(self, precision: str) -> float:
-        """Operations a second in graphs of this precision; a CPU computes fp16 in fp32."""
+        """Operations per second in graphs of this precision; a CPU computes fp16 in fp32."""
         fast = "int8" if self.sm is None else "fp16"
         return self.compute_rate if precision == fast else self.full_rate
 
@@ -136,7 +137,7 @@ _CARDS = (
 def _orin(
     name: str, title: str, gib: int, bandwidth: float, cores: int, mhz: int, source: str
 ) -> Device:
-    """A module with the Orin GPU: 128 CUDA cores and 4 tensor cores a multiprocessor."""
+    """A module with the Orin GPU: 128 CUDA cores and 4 tensor cores per multiprocessor."""
     tensor_cores = cores // 32
     rate = tensor_cores * ORIN_CLOCK_OPERATIONS * mhz * 1e6
     return Device(
@@ -197,7 +198,7 @@ DEVICES: Mapping[str, Device] = {device.name: device for device in _ALL}
 
 
 def find_device(name: str, machine: Machine | None = None) -> Device:
-    """A device by name; "this" and "cpu" are the machine that this runs on.
+    """Find a device by name; "this" is this machine, "cpu" is its processor.
 
     Raises UsageError for an unknown name, or where this machine cannot be read.
     """
@@ -226,7 +227,7 @@ def this_device(machine: Machine) -> Device:
 
 
 def _this_board(machine: Machine) -> Device | None:
-    """The module of its family with the nearest memory, with what Linux sees of it now."""
+    """The Jetson module nearest to this board in memory, with the memory that Linux sees now."""
     model, memory = jetson_model(machine), memory_of(machine)
     family = next((f for words, f in JETSON_FAMILIES if model and words in model), None)
     if not model or not memory or not family:
@@ -246,7 +247,7 @@ def _this_board(machine: Machine) -> Device | None:
 
 
 def _this_gpu(gpu: Gpu, machine: Machine) -> Device:
-    """Rates from multiprocessors and clocks, bandwidth from the bus (two transfers a clock)."""
+    """A GPU with rates from multiprocessors and clocks, and bandwidth from the bus."""
     memory = memory_of(machine) if gpu.integrated else None
     sm = gpu.sm
     tensor = TENSOR_OPERATIONS.get(sm, OTHER_TENSOR_OPERATIONS)
@@ -267,9 +268,9 @@ def _this_gpu(gpu: Gpu, machine: Machine) -> Device:
 
 
 def cpu_device(machine: Machine) -> Device:
-    """The processor of this machine, as ONNX Runtime would use it.
+    """The processor of this machine, with estimated rates of ONNX Runtime.
 
-    Raises UsageError where the machine does not tell its memory.
+    Raises UsageError where the size of the memory cannot be read.
     """
     memory = memory_of(machine)
     if memory is None:
@@ -303,7 +304,7 @@ def cpu_device(machine: Machine) -> Device:
 
 
 def _cores(cpuinfo: str, threads: int) -> int:
-    """Physical cores among the processors that may be used."""
+    """Number of physical cores, at most `threads`."""
     packages = re.findall(r"^physical id\s*:\s*(\d+)", cpuinfo, re.M)
     numbers = re.findall(r"^core id\s*:\s*(\d+)", cpuinfo, re.M)
     different = len(set(zip(packages, numbers, strict=False)))

@@ -1,4 +1,4 @@
-"""A plan as a Kubernetes manifest: a claim for the bundle, a Deployment and a Service.
+"""Writes a plan as a Kubernetes manifest: PersistentVolumeClaim, Deployment and Service.
 
 Fields and quantities are those of the Kubernetes API reference, v1 and apps/v1.
 """
@@ -16,29 +16,32 @@ from var_deploy.errors import BackendError, UsageError
 from var_deploy.planning.memory import CPU_IMPORTS, TENSORRT_RUNTIME, layout_graphs, plan_bytes
 from var_deploy.planning.plan import Plan
 
-MARGIN = 4 / 3  # predicted memory is within a third of what processes held (planning.memory)
-# What `serve` holds besides, measured with pocket: 60 MB of libraries and answers, and 305 MB while
-# it unpacks a picture of 25 million pixels, the largest that it takes.
+MARGIN = 4 / 3  # predicted memory is within a third of the measured one (planning.memory)
+# Additional memory of `serve`, measured with pocket: 60 MB of libraries and responses, and 305 MB
+# while it decodes an image of 25 million pixels, the largest that it accepts.
 SERVICE = 400_000_000
-GPU_CPUS = 2  # one thread draws, one answers
-QUEUE = 64  # requests that wait, `serve`'s own default
-SLACK = 3  # the least time of an image is a floor
-READ = 50e6  # bytes a second at which a slow disk is hashed and loaded
+GPU_CPUS = 2  # one thread generates, one answers requests
+QUEUE = 64  # waiting requests, the default of `serve`
+SLACK = 3  # expected time of an image over its least time
+READ = 50e6  # bytes per second to hash and load a bundle from a slow disk
 PERIOD = 5  # seconds between two probes
-SETTLE = 5  # seconds after which nobody sends to a pod that goes
-FLUSH = 10  # seconds in which the last answers leave
-SHORTEST, LONGEST = 60, 600  # seconds that a stop may take
+SETTLE = 5  # seconds until no requests arrive at a pod that stops
+FLUSH = 10  # seconds to send the last responses
+SHORTEST, LONGEST = 60, 600  # limits of the seconds to stop
 USER = 65532  # of the images, deploy/Dockerfile
 VIDEO = 44  # the group that a Jetson's devices belong to
 PLAIN = r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z/][\w./:-]*|\d+[GM]i"  # needs no quotes
 
 
 def manifest(plan: Plan, *, cpus: int, image: str | None = None) -> str:
-    """YAML that runs `serve` as planned.
+    """The manifest, as YAML, that runs `serve` as planned.
 
-    `cpus`: processors of a pod where no GPU computes. `image` None is named after the device, as in
-    docs/CONTAINERS.md. Raises UsageError for what is no name of an image, BackendError where the
-    model does not fit the GPU.
+    Args:
+        cpus: processors of a pod without a GPU.
+        image: name of the container image; None derives it from the device, as in
+            docs/CONTAINERS.md.
+
+    Raises UsageError for an invalid image name, BackendError where the model does not fit the GPU.
     """
     gpu = plan.device.sm is not None
     missing = plan.layouts[plan.layout].missing
@@ -59,13 +62,13 @@ def manifest(plan: Plan, *, cpus: int, image: str | None = None) -> str:
 
 
 def _name(model: str) -> str:
-    """Of a preset or a folder, what may name a Service (RFC 1035), in 40 characters."""
+    """A valid name of a Service (RFC 1035) from a preset or folder, at most 40 characters."""
     slug = re.sub(r"[^a-z0-9]+", "-", model.rstrip("/").rpartition("/")[2].lower()).strip("-")
     return (slug if re.match("[a-z]", slug) else f"model-{slug}")[:40].strip("-")
 
 
 def _about(plan: Plan, cpus: int) -> str:
-    """Where the numbers come from, as comments."""
+    """YAML comments that explain the numbers."""
     w, peak = plan.workload, plan.layouts[plan.layout].footprint.peak / 1e9
     memory = f"the predicted peak of {peak:.2f} GB"
     if _is_card(plan):
@@ -108,7 +111,7 @@ def _claim(plan: Plan, name: str) -> dict[str, Any]:
 def _deployment(plan: Plan, name: str, image: str, cpus: int) -> dict[str, Any]:
     gpu = plan.device.sm is not None
     pod = {
-        # a Service called var-deploy-serve would put options into the environment otherwise
+        # otherwise a Service named var-deploy-serve would set options through the environment
         "enableServiceLinks": False,
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": _grace(plan),
@@ -133,7 +136,7 @@ def _deployment(plan: Plan, name: str, image: str, cpus: int) -> dict[str, Any]:
         "metadata": _metadata(name),
         "spec": {
             "replicas": 1,
-            # a second pod beside the first would need its memory, its device and its claim too
+            # a second pod at the same time would need the same memory, device and claim
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": _labels(name)},
             "template": {"metadata": {"labels": _labels(name)}, "spec": pod},
@@ -142,15 +145,15 @@ def _deployment(plan: Plan, name: str, image: str, cpus: int) -> dict[str, Any]:
 
 
 def _serve(plan: Plan, image: str, cpus: int) -> dict[str, Any]:
-    """The container that answers. It runs what was planned, whatever else the bundle holds."""
+    """The container that runs `serve` with the planned backend, precision and layout."""
     gpu = plan.device.sm is not None
     options = {
         "backend": "tensorrt" if gpu else "onnxruntime-cpu",
         "precision": plan.workload.precision,
         "layout": plan.layout,
         "queue": str(QUEUE),
-        **({} if gpu else {"threads": str(cpus)}),  # all cores of the node otherwise
-        # what other pods call it; nobody else can own names below these two
+        **({} if gpu else {"threads": str(cpus)}),  # the default is all cores of the node
+        # the service's names for other pods; only the cluster can define names below these two
         "allowed_host": f"{_name(plan.name)} *.svc *.svc.cluster.local",
     }
     starts = math.ceil((SHORTEST + _stored(plan) / READ) / PERIOD)
@@ -162,7 +165,7 @@ def _serve(plan: Plan, image: str, cpus: int) -> dict[str, Any]:
         "ports": [{"name": "http", "containerPort": 8000}],
         "startupProbe": {**_probe("/health"), "failureThreshold": starts},
         "readinessProbe": _probe("/health"),
-        # not /health, which says no while the last answers are drawn
+        # not /health, which fails while the last images are generated before a stop
         "livenessProbe": {**_probe("/metrics"), "failureThreshold": 12},
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(SETTLE)]}}},
         "resources": _resources(plan, _host_memory(plan), cpus),
@@ -172,7 +175,7 @@ def _serve(plan: Plan, image: str, cpus: int) -> dict[str, Any]:
 
 
 def _engines(plan: Plan, image: str) -> dict[str, Any]:
-    """Builds the engines on the GPU that runs them; those that are there already stay."""
+    """The init container that builds the engines on the GPU; existing engines are kept."""
     build = plan.layouts[plan.layout].build
     assert build is not None
     args = ["--layout", plan.layout, "--precision", plan.workload.precision]
@@ -232,13 +235,16 @@ def _mounts(*, read_only: bool) -> list[dict[str, Any]]:
 
 
 def _is_card(plan: Plan) -> bool:
-    """Whether the GPU has memory of its own."""
+    """Whether the device is a GPU with its own memory."""
     return plan.device.sm is not None and not plan.device.one_memory
 
 
 def _host_memory(plan: Plan) -> int:
-    """Bytes that the node holds while it generates. Of a card an estimate: libraries are taken to
-    need as much as on the device."""
+    """Bytes of host memory during a generation.
+
+    For a GPU with its own memory this is an estimate: libraries are assumed to need as much as on
+    the device.
+    """
     if not _is_card(plan):
         return plan.layouts[plan.layout].footprint.peak
     graphs = layout_graphs(plan.workload, plan.layout)
@@ -253,12 +259,12 @@ def _resources(plan: Plan, memory: int, cpus: int) -> dict[str, Any]:
 
 
 def _stored(plan: Plan) -> int:
-    """Bytes of the bundle and its engines."""
+    """Bytes on disk of the bundle and its engines."""
     return plan.bundle + plan.layouts[plan.layout].engines
 
 
 def _grace(plan: Plan) -> int:
-    """Seconds until a pod that goes is killed."""
+    """Seconds until a pod that stops is killed."""
     drawing = SLACK * QUEUE * plan.seconds / plan.workload.batch
     return min(max(math.ceil(SETTLE + FLUSH + drawing), SHORTEST), LONGEST)
 
@@ -267,7 +273,7 @@ def _grace(plan: Plan) -> int:
 
 
 def _yaml(value: Any) -> Iterator[str]:
-    """Lines of a map or a list, without an anchor or a tag."""
+    """Lines of a map or a list in block style, without anchors or tags."""
     if isinstance(value, list):
         for item in value:
             first, *rest = _yaml(item) if isinstance(item, dict) else [_scalar(item)]
@@ -283,7 +289,7 @@ def _yaml(value: Any) -> Iterator[str]:
 
 
 def _scalar(value: str | int) -> str:
-    """Quoted as in JSON, which YAML 1.2 contains, unless it is a plain word in every YAML."""
+    """A YAML scalar: quoted as in JSON, unless it is a plain word in every version of YAML."""
     if isinstance(value, str) and re.fullmatch(PLAIN, value, re.ASCII | re.I):
         return value
     return json.dumps(value)

@@ -1,9 +1,10 @@
-"""What a generation holds in memory, predicted from the sizes of the model.
+"""Predicts the memory of a generation from the sizes of the model.
 
-The cache and the buffers are exact: they are what `var_deploy.runtime` allocates. Weights are exact
-for the graphs; what a library adds around them, and its scratch memory, are estimates, fitted to
-ONNX Runtime 1.31 on a CPU (within a third, `tests/runtime/test_plan_against_cpu.py`) and to engines
-that TensorRT-RTX builds without a GPU. No board has confirmed those for TensorRT yet.
+Cache and buffers are exact: they are the allocations of `var_deploy.runtime`. The weights of the
+graphs are exact too. The additional memory of a library, and its scratch memory, are estimates,
+fitted to ONNX Runtime 1.31 on a CPU (within a third, `tests/runtime/test_plan_against_cpu.py`) and
+to engines that TensorRT-RTX builds without a GPU. The estimates for TensorRT are not confirmed on a
+board yet.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ Library = Literal["tensorrt", "onnxruntime-cpu"]
 
 ALIGNMENT = 256  # every buffer of the runtime starts on a multiple of it
 
-# TensorRT. An engine is its weights and its kernels. The kernels' share, and what the build holds
+# TensorRT. An engine consists of weights and kernels. The kernels' share, and the memory of a build
 # on the host, are those of TensorRT-RTX 1.7 for SM89 on a machine without a GPU, for pocket and a
 # d16 in fp16. The CUDA context and the libraries: 0.6 GB, as NVIDIA's forum reports it.
-SCALE_KERNELS = 6_100_000  # of a scale graph besides its blocks, once a profile
+SCALE_KERNELS = 6_100_000  # of a scale graph besides its blocks, per profile
 STATIC_BLOCK_KERNELS = 280_000  # a transformer block, where the shapes are known
 STEP_BLOCK_KERNELS = 470_000  # a block and profile of `step`
 OTHER_KERNELS = 4_500_000  # of the other graphs
 BUILD_COPIES = 3.35  # of an engine on the host, while it is built
 BUILD_RUNTIME = 200_000_000
 TENSORRT_RUNTIME = 600_000_000
-# ONNX Runtime on a CPU: Python with its imports, what the first session adds, and what each holds
-# besides weights
+# ONNX Runtime on a CPU: Python with its imports, the addition of the first session, and the memory
+# of each session besides weights
 CPU_IMPORTS = 40_000_000
 CPU_RUNTIME = CPU_IMPORTS + 8_000_000
 CPU_SESSION = 4_000_000
@@ -48,15 +49,15 @@ MIX_COPIES = 2  # of the logits, for the weights of codes (not fitted)
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of one layout while it generates.
+    """Bytes of memory of one layout while it generates.
 
     Attributes:
-        weights: as the library holds them, a copy a session or engine.
+        weights: weights as the library holds them, with the copies of sessions or engines.
         cache: keys and values.
         buffers: inputs and outputs of all launches.
         scratch: intermediate results of the largest launch (an estimate).
-        runtime: what is there before any model: interpreter, libraries, CUDA context.
-        loading: what is held only while weights are being read.
+        runtime: memory without a model: interpreter, libraries, CUDA context.
+        loading: memory that is used only while weights are read.
     """
 
     layout: Layout
@@ -69,7 +70,7 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """The most at one time; scratch and loading do not meet."""
+        """The most bytes at one time; `scratch` and `loading` are not used at the same time."""
         held = self.weights + self.cache + self.buffers + self.runtime
         return held + max(self.scratch, self.loading)
 
@@ -82,10 +83,10 @@ def layout_graphs(workload: Workload, layout: Layout) -> tuple[str, ...]:
 def footprint(
     workload: Workload, layout: Layout, library: Library, *, one_memory: bool = False
 ) -> Footprint:
-    """Memory of the device that generates (of the whole process on a CPU).
+    """Predict the memory of the device during a generation (of the whole process on a CPU).
 
-    `one_memory`: CPU and GPU share it, as on a Jetson: an engine's bytes then lie beside its
-    weights while it is being read.
+    `one_memory`: CPU and GPU share their memory, as on a Jetson, so an engine's file contents and
+    its weights are in memory at the same time while it is read.
     """
     graphs = layout_graphs(workload, layout)
     scratch = max(scratch_bytes(workload, graph, library) for graph in graphs)
@@ -94,14 +95,14 @@ def footprint(
         weights, runtime = sum(plans.values()), TENSORRT_RUNTIME
         loading = max(plans.values()) if one_memory else 0
     else:
-        # packed once in `step`, or read where they are mapped by all static graphs
+        # packed once in `step`, or mapped once and read by all static graphs
         once = layout_graphs(workload, "shared")
         weights = sum(graph_weights(workload, graph).nbytes(workload.itemsize) for graph in once)
         loading = 0
         if workload.precision == "fp16":
-            # computed in fp32: what every session converts comes on top of the mapped file
+            # computed in fp32: every session converts its weights, in addition to the mapped file
             weights += sum(graph_weights(workload, graph).nbytes(FULL) for graph in graphs)
-            # the decoder's are converted, then reordered
+            # the decoder's weights are converted, then reordered
             loading = graph_weights(workload, names.DECODER).nbytes(FULL)
         runtime = CPU_RUNTIME + CPU_SESSION * len(graphs)
     return Footprint(
@@ -119,7 +120,7 @@ def footprint(
 
 
 def bundle_bytes(workload: Workload, precisions: tuple[Precision, ...]) -> int:
-    """Estimate of a bundle with both layouts: the weights once a precision, and the graphs."""
+    """Estimate the size of a bundle with both layouts: weights once per precision, and graphs."""
     total = 0
     for precision in precisions:
         part = Workload(model=workload.model, precision=precision)
@@ -129,7 +130,7 @@ def bundle_bytes(workload: Workload, precisions: tuple[Precision, ...]) -> int:
 
 
 def plan_bytes(workload: Workload, graph: str) -> int:
-    """Estimate of an engine: its weights and its kernels, once a profile for `step`."""
+    """Estimate the size of an engine: weights and kernels, which `step` has per profile."""
     weights = graph_weights(workload, graph).nbytes(workload.itemsize)
     depth = workload.model.transformer.depth
     if graph == names.STEP:
@@ -141,14 +142,14 @@ def plan_bytes(workload: Workload, graph: str) -> int:
 
 
 def engine_bytes(workload: Workload, layout: Layout) -> int:
-    """Disk that the engines of a layout take, with those for images and tokens as input."""
+    """Estimate the disk space of the engines of a layout, `encoder` and `accumulate` included."""
     graphs = (*layout_graphs(workload, layout), *(graph.name for graph in tokenizer_graphs()))
     return sum(plan_bytes(workload, graph) for graph in graphs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildMemory:
-    """Bytes while the largest engine is built, one at a time in a process of its own."""
+    """Bytes of memory to build the largest engine, one at a time in a process of its own."""
 
     host: int
     device: int
@@ -156,14 +157,17 @@ class BuildMemory:
 
     @property
     def total(self) -> int:
-        """What a board needs whose CPU and GPU share their memory."""
+        """Bytes needed on a board whose CPU and GPU share their memory."""
         return self.host + self.device
 
 
 def build_memory(workload: Workload, layout: Layout) -> BuildMemory:
-    """Estimate, engines one at a time. The host holds more than three copies of the engine, of
-    which TensorRT's developer guide explains two (weights as parsed and as serialized); the device
-    holds one while kernels are timed, with scratch memory and the CUDA context."""
+    """Estimate the memory to build the engines of a layout, one at a time.
+
+    The host holds more than three copies of the engine, of which TensorRT's developer guide
+    explains two (weights as parsed and as serialized). The device holds one copy while kernels are
+    timed, scratch memory and the CUDA context.
+    """
 
     def of(graph: str) -> BuildMemory:
         plan = plan_bytes(workload, graph)
@@ -180,16 +184,18 @@ def build_memory(workload: Workload, layout: Layout) -> BuildMemory:
 
 
 def cache_bytes(workload: Workload) -> int:
-    """The arena: keys and values of all scales but the last, P_{K-1} rows of G·C numbers a block
-    and kind, and one row that stands for "no past" at scale 0."""
+    """Bytes of the key-value cache: P_{K-1} rows of G·C numbers for the keys and for the values of
+    each block, and one row that is the past of scale 0."""
     t = workload.model.transformer
     row = workload.rows * t.width * workload.cache_itemsize
     return _padded(row) + 2 * t.depth * _padded(workload.model.prefix_lengths[-2] * row)
 
 
 def upload_bytes(workload: Workload) -> int:
-    """What the host hands over before a generation, each padded to 256 bytes: nearly all of it is
-    noise where codes are mixed."""
+    """Bytes that are copied from the host before a generation, each tensor padded to 256 bytes.
+
+    With `more_smooth` nearly all of them are noise.
+    """
     model, batch = workload.model, workload.batch
     sizes = [8 * workload.rows]  # labels
     for length in model.scale_lengths:
@@ -221,12 +227,12 @@ def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-# scratch: how many copies of its largest tensors a launch holds at once. On a CPU the counts are
-# those seen in the process; TensorRT is taken to fuse no more than that, in half the bytes.
+# scratch: number of copies of its largest tensors that a launch holds at once. For a CPU the counts
+# were measured; TensorRT is assumed to fuse as much, in half the bytes.
 
 
 def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
-    """Estimate of a launch's intermediate results, of the last scale for `step`."""
+    """Estimate the bytes of a launch's intermediates; for `step`, those of the last scale."""
     if graph == names.CONDITION:
         t = workload.model.transformer
         return 2 * (6 * t.depth + 2) * workload.rows * t.width * FULL
@@ -245,7 +251,7 @@ def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
 
 
 def _scale_scratch(workload: Workload, scale: int, gpu: bool, score_copies: int) -> int:
-    """The largest of attention, feed-forward and sampling, one after the other."""
+    """The largest of attention, feed-forward and sampling, which run one after the other."""
     model, t = workload.model, workload.model.transformer
     size = workload.cache_itemsize if gpu else FULL
     length = model.scale_lengths[scale]

@@ -1,4 +1,4 @@
-"""What a model needs on a device, predicted before anything is built or run."""
+"""Predicts memory, disk and least time of a model on a device, before a bundle exists."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ ESTIMATES: Mapping[Library, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchTime:
-    """The least time of one launch.
+    """The least time of one launch on a device.
 
     Attributes:
-        past: tokens in the cache before it.
-        moving: seconds that its bytes take; computing: those of its operations.
+        tokens: tokens of its scale.
+        past: tokens in the cache before the launch.
+        moving: seconds for its bytes; computing: seconds for its operations.
     """
 
     work: Work
@@ -60,7 +61,7 @@ class LaunchTime:
 
     @property
     def bound(self) -> str:
-        """What takes that long, "memory" or "compute"."""
+        """What limits the time: "memory" or "compute"."""
         return "memory" if self.moving >= self.computing else "compute"
 
     def to_json(self) -> dict[str, Any]:
@@ -69,9 +70,9 @@ class LaunchTime:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutPlan:
-    """One layout on the device: memory to generate, and with TensorRT disk and memory to build.
+    """Memory of one layout on the device, and with TensorRT disk and memory to build engines.
 
-    `missing` and `build_missing` are the bytes that the device lacks, 0 where it fits.
+    `missing` and `build_missing` are the bytes that the device lacks, 0 where the layout fits.
     """
 
     footprint: Footprint
@@ -83,12 +84,12 @@ class LayoutPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A prediction.
+    """The prediction of a workload on a device.
 
     Attributes:
-        name: preset or bundle.
-        layout: the one that is taken, and `reason` why.
-        bundle: bytes of the bundle; `measured` where they were read from its manifest.
+        name: name of the preset or bundle.
+        layout: the chosen layout; `reason`: why it was chosen.
+        bundle: bytes of the bundle; `measured`: whether they were read from its manifest.
         launches: the least time of each launch of B images.
     """
 
@@ -110,7 +111,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device can generate in the layout that is taken."""
+        """Whether the device has memory to generate in the chosen layout."""
         return self.layouts[self.layout].missing == 0
 
     def to_json(self) -> dict[str, Any]:
@@ -152,10 +153,13 @@ def make_plan(
     layout: Layout | None = None,
     manifest: Manifest | None = None,
 ) -> Plan:
-    """Predict `workload` on `device`: TensorRT where it has a GPU, else ONNX Runtime.
+    """Predict `workload` on `device`, with TensorRT where it has a GPU, else with ONNX Runtime.
 
-    `layout` None chooses; `manifest` is that of a bundle which exists already. Raises UsageError
-    for int8 on a GPU.
+    Args:
+        layout: None chooses the layout.
+        manifest: the manifest of the bundle, where one exists already.
+
+    Raises UsageError for int8 on a GPU.
     """
     library: Library = "onnxruntime-cpu" if device.sm is None else "tensorrt"
     if device.sm is not None:

@@ -1,8 +1,8 @@
-"""What "auto" means: backend, precision, layout and threads, for everyone who has to know.
+"""Resolves "auto" in a `RuntimeConfig`: backend, precision, layout and threads.
 
-`select` is a pure function of what was asked for, what the bundle holds and what is known of the
-machine. `Pipeline` learns more while it opens a backend, and asks again with what it has learnt;
-Ray, Triton and `plan` ask for a machine that they cannot try.
+`select` is a pure function of the config, the bundle's manifest and facts about the machine.
+`Pipeline` collects facts while it opens a backend, and calls `select` again with each new fact;
+Ray, Triton and `plan` call it for machines on which nothing can be tried.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from var_deploy.planning.precisions import (
     refuse_int8,
 )
 
-HEADROOM = 0.9  # share of the free memory that the larger layout may take: part of it is estimated
+HEADROOM = 0.9  # share of free memory that layout per-scale may take, since sizes are estimates
 ASKED = "as asked for"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engines:
-    """TensorRT engines for a machine.
+    """Facts about the TensorRT engines that a machine can run.
 
     Attributes:
-        library: what runs them.
-        built: precision → layouts whose engines were built; None where nobody has looked, or where
-            they will be built.
-        free: bytes of memory that the GPU has free, None where that is unknown.
+        library: the library that runs them, "tensorrt" or "tensorrt_rtx".
+        built: precision → layouts whose engines were built; None where that is not known yet, or
+            where the engines will be built later.
+        free: free bytes of GPU memory, None where unknown.
         one_memory: CPU and GPU share their memory.
-        runner: what errors call the library; "" for its name.
+        runner: the library's name in error messages; "" for `library`.
     """
 
     library: str = TENSORRT
@@ -63,14 +63,14 @@ class Engines:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of the machine that is to run a bundle.
+    """Facts about the machine that is to run a bundle.
 
     Attributes:
-        engines: those that it may run; None where it has none.
-        cuda: ONNX Runtime can use a GPU there.
-        cores: CPU threads that a process takes by itself; None leaves that to the library.
-        int8_problem: what is wrong with int8 on its CPU, "" where nothing is known to be.
-        failed: backend → why it cannot run the bundle, of those that were tried.
+        engines: engines that the machine may run; None where there are none.
+        cuda: whether ONNX Runtime can use a GPU there.
+        cores: CPU threads to use by default; None leaves the number to the library.
+        int8_problem: error of int8 on the CPU, "" where none is known.
+        failed: backend that was tried → reason why it cannot run the bundle.
     """
 
     engines: Engines | None = None
@@ -82,12 +82,12 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What runs a bundle.
+    """Result of `select`: the settings that run a bundle.
 
     Attributes:
-        config: the one that was asked for, with nothing "auto" in it. Its threads are None on a
-            GPU, and on a CPU where the library decides.
-        reason: why, where the caller left it open.
+        config: the given config with every "auto" resolved. `threads` is None on a GPU, and on a
+            CPU where the library decides.
+        reason: why the backend was selected, where the config had "auto".
     """
 
     config: RuntimeConfig
@@ -108,13 +108,13 @@ def check_options(config: RuntimeConfig) -> None:
 
 
 def select(config: RuntimeConfig, manifest: Manifest, facts: Facts) -> Selection:
-    """Settle what `config` leaves open: engines come first, then ONNX Runtime on a GPU, then on a
-    CPU.
+    """Resolve every "auto" in `config`.
 
-    A number of threads asks for the CPU, and so does int8.
+    The backend is TensorRT where the machine can run engines, else ONNX Runtime on a GPU, else ONNX
+    Runtime on a CPU. A number of threads, or precision int8, selects the CPU.
 
-    Raises UsageError as `check_options`, and BackendError where a backend that was asked for cannot
-    run this bundle, or the CPU computes int8 wrongly.
+    Raises UsageError as `check_options`, and BackendError where a backend that `config` names
+    cannot run the bundle, or where the CPU computes int8 wrongly.
     """
     check_options(config)
     if config.backend == CPU:
@@ -126,7 +126,7 @@ def select(config: RuntimeConfig, manifest: Manifest, facts: Facts) -> Selection
     passed_over = []
     if config.precision == "int8":
         passed_over.append(f"precision int8 is for {CPU}")
-    elif config.threads is None:  # who names CPU threads wants the CPU
+    elif config.threads is None:  # a number of threads selects the CPU
         for backend, title in _gpu_backends(facts):
             try:
                 if reason := facts.failed.get(backend):
@@ -138,7 +138,7 @@ def select(config: RuntimeConfig, manifest: Manifest, facts: Facts) -> Selection
 
 
 def _gpu_backends(facts: Facts) -> Iterator[tuple[str, str]]:
-    """(backend, what a reason calls it), the best first."""
+    """(backend, its title in reasons) of the GPU backends, best first."""
     if facts.engines is not None:
         yield facts.engines.library, "TensorRT"
     if facts.cuda:
@@ -165,7 +165,7 @@ def _on_cpu(config: RuntimeConfig, manifest: Manifest, facts: Facts, reason: str
 def _on_gpu(
     config: RuntimeConfig, manifest: Manifest, facts: Facts, backend: str, reason: str
 ) -> Selection:
-    """Raises BackendError where it cannot run the bundle."""
+    """Select a GPU backend. Raises BackendError where it cannot run the bundle."""
     if backend in (TENSORRT, TENSORRT_RTX):
         return _on_engines(config, manifest, backend, facts.engines or Engines())
     precision = config.precision
@@ -197,7 +197,7 @@ def _on_engines(
 
 
 def _onnx_layout(config: RuntimeConfig, manifest: Manifest, precision: str) -> str:
-    """Shared where the bundle has it: every session of ONNX Runtime holds weights of its own."""
+    """Layout for ONNX Runtime: "shared" where the bundle has it, with one copy of the weights."""
     if config.layout != AUTO:
         return config.layout
     held = held_layouts(manifest.graphs.get(precision, {}))
@@ -215,15 +215,15 @@ def choose_layout(
     library: Library = "tensorrt",
     one_memory: bool = False,
 ) -> tuple[Layout, str]:
-    """The layout to take where the caller leaves it open, and the reason in words.
+    """Choose the layout for "auto": (layout, reason).
 
-    On a GPU the static engines of "per-scale" are taken where they fit, since nothing in them is
-    decided at run time; "shared" holds the weights once. On a CPU it is always "shared".
+    On a GPU "per-scale" is chosen where its engines fit into memory: they are static, and so the
+    faster ones. Otherwise, and always on a CPU, "shared" is chosen, which holds the weights once.
 
     Args:
-        source: a bundle, of which only the layouts that it holds are considered, or sizes.
-        memory: bytes that the process may use; None where that is unknown, as for another machine.
-        precision: of the bundle's graphs; sizes carry their own.
+        source: the manifest of a bundle, whose layouts are considered, or a workload.
+        memory: bytes that the process may use; None where unknown, as for another machine.
+        precision: precision of the bundle's graphs; ignored for a workload, which has its own.
         one_memory: CPU and GPU share their memory.
 
     Raises BundleError where the bundle has no graphs of that precision.
@@ -246,7 +246,7 @@ def choose_layout(
 def layout_that_fits(
     options: Mapping[Layout, Footprint], memory: int, library: Library
 ) -> tuple[Layout, str]:
-    """One of the layouts that there are, by what they need; see `choose_layout`."""
+    """Choose one of the layouts in `options` by its memory; see `choose_layout`."""
     if len(options) < 2:
         only: Layout = next(iter(options), "per-scale")
         return only, "the bundle holds no other layout"

@@ -46,7 +46,7 @@ def label_name(manifest: Manifest, number: int) -> str | int | None:
 def about(manifest: Manifest, precision: str, work: Work, images: Sequence[int]) -> dict[str, str]:
     """What a PNG of some of the images says of itself, in the words of `var-deploy generate`."""
     request = work.request
-    streams = [request.streams[n] for n in images]
+    streams = [request.rng_keys[n] for n in images]
     seeds = list(dict.fromkeys(seed for seed, _ in streams))
     labels = [label_text(label_of(manifest, request.labels[n]), manifest) for n in images]
     return {
@@ -69,8 +69,8 @@ def as_json(
         DrawnImage(
             png=as_text(png(image, about(manifest, precision, work, [n]))),
             label=label_name(manifest, work.request.labels[n]),
-            seed=work.request.streams[n][0],
-            number=work.request.streams[n][1],
+            seed=work.request.rng_keys[n][0],
+            number=work.request.rng_keys[n][1],
             scales_done=int(drawn.scales_done[n]),
         )
         for n, image in enumerate(drawn.images)

@@ -224,7 +224,7 @@ class BatchDrawer:
             together = Kept.joined([one or self._nothing for one in kept])
         return Request(
             labels=[job.work.request.labels[n] for job, n in rows],
-            streams=[job.work.request.streams[n] for job, n in rows],
+            rng_keys=[job.work.request.rng_keys[n] for job, n in rows],
             sampling=shares[0].job.work.request.sampling,
             kept=together,
         )

@@ -13,7 +13,7 @@ from var_deploy.errors import UsageError
 from var_deploy.image.editing import Edit, Variation, box_mask
 from var_deploy.image.pictures import Mask, read_edit, read_pictures, upright
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.request import Request, label_numbers, streams
+from var_deploy.runtime.request import Request, label_numbers, rng_keys
 from var_deploy.serving.backend import Work
 from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody, VaryBody
@@ -37,7 +37,7 @@ def ask_images(
     if body.labels is not None:
         numbers = label_numbers(manifest, body.labels[:count])
     labels = [numbers[n % len(numbers)] for n in range(count)]
-    return _work(body, manifest, labels, streams(body.seed, count), previews)
+    return _work(body, manifest, labels, rng_keys(body.seed, count), previews)
 
 
 def ask_edit(
@@ -89,7 +89,7 @@ def _from_picture(
     numbers = [manifest.model.transformer.classes]
     if body.label is not None:
         numbers = label_numbers(manifest, [body.label])
-    return _work(body, manifest, numbers * count, streams(seeds, count), previews)
+    return _work(body, manifest, numbers * count, rng_keys(seeds, count), previews)
 
 
 def can_edit(manifest: Manifest, precision: str) -> bool:
@@ -158,7 +158,7 @@ def _work(
     sampling = manifest.sampling(
         cfg=body.cfg, top_k=body.top_k, top_p=body.top_p, temperature=body.temperature
     )
-    request = Request(labels=labels, streams=drawn, sampling=sampling)
+    request = Request(labels=labels, rng_keys=drawn, sampling=sampling)
     return Work(request=request, previews=previews, deadline=_deadline(body))
 
 

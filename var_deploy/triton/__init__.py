@@ -1,8 +1,8 @@
-"""A model repository that NVIDIA Triton serves.
+"""Writes and runs a model repository for NVIDIA Triton.
 
-    config      config.pbtxt: what Triton is told of the model, and what the model reads from it
-    repository  writes the folders
-    model       what Triton's Python backend runs: requests in, images of a `Pipeline` out
+    config      config.pbtxt: the model's settings, for Triton and for `model`
+    repository  writes the repository's folders
+    model       the model for Triton's Python backend: requests → images of a `Pipeline`
 
-`model` is imported in the server alone, which brings the module that it talks through.
+`model` is imported only in the server, which provides the module triton_python_backend_utils.
 """

@@ -1,7 +1,7 @@
-"""config.pbtxt of a model: Triton's protobuf text (`model_config.proto` of triton common).
+"""Writes config.pbtxt of a model in protobuf text format (`model_config.proto` of triton common).
 
-An image is one row of a Triton batch. Each row has settings of its own; doubles, so that a number
-is the number that `Pipeline.generate` takes.
+An image is one row of a Triton batch, with its own settings. Settings are FP64, like the floats of
+`Pipeline.generate`, so that both give the same images.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ NO_CLASS = -1
 INPUTS = {LABEL: "INT64", SEED: "UINT64"}
 OPTIONAL = {NUMBER: "INT64", "CFG": "FP64", "TOP_K": "INT64", "TOP_P": "FP64"}
 OPTIONAL |= {"TEMPERATURE": "FP64"}
-LONGEST_WAIT = 3_600_000_000  # microseconds; a request's own timeout counts where it is shorter
-# digits of the digest that make a version: 52 bits, which every reader of JSON holds exactly
+LONGEST_WAIT = 3_600_000_000  # microseconds; a request's own timeout may be shorter
+# digits of the digest that form the version: 52 bits, exact in every JSON reader
 VERSION_DIGITS = 13
 
 
-# fields of `RuntimeConfig` that the server hands to the pipeline; "auto" is decided where it runs
+# fields of `RuntimeConfig` that are passed to the server, which resolves "auto"
 HANDED_OVER = ("precision", "layout", "backend", "threads", "cuda_graph")
 
 
 def handed_over(config: RuntimeConfig) -> dict[str, Any]:
-    """What the server is told of a config."""
+    """The fields of a config that are passed to the server, by name."""
     return {name: getattr(config, name) for name in HANDED_OVER}
 
 
 def parameters_of(config: RuntimeConfig) -> dict[str, str]:
-    """`handed_over` as texts; what is None is left out."""
+    """The fields of `handed_over` as strings, without those that are None."""
     told = handed_over(config).items()
     return {name: str(value).lower() for name, value in told if value is not None}
 
 
 def read_config(parameters: Mapping[str, str]) -> RuntimeConfig:
-    """The config of `parameters_of`. Raises UsageError where one was changed to nonsense."""
+    """Parse the parameters of `parameters_of`. Raises UsageError for invalid values."""
     given: dict[str, Any] = {name: parameters[name] for name in HANDED_OVER if name in parameters}
     for name, pattern in (("threads", r"[1-9][0-9]{0,5}"), ("cuda_graph", "true|false")):
         if name in given:
@@ -57,15 +57,15 @@ def read_config(parameters: Mapping[str, str]) -> RuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """How Triton serves a model.
+    """Settings of a model on a Triton server.
 
     Attributes:
-        name: of the model, and of its folder.
-        instances: processes, each with weights of its own.
-        queue: requests that may wait, None for any number. Server 2.51 empties a queue with a bound
-            by one batch a half second, unless new requests wake it.
+        name: name of the model and of its folder.
+        instances: number of processes, each with its own copy of the weights.
+        queue: most requests that may wait, None for any number. Server 2.51 takes only one batch
+            per half second from a bounded queue, unless new requests arrive.
         queue_delay: microseconds that a request waits for a batch to fill.
-        on_gpu: whether instances belong to GPU 0, the one that the runtime takes.
+        on_gpu: whether instances run on GPU 0, the one that the runtime uses.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Serving:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UsageError(
-                f"{self.name!r} is no name for a model: it takes letters, digits, '.', '_' and "
+                f"{self.name!r} is not a name for a model: it takes letters, digits, '.', '_' and "
                 "'-', and starts with a letter or digit; give one with --name"
             )
 
@@ -88,7 +88,7 @@ def version_of(digest: str) -> int:
 
 
 def config_text(manifest: Manifest, serving: Serving, config: RuntimeConfig) -> str:
-    """config.pbtxt of the model."""
+    """The text of config.pbtxt."""
     tokenizer, batch = manifest.model.tokenizer, manifest.batch
     side, digest = tokenizer.image_side, manifest.digest()
     parameters = {"digest": digest, "var_deploy": __version__, **parameters_of(config)}
@@ -142,7 +142,7 @@ def _queue_policy(queue: int | None) -> list[str]:
 
 
 def _optional() -> list[str]:
-    """A setting is one number, or one a scale: its length is open."""
+    """The optional inputs; a setting is one number or one per scale, so its size is -1."""
     return [
         _tensor(name, kind, -1 if name in SETTINGS else 1, more=" optional: true")
         for name, kind in OPTIONAL.items()
@@ -150,7 +150,7 @@ def _optional() -> list[str]:
 
 
 def _tensor(name: str, kind: str, *dims: int, more: str = "") -> str:
-    """One of a row; the dimension of the batch is Triton's."""
+    """The declaration of a tensor, for one row; Triton adds the batch dimension."""
     sizes = ", ".join(map(str, dims or (1,)))
     return f'{{ name: "{name}" data_type: TYPE_{kind} dims: [ {sizes} ]{more} }}'
 

@@ -1,7 +1,7 @@
-"""The model of Triton's Python backend: requests in, images of a `Pipeline` out.
+"""The model for Triton's Python backend: requests → images of a `Pipeline`.
 
-The backend imports the class from model.py in the version's folder, makes one a process, and calls
-it from one thread. See config.py for the tensors.
+The backend imports the class from model.py in the version's folder, creates one instance per
+process, and calls it from one thread. The tensors are declared in config.py.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image that a request asks for."""
+    """One image of a request: label, RNG key and settings."""
 
     label: int
-    stream: tuple[int, int]
+    rng_key: tuple[int, int]
     sampling: Sampling
 
 
 class TritonPythonModel:
-    """A version of the model in one instance of the server."""
+    """The model in one instance of the server; Triton requires the name of the class."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the bundle. Raises TritonModelException: the version is not ready then."""
+        """Load the bundle. Raises TritonModelException where that fails."""
         try:
             self._pipe = _load(args)
         except VarDeployError as error:
             raise pb_utils.TritonModelException(str(error)) from None
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One answer a request: IMAGE uint8 [n, side, side, C], or what is wrong with it alone."""
+        """Return one response per request: IMAGE uint8 [n, side, side, C], or its error."""
         answers: list[Any] = [None] * len(requests)
         groups: dict[Sampling, list[tuple[int, int, Row]]] = {}
         images: dict[int, NDArray[np.uint8]] = {}
@@ -75,7 +75,7 @@ class TritonPythonModel:
                 drawn = self._pipe.draw(
                     Request(
                         labels=[row.label for _, _, row in members],
-                        streams=[row.stream for _, _, row in members],
+                        rng_keys=[row.rng_key for _, _, row in members],
                         sampling=sampling,
                     )
                 )
@@ -91,6 +91,7 @@ class TritonPythonModel:
         ]
 
     def finalize(self) -> None:
+        """Close the pipeline."""
         self._pipe.close()
 
     def _blank(self, count: int) -> NDArray[np.uint8]:
@@ -100,7 +101,7 @@ class TritonPythonModel:
 
 
 def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
-    """The images that the inputs [n, 1] (settings: [n, 1] or [n, K]) ask for.
+    """Convert the inputs [n, 1] (settings: [n, 1] or [n, K]) of a request to n rows.
 
     Raises UsageError for a value out of range.
     """
@@ -111,7 +112,7 @@ def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
     return [
         Row(
             label=_label(labels[n], manifest),
-            stream=(seeds[n], numbers[n]),
+            rng_key=(seeds[n], numbers[n]),
             sampling=manifest.sampling(
                 **{
                     argument: _setting(given[name][n]) if name in given else None
@@ -130,7 +131,7 @@ def _label(label: int, manifest: Manifest) -> int:
 
 
 def _setting(values: NDArray[Any]) -> Any:
-    """One number, or a list of one a scale."""
+    """A setting of one row: one number, or a list with one number per scale."""
     listed = values.tolist()
     return listed[0] if len(listed) == 1 else listed
 
@@ -140,7 +141,7 @@ def _error(error: VarDeployError, code: int) -> Any:
 
 
 def _load(args: Mapping[str, str]) -> Pipeline:
-    """The pipeline of the version that Triton asks for."""
+    """Load the pipeline of the version that Triton requests."""
     folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
     parameters = json.loads(args["model_config"])["parameters"]
     config = read_config({k: v["string_value"] for k, v in parameters.items()})

@@ -32,7 +32,7 @@ __all__ = ["TritonPythonModel"]
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What was written: bytes of the bundle, and how many of them are copies."""
+    """Result of `write_repository`; `size`: bytes of the bundle, `copied`: bytes not linked."""
 
     folder: Path
     version: int
@@ -48,9 +48,9 @@ def check_out(out: Path) -> None:
 
 
 def check_config(manifest: Manifest, config: RuntimeConfig) -> None:
-    """Raise what `Pipeline.load` would raise in the server, as far as it can be known here.
+    """Check that `Pipeline.load` in the server can use the config, as far as it is known here.
 
-    UsageError for options that exclude each other, BundleError for graphs that are not there.
+    Raises UsageError for options that exclude each other, BundleError for missing graphs.
     """
     check_options(config)
     for precision in manifest.graphs if config.precision == AUTO else [config.precision]:
@@ -61,8 +61,9 @@ def check_config(manifest: Manifest, config: RuntimeConfig) -> None:
 
 
 def on_gpu(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> bool:
-    """Whether the instances belong to a GPU: where a pipeline of this machine would run on one, or
-    the bundle has engines, which some machine runs.
+    """Whether the model's instances should run on a GPU.
+
+    They should where a pipeline on this machine would run on a GPU, or the bundle has engines.
 
     Raises what `select` raises.
     """
@@ -77,10 +78,10 @@ def write_repository(
     config: RuntimeConfig,
     progress: Callable[[str, float], object] = lambda message, fraction: None,
 ) -> Written:
-    """Write `out`, whole or not at all. Files of the bundle are hard links where that is possible.
+    """Write a repository to `out` atomically, with hard links to the bundle where possible.
 
     Raises UsageError as `check_out` and `check_config`, BundleError for a damaged bundle,
-    VarDeployError where the disk refuses.
+    VarDeployError where the disk cannot be written.
     """
     check_out(out)
     check_config(manifest, config)
@@ -101,12 +102,12 @@ def write_repository(
         placed = _Placed()
         for name in manifest.files:
             placed.add(bundle / name, place / name)
-        # what is published is what was checked, whatever links it came through
+        # check the new files, which may have been reached through links
         try:
             check_files(place, manifest, progress=count)
         except BundleError as error:
             raise BundleError(str(error).replace(str(place), str(bundle))) from None
-        if (bundle / names.MANIFEST).is_symlink():  # no hash speaks for its target
+        if (bundle / names.MANIFEST).is_symlink():  # the link's target has no hash
             manifest.save(place)
             placed.copied += (place / names.MANIFEST).stat().st_size
         else:
@@ -129,9 +130,9 @@ class _Placed:
 
     def add(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        source = source.resolve()  # what a link leads to, not the link
+        source = source.resolve()  # link to the target of a symbolic link
         try:
             os.link(source, target)
-        except OSError:  # another file system, one without links, or somebody else's file
+        except OSError:  # another file system, one without links, or a file of another user
             shutil.copyfile(source, target)
             self.copied += target.stat().st_size

@@ -1,6 +1,6 @@
-"""A program that speaks as a contender does, or fails to.
+"""A program that speaks as a worker does, or fails to.
 
-    python fake_contender.py NAME LOG [MANNER]
+    python fake_worker.py NAME LOG [MANNER]
 
 Every generation adds a line with its name to the file LOG.
 """
