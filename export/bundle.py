@@ -38,10 +38,10 @@ from var_deploy.export.int8.operators import Ranges
 from var_deploy.families import family_of
 from var_deploy.files.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
+from var_deploy.progress import Progress
 from var_deploy.spec import ModelSpec
 
-Layout = Literal["both", "per-scale", "shared"]
-Progress = Callable[[str, float], None]
+ExportLayout = Literal["both", "per-scale", "shared"]
 
 CALIBRATION = 0.5  # of an int8 export's time; images take longer than writing
 
@@ -65,7 +65,7 @@ class ExportOptions:
     batch: int = 1
     guidance: bool | None = True
     more_smooth: bool = False
-    layout: Layout = "both"
+    layout: ExportLayout = "both"
     calibration: int = 8
 
     def __post_init__(self) -> None:

@@ -13,10 +13,11 @@ from torch import nn
 
 from var_deploy.config import Precision
 from var_deploy.errors import UsageError, one_line
-from var_deploy.export.bundle import ExportOptions, Layout, Progress, export_bundle
+from var_deploy.export.bundle import ExportLayout, ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import as_loaded_model
 from var_deploy.files.paths import utf8_path
 from var_deploy.manifest import Manifest
+from var_deploy.progress import Progress
 from var_deploy.sampling import Sampling
 
 
@@ -29,7 +30,7 @@ def export_modules(
     batch: int = 1,
     guidance: bool | None = None,
     more_smooth: bool = False,
-    layout: Layout = "both",
+    layout: ExportLayout = "both",
     calibration: int = 8,
     labels: Sequence[str] = (),
     defaults: Sampling | None = None,

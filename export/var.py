@@ -198,8 +198,8 @@ def next_scale_prediction(
     if scale >= spec.scales:
         raise UsageError(f"scale_index must lie between 0 and {spec.scales - 1}, found {scale}")
     device = model.start.device
-    given = _flat_tokens(tokens_of_scales_1_to_k, spec.tokenizer, scale, device)
-    inputs = [model.next_input(k, t) for k, t in enumerate(given)]
+    tokens = _flat_tokens(tokens_of_scales_1_to_k, spec.tokenizer, scale, device)
+    inputs = [model.next_input(k, t) for k, t in enumerate(tokens)]
     teacher = torch.cat(inputs, 1) if inputs else model.start.new_empty(1, 0, model.start.shape[2])
     logits: Tensor = model(None, teacher)
     return logits[:, spec.prefix_lengths[scale] :]

@@ -28,12 +28,13 @@ from var_deploy.export.debug.fp16_overflow import (
     encode_watched,
     layer_of,
 )
-from var_deploy.export.debug.interpreter_backend import Progress, generate
+from var_deploy.export.debug.interpreter_backend import generate
 from var_deploy.files import whole_file
 from var_deploy.host.terminal import is_terminal
 from var_deploy.image.images import psnr
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
+from var_deploy.progress import Progress
 
 SHOWN_LAYERS = 12
 

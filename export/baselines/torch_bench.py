@@ -196,10 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "var_deploy.export.baselines.torch_bench", threads="every core that the process may use"
     )
     parser.add_argument("--contender", choices=CONTENDERS, default="torch")
-    given: Any = parser.parse_args(arguments)
+    options: Any = parser.parse_args(arguments)
 
     def load() -> TorchContender:
-        return TorchContender(given.bundle, given.contender, given.batch, threads=given.threads)
+        return TorchContender(
+            options.bundle, options.contender, options.batch, threads=options.threads
+        )
 
     return serve(load)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,12 @@ from var_deploy.export.verify.difference import largest_error
 from var_deploy.export.verify.graph_runner import complete_step
 from var_deploy.export.verify.reference import Reference, trace_reference
 from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.progress import Progress
 
 AT_ONCE = 256 << 20  # bytes of values held of each backend
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 DECISIONS = ("sampler/", "quantize.scale_")  # of node names
 UPSAMPLING = ".upsample.conv"  # end of the scope
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,16 +247,16 @@ class _Comparison:
         self._files, self._inputs, self._graphs = [], [], []
         for side in sides:
             info = manifest.graph(side.precision, name)
-            given: dict[str, Any] = dict(reference.inputs(manifest, name, scale))
-            if names.KEEP_MASK in given:
-                given[names.KEEP_MASK] = np.ones_like(given[names.KEEP_MASK])
+            feeds: dict[str, Any] = dict(reference.graph_inputs(manifest, name, scale))
+            if names.KEEP_MASK in feeds:
+                feeds[names.KEEP_MASK] = np.ones_like(feeds[names.KEEP_MASK])
             if name == names.STEP:
-                given = complete_step(manifest, side.precision, scale, given)
-            inputs = {t.name: np.asarray(given[t.name], t.dtype, order="C") for t in info.inputs}
+                feeds = complete_step(manifest, side.precision, scale, feeds)
+            inputs = {t.name: np.asarray(feeds[t.name], t.dtype, order="C") for t in info.inputs}
             self._files.append(bundle / info.file)
             self._inputs.append(inputs)
             self._graphs.append(_Graph(self._files[-1], inputs))
-        self._trace = reference.trace.scales[scale] if names.KEEP_MASK in given else None
+        self._trace = reference.trace.scales[scale] if names.KEEP_MASK in feeds else None
         self._errors: dict[str, float] = {}
 
     def run(self, runners: Mapping[str, Runner]) -> Divergence | None:
@@ -299,9 +298,7 @@ class _Comparison:
         if part:
             yield part
 
-    def _compare(
-        self, name: str, first: NDArray[Any], second: NDArray[Any]
-    ) -> Divergence | None:
+    def _compare(self, name: str, first: NDArray[Any], second: NDArray[Any]) -> Divergence | None:
         graph, bound = self._graphs[1], self._bound
         if name == graph.choice:
             assert self._trace is not None  # only scales draw
@@ -320,7 +317,7 @@ class _Comparison:
             value=name,
             error=error,
             bound=bound,
-            inputs=tuple((given, self._error_of(given)) for given in node.input if given),
+            inputs=tuple((value, self._error_of(value)) for value in node.input if value),
         )
 
     def _error_of(self, name: str) -> float | None:
@@ -345,9 +342,7 @@ class _Graph:
             for size in inputs[value.name].shape:
                 value.type.tensor_type.shape.dim.add(dim_value=size)
         del model.graph.value_info[:]
-        self._values = values_of(
-            onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        )
+        self._values = values_of(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
         self.constants = {t.name for t in model.graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
         self.source: dict[str, str] = {}
@@ -371,9 +366,9 @@ class _Graph:
         for part, nodes in itertools.groupby(self.nodes, _upsamples):
             group = list(nodes)
             if part:
-                made = {name for node in group for name in node.output}
-                given = [self.source.get(i, i) for node in group for i in node.input if i]
-                outside = list(dict.fromkeys(name for name in given if name not in made))
+                outputs = {name for node in group for name in node.output}
+                inputs = [self.source.get(i, i) for node in group for i in node.input if i]
+                outside = list(dict.fromkeys(name for name in inputs if name not in outputs))
                 last = group[-1]
                 scope = last.name.partition("/")[0]
                 node = helper.make_node("Upsample", outside, last.output, f"{scope}/Upsample_0")

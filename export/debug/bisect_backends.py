@@ -69,8 +69,8 @@ def run_tensorrt(
         parsed = trt.network_from_onnx_path(str(path), strongly_typed=True)
         network = parsed[1]
         outputs = (layer.get_output(i) for layer in network for i in range(layer.num_outputs))
-        made = {tensor.name for tensor in outputs if tensor is not None}
-        marked = [name for name in wanted if name in made]
+        known = {tensor.name for tensor in outputs if tensor is not None}
+        marked = [name for name in wanted if name in known]
         if not marked:
             return {}
         parsed = trt.modify_network_outputs(parsed, outputs=marked)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from var_deploy import names
 from var_deploy.export.debug.interpreter import OnValue, TorchGraph
-from var_deploy.export.debug.interpreter_backend import Generation, Progress, generate
+from var_deploy.export.debug.interpreter_backend import Generation, generate
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.progress import Progress
 
 HALF_MAX = 65504.0  # the largest number of fp16
 MARGIN = 8.0  # what comes within this factor of it is told

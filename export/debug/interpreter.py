@@ -102,14 +102,14 @@ class TorchGraph:
             for number, (node, attributes) in enumerate(
                 zip(self.nodes, self._attributes, strict=True)
             ):
-                given = [self._value(values, name) for name in node.input]
+                operands = [self._value(values, name) for name in node.input]
                 try:
-                    made = _compute(node.op_type, attributes, given)
+                    results = _compute(node.op_type, attributes, operands)
                 except (RuntimeError, IndexError) as error:
                     why = one_line(error)
                     raise ExportError(f"{self.name}: {_title(node)} failed: {why}") from error
-                values.update(zip(node.output, made, strict=True))
-                del given, made
+                values.update(zip(node.output, results, strict=True))
+                del operands, results
                 if on_value:
                     for name in node.output:
                         on_value(node.name, name, values[name])
@@ -127,14 +127,16 @@ class TorchGraph:
         return constant.read() if isinstance(constant, _External) else constant
 
 
-def _compute(op: str, attributes: Attributes, given: list[Tensor | None]) -> list[Tensor]:
+def _compute(op: str, attributes: Attributes, operands: list[Tensor | None]) -> list[Tensor]:
     """One node; arithmetic on fp16 is done in fp32 and rounded."""
-    half = op not in MOVES and any(x is not None and x.dtype == torch.float16 for x in given)
+    half = op not in MOVES and any(x is not None and x.dtype == torch.float16 for x in operands)
     if half:
-        given = [x.float() if x is not None and x.dtype == torch.float16 else x for x in given]
-    result = OPERATORS[op](attributes, *given)
-    made = result if isinstance(result, list) else [result]
-    return [x.half() if x.dtype == torch.float32 else x for x in made] if half else made
+        operands = [
+            x.float() if x is not None and x.dtype == torch.float16 else x for x in operands
+        ]
+    result = OPERATORS[op](attributes, *operands)
+    results = result if isinstance(result, list) else [result]
+    return [x.half() if x.dtype == torch.float32 else x for x in results] if half else results
 
 
 def _title(node: onnx.NodeProto) -> str:
@@ -263,8 +265,8 @@ OPERATORS: dict[str, Operator] = {
     "LayerNormalization": _layer_norm,
     "LessOrEqual": lambda a, x, y: x <= y,
     "MatMul": lambda a, x, y: x @ y,
-    "Max": lambda a, *given: reduce(torch.maximum, given),
-    "Min": lambda a, *given: reduce(torch.minimum, given),
+    "Max": lambda a, *operands: reduce(torch.maximum, operands),
+    "Min": lambda a, *operands: reduce(torch.minimum, operands),
     "Mul": lambda a, x, y: x * y,
     "Or": lambda a, x, y: x | y,
     "Pad": _pad,

@@ -15,13 +15,13 @@ from var_deploy import names
 from var_deploy.bundle.files import BundleFiles, GraphFile
 from var_deploy.export.debug.interpreter import OnValue, TorchGraph
 from var_deploy.manifest import Manifest
+from var_deploy.progress import Progress
 from var_deploy.runtime.backends.host_memory import HostMemory, host_view
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.sampling import gumbel, numbered, stack_uniforms
 
 Watch = Callable[[str], OnValue]  # graph name → what sees its values
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,9 @@ class _TorchSession:
         self._graph, self._backend = graph, backend
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
-        given = {name: host_view(array) for name, array in inputs.items()}
-        made = {name: host_view(array) for name, array in outputs.items()}
-        return lambda: self._run(given, made)
+        feeds = {name: host_view(array) for name, array in inputs.items()}
+        results = {name: host_view(array) for name, array in outputs.items()}
+        return lambda: self._run(feeds, results)
 
     def _run(self, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> None:
         backend, title = self._backend, self._graph.ref.name

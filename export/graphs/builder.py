@@ -95,8 +95,8 @@ class GraphBuilder:
     ) -> list[str]:
         """A node with several outputs, named as `outs` says where it does."""
         node_name = self._fresh(op_type)
-        given = [*outs, *[None] * (outputs - len(outs))]
-        results = [out or f"{node_name}:{i}" for i, out in enumerate(given)]
+        wanted = [*outs, *[None] * (outputs - len(outs))]
+        results = [out or f"{node_name}:{i}" for i, out in enumerate(wanted)]
         self._nodes.append(helper.make_node(op_type, list(inputs), results, node_name, **attrs))
         return results
 

@@ -91,9 +91,9 @@ def make_weight(weight: Weight, read: ReadKey) -> NDArray[Any]:
     def read_finite(key: str) -> NDArray[Any]:
         value = read(key)
         if not is_finite(value):
-            made = "" if key == weight.name else f", of which {weight.name} is made,"
+            source = "" if key == weight.name else f", of which {weight.name} is made,"
             raise ExportError(
-                f"the checkpoint's {key}{made} holds {describe_not_finite(value)}; training "
+                f"the checkpoint's {key}{source} holds {describe_not_finite(value)}; training "
                 "diverged or the file is damaged: export another checkpoint"
             )
         return value

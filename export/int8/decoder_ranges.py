@@ -134,9 +134,9 @@ class _Conv:
     def __init__(self) -> None:
         self._input, self._output = _Values(), _Values()
 
-    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        self._input.see(given[0])
-        self._output.see(made)
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._input.see(inputs[0])
+        self._output.see(output)
 
     @property
     def decibels(self) -> float:

@@ -188,8 +188,8 @@ def _types(node: onnx.NodeProto, values: Values) -> Iterator[str]:
     """
     schema = onnx.defs.get_schema(node.op_type, OPSETS[-1], "")
     parameters: dict[str, tuple[str, int]] = {}
-    for formal, given in ((schema.inputs, node.input), (schema.outputs, node.output)):
-        for position, name in enumerate(given):
+    for formal, operands in ((schema.inputs, node.input), (schema.outputs, node.output)):
+        for position, name in enumerate(operands):
             if not name:
                 continue
             if name not in values:
@@ -234,9 +234,7 @@ def _half(node: onnx.NodeProto, constants: Collection[str], values: Values) -> I
         yield f"{node.op_type} runs in fp32, in an fp16 graph it should run in fp16"
 
 
-def _number_formats(
-    graph: onnx.GraphProto, values: Values, precision: str
-) -> Iterator[str]:
+def _number_formats(graph: onnx.GraphProto, values: Values, precision: str) -> Iterator[str]:
     """fp16 outside a graph: the cache of an fp16 graph, and nothing else."""
     if precision == "fp32":
         for name in (name for name, value in values.items() if value.elem_type == HALF):

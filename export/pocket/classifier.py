@@ -26,7 +26,7 @@ Labels = NDArray[np.int64]
 CLASSIFIER_FILE = Path(__file__).parent / "classifier.safetensors"
 
 
-class Classifier(nn.Module):
+class PocketClassifier(nn.Module):
     """Names the thing in a picture from 32×32 pixels, where sharpness no longer shows."""
 
     def __init__(self, classes: int = len(CLASS_NAMES), width: int = 24) -> None:
@@ -75,12 +75,12 @@ def batches(images: Images, size: int = 250) -> list[Images]:
     return [images[first : first + size] for first in range(0, len(images), size)]
 
 
-def load_classifier(path: Path = CLASSIFIER_FILE) -> Classifier:
+def load_classifier(path: Path = CLASSIFIER_FILE) -> PocketClassifier:
     """Load the weights that ship with the package: stored in fp16, computed in fp32.
 
     Raises CheckpointError where the file is missing or holds other weights.
     """
-    classifier = Classifier()
+    classifier = PocketClassifier()
     try:
         classifier.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -89,6 +89,6 @@ def load_classifier(path: Path = CLASSIFIER_FILE) -> Classifier:
     return classifier.eval().requires_grad_(False)
 
 
-def accuracy(classifier: Classifier, images: Images, labels: Labels) -> float:
+def accuracy(classifier: PocketClassifier, images: Images, labels: Labels) -> float:
     """Share of the pictures that the classifier names correctly."""
     return float((classifier.predict(images) == labels).mean())

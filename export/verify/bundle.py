@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -25,8 +25,8 @@ from var_deploy.export.verify.floats import FloatTolerance
 from var_deploy.export.verify.graphs import GraphVerifier, Tolerance
 from var_deploy.export.verify.held_modules import OwnForward, tokenizer_of
 from var_deploy.export.verify.int8 import Int8Tolerance
-from var_deploy.export.verify.reference import Given, request, trace_reference
-from var_deploy.export.verify.report import Check, Report, merged
+from var_deploy.export.verify.reference import GenerationInputs, generation_inputs, trace_reference
+from var_deploy.export.verify.report import Check, VerifyReport, merged
 from var_deploy.export.verify.samples import (
     SampleStudy,
     SkippedStudy,
@@ -36,6 +36,7 @@ from var_deploy.export.verify.samples import (
 from var_deploy.files import locked_folder
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, file_sha256, read_manifest
+from var_deploy.progress import Progress
 
 # Largest difference over the largest magnitude of the expected tensor. fp32: rounding through the
 # depth of the models at hand stays below a tenth of it. fp16: 2^-11 a product, some tens of them.
@@ -55,8 +56,6 @@ TRACE_BYTES = 512 << 20  # of the generations that are held at once
 SAMPLES = 500
 SAMPLES_SHARE = 0.8  # of the progress that is told, where they are drawn
 
-Progress = Callable[[str, float], None]
-
 
 def verify_bundle(
     bundle: Path | str,
@@ -71,7 +70,7 @@ def verify_bundle(
     labels: str | Sequence[str | int] | None = None,
     samples: int = SAMPLES,
     progress: Progress | None = None,
-) -> Report:
+) -> VerifyReport:
     """Compare a bundle with its PyTorch model and write the report into the manifest.
 
     The model is the preset, or the random weights, that the manifest names; otherwise files or
@@ -127,7 +126,7 @@ def verify_model(
     labels: str | Sequence[str | int] | None = None,
     samples: int = SAMPLES,
     progress: Progress | None = None,
-) -> Report:
+) -> VerifyReport:
     """`verify_bundle` with a model that is already at hand; `own` as in `trace_reference`."""
     check_count(samples)
     if images < 1:
@@ -144,15 +143,17 @@ def verify_model(
     study: SampleStudy | SkippedStudy | None = None
     sampled = "int8" in precisions and samples > 0
     before = (1 - SAMPLES_SHARE if sampled else 1.0) / len(precisions) / len(groups)
-    judges = {name: tolerance(name, more_smooth=manifest.more_smooth) for name in precisions}
+    tolerances = {name: tolerance(name, more_smooth=manifest.more_smooth) for name in precisions}
     for g, group in enumerate(groups):
         report("PyTorch reference", before * len(precisions) * g)
         references = [
-            trace_reference(model, manifest, seed, given=given, own=own) for given in group
+            trace_reference(model, manifest, seed, inputs=inputs, own=own) for inputs in group
         ]
         for i, name in enumerate(precisions):
             graphs = sorted(manifest.graphs[name], key=run_order)
-            verifier = GraphVerifier(bundle, manifest, name, references, judges[name], again=g > 0)
+            verifier = GraphVerifier(
+                bundle, manifest, name, references, tolerances[name], again=g > 0
+            )
             checks: list[Check] = []
             for j, graph in enumerate(graphs):
                 done = g * len(precisions) + i + (j + 1) / (len(graphs) + 1)
@@ -172,9 +173,9 @@ def verify_model(
             seed=seed,
             progress=lambda message, part: report(message, 1 - SAMPLES_SHARE * (1 - part)),
         )
-    result = Report(
+    result = VerifyReport(
         checks=tuple(merged(checks) for checks in found.values()),
-        labels=tuple(label for given in requests for label in given.labels),
+        labels=tuple(label for inputs in requests for label in inputs.labels),
         seed=seed,
         oracle=own.name if own else "",
         samples=study,
@@ -187,9 +188,11 @@ def verify_model(
 
 def _requests(
     manifest: Manifest, seed: int, images: int, labels: str | Sequence[str | int] | None
-) -> list[Given]:
+) -> list[GenerationInputs]:
     """What the images are drawn from, batch by batch."""
-    batches = [request(manifest, seed, first) for first in range(0, images, manifest.batch)]
+    batches = [
+        generation_inputs(manifest, seed, first) for first in range(0, images, manifest.batch)
+    ]
     if labels is None:
         return batches
     chosen = resolve_labels(labels, manifest.labels, manifest.model.transformer.classes)
@@ -218,7 +221,7 @@ def model_of_modules(
     return assemble(manifest.model, *weights, labels=manifest.labels, defaults=manifest.defaults)
 
 
-def _store(bundle: Path, manifest: Manifest, report: Report) -> str:
+def _store(bundle: Path, manifest: Manifest, report: VerifyReport) -> str:
     """Write the report into the manifest that it was made for; why not, where it cannot be written.
 
     Raises BundleError where another bundle is there by now.
@@ -276,11 +279,11 @@ def load_bundle_model(
     another architecture.
     """
     places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
-    given: tuple[tuple[Part, Path | None, str], ...] = (
+    parts: tuple[tuple[Part, Path | None, str], ...] = (
         ("transformer", checkpoint, hints.key or places["transformer"]),
         ("tokenizer", tokenizer, hints.tokenizer_key or places["tokenizer"]),
     )
-    for part, file, key in given:
+    for part, file, key in parts:
         if file is not None:
             _check_origin(manifest, part, file, key)
     random = manifest.checkpoint["transformer"].get("random_weights")

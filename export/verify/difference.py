@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 SMALLEST = 1e-6  # of a magnitude that something is divided by
 
 
-class Compared(NamedTuple):
+class TensorDifference(NamedTuple):
     """How far a tensor is from what it should be: the largest difference, a relative measure of
     it, and what that may be."""
 

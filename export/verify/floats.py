@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef
 from var_deploy.export.lint.tensorrt import lint_file
-from var_deploy.export.verify.difference import Compared, largest_error, place_of_error
+from var_deploy.export.verify.difference import TensorDifference, largest_error, place_of_error
 from var_deploy.export.verify.graphs import Tensors
 from var_deploy.export.verify.reference import ScaleTrace
 from var_deploy.export.verify.report import REPORTED, Check
@@ -52,13 +52,13 @@ class FloatTolerance:
     def tensors(self, check: Check, expected: Tensors, found: Tensors) -> Check:
         """Largest error over all tensors; names the first that leaves the bound."""
 
-        def complaint(one: Compared) -> str:
+        def complaint(one: TensorDifference) -> str:
             place = place_of_error(expected[one.tensor], found[one.tensor])
             off = f"{one.tensor} is off by {one.relative:.2e} at [{place}]"
             return f"{off}, bound {one.bound:.0e}"
 
         compared = [
-            Compared(tensor, *largest_error(want, found[tensor]), self.bound)
+            TensorDifference(tensor, *largest_error(want, found[tensor]), self.bound)
             for tensor, want in expected.items()
         ]
         return check.of_tensors(compared, complaint)

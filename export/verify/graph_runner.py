@@ -86,9 +86,9 @@ def run_session(
 
 
 def complete_step(
-    manifest: Manifest, precision: str, scale: int, given: Mapping[str, Any]
+    manifest: Manifest, precision: str, scale: int, inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Add what `step` takes and a static graph does not: geometry, placeholders at scale 0."""
     shapes = step_shapes(manifest, precision, scale)
-    empty = {name: np.zeros(shape) for name, shape in shapes.items() if name not in given}
-    return {**empty, **step_geometry(manifest.model, scale), **given}
+    empty = {name: np.zeros(shape) for name, shape in shapes.items() if name not in inputs}
+    return {**empty, **step_geometry(manifest.model, scale), **inputs}

@@ -23,7 +23,12 @@ from var_deploy.export.verify.difference import (
     top_1_agreement,
 )
 from var_deploy.export.verify.graph_runner import GraphRunner, complete_step
-from var_deploy.export.verify.reference import Given, Reference, ScaleTrace, request
+from var_deploy.export.verify.reference import (
+    GenerationInputs,
+    Reference,
+    ScaleTrace,
+    generation_inputs,
+)
 from var_deploy.export.verify.report import LOOP, Check, merged
 from var_deploy.image.images import psnr
 from var_deploy.manifest import Manifest
@@ -157,7 +162,7 @@ class GraphVerifier:
 
     def _fixed(self, runner: GraphRunner, name: str, reference: Reference) -> Check:
         """A graph that is the same at every scale."""
-        found = _run(runner, reference.inputs(self._manifest, name))
+        found = _run(runner, reference.graph_inputs(self._manifest, name))
         check = self._blank(name)
         if name == names.CONDITION:
             return self._tolerance.condition(check, reference.trace.condition, found)
@@ -169,15 +174,13 @@ class GraphVerifier:
         return self._tolerance.decoder(image)
 
     def _scales(self, runner: GraphRunner, ref: GraphRef, title: str, scale: int) -> Check:
-        return merged(
-            [self._scale(runner, ref, title, scale, one) for one in self._references]
-        )
+        return merged([self._scale(runner, ref, title, scale, one) for one in self._references])
 
     def _scale(
         self, runner: GraphRunner, ref: GraphRef, title: str, scale: int, reference: Reference
     ) -> Check:
         trace, manifest = reference.trace.scales[scale], self._manifest
-        inputs = reference.inputs(manifest, ref.name, scale)
+        inputs = reference.graph_inputs(manifest, ref.name, scale)
         if ref.kind == "step":
             inputs = complete_step(manifest, self._precision, scale, inputs)
         found = _run(runner, inputs)
@@ -231,7 +234,7 @@ class GraphVerifier:
     def _loop(self, loop: ScaleLoop, check: Check, reference: Reference) -> Check:
         """From the reference's labels and uniforms."""
         traces = reference.trace.scales
-        image = self._generate(loop, reference.given)
+        image = self._generate(loop, reference.inputs)
         tokens = loop.tokens()
         expected = np.concatenate([trace.outputs[names.TOKENS] for trace in traces], axis=1)
         agree = agreement(expected, np.concatenate(tokens, axis=1))
@@ -244,16 +247,16 @@ class GraphVerifier:
         reference, found = self._references[0], list[Check]()
         manifest, seed = self._manifest, reference.seed
         for first in range(0, self._tolerance.drawn, manifest.batch):
-            image = self._generate(loop, request(manifest, seed, FIRST_DRAWN + first))
+            image = self._generate(loop, generation_inputs(manifest, seed, FIRST_DRAWN + first))
             found.append(self._image(check, reference.decode(loop.f_hat()), image))
         worst = min(found, key=lambda check: check.psnr or 0.0)
         count = len(found) * manifest.batch
-        judged = self._tolerance.decoder(worst)
-        return judged.remarked(f"the worst of {count} that it drew")
+        evaluated = self._tolerance.decoder(worst)
+        return evaluated.remarked(f"the worst of {count} that it drew")
 
-    def _generate(self, loop: ScaleLoop, given: Given) -> Image:
+    def _generate(self, loop: ScaleLoop, inputs: GenerationInputs) -> Image:
         sampling = self._manifest.defaults
-        return loop.run(given.labels, given.uniforms, sampling, noise=given.noise)
+        return loop.run(inputs.labels, inputs.uniforms, sampling, noise=inputs.noise)
 
     def _image(self, check: Check, expected: Image, found: Image) -> Check:
         """`check` with the largest error of a batch, relative to 1, and the lowest PSNR."""

@@ -39,12 +39,12 @@ def tokenizer_of(module: nn.Module) -> nn.Module:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module in torch.compile's and the parallel wrappers."""
     while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and type(module).__module__.startswith("torch."):
-            inner = getattr(module, "module", None)
-        if not isinstance(inner, nn.Module):
+        wrapped = getattr(module, "_orig_mod", None)
+        if wrapped is None and type(module).__module__.startswith("torch."):
+            wrapped = getattr(module, "module", None)
+        if not isinstance(wrapped, nn.Module):
             return module
-        module = inner
+        module = wrapped
 
 
 def recognise_modules(
@@ -186,15 +186,15 @@ class OwnForward:
             return None
         return self._image(method, list(tokens), same_shape=True, last_one=True)
 
-    def _image(self, method: Callable[..., Any], given: Any, **options: Any) -> Tensor:
+    def _image(self, method: Callable[..., Any], arguments: Any, **options: Any) -> Tensor:
         t = self._spec.tokenizer
-        found = self._call(self._tokenizer, method, given, **options)
-        batch = len(given[0]) if isinstance(given, list) else len(given)
+        found = self._call(self._tokenizer, method, arguments, **options)
+        batch = len(arguments[0]) if isinstance(arguments, list) else len(arguments)
         shape = (batch, t.image_channels, t.image_side, t.image_side)
         return self._checked(self._tokenizer, method.__name__, found, shape).float()
 
     def _call(
-        self, module: nn.Module, method: Callable[..., Any], *given: Any, **options: Any
+        self, module: nn.Module, method: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Any:
         device = next(module.parameters()).device
 
@@ -203,7 +203,7 @@ class OwnForward:
 
         with _in_use(module, device):
             try:
-                return method(*map(placed, given), **options)
+                return method(*map(placed, arguments), **options)
             except Exception as error:  # the user's code raises what it likes
                 name = "forward" if method is module else getattr(method, "__name__", "call")
                 raise UsageError(

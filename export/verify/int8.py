@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef
 from var_deploy.export.lint.int8 import Rounded, lint_int8
-from var_deploy.export.verify.difference import Compared, largest_error, norm_error
+from var_deploy.export.verify.difference import TensorDifference, largest_error, norm_error
 from var_deploy.export.verify.floats import FloatTolerance
 from var_deploy.export.verify.graphs import Tensors
 from var_deploy.export.verify.reference import ScaleTrace
@@ -61,7 +61,7 @@ class Int8Tolerance(FloatTolerance):
     ) -> Check:
         """The tensor nearest to its bound; names the first that leaves it."""
         compared = [
-            Compared(
+            TensorDifference(
                 tensor=tensor,
                 error=largest_error(want, found[tensor])[0],
                 relative=norm_error(want, found[tensor]),
@@ -72,12 +72,13 @@ class Int8Tolerance(FloatTolerance):
         ]
         check = check.of_tensors(
             compared,
-            lambda one: f"{one.tensor} is off by {one.relative:.1%} of its norm, "
-            f"bound {one.bound:.0%}",
+            lambda one: (
+                f"{one.tensor} is off by {one.relative:.1%} of its norm, bound {one.bound:.0%}"
+            ),
         )
         exact = {tensor: expected[tensor] for tensor in EXACT if tensor in expected}
-        judged = self.tensors(check, exact, found)
-        return judged if check.passed and not judged.passed else check
+        evaluated = self.tensors(check, exact, found)
+        return evaluated if check.passed and not evaluated.passed else check
 
     def decoder(self, check: Check) -> Check:
         return check.with_psnr(DECODER_PSNR)

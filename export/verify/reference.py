@@ -57,7 +57,7 @@ class Trace:
     image: NDArray[Any]
 
 
-class Given(NamedTuple):
+class GenerationInputs(NamedTuple):
     """What B images are drawn from: labels, uniforms [B, T] and, where the bundle has
     `more_smooth`, the noise [T, V] of each image."""
 
@@ -79,7 +79,7 @@ class Reference:
             makes of them from the f_hat and the noise that the scale had, by tensor name.
     """
 
-    given: Given
+    inputs: GenerationInputs
     seed: int
     trace: Trace
     encoded: Arrays
@@ -90,9 +90,9 @@ class Reference:
     @property
     def labels(self) -> list[int]:
         """One an image."""
-        return self.given.labels
+        return self.inputs.labels
 
-    def inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
+    def graph_inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
         """What a graph was given; of `step`, what the static graph of `scale` is given."""
         if graph == names.CONDITION:
             rows = np.full(manifest.rows, manifest.model.transformer.classes)
@@ -124,7 +124,7 @@ def trace_reference(
     manifest: Manifest,
     seed: int,
     *,
-    given: Given | None = None,
+    inputs: GenerationInputs | None = None,
     own: OwnForward | None = None,
 ) -> Reference:
     """Generate B images with the PyTorch model, and encode them.
@@ -134,18 +134,18 @@ def trace_reference(
         own: modules whose own logits, tokens of pictures and images take the place of those that
             the modules of `model` compute.
     """
-    given, sampling = given or request(manifest, seed, 0), manifest.defaults
+    inputs, sampling = inputs or generation_inputs(manifest, seed, 0), manifest.defaults
     tokenizer, transformer = build_modules(model)
-    noise = given.noise if manifest.more_smooth else None
+    noise = inputs.noise if manifest.more_smooth else None
 
     def generate(forced: Sequence[Tensor] = ()) -> Trace:
         return trace_generation(
-            *(tokenizer, transformer, given.labels, given.uniforms, sampling, manifest.guidance),
+            *(tokenizer, transformer, inputs.labels, inputs.uniforms, sampling, manifest.guidance),
             noise=noise,
             forced=forced,
         )
 
-    trace = generate() if own is None else own_trace(own, manifest, given, generate)
+    trace = generate() if own is None else own_trace(own, manifest, inputs, generate)
     quantize = tokenizer.quantize
     with torch.no_grad():
         image = torch.from_numpy(trace.image).permute(0, 3, 1, 2) * 2 - 1
@@ -165,11 +165,11 @@ def trace_reference(
 
     @torch.no_grad()
     def follow(scale: int, logits: NDArray[Any], mass: NDArray[Any]) -> Arrays:
-        scales, inputs = model.spec.scales, trace.scales[scale].inputs
+        scales, scale_inputs = model.spec.scales, trace.scales[scale].inputs
         x = torch.from_numpy(logits) / sampling.at(scale, scales).temperature
         x = x.masked_fill(torch.from_numpy(mass) <= 0, -torch.inf)
-        weights = mix_weights(x, torch.from_numpy(inputs[names.NOISE]), scale, scales)
-        f_hat = torch.from_numpy(inputs[names.F_HAT])
+        weights = mix_weights(x, torch.from_numpy(scale_inputs[names.NOISE]), scale, scales)
+        f_hat = torch.from_numpy(scale_inputs[names.F_HAT])
         f_hat = f_hat + quantize.contribution(scale, quantize.blend(scale, weights))
         outputs: Arrays = {names.NEW_F_HAT: f_hat.numpy()}
         if scale + 1 < scales:
@@ -177,7 +177,7 @@ def trace_reference(
         return outputs
 
     return Reference(
-        given=given,
+        inputs=inputs,
         seed=seed,
         trace=trace,
         encoded=encoded,
@@ -187,16 +187,16 @@ def trace_reference(
     )
 
 
-def request(manifest: Manifest, seed: int, first: int) -> Given:
+def generation_inputs(manifest: Manifest, seed: int, first: int) -> GenerationInputs:
     """What the images `first` … of a request are drawn from."""
-    spec, streams = manifest.model, numbered(seed, first, manifest.batch)
+    spec, rng_keys = manifest.model, numbered(seed, first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
     noise = []
     if manifest.more_smooth:
-        noise = [gumbel(*stream, total, spec.tokenizer.vocab_size) for stream in streams]
-    return Given(
-        labels=[(class_stride(classes) * i + seed) % classes for _, i in streams],
-        uniforms=stack_uniforms(streams, total),
+        noise = [gumbel(*key, total, spec.tokenizer.vocab_size) for key in rng_keys]
+    return GenerationInputs(
+        labels=[(class_stride(classes) * i + seed) % classes for _, i in rng_keys],
+        uniforms=stack_uniforms(rng_keys, total),
         noise=noise,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_deploy.export.verify.difference import Compared
+from var_deploy.export.verify.difference import TensorDifference
 from var_deploy.export.verify.samples import SampleStudy, SkippedStudy
 
 HEADER = (
@@ -64,7 +64,7 @@ class Check:
         return dataclasses.replace(self, passed=False, detail=why) if self.passed else self
 
     def of_tensors(
-        self, found: Sequence[Compared], complaint: Callable[[Compared], str]
+        self, found: Sequence[TensorDifference], complaint: Callable[[TensorDifference], str]
     ) -> Check:
         """The same with the tensor that is nearest to its bound, of equals the last; failed with
         the complaint about the first that leaves its bound."""
@@ -130,7 +130,7 @@ def _total(counts: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class VerifyReport:
     """All checks, in the order in which a generation runs the graphs.
 
     Attributes:

@@ -26,14 +26,13 @@ from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.pocket.classifier import load_classifier
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.progress import Progress
 from var_deploy.sampling import MAX_SEED
 
 ACCURACY_BOUND = 0.015  # by how much int8 may differ from fp32
 # of fewer images, chance moves the share by as much
 LEAST_BOUND = 500
 LEAST_SAMPLES = 20
-
-Progress = Callable[[str, float], None]
 
 
 class Classifier(Protocol):
@@ -122,7 +121,7 @@ class SampleStudy:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedStudy:
-    """No samples were judged, and why; a failure where they should have been."""
+    """No samples were evaluated, and why; a failure where they should have been."""
 
     why: str
     failed: bool = False
@@ -137,7 +136,7 @@ class SkippedStudy:
 
     def text(self) -> str:
         """One line."""
-        return f"samples: not judged: {self.why}"
+        return f"samples: not evaluated: {self.why}"
 
 
 def study_samples(
@@ -182,7 +181,7 @@ def study_samples(
     features = {key: classifier.features(images) for key, images in drawn.items()}
     first, second = ("fp32", seed), ("fp32", other)
 
-    def judged(key: tuple[str, int]) -> SampleSet:
+    def sample_set(key: tuple[str, int]) -> SampleSet:
         named = classifier.predict(drawn[key])
         one, two = (
             None if key == to else frechet_distance(features[key], features[to])
@@ -199,9 +198,9 @@ def study_samples(
     return SampleStudy(
         judge=manifest.preset,
         count=count,
-        fp32=judged(first),
-        int8=judged(("int8", seed)),
-        noise=judged(second),
+        fp32=sample_set(first),
+        int8=sample_set(("int8", seed)),
+        noise=sample_set(second),
         bound=ACCURACY_BOUND if count >= LEAST_BOUND else None,
     )
 
@@ -219,9 +218,7 @@ def _fp32_bundle(bundle: Path, manifest: Manifest, model: LoadedModel) -> Iterat
         yield bundle
         return
     with tempfile.TemporaryDirectory() as name:
-        options = ExportOptions(
-            batch=manifest.batch, guidance=manifest.guidance, layout="shared"
-        )
+        options = ExportOptions(batch=manifest.batch, guidance=manifest.guidance, layout="shared")
         export_bundle(model, Path(name) / "fp32", options)
         yield Path(name) / "fp32"
 

@@ -26,8 +26,8 @@ from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.export.checkpoint.assemble import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.classifier import (
-    Classifier,
     Images,
+    PocketClassifier,
     accuracy,
     batches,
     load_classifier,
@@ -166,7 +166,7 @@ class Evaluation:
 
 
 def evaluate(
-    classifier: Classifier, tokenizer: Tokenizer, samples: Images, *, references: int = 2000
+    classifier: PocketClassifier, tokenizer: Tokenizer, samples: Images, *, references: int = 2000
 ) -> Evaluation:
     """Compare samples [N, 64, 64, 3] of the classes 0..9 in turn with as many fresh drawings."""
     drawn, labels = draw_set(len(samples), Recipe().held_out_seed)

@@ -29,7 +29,7 @@ def make_missing(
     Raises what `draw_shard` and `SetFolder.write` raise.
     """
     missing = folder.missing(spec, shards)
-    tally, made = Tally(spec, shards, missing, tell), []
+    tally, written = Tally(spec, shards, missing, tell), []
     with listing(folder, spec):
         for shard in missing:
             if folder.has(spec, shard):
@@ -37,8 +37,8 @@ def make_missing(
                 continue
             folder.write(spec, shard, draw_shard(pipe, spec, shard, tally.tell))
             tally.add(shard)
-            made.append(shard)
-    return made
+            written.append(shard)
+    return written
 
 
 class Tally:
