@@ -175,7 +175,7 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
             path if folder is None else Path(names.MANIFEST), MANIFEST_BYTES, folder=folder
         )
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{bundle} is no bundle: it has no {names.MANIFEST}") from None
+        raise BundleError(f"{bundle} is not a bundle: it has no {names.MANIFEST}") from None
     except (OSError, ValueError) as error:
         words = getattr(error, "strerror", None) or one_line(error)
         raise BundleError(f"{path} cannot be read ({words}); export the bundle again") from None
