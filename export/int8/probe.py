@@ -52,7 +52,7 @@ def build_probe() -> GraphBuilder:
 
 
 def _weights(b: GraphBuilder, *shape: int) -> str:
-    """`known.weights` as operators."""
+    """Return the weights of `known.weights` as graph operators."""
 
     def number(value: int) -> str:
         return b.constant(value, np.int64)
@@ -65,7 +65,7 @@ def _weights(b: GraphBuilder, *shape: int) -> str:
 
 
 def probe_bytes() -> bytes:
-    """The ONNX file."""
+    """Return the bytes of the ONNX file."""
 
     def locate(weight: str) -> tuple[str, int, int]:
         raise KeyError(weight)  # none is stored

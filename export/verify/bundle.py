@@ -1,9 +1,9 @@
-"""`verify`: is the deployed model the model?
+"""`verify`: compares the graphs of a bundle with the PyTorch model.
 
-Every graph is checked against what it must not hold, then run on the inputs that the PyTorch model
-had at this point, so that an error cannot hide behind an earlier one; its outputs are compared in
-the order names, shapes, values. Then the whole loop runs on its own from the same uniforms. Where
-int8 is among the precisions, many images are drawn and judged at last.
+Every graph is checked against the rules for its precision, then run on the inputs that the PyTorch
+model had at this point, so that an error cannot hide behind an earlier one; its outputs are
+compared in the order names, shapes, values. Then the whole loop runs on its own from the same
+uniforms. Where int8 is among the precisions, many images are generated and classified at the end.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from var_deploy.progress import Progress
 # depth of the models at hand stays below a tenth of it. fp16: 2^-11 a product, some tens of them.
 BOUNDS = {"fp32": 2e-4, "fp16": 3e-2}
 IMAGE_BOUNDS = {"fp32": 1e-3, "fp16": 3e-2}  # absolute, of a picture in [0, 1]
-# A token whose uniform lies this close to the end of its interval is a toss of the coin: rounding
+# A token whose uniform lies this close to the end of its interval is a coin toss: rounding
 # decides it, in PyTorch from one thread count to the next as well.
 COIN_TOSS = {"fp32": 2e-5, "fp16": 5e-2}
 # dB of a generation left to itself where codes are mixed: what rounds in one scale comes back up to
 # 1/tau as large in the next (seen: 76 and 30 at worst; another picture has about 12)
 MIXED_PSNR = {"fp32": 50.0, "fp16": 20.0}
-# where fp32 fails, what the others do says little
+# fp32 first: where it fails, the other precisions say little
 WIDEST_FIRST = ("fp32", "fp16", "int8")
 
 IMAGES = 4
-TRACE_BYTES = 512 << 20  # of the generations that are held at once
+TRACE_BYTES = 512 << 20  # most bytes of the references that are held at once
 SAMPLES = 500
-SAMPLES_SHARE = 0.8  # of the progress that is told, where they are drawn
+SAMPLES_SHARE = 0.8  # share of the progress that generating samples takes
 
 
 def verify_bundle(
@@ -127,7 +127,7 @@ def verify_model(
     samples: int = SAMPLES,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """`verify_bundle` with a model that is already at hand; `own` as in `trace_reference`."""
+    """Run `verify_bundle` with a model that is already loaded; `own` as in `trace_reference`."""
     check_count(samples)
     if images < 1:
         raise UsageError(f"images must be at least 1, found {images}")
@@ -189,7 +189,7 @@ def verify_model(
 def _requests(
     manifest: Manifest, seed: int, images: int, labels: str | Sequence[str | int] | None
 ) -> list[GenerationInputs]:
-    """What the images are drawn from, batch by batch."""
+    """Return the inputs of the generations that are compared, one item per batch."""
     batches = [
         generation_inputs(manifest, seed, first) for first in range(0, images, manifest.batch)
     ]
@@ -201,8 +201,8 @@ def _requests(
 
 
 def _trace_bytes(manifest: Manifest) -> int:
-    """About what the reference of one batch holds: keys and values, which every scale has anew with
-    those of the scales before, and logits."""
+    """Estimate the bytes of one batch's reference: logits, and keys and values, which every scale
+    stores together with those of the scales before."""
     spec = manifest.model
     t, ends = spec.transformer, spec.prefix_lengths[1:]
     cache = 2 * t.depth * manifest.rows * t.width * (sum(ends) + spec.total_tokens)
@@ -212,7 +212,7 @@ def _trace_bytes(manifest: Manifest) -> int:
 def model_of_modules(
     manifest: Manifest, transformer: nn.Module, tokenizer: nn.Module
 ) -> LoadedModel:
-    """The model of a bundle with the weights of modules in memory.
+    """Return the model of a bundle with the weights of modules in memory.
 
     Raises CheckpointError where their state dicts do not have the keys and shapes of the bundle's
     model.
@@ -222,9 +222,9 @@ def model_of_modules(
 
 
 def _store(bundle: Path, manifest: Manifest, report: VerifyReport) -> str:
-    """Write the report into the manifest that it was made for; why not, where it cannot be written.
+    """Write the report into the manifest; return why not where it cannot be written, else "".
 
-    Raises BundleError where another bundle is there by now.
+    Raises BundleError where another bundle has taken the place of the verified one.
     """
     with locked_folder(bundle):
         there = read_manifest(bundle)
@@ -241,7 +241,7 @@ def _store(bundle: Path, manifest: Manifest, report: VerifyReport) -> str:
 
 
 def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
-    """What agrees with the model in `precision`."""
+    """Return the bounds within which a graph of this precision agrees with the model."""
     rounded = precision == "int8"
     plain = "fp32" if rounded else precision
     kind = Int8Tolerance if rounded else FloatTolerance
@@ -255,12 +255,13 @@ def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
 
 
 def widest_first(manifest: Manifest) -> list[str]:
-    """The precisions of a bundle."""
+    """Return the precisions of a bundle, the most accurate first."""
     return sorted(manifest.graphs, key=WIDEST_FIRST.index)
 
 
 def run_order(graph: str) -> tuple[int, str]:
-    """Graphs as a generation meets them, so that the first failure is the first cause."""
+    """Sort key of graphs: the order of a generation, so that the first failure is the first
+    cause."""
     last = (names.STEP, names.DECODER, names.ENCODER, names.ACCUMULATE)
     fixed = {names.CONDITION: 0, **{name: 2 + n for n, name in enumerate(last)}}
     return fixed.get(graph, 1), graph
@@ -272,11 +273,11 @@ def load_bundle_model(
     tokenizer: Path | None = None,
     hints: Hints = NO_HINTS,
 ) -> LoadedModel:
-    """The model that the manifest names, or the one in the files that are given.
+    """Load the model that the manifest names, or the one in the given files.
 
-    What the files do not tell is as the manifest says, unless the hints say something else.
-    Raises UsageError where files are needed, are not those that the manifest names, or are of
-    another architecture.
+    Facts that the files do not tell are those of the manifest, unless the hints give others. Raises
+    UsageError where files are needed, are not those that the manifest names, or are of another
+    architecture.
     """
     places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
     parts: tuple[tuple[Part, Path | None, str], ...] = (

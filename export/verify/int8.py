@@ -1,10 +1,10 @@
-"""What agrees with the model in int8: close enough to draw the same pictures.
+"""Tolerance for int8: close enough to generate pictures of the same things.
 
-Rounding to 8 bits is felt in every token, so no single value can be bound. Bound is what it does to
-each scale from the inputs that the model had, and to an image from the f_hat that the model had.
-What becomes of a generation left to itself is reported: two of them part at the first token that
-tips, and from there on are two pictures of the same thing. Many of those are judged by
-`sample_study`.
+Quantisation to 8 bits changes every token's logits, so single values cannot be bounded. Bounded are
+the error of each scale from the inputs that the model had, and the error of an image from the f_hat
+that the model had. A free-running generation is only reported: it parts from the model's at the
+first token that differs, and from there on shows another picture of the same thing.
+`verify.samples` evaluates many of those with a classifier.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ EXACT = (names.FIRST_INPUT, names.NEW_F_HAT, names.NEXT_INPUT)  # look-ups and s
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Tolerance(FloatTolerance):
-    """Its own for what is rounded; encoder, `accumulate` and what `EXACT` names are fp32 in an int8
-    bundle as well."""
+    """Bounds for the quantised tensors; encoder, `accumulate` and the tensors in `EXACT` are fp32
+    in an int8 bundle as well, and have the bounds of fp32."""
 
     _checked: set[Rounded] = field(default_factory=set)
 
@@ -59,7 +59,7 @@ class Int8Tolerance(FloatTolerance):
     def _rounded(
         self, check: Check, expected: Tensors, found: Tensors, bounds: Mapping[str, float]
     ) -> Check:
-        """The tensor nearest to its bound; names the first that leaves it."""
+        """Return the tensor nearest to its bound; name the first beyond it."""
         compared = [
             TensorDifference(
                 tensor=tensor,

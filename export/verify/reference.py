@@ -1,4 +1,4 @@
-"""Generation with the PyTorch modules, keeping what every graph takes and gives: the reference.
+"""Generates with the PyTorch modules and records the inputs and outputs of every graph.
 
 The loop over the scales is written here a second time on purpose. `verify` compares the graphs and
 `runtime.loop` with it, so it shares neither buffers nor bindings nor cache views with them: a fault
@@ -33,7 +33,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleTrace:
-    """One scale: inputs and outputs of its graph by tensor name, and how firm each token is.
+    """Recorded inputs and outputs of one scale graph, by tensor name, and the margin of each token.
 
     `margins` [B, L_k] is the distance of a token's uniform from the nearest end of its interval.
     """
@@ -43,13 +43,13 @@ class ScaleTrace:
     margins: NDArray[Any]
 
     def compared(self, found: Collection[str]) -> Arrays:
-        """Outputs that are compared by value: all that are found but the tokens."""
+        """Return the outputs that are compared by value: all in `found` except the tokens."""
         return {k: v for k, v in self.outputs.items() if k in found and k != names.TOKENS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A whole generation. `image` is [B, side, side, channels] in [0, 1]."""
+    """Recorded values of a whole generation. `image` is [B, side, side, channels] in [0, 1]."""
 
     condition: Arrays
     scales: list[ScaleTrace]
@@ -58,7 +58,7 @@ class Trace:
 
 
 class GenerationInputs(NamedTuple):
-    """What B images are drawn from: labels, uniforms [B, T] and, where the bundle has
+    """Inputs of a generation of B images: labels, uniforms [B, T] and, where the bundle has
     `more_smooth`, the noise [T, V] of each image."""
 
     labels: list[int]
@@ -68,15 +68,15 @@ class GenerationInputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A generation of the PyTorch model, and what its encoder makes of the image.
+    """A recorded generation of the PyTorch model, and its encoder's output for the image.
 
     Attributes:
-        given: what the generation was given.
+        inputs: labels, uniforms and noise of the generation.
         encoded: the encoder's latent and tokens by tensor name.
-        sums: what the drawn tokens of the first scales add up to, [K, B, Cv, p_K, p_K].
+        sums: f_hat after each of the first scales' tokens, [K, B, Cv, p_K, p_K].
         decode: f_hat [B, Cv, p_K, p_K] → images [B, side, side, channels] in [0, 1].
-        follow: (scale, logits, mass after the filters), both [B, L_k, V] → what a mix of codes
-            makes of them from the f_hat and the noise that the scale had, by tensor name.
+        follow: (scale, logits, mass after the filters), both [B, L_k, V] → outputs of a mix of
+            codes by tensor name, computed with the f_hat and the noise of the reference.
     """
 
     inputs: GenerationInputs
@@ -89,11 +89,11 @@ class Reference:
 
     @property
     def labels(self) -> list[int]:
-        """One an image."""
+        """One label per image."""
         return self.inputs.labels
 
     def graph_inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
-        """What a graph was given; of `step`, what the static graph of `scale` is given."""
+        """Return the inputs of a graph; for `step`, those of the static graph of `scale`."""
         if graph == names.CONDITION:
             rows = np.full(manifest.rows, manifest.model.transformer.classes)
             rows[: len(self.labels)] = self.labels
@@ -127,10 +127,10 @@ def trace_reference(
     inputs: GenerationInputs | None = None,
     own: OwnForward | None = None,
 ) -> Reference:
-    """Generate B images with the PyTorch model, and encode them.
+    """Generate B images with the PyTorch model, encode them, and record everything.
 
     Args:
-        given: what they are drawn from; None: the first B of a request.
+        inputs: labels, uniforms and noise; None: those of the first B images of a request.
         own: modules whose own logits, tokens of pictures and images take the place of those that
             the modules of `model` compute.
     """
@@ -188,7 +188,7 @@ def trace_reference(
 
 
 def generation_inputs(manifest: Manifest, seed: int, first: int) -> GenerationInputs:
-    """What the images `first` … of a request are drawn from."""
+    """Return the inputs of the images `first` … of a request: labels, uniforms and noise."""
     spec, rng_keys = manifest.model, numbered(seed, first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
     noise = []
@@ -202,7 +202,7 @@ def generation_inputs(manifest: Manifest, seed: int, first: int) -> GenerationIn
 
 
 def modulation_table(mod: Modulation) -> Tensor:
-    """The rows of the `modulation` tensor: [6N + 2, G, C], with the ones already added."""
+    """Return the rows of the `modulation` tensor, [6N + 2, G, C], with the ones already added."""
     blocks = torch.cat([m.squeeze(2) for m in mod.blocks])
     ones = torch.tensor([0.0, 0, 1, 1, 0, 0] * len(mod.blocks) + [1, 0]).view(-1, 1, 1)
     return torch.cat((blocks, mod.head.squeeze(2))) + ones
@@ -222,8 +222,9 @@ def trace_generation(
 ) -> Trace:
     """Generate B images from labels and uniforms [B, T] with the published algorithm.
 
-    `transformer` is a Transformer or a Gpt2Transformer. With `noise`, [T, V] of each image, its
-    `more_smooth` variant. `forced` are tokens [B, L_k] of the first scales, in place of drawn ones.
+    `transformer` is a Transformer or a Gpt2Transformer. `noise`, [T, V] of each image, selects
+    `more_smooth` sampling. `forced` are tokens [B, L_k] of the first scales that replace the
+    sampled ones.
     """
     spec = transformer.spec
     t, batch = spec.transformer, len(labels)
@@ -281,7 +282,7 @@ def trace_generation(
 
 
 def _image(tokenizer: Tokenizer | OwnForward, f_hat: Tensor) -> NDArray[Any]:
-    """[B, side, side, channels] in [0, 1]."""
+    """Decode f_hat to images [B, side, side, channels] in [0, 1]."""
     return as_picture(tokenizer.decode(f_hat))
 
 

@@ -1,10 +1,10 @@
-"""What int8 does to many images: are they still of their class, and of the same kind?
+"""Evaluates int8 on many images: are they still of their class, and of the same distribution?
 
-Single images cannot tell, since one token that tips makes another picture. So a classifier judges
-sets of them, by class accuracy and by the Fréchet distance between its features (Heusel et al.
-2017, arXiv 1706.08500). Both carry noise; a second set of fp32 images, from other draws, shows how
-much. Distances of sets of another size are another number (Chong and Forsyth 2020, arXiv
-1911.07023): they are compared with each other, within one study.
+Single images cannot tell, since one differing token makes another picture. So a classifier
+evaluates sets of them, by class accuracy and by the Fréchet distance between its features (Heusel
+et al. 2017, arXiv 1706.08500). Both carry noise; a second set of fp32 images, from another seed,
+shows how much. Distances depend on the size of the sets (Chong and Forsyth 2020, arXiv 1911.07023),
+so they are compared within one study only.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from var_deploy.pipeline import Pipeline
 from var_deploy.progress import Progress
 from var_deploy.sampling import MAX_SEED
 
-ACCURACY_BOUND = 0.015  # by how much int8 may differ from fp32
-# of fewer images, chance moves the share by as much
+ACCURACY_BOUND = 0.015  # largest difference of int8's class accuracy from fp32's
+# with fewer images, chance moves the accuracy by as much as the bound
 LEAST_BOUND = 500
 LEAST_SAMPLES = 20
 
 
 class Classifier(Protocol):
-    """A classifier of the images that a model generates."""
+    """A classifier of the images of one preset."""
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[N, H, W, C] → activations before the last layer, [N, F]."""
+        """Images [N, H, W, C] → activations before the last layer, [N, F]."""
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """[N, H, W, C] → labels [N]."""
+        """Images [N, H, W, C] → labels [N]."""
 
 
 CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier}  # by preset
@@ -50,7 +50,7 @@ CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """Images of one precision and seed.
+    """Measurements of one set of images, of one precision and seed.
 
     Attributes:
         accuracy: share that the classifier names as intended.
@@ -67,7 +67,7 @@ class SampleSet:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleStudy:
-    """Three sets of `count` images: fp32 and int8 from the same draws, fp32 from others.
+    """Three sets of `count` images: fp32 and int8 from the same seed, fp32 from another one.
 
     Attributes:
         judge: the preset whose classifier it was.
@@ -92,11 +92,11 @@ class SampleStudy:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return {**dataclasses.asdict(self), "failure": self.failure}
 
     def text(self) -> str:
-        """A table with a line a set."""
+        """Return a table with one line per set."""
         first, second = (f"to fp32 seed {s.seed}" for s in (self.fp32, self.noise))
         head = ("samples", "class accuracy", f"Fréchet distance {first}", second)
         rows = [
@@ -121,7 +121,7 @@ class SampleStudy:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedStudy:
-    """No samples were evaluated, and why; a failure where they should have been."""
+    """The reason why no samples were evaluated; a failure where they should have been."""
 
     why: str
     failed: bool = False
@@ -131,11 +131,11 @@ class SkippedStudy:
         return self.why if self.failed else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return {"skipped": self.why, "failure": self.failure}
 
     def text(self) -> str:
-        """One line."""
+        """Return the reason in one line."""
         return f"samples: not evaluated: {self.why}"
 
 
@@ -148,7 +148,7 @@ def study_samples(
     seed: int = 0,
     progress: Progress = lambda message, fraction: None,
 ) -> SampleStudy | SkippedStudy:
-    """Draw `count` images three times and judge them; 0 skips.
+    """Generate `count` images three times and evaluate them; 0 skips.
 
     fp32 graphs that the bundle lacks are exported to a temporary folder.
     """
@@ -206,14 +206,14 @@ def study_samples(
 
 
 def check_count(count: int) -> None:
-    """Raises UsageError for a number of samples that says nothing."""
+    """Raise UsageError for a number of samples that is too small to be meaningful."""
     if count and count < LEAST_SAMPLES:
         raise UsageError(f"samples must be 0 or at least {LEAST_SAMPLES}, found {count}")
 
 
 @contextlib.contextmanager
 def _fp32_bundle(bundle: Path, manifest: Manifest, model: LoadedModel) -> Iterator[Path]:
-    """A bundle with fp32 graphs of the same form: `bundle` itself where it has them."""
+    """Yield a bundle with fp32 graphs of the same form: `bundle` itself where it has them."""
     if "fp32" in manifest.graphs:
         yield bundle
         return
@@ -237,7 +237,7 @@ def _draw(
 
 
 def frechet_distance(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> float:
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features [N, F] and [M, F], N and M at least 2.
+    """Return |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features [N, F] and [M, F], N, M ≥ 2.
 
     The trace of the root is taken from the symmetric Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues.
     They are real and not negative even where N < F makes Σ singular, so that no multiple of the
