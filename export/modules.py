@@ -41,8 +41,6 @@ def export_modules(
 
     Such modules are, for example, fine-tuned, averaged or randomly initialised:
 
-    Such modules are, for example, fine-tuned, averaged or randomly initialised:
-
         export_modules(var, vae, "build/mine", precisions=("fp32", "fp16"))
         verify_bundle(Path("build/mine"), modules=(var, vae))
 

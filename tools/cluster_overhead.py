@@ -1,4 +1,4 @@
-"""What a cluster adds to drawing, on a cluster of this machine alone; prints tables.
+"""Measures what a cluster adds to generation, with a cluster on this machine; prints tables.
 
     python -m tools.cluster_overhead build/pocket
 
@@ -37,7 +37,7 @@ GPUS, PROJECTED = 100, (0.02, 0.1, 0.5)  # seconds an image on one of them
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Means of one run: images a second while all workers drew, and seconds a shard."""
+    """Means of one run: images per second while all workers generated, and seconds per shard."""
 
     rate: float
     drawing: float
@@ -75,7 +75,7 @@ def main(bundle: Path, rounds: int) -> None:
 
 
 def scaling(alone: Sequence[Run], beside: Sequence[Run]) -> list[str]:
-    """One worker and two; efficiencies are ratios within a round, so that its load hits both."""
+    """Compare one worker with two; efficiencies are ratios within a round, which share its load."""
     lines = ["| workers | images/s | ms an image | waiting, ms a shard |", "|---|---|---|---|"]
     for workers, runs in ((1, alone), (2, beside)):
         run = median(runs)
@@ -107,7 +107,7 @@ def overhead(runs: Mapping[int, Run]) -> list[str]:
 
 
 def projection(waiting: float, driver: float) -> list[str]:
-    """`waiting` and `driver` are seconds a shard."""
+    """Project to GPUs; `waiting` and `driver` are seconds per shard."""
     lines = [
         f"Projection, not measured: {GPUS} GPUs, {SHARD_SIZE} images ({LARGE // 10**6} MB) a shard",
         "",
@@ -124,7 +124,8 @@ def projection(waiting: float, driver: float) -> list[str]:
 
 
 def draw(bundle: Path, *, workers: int, size: int, images: int) -> Run:
-    """Means of a set of about so many images, without the shards during which not all drew."""
+    """Generate a set of about so many images; return means without the shards during which not all
+    workers generated."""
     spec = set_of(bundle, size, images)
     with tempfile.TemporaryDirectory() as name:
         folder = SetFolder(path=Path(name) / "set")
@@ -166,7 +167,7 @@ def means(made: Made, written: Sequence[float], size: int) -> Run:
     return Run(
         rate=size * (len(middle) - 1) / (middle[-1] - middle[0]),
         drawing=made.drawing / shards,
-        waiting=made.waiting / (shards - made.workers),  # the first ones waited for nobody
+        waiting=made.waiting / (shards - made.workers),  # the first shards waited for no other
         receiving=made.receiving / shards,
         writing=made.writing / shards,
     )
@@ -178,7 +179,7 @@ def median(runs: Sequence[Run]) -> Run:
 
 
 def large(bundle: Path) -> tuple[float, float]:
-    """Seconds of the driver with a shard of LARGE bytes: to receive it, to hash and write it."""
+    """Measure the driver's seconds for a shard of LARGE bytes: receiving, hashing, writing."""
     make = ray.remote(noise)
     spec, times = set_of(bundle, 1, 10), []
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""PyTorch on the CPU, as `bench` compares it with a bundle: three contenders.
+"""The three PyTorch baselines on the CPU that `bench` compares with a bundle.
 
     python -m var_deploy.export.baselines.torch_bench BUNDLE --contender torch --batch N --threads N
 
@@ -43,7 +43,7 @@ Generate = Callable[[Tensor, Tensor, Mark], Tensor]
 
 
 class TorchContender:
-    """All images at once: PyTorch knows no fixed batch.
+    """A PyTorch baseline that generates all images at once, since PyTorch needs no fixed batch.
 
     Args:
         name: one of CONTENDERS.
@@ -54,8 +54,8 @@ class TorchContender:
     Attributes:
         images: of the last generation, [N, side, side, channels] uint8.
 
-    Raises BundleError for what is no bundle, BackendError where PyTorch finds no C++ compiler that
-    it needs, UsageError for an unknown name or fewer than 0 threads.
+    Raises BundleError where the folder is not a bundle, BackendError where PyTorch finds no C++
+    compiler that it needs, UsageError for an unknown name or fewer than 0 threads.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class TorchContender:
         return About(settings=settings, graphs=graphs)
 
     def generate(self) -> Sample:
-        """Labels to uint8 images. The first call of `torch-compile` compiles."""
+        """Generate labels to uint8 images. The first call of `torch-compile` compiles."""
         spec, count = self._manifest.model, len(self.images)
-        self._clock.laps()  # what was marked before belongs to nobody
+        self._clock.laps()  # marks of earlier calls are dropped
         started = time.perf_counter()
         draws = stack_uniforms(numbered(SEED, 0, count), spec.total_tokens)
         labels = torch.tensor(spread_labels(spec.transformer.classes, count))
@@ -129,7 +129,7 @@ class TorchContender:
         )
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: the process ends next."""
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._name == "torch-bf16":
@@ -139,7 +139,7 @@ class TorchContender:
 
 def _published(manifest: Manifest) -> Generate:
     tokenizer, transformer = random_modules(manifest.model)
-    assert isinstance(transformer, Transformer)  # the caller looked at the family
+    assert isinstance(transformer, Transformer)  # the caller has checked the family
 
     def generate(labels: Tensor, draws: Tensor, mark: Mark) -> Tensor:
         return generate_as_published(
@@ -173,7 +173,7 @@ def _own(manifest: Manifest, images: int, compiler: Compiler | None) -> Generate
 
 
 def _check_compiler() -> None:
-    """Raises BackendError where none of the C++ compilers that inductor would use is installed."""
+    """Raise BackendError where none of the C++ compilers that inductor would use is installed."""
     from torch._inductor import config
 
     named = config.cpp.cxx
@@ -186,7 +186,7 @@ def _check_compiler() -> None:
 
 
 def _line(error: Exception) -> str:
-    """PyTorch's message on one line."""
+    """Return PyTorch's message on one line."""
     said = one_line(error)
     return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
 

@@ -41,7 +41,7 @@ TORCH_TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class _External:
-    """Where a weight lies."""
+    """The place of a weight in weights.bin."""
 
     file: Path
     dtype: np.dtype[Any]
@@ -49,7 +49,7 @@ class _External:
     offset: int
 
     def read(self) -> Tensor:
-        """The weight, mapped; the mapping goes with the tensor."""
+        """Return the weight, mapped; the mapping is released with the tensor."""
         # copy on write, because PyTorch warns of memory that it may not write to
         return torch.from_numpy(
             np.memmap(self.file, self.dtype, mode="c", offset=self.offset, shape=self.shape)
@@ -57,7 +57,7 @@ class _External:
 
 
 class TorchGraph:
-    """An ONNX file of a bundle.
+    """An ONNX file of a bundle, ready to be interpreted.
 
     Attributes:
         nodes: its nodes, in order.
@@ -81,7 +81,7 @@ class TorchGraph:
                 raise ExportError(f"{self.name}: no arithmetic is known for {_title(node)}")
 
     def maker(self, value: str) -> onnx.NodeProto:
-        """The node that makes a value."""
+        """Return the node that computes a value."""
         return next(node for node in self.nodes if value in node.output)
 
     def run(
@@ -91,7 +91,7 @@ class TorchGraph:
         also: Collection[str] = (),
         on_value: OnValue | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """All outputs by name, and the interior values named in `also`.
+        """Compute the graph; return all outputs, and the interior values named in `also`, by name.
 
         Inputs that the graph does not take are ignored. `on_value` sees every value as it is made.
         Raises ExportError naming the node that cannot be computed.
@@ -128,7 +128,7 @@ class TorchGraph:
 
 
 def _compute(op: str, attributes: Attributes, operands: list[Tensor | None]) -> list[Tensor]:
-    """One node; arithmetic on fp16 is done in fp32 and rounded."""
+    """Compute one node; arithmetic on fp16 is done in fp32 and rounded."""
     half = op not in MOVES and any(x is not None and x.dtype == torch.float16 for x in operands)
     if half:
         operands = [
@@ -218,7 +218,7 @@ def _pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor) -> Tensor:
 
 
 def _far_first(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """Padding as PyTorch wants it: pairs, from the last axis on."""
+    """Return padding in PyTorch's form: pairs, from the last axis on."""
     return [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
 
 
@@ -227,7 +227,7 @@ def _reshape(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
 
 
 def _resize(a: Attributes, x: Tensor, region: None, scales: Tensor) -> Tensor:
-    """Nearest, by whole factors: index = floor(i / factor)."""
+    """Resize by nearest neighbour and whole factors: index = floor(i / factor)."""
     return F.interpolate(x, scale_factor=scales.tolist()[2:], mode="nearest")
 
 

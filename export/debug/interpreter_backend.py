@@ -1,4 +1,4 @@
-"""The interpreter as one more backend of the scale loop: graphs in true fp16, on any CPU."""
+"""The interpreter as a backend of the scale loop: runs graphs in true fp16 on any CPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from var_deploy.runtime.backends.protocol import Arrays, Launch
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.sampling import gumbel, numbered, stack_uniforms
 
-Watch = Callable[[str], OnValue]  # graph name → what sees its values
+Watch = Callable[[str], OnValue]  # graph name → callback for its values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What the graphs drew, [B, L_k] a scale, and the image [B, side, side, channels]."""
+    """Results of a generation: tokens [B, L_k] of each scale, and the image
+    [B, side, side, channels]."""
 
     tokens: list[NDArray[Any]]
     image: NDArray[Any]
@@ -44,7 +45,7 @@ def generate(
     watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> Generation:
-    """Generate B images with the bundle's default settings.
+    """Generate B images with the bundle's default settings, through the interpreter.
 
     Args:
         labels: B class numbers.
@@ -70,7 +71,7 @@ def generate(
         noise = [gumbel(*stream, spec.total_tokens, codes) for stream in streams]
     backend = TorchBackend(watch, announce)
     static = names.scale_graph(0) in manifest.graphs[precision]
-    # what is interpreted is read by path: to hash the weights would take longer than to use them
+    # graphs are read by path: hashing the weights would take longer than using them
     files = BundleFiles(bundle, manifest, precision, hashes=False)
     try:
         loop = ScaleLoop(files, manifest, backend, precision, "per-scale" if static else "shared")
@@ -90,15 +91,15 @@ def generate(
 
 
 class TorchBackend(HostMemory):
-    """Interprets graphs with PyTorch; each is loaded for the moment in which it runs.
+    """Backend that interprets graphs with PyTorch; each is loaded only while it runs.
 
     Args:
-        watch: gives what sees the values of a graph, by its title: the name, of `step` with the
-            scale.
+        watch: returns a callback for the values of a graph, given its title: the name, and for
+            `step` the scale as well.
         announce: called with the title before each launch.
 
     Attributes:
-        choices: what each scale drew, [B, L_k], before forced tokens took its place.
+        choices: tokens that each scale sampled, [B, L_k], before forced tokens replaced them.
     """
 
     name = "pytorch"
@@ -120,7 +121,7 @@ class TorchBackend(HostMemory):
         return {"backend": self.name, "torch": torch.__version__}
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the backend holds no resources."""
 
 
 class _TorchSession:

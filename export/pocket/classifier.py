@@ -1,4 +1,4 @@
-"""The classifier of pocket's ten things, which says whether a deployed pocket still draws them.
+"""The classifier of pocket's ten classes, which evaluates the images of a deployed pocket.
 
 `verify` counts with it how many images of an int8 bundle show their class, and takes the Fréchet
 distance between its features. `tools/pocket` trains it and evaluates pocket with it.
@@ -27,7 +27,7 @@ CLASSIFIER_FILE = Path(__file__).parent / "classifier.safetensors"
 
 
 class PocketClassifier(nn.Module):
-    """Names the thing in a picture from 32×32 pixels, where sharpness no longer shows."""
+    """Classifies a picture from 32×32 pixels, where sharpness no longer shows."""
 
     def __init__(self, classes: int = len(CLASS_NAMES), width: int = 24) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class PocketClassifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Images) -> NDArray[np.float32]:
-        """uint8 [N, 64, 64, 3] → the activations before the last layer, float32 [N, F]."""
+        """Pictures uint8 [N, 64, 64, 3] → activations before the last layer, float32 [N, F]."""
         parts = [self.embed(pool(part)) for part in batches(images)]
         return torch.cat(parts).numpy()
 
     def predict(self, images: Images) -> Labels:
-        """uint8 [N, 64, 64, 3] → labels int64 [N]."""
+        """Pictures uint8 [N, 64, 64, 3] → labels int64 [N]."""
         with torch.no_grad():
             logits = self.head(torch.from_numpy(self.features(images)))
         labels: Labels = logits.argmax(dim=1).numpy()
@@ -67,7 +67,7 @@ class PocketClassifier(nn.Module):
 
 
 def pool(images: Images) -> Tensor:
-    """uint8 [B, 64, 64, 3] → float [B, 3, 32, 32] in [0, 1], averaged over 2×2 pixels."""
+    """Pictures uint8 [B, 64, 64, 3] → float [B, 3, 32, 32] in [0, 1], averaged over 2×2 pixels."""
     return F.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, 2)
 
 
@@ -90,5 +90,5 @@ def load_classifier(path: Path = CLASSIFIER_FILE) -> PocketClassifier:
 
 
 def accuracy(classifier: PocketClassifier, images: Images, labels: Labels) -> float:
-    """Share of the pictures that the classifier names correctly."""
+    """Return the share of the pictures that the classifier names correctly."""
     return float((classifier.predict(images) == labels).mean())

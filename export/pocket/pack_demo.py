@@ -53,7 +53,8 @@ def pack_demo(bundle: Path, out: Path) -> None:
 
 
 def make_recipe(weights: bytes) -> tuple[dict[str, Any], bytes]:
-    """How weights.bin is put together, and those of its bytes that no tensor of pocket gives."""
+    """Return how weights.bin is put together, and those of its bytes that no tensor of pocket
+    gives."""
     sources = {name: safetensors_arrays((POCKET_FOLDER / name).read_bytes()) for name in SOURCES}
     owners = {key: name for name in SOURCES for key in sources[name]}
     graphs = build_graphs(load_model("pocket").spec, PRECISION, ExportOptions())

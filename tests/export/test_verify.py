@@ -21,7 +21,7 @@ from var_deploy.cli import main
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules, load_model
-from var_deploy.export.verify.bundle import bundle as verifying
+from var_deploy.export.verify import bundle as verifying
 from var_deploy.export.verify.bundle import verify_bundle, verify_model
 from var_deploy.export.verify.report import Check, VerifyReport
 from var_deploy.labels import class_stride

@@ -1,4 +1,4 @@
-"""Training of the classifier that evaluates pocket, on drawings and their distortions."""
+"""Trains the classifier that evaluates pocket, on drawings and their distortions."""
 
 from __future__ import annotations
 
