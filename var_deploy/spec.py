@@ -1,4 +1,4 @@
-"""What a model is: the sizes from which every shape in a bundle follows.
+"""The sizes of a model, from which every shape in a bundle follows.
 
 Notation (the whole project uses it): B images in a batch, G = 2B rows with guidance and B without,
 K scales of side lengths `patch_nums`, L_k = patch_nums[k]², P_k the tokens before scale k, T their
@@ -136,7 +136,7 @@ class TransformerSpec:
 
     @property
     def head_width(self) -> int:
-        """D."""
+        """D, the width of one attention head."""
         return self.width // self.heads
 
     @property
@@ -167,7 +167,7 @@ class ModelSpec:
 
     @property
     def scales(self) -> int:
-        """K."""
+        """K, the number of scales."""
         return len(self.patch_nums)
 
     @property
@@ -182,7 +182,7 @@ class ModelSpec:
 
     @property
     def total_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens of an image over all scales."""
         return self.prefix_lengths[-1]
 
     @property
@@ -196,7 +196,10 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """Raises UsageError where a field is missing, unknown or out of range."""
+        """Build the spec from the values of `to_json`.
+
+        Raises UsageError where a field is missing, unknown or out of range.
+        """
         try:
             tokenizer = dict(data["tokenizer"])
             for field in ("patch_nums", "width_multipliers"):

@@ -1,4 +1,4 @@
-"""Inputs and outputs of every graph: they follow from the sizes of a bundle.
+"""Inputs and outputs of every graph, computed from the sizes of a bundle.
 
 The exporter writes graphs with these, a manifest that lists others is refused, and the buffers of
 `runtime/buffers.py` fit them. Sizes as in `var_deploy/names.py`; text stands for an open size.
@@ -29,7 +29,7 @@ NEW: CacheNames = (names.new_key, names.new_value)
 
 @dataclass(frozen=True, kw_only=True)
 class Interfaces:
-    """What the graphs of a bundle take and give, in the order in which the exporter lists it.
+    """Inputs and outputs of the graphs of a bundle, in the exporter's order.
 
     Args:
         precision: that of the graphs; the cache of fp16 graphs is fp16.
@@ -47,11 +47,11 @@ class Interfaces:
         return 2 * self.batch if self.guidance else self.batch
 
     def graphs(self) -> list[str]:
-        """The names that a graph may have."""
+        """Names that a graph may have."""
         return [graph.name for graph in bundle_graphs(self.model)]
 
     def inputs(self, graph: str) -> list[Tensor]:
-        """Raises KeyError for a name that `graphs` does not list."""
+        """Return the inputs of a graph. Raises KeyError for a name that `graphs` does not list."""
         if graph == names.CONDITION:
             return [(names.LABELS, INT, (self.rows,))]
         if graph == names.DECODER:
@@ -65,7 +65,7 @@ class Interfaces:
         return self._scale_inputs(self._scale_of(graph))
 
     def outputs(self, graph: str) -> list[Tensor]:
-        """Raises KeyError for a name that `graphs` does not list."""
+        """Return the outputs of a graph. Raises KeyError for a name that `graphs` does not list."""
         if graph == names.CONDITION:
             return self._conditions()
         if graph == names.DECODER:
@@ -82,7 +82,7 @@ class Interfaces:
         )
 
     def buffer_bytes(self) -> int:
-        """An upper bound of what a generation and the graphs around it are given and give."""
+        """Return an upper bound of the bytes of all inputs and outputs of a generation."""
         open_sizes = {
             names.LENGTH: self.model.scale_lengths[-1],
             names.NEXT_LENGTH: self.model.scale_lengths[-1],
@@ -150,7 +150,7 @@ class Interfaces:
         return (names.INPUT, FLOAT, (self.batch, length, self.model.input_width))
 
     def _shared_inputs(self, length: int | str, past: int | str) -> list[Tensor]:
-        """What every scale is given after its input and modulation."""
+        """Return the inputs that every scale has besides its input and the modulation."""
         tokens: Shape = (self.batch, length)
         cache = self._cache(past, PAST) if past else []
         cfg: list[Tensor] = [(names.CFG, FLOAT, ())] if self.guidance else []

@@ -1,4 +1,4 @@
-"""The work of one process on a set: the shards of its share that are missing."""
+"""The work of one process on a set: it generates the missing shards of its part."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from var_deploy.errors import VarDeployError
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
 
-Tell = Callable[[str, float], object]  # a message, and how much of the work is done
+Tell = Callable[[str, float], object]  # (message, fraction of the work that is done)
 
 
 def make_missing(
     pipe: Pipeline, folder: SetFolder, spec: SetSpec, shards: Sequence[int], tell: Tell
 ) -> list[int]:
-    """Draw those of `shards` that are not there; returns which.
+    """Generate those of `shards` that are missing; return their numbers.
 
-    A shard that another process has finished meanwhile is left alone. However this ends, set.json
-    lists what is there then.
+    A shard that another process has finished meanwhile is skipped. Even where this raises, set.json
+    lists the existing shards at the end.
 
     Raises what `draw_shard` and `SetFolder.write` raise.
     """
@@ -42,7 +42,7 @@ def make_missing(
 
 
 class Tally:
-    """How far `shards` are, of which `missing` have to be drawn: images, rate and time left."""
+    """Progress of `shards`, of which `missing` are to be generated: images, rate and time left."""
 
     def __init__(
         self, spec: SetSpec, shards: Sequence[int], missing: Sequence[int], tell: Tell
@@ -52,16 +52,16 @@ class Tally:
         self._drawn, self._started = 0, time.monotonic()
 
     def add(self, shard: int) -> None:
-        """A shard was drawn."""
+        """Count a shard that was generated."""
         self._drawn += self._images([shard])
         self.skip(shard)
 
     def skip(self, shard: int) -> None:
-        """A shard has turned up."""
+        """Count a shard that another process has made."""
         self._left -= self._images([shard])
 
     def tell(self, more: int = 0) -> None:
-        """Tell of it, and of `more` images that are drawn of the next shard."""
+        """Report the progress, with `more` images generated of the next shard."""
         took = max(time.monotonic() - self._started, 1e-9)
         still, rate = self._left - more, (self._drawn + more) / took
         done = self._wanted - still
@@ -74,7 +74,7 @@ class Tally:
 
 @contextlib.contextmanager
 def listing(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
-    """However the block ends, set.json lists the shards that are there then."""
+    """Update the list of shards in set.json when the block ends, even with an error."""
     try:
         yield
     except BaseException:
@@ -85,7 +85,8 @@ def listing(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
 
 
 def span(seconds: float) -> str:
-    """A time to wait, as roughly as it is known: "8 s", "12 min", "3 h 20 min"."""
+    """Return a waiting time in words, rounded as its uncertainty allows: "8 s", "12 min", "3 h 20
+    min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

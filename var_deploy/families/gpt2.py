@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Gpt2(Family):
+    """The GPT-2 form of VAR."""
     name: ClassVar[str] = "gpt2"
     conditional: ClassVar[bool] = False
     mixes_codes: ClassVar[bool] = False  # it feeds tokens to the next scale, not f_hat
