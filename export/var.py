@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 SCALES = (1, 2, 4, 8, 16)
-BASE_WIDTH = 32  # of the tokenizer's autoencoder
+BASE_WIDTH = 32  # channels and blocks of the tokenizer's autoencoder
 
 
 def build(

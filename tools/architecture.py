@@ -23,7 +23,7 @@ FOLDERS = {
     "export": "var_deploy.export",
     "runtime": "var_deploy.runtime",
 }
-# of the contract's folder, the two files that stand above the runtime
+# the two files of var_deploy/ that stand above the runtime
 PIPELINE = {"__init__.py", "pipeline.py"}
 COLOURS = {"var_deploy.export": "#fde8d0", "var_deploy.runtime": "#d8eefd"}
 OTHERS = "#eeeeee"

@@ -30,7 +30,7 @@ from var_deploy.manifest import read_manifest
 
 ROUNDS = 3
 SIZES, BASE = (1, 4, 16, 64), 16  # images a shard; the one that workers are compared with
-SECONDS = 8.0  # of drawing in a run
+SECONDS = 8.0  # seconds of generation in a run
 LARGE = 25_000_000  # bytes of a shard of 256 images with 256 × 256 pixels
 GPUS, PROJECTED = 100, (0.02, 0.1, 0.5)  # seconds an image on one of them
 

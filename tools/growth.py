@@ -30,7 +30,7 @@ from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
-# what the speed goals are stated for (docs/BENCHMARKS.md)
+# thread count of the speed goals in docs/BENCHMARKS.md
 SAMPLING = Sampling(cfg=4.0, top_k=900, top_p=0.96)
 
 

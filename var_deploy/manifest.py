@@ -27,7 +27,7 @@ from var_deploy.spec import ModelSpec
 # know. Bundles without it are still written as version 1, byte for byte as before.
 SCHEMA_VERSION = 2
 PLAIN_VERSION = 1
-MANIFEST_BYTES = 16 << 20  # that of a released model has a quarter of one MiB
+MANIFEST_BYTES = 16 << 20  # a released model's manifest has a quarter of a MiB
 HASH_CHUNK = 1 << 22
 LONGEST_COMPLAINT = 300  # characters: a value from the file may be in it
 

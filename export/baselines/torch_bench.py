@@ -36,7 +36,7 @@ from var_deploy.sampling import numbered, stack_uniforms
 
 CONTENDERS = ("torch", "torch-bf16", "torch-compile")
 SEED = 0
-LONGEST = 300  # of a compiler's message, which may go on for pages
+LONGEST = 300  # characters kept of a compiler's message, which may have pages
 
 # labels [B], uniforms [B, T] → images [B, channels, S, S] in [0, 1]
 Generate = Callable[[Tensor, Tensor, Mark], Tensor]
@@ -94,7 +94,7 @@ class TorchContender:
     def describe(self) -> About:
         precision = graphs = "fp32"
         if self._name == "torch-bf16":
-            graphs = ""  # it casts at every use
+            graphs = ""  # autocast converts the weights at every use
             precision = "bf16 by autocast, which casts the fp32 weights at every use"
             if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 precision += " (oneDNN has no bf16 for this CPU)"

@@ -60,7 +60,7 @@ def describe_checkpoints(
     """Find the transformer and the tokenizer in files, and the sizes of the model where both are.
 
     Args:
-        file: whatever it holds, which `checkpoint` and `tokenizer` say of a file.
+        file: may hold either or both parts; `checkpoint` and `tokenizer` say which a file holds.
 
     Raises CheckpointError and UsageError as `load_model` does.
     """

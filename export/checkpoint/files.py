@@ -39,10 +39,10 @@ MARKS: Mapping[Part, tuple[str, ...]] = {
         "decoder.conv_out.weight",
     ),
 }
-# what torch.compile and the parallel wrappers insert into the names of the modules they wrap
+# prefixes that torch.compile and the parallel wrappers put before the names of wrapped modules
 WRAPPERS = re.compile(r"(?<=\.)(?:_orig_mod|module|_fsdp_wrapped_module)\.")
 KEY_OPTION: Mapping[Part, str] = {"transformer": "--key", "tokenizer": "--tokenizer-key"}
-TOP = "."  # how the top level of a file is called where a key is asked for
+TOP = "."  # name of a file's top level in --key
 
 # Buffers that follow from the sizes. Checkpoints may hold none of them, or (the statistic
 # ema_vocab_hit_SV) that of another number of scales: they are computed and never read.

@@ -32,7 +32,7 @@ from var_deploy.export.checkpoint.pickled_names import (
 
 MAX_PICKLE = 16 << 20  # bytes; the largest released model has 50 kB, its training some hundred
 MAX_HEADER = 8 << 20  # bytes of a safetensors header
-MAX_NAMES = 50_000  # of tensors and whatever else; a training checkpoint has some thousands
+MAX_NAMES = 50_000  # names per file; a training checkpoint has some thousands
 
 MAX_REASON = 300  # characters of a library's words
 
@@ -314,7 +314,7 @@ def _safetensors(path: Path, header: int, size: int) -> Contents:
         tensors = {key: _sliced(handle, key) for key in keys}
     except CheckpointError:
         raise
-    except Exception as error:  # of the library's own kinds, and of Python's
+    except Exception as error:  # the library raises exceptions of its own and Python's
         raise CheckpointError(
             f"{path} is not a safetensors file or is truncated ({_sentence(error)}); "
             "download it again"

@@ -40,7 +40,7 @@ def fetch(
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     try:
-        logger.setLevel(logging.ERROR)  # its retries would be a dozen lines
+        logger.setLevel(logging.ERROR)  # its log of retries would be a dozen lines
         return Path(huggingface_hub.hf_hub_download(repo, filename))
     except Exception as error:  # the HTTP library below has changed, and its errors with it
         raise CheckpointError(

@@ -238,7 +238,7 @@ class PickleReader:
             return first
         if not isinstance(first, (list, tuple)):
             raise BadFileError(f"a dict of {type(first).__name__}")
-        self._spend(len(first))  # the same pairs can be named again and again
+        self._spend(len(first))  # a pickle can refer to the same pairs many times
         made: dict[str, Any] = {}
         for pair in first:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:

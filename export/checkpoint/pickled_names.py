@@ -40,7 +40,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
 WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
-# what else may be named because it holds settings, not weights; its content is left aside
+# names that are accepted because they hold settings, not weights; their content is skipped
 OTHER_NAMES = frozenset(
     {
         *UNTYPED,

@@ -92,8 +92,8 @@ def find_preset(name: str) -> Preset:
     close = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UsageError(
-        f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)} (a model that is no "
-        "preset is given by --checkpoint and --tokenizer alone)"
+        f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)} (a model without "
+        "a preset is given by --checkpoint and --tokenizer alone)"
     )
 
 

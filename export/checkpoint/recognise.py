@@ -38,7 +38,7 @@ def recognise(
     """Return the sizes of a model of any family, released or not, from its two state dicts.
 
     Hints are needed only where nothing in the state dict tells: heads without L2-normalised
-    attention, at a width that is no multiple of 64 (the head width of the released models);
+    attention, at a width that is not a multiple of 64 (the head width of the released models);
     patch_nums without the buffer lvl_1L, where they are not those of a preset. `norm_eps` and
     `phi_ratio` leave no trace in a state dict; the published values are assumed.
 

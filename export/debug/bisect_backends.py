@@ -124,7 +124,7 @@ def _polygraphy(library: str, complaints: logging.Handler) -> Any:
     if rtx != config.USE_TENSORRT_RTX:
         raise UsageError("tensorrt and tensorrt_rtx cannot be compared in one process")
     logger.use_python_logging_system = True
-    logger.colors = logger.letter = False  # it would print to stdout that it has no colours
+    logger.colors = logger.letter = False  # Polygraphy would print to stdout that it has no colours
     log = logging.getLogger("Polygraphy")
     log.handlers, log.propagate = [complaints], False
     return backend

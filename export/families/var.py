@@ -27,7 +27,7 @@ class _Var(ExportFamily):
     )
     start_key: ClassVar[str] = "pos_start"
     heads_key: ClassVar[str] = "blocks.0.attn.scale_mul_1H11"
-    usual_head_width: ClassVar[int | None] = 64  # of every released VAR
+    usual_head_width: ClassVar[int | None] = 64  # head width of every released VAR
     positions_key: ClassVar[str] = "pos_1LC"
     levels_key: ClassVar[str] = "lvl_embed.weight"
     published_loop: ClassVar[bool] = True

@@ -65,7 +65,7 @@ def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
     weights = b.to_compute(b.op("Softmax", scores, axis=-1))
     mixed = b.transpose(b.op("MatMul", weights, v), 2, 0, 1, 3)  # [L, G, H, D]
     if ctx.alone is not None:
-        # one token that sees itself alone gets its own value, whatever the placeholder holds:
+        # attention of one token to itself alone is its own value; the placeholder is ignored:
         # exact, and cheaper than masking the scores of every scale
         mixed = b.op("Where", ctx.alone, new_v, mixed)
     proj_bias = b.weight(f"{prefix}.proj.bias", (width,), dtype=b.compute)

@@ -25,7 +25,7 @@ HALVINGS = 32
 # token, 64 never ended. It does not look through a convolution, so one stands after every fourth
 # reduction; then all of them compile in 6 s.
 FENCE_EVERY = 4
-# what a softmax makes zero: further below any other value than fp32 can tell
+# a logit that softmax turns into zero
 NO_WEIGHT = -1e30
 
 

@@ -30,7 +30,7 @@ SEED = 0
 # A range is widened to the next of these steps an octave, so that rounding on another machine,
 # which moves the last digits of a maximum, does not move the bytes of a bundle.
 STEPS_AN_OCTAVE = 16
-# What a residual block adds is rounded, and the sum passes it by; an up-sampling replaces the sum,
+# A residual block's rounded output is added to an exact sum; an up-sampling replaces the sum,
 # so its rounding alone must leave room within the 35 dB that `verify` asks of the image. In pocket
 # one of three has an output of few large values, and 29.5 dB.
 TRUNK_DECIBELS = 35.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 
 LIMIT = 127
-BIAS_LIMIT = 2.0**30  # of a convolution's bias in int32, which leaves room for the sums
+BIAS_LIMIT = 2.0**30  # largest magnitude of a convolution's int32 bias; leaves room for the sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from var_deploy.bundle.graph_refs import GraphRef
 from var_deploy.bundle.operators import FLOAT_OPERATORS
 
 OPSETS = range(9, 21)
-MAX_IR_VERSION = 10  # of ONNX 1.16, which 10.3 is built with
+MAX_IR_VERSION = 10  # IR version of ONNX 1.16, with which 10.3 is built
 
 HALF, FLOAT, BOOL = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BOOL
 TYPES = {HALF, FLOAT, TensorProto.INT32, TensorProto.INT64, BOOL}
@@ -178,7 +178,7 @@ def _operator(node: onnx.NodeProto, constants: Collection[str], values: Values) 
         yield "Pad with axes is parsed from 10.4 on"
     computed = node.op_type == "Conv" and node.input[1] not in constants
     if computed and "kernel_shape" not in attributes:
-        # what the parser makes of such a weight's own shape was mended in 10.4
+        # the parser's handling of such a weight's shape was fixed in 10.4
         yield "Conv with a computed weight must state its kernel_shape"
 
 

@@ -36,7 +36,7 @@ class PocketClassifier(nn.Module):
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(4, b) for b in widths[1:])
-        self.hidden = nn.Linear(widths[-1] * 4, 4 * width)  # from a 2×2 map: place tells little
+        self.hidden = nn.Linear(widths[-1] * 4, 4 * width)  # a 2×2 map of features
         self.head = nn.Linear(4 * width, classes)
 
     def embed(self, x: Tensor) -> Tensor:

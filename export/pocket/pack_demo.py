@@ -31,7 +31,7 @@ from var_deploy.export.checkpoint.presets import POCKET_FOLDER
 from var_deploy.export.graphs.weights_bin import plan_layout
 from var_deploy.manifest import read_manifest
 
-LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same bundle gives the same archive
+LONG_AGO = (1980, 1, 1, 0, 0, 0)  # fixed, so that equal bundles give equal archives
 
 
 def pack_demo(bundle: Path, out: Path) -> None:

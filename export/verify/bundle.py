@@ -337,7 +337,7 @@ def _check_origin(manifest: Manifest, part: Part, file: Path, key: str) -> None:
         expected = origin.get("sha256")
         if expected is None or not file.is_file():  # nothing to compare, or told when it is opened
             return
-        saved = "module" in origin  # its hash is of the weights, not of a file
+        saved = "module" in origin  # modules in memory: the hash is of the weights, not of a file
         found = (
             weights_sha256(open_checkpoint(file, part, default_key=key))
             if saved

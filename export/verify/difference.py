@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-SMALLEST = 1e-6  # of a magnitude that something is divided by
+SMALLEST = 1e-6  # smallest magnitude to divide by
 
 
 class TensorDifference(NamedTuple):

@@ -196,7 +196,7 @@ class GraphVerifier:
             mass = found[names.KEPT_MASS]
             follows = reference.follow(scale, found[names.LOGITS], mass)
             trace = dataclasses.replace(trace, outputs={**trace.outputs, **follows})
-        elif differ.any():  # what follows from a token is compared with the token forced
+        elif differ.any():  # outputs that follow from a token are compared with it forced
             forced = _run(runner, {**inputs, names.KEEP_MASK: np.ones_like(differ)})
             found |= {k: forced[k] for k in (names.NEW_F_HAT, names.NEXT_INPUT) if k in found}
         check = dataclasses.replace(

@@ -45,7 +45,7 @@ class Classifier(Protocol):
         """Images [N, H, W, C] → labels [N]."""
 
 
-CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier}  # by preset
+CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier}  # by name of the preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class SampleStudy:
     """Three sets of `count` images: fp32 and int8 from the same seed, fp32 from another one.
 
     Attributes:
-        judge: the preset whose classifier it was.
+        judge: the preset whose classifier evaluated the images (the key in the manifest).
         bound: largest difference in accuracy that passes; None where too few images were drawn.
     """
 

@@ -12,8 +12,8 @@ from tools.pocket.drawings import draw_set
 from tools.pocket.recipe import Recipe
 from var_deploy.export.pocket.classifier import PocketClassifier, pool
 
-CLASSIFIER_SEED = Recipe().held_out_seed + 1  # of the drawings that it learns from
-CHECK_SEED = Recipe().held_out_seed + 2  # of those that it is checked with
+CLASSIFIER_SEED = Recipe().held_out_seed + 1  # seed of the drawings that the classifier learns from
+CHECK_SEED = Recipe().held_out_seed + 2  # seed of the drawings that the classifier is tested with
 
 
 def augment(x: Tensor, random: torch.Generator) -> Tensor:

@@ -86,8 +86,8 @@ class BundleFiles:
         """Open every file of the precision. Raises BundleError naming the first that fails."""
         if self._precision not in self._manifest.graphs:
             self._manifest.graph(self._precision, names.DECODER)  # says what there is
-        # by path, a file could be that of a bundle which took the place only for a moment: a hash
-        # that differs would then be told as damage
+        # files opened by path could be those of a bundle that was here only for a moment: their
+        # hashes would differ, and the message would say damage
         folder = _open_folder(self._bundle)
         try:
             if folder is not None and self._digest_in(folder) != self._manifest.digest():
@@ -117,7 +117,7 @@ class BundleFiles:
             return self._hold_weights(), tuple(self._graphs.values())
 
     def loaded(self, later: Collection[str]) -> None:
-        """Release the files: every graph but those in `later` has been opened."""
+        """Drop the bytes of all graphs but those in `later`: the others have been opened."""
         self._loaded = True
         self._graphs = {name: data for name, data in self._graphs.items() if name in later}
 

@@ -18,7 +18,7 @@ from var_deploy.bundle.json_values import shown
 from var_deploy.bundle.operators import OPERATORS, OPSET
 from var_deploy.errors import BundleError
 
-MAX_BYTES = 64 << 20  # of a graph without its weights; those of released models have half of one
+MAX_BYTES = 64 << 20  # bytes of a graph without weights; released models' have 0.5 MiB
 MAX_TENSOR_BYTES = 1 << 40
 MAX_DIMS = 8
 

@@ -20,7 +20,7 @@ from var_deploy.files.folders import check_folder_writable
 from var_deploy.files.work_folders import Index, entries_that_count, remove_leftovers
 
 ENGINES = "engines"  # as in `runtime.tensorrt.engine_files`, which the contract cannot import
-MOST_BYTES = 64 << 20  # of a manifest, whose size grows with graphs and labels
+MOST_BYTES = 64 << 20  # most bytes of a manifest, whose size grows with graphs and labels
 
 
 def check_before_work(out: Path, *, replace: bool) -> None:

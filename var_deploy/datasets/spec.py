@@ -33,7 +33,7 @@ class SetSpec:
 
     Attributes:
         bundle: digest of the bundle.
-        precision, backend, layout: what generates the images, never "auto": each rounds its own way.
+        precision, backend, layout: never "auto", since each rounds differently.
         classes: of the model; 0 where it has none, which counts as one class without a label.
         format: of the shards' files, one of `FORMATS`.
 

@@ -78,7 +78,7 @@ def listing(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(VarDeployError):  # what went wrong first is what counts
+        with contextlib.suppress(VarDeployError):  # the first error is the one to report
             folder.list_shards(spec)
         raise
     folder.list_shards(spec)

@@ -38,7 +38,7 @@ SCRATCH_PATTERN = re.compile(r"\._.+|\.nfs[0-9a-f]{16,}|\.fuse_hidden[0-9a-f]+")
 TEMPORARY = re.compile(r"\..*\.(?:[0-9a-f]{8}){1,2}\.tmp", re.DOTALL)
 NAME_SHOWN = 40  # characters of a name that a temporary one repeats: a long name has no room
 LOCK_WAIT, LOCK_PAUSE = 10.0, 0.02  # seconds
-MOST_BYTES = 255  # of a file name, where the system does not say
+MOST_BYTES = 255  # longest file name, where the system does not say
 
 
 @contextlib.contextmanager
@@ -52,9 +52,9 @@ def whole_file(
 
     Args:
         error: raised where the disk refuses.
-        follow: whether a link at `path` is followed, which is what somebody means who names one
-            as an output. Without it the link is replaced: a link in a folder of ours may lead to
-            a file that others share, such as a blob in a cache.
+        follow: whether a link at `path` is followed, as a user expects who names a link as an
+            output. Without it the link is replaced: a link in a bundle or a set may lead to a
+            file that others share, such as a blob in a cache.
 
     Raises UsageError where `path` is a folder or no ordinary file.
     """

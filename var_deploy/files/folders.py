@@ -44,7 +44,7 @@ from var_deploy.files.work_folders import (
     work_folder,
 )
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of <fcntl.h> and <linux/fs.h>
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -61,8 +61,8 @@ def whole_folder(
 
     Without `index`, `path` must be new or empty by then. With `index`, a folder that has such an
     index file is replaced: the files that the index names are deleted, all others move into the
-    new folder. A link at `path` is followed. Parents are made. The new folder has the permissions that the
-    umask gives.
+    new folder. A link at `path` is followed. Parents are made. The new folder has the permissions
+    that the umask gives.
 
     Args:
         check: called before anything is written and again right before the folder takes its place,

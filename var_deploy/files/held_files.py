@@ -55,7 +55,7 @@ class HeldFile:
 
     Attributes:
         path: where it was found.
-        identity: when it was opened; whoever checks the content sets it anew.
+        identity: when it was opened; set again by the code that checks the content.
     """
 
     def __init__(self, path: Path, name: str | None = None, folder: int | None = None) -> None:
