@@ -45,7 +45,7 @@ class Classifier(Protocol):
         """Images [N, H, W, C] → labels [N]."""
 
 
-CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier}  # by name of the preset
+CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier}  # by preset
 
 
 @dataclass(frozen=True, kw_only=True)
