@@ -125,6 +125,8 @@ class TorchBackend(HostMemory):
 
 
 class _TorchSession:
+    """A graph that `TorchBackend` has opened; it is read and interpreted at each launch."""
+
     def __init__(self, graph: GraphFile, backend: TorchBackend) -> None:
         self._graph, self._backend = graph, backend
 

@@ -133,7 +133,7 @@ class _Values:
 
 
 class _Conv:
-    """Recorder of the inputs and outputs of one convolution."""
+    """Records the values of one convolution's input and output over all images."""
 
     def __init__(self) -> None:
         self._input, self._output = _Values(), _Values()
