@@ -210,7 +210,7 @@ def _flat_tokens(
 ) -> list[Tensor]:
     """Flatten the tokens of the first `count` scales: [B, L] or [B, p, p] → [B, L_k] int64 each."""
     if len(arrays) != count:
-        raise UsageError(f"expected {count} token arrays, one a scale, found {len(arrays)}")
+        raise UsageError(f"expected {count} token arrays, one per scale, found {len(arrays)}")
     flat: list[Tensor] = []
     for k, (array, side) in enumerate(zip(arrays, spec.patch_nums, strict=False)):
         tokens = _as_tensor(array, k)

@@ -4,7 +4,7 @@
 
 Workers of one thread draw sets into a temporary folder; medians of rounds whose order alternates.
 The last table projects them to GPUs: images/s = min(GPUs · S / (S · t + w), S / d), with S images a
-shard, t seconds an image, w between two shards of a worker, and d a shard on the driver.
+shard, t seconds per image, w between two shards of a worker, and d per shard on the driver.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from var_deploy.datasets.spec import SHARD_SIZE, SetSpec
 from var_deploy.manifest import read_manifest
 
 ROUNDS = 3
-SIZES, BASE = (1, 4, 16, 64), 16  # images a shard; the one that workers are compared with
+SIZES, BASE = (1, 4, 16, 64), 16  # images per shard; BASE compares the workers
 SECONDS = 8.0  # seconds of generation in a run
 LARGE = 25_000_000  # bytes of a shard of 256 images with 256 × 256 pixels
-GPUS, PROJECTED = 100, (0.02, 0.1, 0.5)  # seconds an image on one of them
+GPUS, PROJECTED = 100, (0.02, 0.1, 0.5)  # seconds per image on one GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def scaling(alone: Sequence[Run], beside: Sequence[Run]) -> list[str]:
 
 
 def overhead(runs: Mapping[int, Run]) -> list[str]:
-    lines = ["| images a shard | drawing, ms | waiting, ms | share | driver, ms |"]
+    lines = ["| images per shard | generation, ms | worker waits, ms | share | driver, ms |"]
     lines.append("|---|---|---|---|---|")
     for size, run in runs.items():
         share = run.waiting / (run.waiting + run.drawing)
@@ -111,7 +111,7 @@ def projection(waiting: float, driver: float) -> list[str]:
     lines = [
         f"Projection, not measured: {GPUS} GPUs, {SHARD_SIZE} images ({LARGE // 10**6} MB) a shard",
         "",
-        "| seconds an image | GPUs draw | driver writes | images/s | efficiency |",
+        "| seconds per image | GPUs generate | driver writes | images/s | efficiency |",
         "|---|---|---|---|---|",
     ]
     for image in PROJECTED:

@@ -29,7 +29,7 @@ MODULATION = "modulation"  # [6N + 2, G, C] fp32, see `export/graphs/condition.p
 # scale_KK and step
 INPUT = "input"  # [B, L_k, Cv] fp32 (width C in the GPT-2 form), absent at scale 0
 F_HAT = "f_hat"  # [B, Cv, p_K, p_K] fp32
-UNIFORMS = "uniforms"  # [B, L_k] fp32 in [0, 1), one a token
+UNIFORMS = "uniforms"  # [B, L_k] fp32 in [0, 1), one per token
 CFG = "cfg"  # [] fp32, guidance strength t of this scale; guided bundles only
 TEMPERATURE = "temperature"  # [] fp32, divides the logits
 TOP_K = "top_k"  # [] int64, 0 = off

@@ -103,7 +103,7 @@ class Sampling:
             if isinstance(value, tuple) and len(value) != scales:
                 raise UsageError(
                     f"{field.name} has {_count(len(value), 'value')}, but the model has "
-                    f"{_count(scales, 'scale')}: give one number, or one a scale"
+                    f"{_count(scales, 'scale')}: give one number, or one per scale"
                 )
 
     def texts(self) -> dict[str, str]:
@@ -140,7 +140,7 @@ def _setting(name: str, value: Any, where: str = "") -> Any:
 def parse_setting(name: str, text: str, scales: int) -> Any:
     """Parse the text of a setting of `Sampling`, for a model of K scales.
 
-    "4" is a number; "0,1,2,4" one value a scale; "1:4" a straight line from 1 at the first scale
+    "4" is a number; "0,1,2,4" one value per scale; "1:4" a straight line from 1 at the first scale
     to 4 at the last, v_k = 1 + (4 - 1)·k/(K-1), rounded to whole numbers for top_k.
 
     Raises UsageError for a text that is none of these, a wrong count, or a value out of range.
@@ -152,7 +152,7 @@ def parse_setting(name: str, text: str, scales: int) -> Any:
         if len(values) != 2:
             raise UsageError(f"{name} {text!r}: a ramp has two ends, as in 1:4")
         if name in ("top_k", "top_p") and 0 in values:
-            raise UsageError(f"{name} {text!r}: 0 keeps every code, so no ramp leads there")
+            raise UsageError(f"{name} {text!r}: 0 keeps every code and cannot end a ramp")
         first, last = (_setting(name, value) for value in values)
         ramp = (first + (last - first) * k / max(scales - 1, 1) for k in range(scales))
         setting = tuple(round(value) for value in ramp) if name == "top_k" else tuple(ramp)
@@ -168,7 +168,8 @@ def _read(name: str, part: str, text: str) -> float:
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise UsageError(
-            f"{name} {text!r} is not {what}, a ramp such as 1:4, or one value a scale such as 0,1,2"
+            f"{name} {text!r} is not {what}, a ramp such as 1:4, or one value per scale such as "
+            "0,1,2"
         ) from None
 
 

@@ -30,7 +30,7 @@ class TokenizerSpec:
         base_width: channels `ch` of the first level.
         width_multipliers: one factor a level; each level but the last halves the image.
         res_blocks: residual blocks a level in the encoder; the decoder has one more.
-        shared_phi: 0 = one φ a scale, 1 = one for all, n = n of them shared by nearest tick.
+        shared_phi: 0 = one φ per scale, 1 = one for all, n = n of them shared by nearest tick.
         phi_ratio: r of φ(h) = (1-r)·h + r·conv(h); 0 leaves φ out.
         codebook_per_scale: each scale has a codebook of its own (GPT-2 form).
         image_channels: channels of the image.
@@ -109,7 +109,7 @@ class TransformerSpec:
         heads: H; must divide the width.
         classes: number of classes; label `classes` stands for "no class". 0 for "gpt2".
         ffn_width: inner width of the feed-forward part.
-        shared_adaln: one AdaLN projection for all blocks, with a learned offset a block.
+        shared_adaln: one AdaLN projection for all blocks, with a learned offset per block.
         qk_l2_norm: attention on L2-normalised queries and keys.
         norm_eps: eps of every LayerNorm.
     """

@@ -3,7 +3,7 @@
     python -m var_deploy.export.baselines.torch_bench BUNDLE --contender torch --batch N --threads N
 
 `torch` is the published path in fp32, `torch-bf16` the same under autocast. `torch-compile` is
-inductor over our own modules, which compute the modulation once an image: projecting it at every
+inductor over our own modules, which compute the modulation once per image: projecting it at every
 scale reads 0.4 GB of weights a scale in a d16, which no compiler takes away, so this is the faster
 of the two to compile. All have the bundle's sizes and settings and random weights.
 """

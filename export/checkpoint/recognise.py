@@ -193,7 +193,7 @@ def _stored_patch_nums(
     if not np.array_equal(levels, np.repeat(np.arange(len(sides)), squares)):
         raise CheckpointError(
             f"{transformer}: lvl_1L does not list square token maps scale by scale "
-            f"(tokens a scale {lengths.tolist()[:16]})"
+            f"(tokens per scale {lengths.tolist()[:16]})"
         )
     if sum(squares) != total or len(sides) != scales:
         raise CheckpointError(
@@ -246,7 +246,7 @@ def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
         return 0, 0.0
     if count != scales:
         raise CheckpointError(
-            f"{source} holds {count} φ (quantize.quant_resi.k), one a scale, expected {scales}: "
+            f"{source} holds {count} φ (quantize.quant_resi.k), one per scale, expected {scales}: "
             "it belongs to a transformer of other scales"
         )
     return 0, 0.5

@@ -53,7 +53,7 @@ def _format(model: onnx.ModelProto) -> Iterator[str]:
 
 def _nodes(graph: onnx.GraphProto, folder: Path, checked: set[Rounded]) -> Iterator[str]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    told: set[str] = set()  # a batch multiplies with each weight once an image
+    told: set[str] = set()  # a batch multiplies with each weight once per image
     for node in graph.node:
         scope = node.name.partition("/")[0]
         if node.op_type in ROUNDED_WEIGHT:

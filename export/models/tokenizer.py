@@ -62,7 +62,7 @@ class MultiScaleQuantizer(nn.Module):
             )
         else:
             self.embedding = nn.Embedding(spec.vocab_size, spec.code_width)
-        # aliases, one a scale; the modules above own the keys
+        # aliases, one per scale; the modules above own the keys
         self._phis = [phis[spec.phi_index(k)] for k in range(scales)] if phis else []
 
     def codebook(self, scale: int) -> nn.Embedding:

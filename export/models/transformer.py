@@ -2,7 +2,7 @@
 
 Module and parameter names are the keys of the released state dicts. Three ways through it share
 every block: `forward` (teacher-forced, one pass with a mask), `step` (one scale on a cache) and,
-behind both, `modulation`, which depends on the label alone and is computed once an image.
+behind both, `modulation`, which depends on the label alone and is computed once per image.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def verify_bundle(
         precision: these graphs alone; None takes all.
         images: how many are generated, rounded up to whole batches; image n has the numbers of
             image n of `generate` with this seed.
-        labels: names and numbers, repeated until there is one an image; None: other classes.
+        labels: names and numbers, repeated until there is one per image; None: other classes.
         samples: images per set for the class accuracy of int8, where there is a classifier of the
             model; 0 skips it.
     """

@@ -140,7 +140,7 @@ class VerifyReport:
     """All checks of a verification, in the order in which a generation runs the graphs.
 
     Attributes:
-        labels, seed: of the images that were compared, a label an image.
+        labels, seed: of the images that were compared, one label per image.
         oracle: whose forward they were compared with: "" for the PyTorch model of the bundle's
             checkpoint, else the class of the modules that were given.
         samples: what became of many images in int8; None where int8 was not compared.

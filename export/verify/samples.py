@@ -160,7 +160,7 @@ def study_samples(
         known = ", ".join(CLASSIFIERS)
         return SkippedStudy(why=f"there is no classifier of {name}, only of {known}")
     if "random_weights" in manifest.checkpoint["transformer"]:
-        return SkippedStudy(why="random weights draw nothing that has a class")
+        return SkippedStudy(why="images of random weights have no class")
     classifier = make_classifier()
     classes = manifest.model.transformer.classes
     labels = [i % classes for i in range(count)]

@@ -124,7 +124,9 @@ def _node(data: Bytes) -> None:
     written = operator.decode("utf-8", "replace")
     if domain or written not in OPERATORS:
         full = f"{domain.decode('utf-8', 'replace')}.{written}" if domain else written
-        raise _NotWrittenError(f"it has the operator {shown(full)}, which is not written here")
+        raise _NotWrittenError(
+            f"it has the operator {shown(full)}, which var-deploy does not write"
+        )
 
 
 def _initializer(data: Bytes, weights_size: int) -> None:
@@ -143,7 +145,9 @@ def _initializer(data: Bytes, weights_size: int) -> None:
         else:
             name = _text(value)
     if kind not in TYPES:
-        raise _NotWrittenError(f"tensor {shown(name)} has the type {kind}, which is not written")
+        raise _NotWrittenError(
+            f"tensor {shown(name)} has the type {kind}, which var-deploy does not write"
+        )
     good = len(dims) <= MAX_DIMS and all(0 <= n <= MAX_TENSOR_BYTES for n in dims)
     size = math.prod(dims) * TYPES[kind][1] if good else -1
     if not 0 <= size <= MAX_TENSOR_BYTES:
@@ -223,7 +227,9 @@ def _fields(data: Bytes, known: dict[int, str], what: str) -> Iterator[Field]:
         if position > end:
             raise IndexError
         if key >> 3 not in known:
-            raise _NotWrittenError(f"{what} has the field {key >> 3} of ONNX, which is not written")
+            raise _NotWrittenError(
+                f"{what} has the field {key >> 3} of ONNX, which var-deploy does not write"
+            )
         yield known[key >> 3], value
 
 

@@ -36,7 +36,7 @@ def check_pipeline(pipe: Pipeline, spec: SetSpec) -> None:
     found = {**{name: getattr(how, name) for name in DECIDED}, "bundle": pipe.manifest.digest()}
     for name, own in found.items():
         if own != (expected := getattr(spec, name)):
-            raise UsageError(f"a pipeline with {name} {own} draws no set with {expected}")
+            raise UsageError(f"the pipeline has {name} {own}, the set needs {expected}")
 
 
 def _draw(

@@ -22,6 +22,6 @@ def utf8_path(path: Path, library: str) -> str:
             continue
         return text
     raise UsageError(
-        f"{path} is not UTF-8, and {library} opens no such path: rename it, or change into the "
+        f"{path} is not UTF-8, and {library} cannot open it: rename it, or change into the "
         "folder and name it from there"
     )
