@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.shards import draw_shard
 from var_deploy.datasets.spec import SetSpec
 from var_deploy.errors import VarDeployError
+from var_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
 
-Tell = Callable[[str, float], object]  # (message, fraction of the work that is done)
-
 
 def make_missing(
-    pipe: Pipeline, folder: SetFolder, spec: SetSpec, shards: Sequence[int], tell: Tell
+    pipe: Pipeline, folder: SetFolder, spec: SetSpec, shards: Sequence[int], progress: Progress
 ) -> list[int]:
     """Generate those of `shards` that are missing; return their numbers.
 
@@ -29,25 +28,25 @@ def make_missing(
     Raises what `draw_shard` and `SetFolder.write` raise.
     """
     missing = folder.missing(spec, shards)
-    tally, written = Tally(spec, shards, missing, tell), []
+    done, written = SetProgress(spec, shards, missing, progress), []
     with listing(folder, spec):
         for shard in missing:
             if folder.has(spec, shard):
-                tally.skip(shard)
+                done.skip(shard)
                 continue
-            folder.write(spec, shard, draw_shard(pipe, spec, shard, tally.tell))
-            tally.add(shard)
+            folder.write(spec, shard, draw_shard(pipe, spec, shard, done.report))
+            done.add(shard)
             written.append(shard)
     return written
 
 
-class Tally:
+class SetProgress:
     """Progress of `shards`, of which `missing` are to be generated: images, rate and time left."""
 
     def __init__(
-        self, spec: SetSpec, shards: Sequence[int], missing: Sequence[int], tell: Tell
+        self, spec: SetSpec, shards: Sequence[int], missing: Sequence[int], progress: Progress
     ) -> None:
-        self._spec, self._tell = spec, tell
+        self._spec, self._progress = spec, progress
         self._wanted, self._left = self._images(shards), self._images(missing)
         self._drawn, self._started = 0, time.monotonic()
 
@@ -60,13 +59,14 @@ class Tally:
         """Count a shard that another process has made."""
         self._left -= self._images([shard])
 
-    def tell(self, more: int = 0) -> None:
+    def report(self, more: int = 0) -> None:
         """Report the progress, with `more` images generated of the next shard."""
         took = max(time.monotonic() - self._started, 1e-9)
         still, rate = self._left - more, (self._drawn + more) / took
         done = self._wanted - still
-        left = f"{span(still / rate)} left" if rate else "nothing drawn yet"
-        self._tell(f"{done} of {self._wanted} images, {rate:.2f}/s, {left}", done / self._wanted)
+        left = f"{span(still / rate)} left" if rate else "no image yet"
+        message = f"{done} of {self._wanted} images, {rate:.2f}/s, {left}"
+        self._progress(message, done / self._wanted)
 
     def _images(self, shards: Sequence[int]) -> int:
         return sum(len(self._spec.numbers(shard)) for shard in shards)
