@@ -1,4 +1,4 @@
-"""Build-machine half: models, graphs, bundle writer, verify.
+"""The build machine's half of var-deploy: models, graphs, bundle writer, verification.
 
     from var_deploy.export import export_modules, verify_bundle
     from var_deploy.export import var as VAR
@@ -16,7 +16,7 @@ __all__ = ["export_modules", "verify_bundle"]
 
 
 def __getattr__(name: str) -> Any:
-    # both need torch, which names of presets do not
+    # imported on first use: both need torch, and listing the presets does not
     if name == "export_modules":
         from var_deploy.export.modules import export_modules
 

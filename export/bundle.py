@@ -1,4 +1,4 @@
-"""Writes a bundle: graphs, weights and manifest, complete or not at all."""
+"""Writes a bundle (graphs, weights and manifest), complete or not at all."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from var_deploy.export.int8.operators import Ranges
 from var_deploy.families import family_of
 from var_deploy.files.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
+from var_deploy.progress import Progress
 from var_deploy.spec import ModelSpec
 
-Layout = Literal["both", "per-scale", "shared"]
-Progress = Callable[[str, float], None]
+ExportLayout = Literal["both", "per-scale", "shared"]
 
-CALIBRATION = 0.5  # of an int8 export's time; images take longer than writing
+CALIBRATION = 0.5  # share of an int8 export's progress: generating images takes longer than writing
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What a bundle holds.
+    """Options of an export: which graphs a bundle holds, and in which form.
 
     Attributes:
         precisions: folders to write, of "fp32", "fp16" and "int8".
-        batch: images a launch, B.
+        batch: B, images per launch.
         guidance: 2B rows for classifier-free guidance, or B at half the work; None: guidance where
             the model has classes.
         more_smooth: mix codes where the published `more_smooth` does, see `sampling.smoothing`.
@@ -65,7 +65,7 @@ class ExportOptions:
     batch: int = 1
     guidance: bool | None = True
     more_smooth: bool = False
-    layout: Layout = "both"
+    layout: ExportLayout = "both"
     calibration: int = 8
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class ExportOptions:
             raise UsageError(f"layout must be both, per-scale or shared, found {self.layout!r}")
 
     def form(self, precision: Precision) -> GraphForm:
-        """The form of the graphs of one precision."""
+        """Return the form of the graphs of one precision."""
         return GraphForm(
             precision=precision,
             batch=self.batch,
@@ -92,9 +92,10 @@ class ExportOptions:
 def build_graphs(
     spec: ModelSpec, precision: Precision, options: ExportOptions, ranges: Ranges | None = None
 ) -> list[GraphBuilder]:
-    """Every graph of one precision, in the order in which a generation needs them.
+    """Build every graph of one precision, in the order in which a generation runs them.
 
-    `ranges` is what an int8 decoder rounds to; without it, its convolutions stay in fp32.
+    `ranges` are the value ranges that the convolutions of an int8 decoder are quantised with;
+    without `ranges` those convolutions stay in fp32.
     """
     form = options.form(precision)
     wanted = (*generation_graphs(spec, options.layout, precision), *tokenizer_graphs(precision))
@@ -128,14 +129,15 @@ def export_bundle(
     *,
     replace: bool = True,
 ) -> Manifest:
-    """Write the bundle of `model` to `out`, with `replace` in place of a bundle that is there.
+    """Write the bundle of `model` to `out` and return its manifest.
 
-    Everything is written into a folder beside `out` and put in its place at the end: whatever
-    happens before, an older bundle stays as it was. Its engines stay in any case. The same input
-    gives the same bytes. See `var_deploy.files.folders` for an `out` that cannot be renamed.
+    The bundle is written into a folder beside `out` and renamed at the end: where the export fails,
+    an older bundle stays as it was. With `replace` an older bundle at `out` is replaced; its
+    engines stay in any case. The same input gives the same bytes. See `var_deploy.files.folders`
+    for an `out` that cannot be renamed.
 
-    Raises UsageError for options that do not fit the model and for an `out` that holds anything
-    else, and ExportError where a weight cannot be stored or the disk is full.
+    Raises UsageError for options that do not fit the model and for an `out` that holds other files,
+    and ExportError where a weight cannot be stored or the disk is full.
     """
     if options.guidance is None:
         options = dataclasses.replace(options, guidance=model.spec.transformer.conditional)
@@ -186,12 +188,12 @@ def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Pro
 def _calibrate(
     model: LoadedModel, folder: Path, options: ExportOptions, read: ReadKey, report: Progress
 ) -> Ranges:
-    """Ranges of the decoder, from images that the model's own int8 scales draw.
+    """Measure the ranges of the decoder on images that the model's own int8 scale graphs generate.
 
-    Those graphs are written to a folder of their own first, and deleted with it.
+    These scale graphs are written to a temporary folder first, and deleted with it.
     """
-    # drawn with one code a token, whose maps reach further than mixes; edits decode such as well.
-    # One image at a time: the same ones, and so the same ranges, for every batch
+    # Without more_smooth: single codes reach further than mixes, and edits decode them too.
+    # One image at a time: the same images, and so the same ranges, whatever the batch size
     changes: dict[str, Any] = {"precisions": ("int8",), "more_smooth": False, "batch": 1}
     shared = dataclasses.replace(options, layout="shared", **changes)
     built = {graph.name: graph for graph in build_graphs(model.spec, "int8", shared)}
@@ -202,7 +204,7 @@ def _calibrate(
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
         report("rounding to int8", 0.0)
-        check_weights(decoder, read)  # before it is watched at work
+        check_weights(decoder, read)  # a decoder with bad weights is refused before calibration
         found = plan.write(scratch, "int8", _manifest(model, shared), read, lambda count: None)
         return decoder_ranges(
             model,
@@ -222,7 +224,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
-    """All but graphs and files."""
+    """Return the manifest without graphs and files, which are added as they are written."""
     return Manifest(
         model=model.spec,
         preset=model.preset,
@@ -240,7 +242,7 @@ def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
             "onnx": onnx.__version__,
             "opset": str(OPSET),
         },
-        # a default must be something that the graphs can do
+        # the default settings must be possible with these graphs
         defaults=model.defaults if options.guidance else model.defaults.replace(cfg=0.0),
         labels=model.labels,
     )
@@ -248,7 +250,7 @@ def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """The folder of one precision before it is written."""
+    """The graphs of one precision and the layout of their weights.bin, before they are written."""
 
     graphs: list[GraphBuilder]
     layout: WeightLayout
@@ -265,7 +267,7 @@ class _Plan:
         read: ReadKey,
         advance: Callable[[int], None],
     ) -> Manifest:
-        """Write weights and graphs; `manifest` with them in it."""
+        """Write weights and graphs to `folder`; return `manifest` with these files added."""
         (folder / precision).mkdir()
         weights = f"{precision}/{names.WEIGHTS}"
         files = {weights: write_weights(folder / weights, self.layout, read, advance)}
@@ -286,8 +288,11 @@ class _Plan:
 
 
 def cached_reader(model: LoadedModel) -> ReadKey:
-    """Reads a tensor by key; small ones, which several weights may be made of, stay in memory, and
-    of the large ones the last, since an int8 matrix and its scales are made of the same."""
+    """Return a function that reads a checkpoint tensor by key, with a small cache.
+
+    Small tensors, of which several weights may be made, stay in memory. Of the large ones the last
+    stays, since an int8 matrix and its scales are made of the same tensor.
+    """
 
     @lru_cache(maxsize=64)
     def small(key: str) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""From PyTorch modules in memory to a bundle, and from a name on the command line to modules."""
+"""Exports PyTorch modules that are in memory, and imports modules that the command line names."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import nn
 
 from var_deploy.config import Precision
 from var_deploy.errors import UsageError, one_line
-from var_deploy.export.bundle import ExportOptions, Layout, Progress, export_bundle
+from var_deploy.export.bundle import ExportLayout, ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import as_loaded_model
 from var_deploy.files.paths import utf8_path
 from var_deploy.manifest import Manifest
+from var_deploy.progress import Progress
 from var_deploy.sampling import Sampling
 
 
@@ -29,14 +30,16 @@ def export_modules(
     batch: int = 1,
     guidance: bool | None = None,
     more_smooth: bool = False,
-    layout: Layout = "both",
+    layout: ExportLayout = "both",
     calibration: int = 8,
     labels: Sequence[str] = (),
     defaults: Sampling | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write the bundle of two PyTorch modules that were never saved: fine-tuned, averaged, drawn.
+    """Write the bundle of two PyTorch modules that were never saved to a file.
+
+    Such modules are, for example, fine-tuned, averaged or randomly initialised:
 
         export_modules(var, vae, "build/mine", precisions=("fp32", "fp16"))
         verify_bundle(Path("build/mine"), modules=(var, vae))
@@ -49,7 +52,7 @@ def export_modules(
             returned (either of the two).
         out: folder of the bundle.
         precisions: of "fp32", "fp16" and "int8".
-        batch: images a launch, B; fixed in the graphs.
+        batch: B, images per launch; fixed in the graphs.
         guidance: 2B rows for classifier-free guidance; None: where the model has classes.
         more_smooth: mix codes as the published `more_smooth` does.
         layout: per-scale static graphs, the one `step` graph ("shared"), or both.
@@ -78,7 +81,7 @@ def export_modules(
 
 
 def call_module_function(place: str) -> tuple[nn.Module, nn.Module]:
-    """The transformer and the tokenizer that "package.file:function" returns when it is called.
+    """Call "package.file:function" and return its result: the transformer and the tokenizer.
 
     The file is looked for in the current folder first, as `python -m` does. Raises UsageError where
     it cannot be imported, or returns anything else.
@@ -95,7 +98,7 @@ def call_module_function(place: str) -> tuple[nn.Module, nn.Module]:
         for part in attribute.split("."):
             function = getattr(function, part)
         found: object = function()
-    except Exception as error:  # the user's code raises what it likes
+    except Exception as error:  # the user's code may raise any exception
         raise UsageError(
             f"--module {place} cannot be called: {type(error).__name__}: {one_line(error)}"
         ) from error

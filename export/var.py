@@ -1,4 +1,4 @@
-"""Build, train and deploy a next-scale model of your own in a few lines: the GPT-2 form of VAR.
+"""Builds, trains and deploys a small next-scale model: the GPT-2 form of VAR.
 
     from var_deploy.export import var as VAR
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 SCALES = (1, 2, 4, 8, 16)
-BASE_WIDTH = 32  # of the tokenizer's autoencoder
+BASE_WIDTH = 32  # channels and blocks of the tokenizer's autoencoder
 
 
 def build(
@@ -49,7 +49,7 @@ def build(
     codebook_size: int = 1024,
     dropout: float = 0.1,
 ) -> Gpt2Transformer:
-    """The next-scale transformer, freshly initialised, in evaluation mode (`.train()` to train).
+    """Build a freshly initialised next-scale transformer, in evaluation mode (`.train()` to train).
 
     Args:
         hidden_size: width C of the residual stream; a multiple of `num_heads`.
@@ -83,7 +83,7 @@ def build(
 
 
 def recommended_defaults() -> dict[str, Any]:
-    """The options of `build` with their defaults: `build(**recommended_defaults())`.
+    """Return the options of `build` with their defaults, for `build(**recommended_defaults())`.
 
     hidden_size 512, num_layers 12, num_heads 8, mlp_ratio 4.0, scales (1, 2, 4, 8, 16),
     codebook_size 1024, dropout 0.1.
@@ -93,7 +93,7 @@ def recommended_defaults() -> dict[str, Any]:
 
 
 def total_tokens(scales: Sequence[int] = SCALES) -> int:
-    """T, the tokens of an image over all scales: 341 with the default (1, 2, 4, 8, 16).
+    """Return T, the number of tokens of an image over all scales: 341 for (1, 2, 4, 8, 16).
 
     Raises UsageError for sides that do not grow from 1.
     """
@@ -101,7 +101,7 @@ def total_tokens(scales: Sequence[int] = SCALES) -> int:
 
 
 class ImageEncoder(nn.Module):
-    """Images [B, H, W, C] in [0, 1] → a list of one token map a scale, each [B, p_k, p_k] int64.
+    """Images [B, H, W, C] in [0, 1] → a list of one token map per scale, each [B, p_k, p_k] int64.
 
     Raises UsageError for images of another size, type or range.
     """
@@ -128,7 +128,7 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """One token map a scale, each [B, p_k, p_k] or [B, L_k] → images [B, H, W, C] in [0, 1].
+    """One token map per scale, each [B, p_k, p_k] or [B, L_k] → images [B, H, W, C] in [0, 1].
 
     Raises UsageError for maps of another number, shape, type or range.
     """
@@ -153,7 +153,7 @@ def build_tokenizer(
     embed_dim: int = 256,
     in_channels: int = 3,
 ) -> tuple[ImageEncoder, ImageDecoder]:
-    """(encoder, decoder): images [B, H, W, C] in [0, 1] to one token map a scale, and back.
+    """Build (encoder, decoder): images [B, H, W, C] in [0, 1] to one token map per scale, and back.
 
     Args:
         image_size: height and width H = W; the last scale's side times a power of two.
@@ -183,7 +183,7 @@ def build_tokenizer(
 def next_scale_prediction(
     model: Gpt2Transformer, tokens_of_scales_1_to_k: Sequence[Any], scale_index: int
 ) -> Tensor:
-    """Logits [B, L_k, V] of scale `scale_index` (from 0) given all scales before it.
+    """Return the logits [B, L_k, V] of scale `scale_index` (from 0), given all earlier scales.
 
     Args:
         model: what `build` returned; in training mode dropout applies.
@@ -198,8 +198,8 @@ def next_scale_prediction(
     if scale >= spec.scales:
         raise UsageError(f"scale_index must lie between 0 and {spec.scales - 1}, found {scale}")
     device = model.start.device
-    given = _flat_tokens(tokens_of_scales_1_to_k, spec.tokenizer, scale, device)
-    inputs = [model.next_input(k, t) for k, t in enumerate(given)]
+    tokens = _flat_tokens(tokens_of_scales_1_to_k, spec.tokenizer, scale, device)
+    inputs = [model.next_input(k, t) for k, t in enumerate(tokens)]
     teacher = torch.cat(inputs, 1) if inputs else model.start.new_empty(1, 0, model.start.shape[2])
     logits: Tensor = model(None, teacher)
     return logits[:, spec.prefix_lengths[scale] :]
@@ -208,9 +208,9 @@ def next_scale_prediction(
 def _flat_tokens(
     arrays: Sequence[Any], spec: TokenizerSpec, count: int, device: torch.device
 ) -> list[Tensor]:
-    """Token arrays of the first `count` scales, [B, L] or [B, p, p] → [B, L_k] int64 each."""
+    """Flatten the tokens of the first `count` scales: [B, L] or [B, p, p] → [B, L_k] int64 each."""
     if len(arrays) != count:
-        raise UsageError(f"expected {count} token arrays, one a scale, found {len(arrays)}")
+        raise UsageError(f"expected {count} token arrays, one per scale, found {len(arrays)}")
     flat: list[Tensor] = []
     for k, (array, side) in enumerate(zip(arrays, spec.patch_nums, strict=False)):
         tokens = _as_tensor(array, k)
@@ -238,7 +238,7 @@ def _as_tensor(array: Any, scale: int) -> Tensor:
     try:
         return torch.from_numpy(np.array(array))
     except (TypeError, ValueError):
-        raise UsageError(f"tokens of scale {scale} are no array of integers") from None
+        raise UsageError(f"tokens of scale {scale} are not an array of integers") from None
 
 
 def _tokenizer_spec(

@@ -23,7 +23,7 @@ FOLDERS = {
     "export": "var_deploy.export",
     "runtime": "var_deploy.runtime",
 }
-# of the contract's folder, the two files that stand above the runtime
+# the two files of var_deploy/ that stand above the runtime
 PIPELINE = {"__init__.py", "pipeline.py"}
 COLOURS = {"var_deploy.export": "#fde8d0", "var_deploy.runtime": "#d8eefd"}
 OTHERS = "#eeeeee"
@@ -36,7 +36,7 @@ STYLE = (
 
 
 def package_of(path: Path) -> str:
-    """export/graphs/scale.py → var_deploy.export.graphs."""
+    """Return the package of a file: export/graphs/scale.py → var_deploy.export.graphs."""
     top, *rest = path.relative_to(ROOT).parent.parts
     if top == "var_deploy" and not rest and path.name in PIPELINE:
         return "var_deploy.pipeline"
@@ -44,7 +44,7 @@ def package_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that a module imports, deferred imports included."""
+    """Return the dotted names that a module imports, deferred imports included."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -55,7 +55,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def package_imports() -> dict[str, set[str]]:
-    """Package → packages that its modules import, without itself."""
+    """Return package → packages that its modules import, without itself."""
     paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     packages = {package_of(path) for path in paths if "page" not in path.parts}
     found: dict[str, set[str]] = {package: set() for package in sorted(packages)}
@@ -73,7 +73,7 @@ def package_imports() -> dict[str, set[str]]:
 
 
 def reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
-    """Everything that `start` imports, directly or not."""
+    """Return everything that `start` imports, directly or not."""
     seen: set[str] = set()
     waiting = [start]
     while waiting:
@@ -84,7 +84,8 @@ def reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
 
 
 def rows(graph: Mapping[str, set[str]]) -> dict[str, int]:
-    """Row of each package, 0 at the bottom; packages that import each other share one."""
+    """Return the row of each package, 0 at the bottom; packages that import each other share
+    one."""
     below = {package: reachable(graph, package) for package in graph}
     found: dict[str, int] = {}
 
@@ -102,7 +103,7 @@ def rows(graph: Mapping[str, set[str]]) -> dict[str, int]:
 
 
 def reduced(graph: Mapping[str, set[str]]) -> list[tuple[str, str]]:
-    """The arrows that do not follow from others."""
+    """Return the arrows that do not follow from others."""
     below = {package: reachable(graph, package) for package in graph}
     return [
         (package, target)
@@ -117,7 +118,7 @@ def reduced(graph: Mapping[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def picture(graph: Mapping[str, set[str]]) -> str:
-    """The SVG, the same for the same imports."""
+    """Return the SVG; equal imports give equal bytes."""
     level = rows(graph)
     levels = [
         sorted(p for p in graph if level[p] == n) for n in range(max(level.values()), -1, -1)

@@ -1,10 +1,10 @@
-"""What a cluster adds to drawing, on a cluster of this machine alone; prints tables.
+"""Measures what a cluster adds to generation, with a cluster on this machine; prints tables.
 
     python -m tools.cluster_overhead build/pocket
 
 Workers of one thread draw sets into a temporary folder; medians of rounds whose order alternates.
 The last table projects them to GPUs: images/s = min(GPUs · S / (S · t + w), S / d), with S images a
-shard, t seconds an image, w between two shards of a worker, and d a shard on the driver.
+shard, t seconds per image, w between two shards of a worker, and d per shard on the driver.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from var_deploy.datasets.spec import SHARD_SIZE, SetSpec
 from var_deploy.manifest import read_manifest
 
 ROUNDS = 3
-SIZES, BASE = (1, 4, 16, 64), 16  # images a shard; the one that workers are compared with
-SECONDS = 8.0  # of drawing in a run
+SIZES, BASE = (1, 4, 16, 64), 16  # images per shard; BASE compares the workers
+SECONDS = 8.0  # seconds of generation in a run
 LARGE = 25_000_000  # bytes of a shard of 256 images with 256 × 256 pixels
-GPUS, PROJECTED = 100, (0.02, 0.1, 0.5)  # seconds an image on one of them
+GPUS, PROJECTED = 100, (0.02, 0.1, 0.5)  # seconds per image on one GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Means of one run: images a second while all workers drew, and seconds a shard."""
+    """Means of one run: images per second while all workers generated, and seconds per shard."""
 
     rate: float
     drawing: float
@@ -75,7 +75,7 @@ def main(bundle: Path, rounds: int) -> None:
 
 
 def scaling(alone: Sequence[Run], beside: Sequence[Run]) -> list[str]:
-    """One worker and two; efficiencies are ratios within a round, so that its load hits both."""
+    """Compare one worker with two; efficiencies are ratios within a round, which share its load."""
     lines = ["| workers | images/s | ms an image | waiting, ms a shard |", "|---|---|---|---|"]
     for workers, runs in ((1, alone), (2, beside)):
         run = median(runs)
@@ -96,7 +96,7 @@ def scaling(alone: Sequence[Run], beside: Sequence[Run]) -> list[str]:
 
 
 def overhead(runs: Mapping[int, Run]) -> list[str]:
-    lines = ["| images a shard | drawing, ms | waiting, ms | share | driver, ms |"]
+    lines = ["| images per shard | generation, ms | worker waits, ms | share | driver, ms |"]
     lines.append("|---|---|---|---|---|")
     for size, run in runs.items():
         share = run.waiting / (run.waiting + run.drawing)
@@ -107,11 +107,11 @@ def overhead(runs: Mapping[int, Run]) -> list[str]:
 
 
 def projection(waiting: float, driver: float) -> list[str]:
-    """`waiting` and `driver` are seconds a shard."""
+    """Project to GPUs; `waiting` and `driver` are seconds per shard."""
     lines = [
         f"Projection, not measured: {GPUS} GPUs, {SHARD_SIZE} images ({LARGE // 10**6} MB) a shard",
         "",
-        "| seconds an image | GPUs draw | driver writes | images/s | efficiency |",
+        "| seconds per image | GPUs generate | driver writes | images/s | efficiency |",
         "|---|---|---|---|---|",
     ]
     for image in PROJECTED:
@@ -124,7 +124,8 @@ def projection(waiting: float, driver: float) -> list[str]:
 
 
 def draw(bundle: Path, *, workers: int, size: int, images: int) -> Run:
-    """Means of a set of about so many images, without the shards during which not all drew."""
+    """Generate a set of about so many images; return means without the shards during which not all
+    workers generated."""
     spec = set_of(bundle, size, images)
     with tempfile.TemporaryDirectory() as name:
         folder = SetFolder(path=Path(name) / "set")
@@ -166,7 +167,7 @@ def means(made: ClusterRun, written: Sequence[float], size: int) -> Run:
     return Run(
         rate=size * (len(middle) - 1) / (middle[-1] - middle[0]),
         drawing=made.drawing / shards,
-        waiting=made.waiting / (shards - made.workers),  # the first ones waited for nobody
+        waiting=made.waiting / (shards - made.workers),  # the first shards waited for no other
         receiving=made.receiving / shards,
         writing=made.writing / shards,
     )
@@ -178,7 +179,7 @@ def median(runs: Sequence[Run]) -> Run:
 
 
 def large(bundle: Path) -> tuple[float, float]:
-    """Seconds of the driver with a shard of LARGE bytes: to receive it, to hash and write it."""
+    """Measure the driver's seconds for a shard of LARGE bytes: receiving, hashing, writing."""
     make = ray.remote(noise)
     spec, times = set_of(bundle, 1, 10), []
     with tempfile.TemporaryDirectory() as name:

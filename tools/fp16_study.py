@@ -1,4 +1,4 @@
-"""What fp16 does to a model, measured without a GPU.
+"""Measures the effect of fp16 on a model's tokens and images, without a GPU.
 
     python -m tools.fp16_study BUNDLE --json study.json
 
@@ -28,19 +28,20 @@ from var_deploy.export.debug.fp16_overflow import (
     encode_watched,
     layer_of,
 )
-from var_deploy.export.debug.interpreter_backend import Progress, generate
+from var_deploy.export.debug.interpreter_backend import generate
 from var_deploy.files import whole_file
 from var_deploy.host.terminal import is_terminal
 from var_deploy.image.images import psnr
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
+from var_deploy.progress import Progress
 
 SHOWN_LAYERS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleAgreement:
-    """Tokens of a scale that fp16 draws as fp32 does.
+    """Tokens of one scale on which fp16 and fp32 agree.
 
     Attributes:
         tokens: all that were drawn.
@@ -65,7 +66,8 @@ class LayerRange:
 
 @dataclass(frozen=True, kw_only=True)
 class HalfStudy:
-    """
+    """Results of a study of fp16 against fp32.
+
     Attributes:
         digest: of the bundle.
         images: how many were generated each way.
@@ -83,14 +85,14 @@ class HalfStudy:
     overflow: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an infinite magnitude is null."""
+        """Return plain JSON values; an infinite magnitude is null."""
         data = dataclasses.asdict(self)
         for layer in data["layers"]:
             layer["largest"] = layer["largest"] if math.isfinite(layer["largest"]) else None
         return data
 
     def markdown(self) -> str:
-        """Three tables."""
+        """Return three Markdown tables."""
         total = [sum(getattr(s, k) for s in self.scales) for k in ("tokens", "forced", "free")]
         rows = [(str(k), s.tokens, s.forced, s.free) for k, s in enumerate(self.scales)]
         lines = [
@@ -182,7 +184,7 @@ def study(
 
 
 def _layers(magnitudes: Magnitudes) -> tuple[LayerRange, ...]:
-    """The largest value of each layer over all graphs that hold it."""
+    """Return the largest value of each layer over all graphs that hold it."""
     found: dict[str, LayerRange] = {}
     for (graph, node), largest in magnitudes.largest.items():
         layer = layer_of(node)

@@ -1,9 +1,9 @@
-"""Which kernels a generation spends its time in on a GPU, and how long the GPU waits between them.
+"""Profiles a generation on a GPU: time per kernel, and how long the GPU waits between kernels.
 
     python -m tools.gpu_profile BUNDLE --precision fp16 --layout shared
 
-PyTorch's profiler sees every kernel of the process, those of ONNX Runtime included. Without CUDA
-graphs, so that each kernel is launched, and named, by itself.
+PyTorch's profiler sees every kernel of the process, those of ONNX Runtime included. CUDA graphs are
+off, so that each kernel is launched, and named, by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How time and memory grow with depth, batch, threads and the side of the image.
+"""Measures how time and memory grow with depth, batch, threads and the side of the image.
 
     python -m tools.growth --json growth.json --plot docs/growth.png
 
@@ -30,13 +30,13 @@ from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
-# what the speed goals are stated for (docs/BENCHMARKS.md)
+# thread count of the speed goals in docs/BENCHMARKS.md
 SAMPLING = Sampling(cfg=4.0, top_k=900, top_p=0.96)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One point of a series.
+    """One point of a measured series.
 
     Attributes:
         series: what is varied; `value`: where this point stands on that axis.
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def bundle(self) -> tuple[ModelSpec, int]:
-        """Cases that agree in this are run from one export."""
+        """Key of the export that a case runs from; cases with equal keys share one export."""
         return self.spec, self.batch
 
 
@@ -77,7 +77,7 @@ def all_cases() -> Iterator[Case]:
 def measure(
     cases: Iterable[Case], folder: Path, *, repeat: int = 3, warm_up: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """A row a case and precision, as soon as it is known; exports go to `folder` and are deleted.
+    """Yield a row per case and precision as it is measured; exports go to `folder` and are deleted.
 
     Seconds and bytes are those of one generation of `batch` images.
     """
@@ -130,9 +130,9 @@ def _rows(case: Case, report: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown, as docs/BENCHMARKS.md has it."""
+    """Return the Markdown table of docs/BENCHMARKS.md."""
     lines = [
-        "| | | generation | floor | reached | peak PSS | over its weights | cold |",
+        "| | | generation | roofline | reached | peak PSS | over its weights | cold |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -154,7 +154,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time and memory of each series, side by side; floors and weights as strokes."""
+    """Plot time and memory of each series side by side; strokes show rooflines and weights."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -170,14 +170,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             _panel(grid[0][column], points, "ms", "floor_ms", 1e-3)
             _panel(grid[1][column], points, "peak_pss", "weights", 2.0**-30)
             grid[1][column].set_xlabel(name)
-        grid[0][0].set_ylabel("s a generation; stroke: floor")
+        grid[0][0].set_ylabel("s a generation; stroke: roofline")
         grid[1][0].set_ylabel("GiB of PSS; stroke: weights")
         grid[0][0].legend(loc="upper left")
         figure.savefig(path)
 
 
 def _panel(axes: Any, points: Sequence[dict[str, Any]], high: str, low: str, unit: float) -> None:
-    """Bars of `high`, a group a value, and over each a stroke at `low`."""
+    """Plot bars of `high`, a group per value, and over each a stroke at `low`."""
     values = list(dict.fromkeys(row["value"] for row in points))
     width = 0.8 / len(PRECISIONS)
     axes.grid(axis="x", visible=False)

@@ -1,4 +1,4 @@
-"""Values that travel whole through the program instead of as loose strings."""
+"""Configuration values that are passed whole through the program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKS = ("hashes", "sizes")
 
 @dataclass(frozen=True, kw_only=True)
 class GraphForm:
-    """What shapes the graphs of a model besides its sizes.
+    """Form of a model's graphs, besides its sizes.
 
     Attributes:
         precision: of the products: "fp32", "fp16" or "int8".
@@ -46,7 +46,7 @@ class GraphForm:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How a bundle is to be run. `planning.selection.select` says what "auto" means.
+    """Choices for running a bundle. `planning.selection.select` resolves "auto".
 
     Attributes:
         backend: one of BACKENDS.
@@ -83,7 +83,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What runs a loaded bundle: what a result should be reported with.
+    """Description of what runs a loaded bundle, for reports.
 
     Attributes:
         precision, backend, layout: those that were taken, never "auto".

@@ -1,10 +1,10 @@
-"""pocket's bundle without PyTorch: how it is kept in the package, and written out again.
+"""Writes pocket's bundle without PyTorch, from an archive in the package.
 
-Beside pocket's weights lies a small archive with all of `var-deploy export pocket` but its
-weights.bin: manifest, graphs, and a recipe that says for each tensor of weights.bin from which
-tensor of the weights it is taken, or that the archive holds it. What is written has the hashes of
-the manifest, so it is that export byte by byte.
-`var_deploy.export.pocket.pack_demo` makes the archive.
+The archive lies beside pocket's weights and holds all files of `var-deploy export pocket` but
+weights.bin: manifest, graphs, and a recipe that names for each tensor of weights.bin the tensor of
+the weights that it is made of, or the bytes in the archive. The written files have the hashes of
+the manifest, so they equal that export byte by byte. `var_deploy.export.pocket.pack_demo` makes the
+archive.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def write_demo_bundle(out: Path) -> Manifest:
 def join_weights(
     recipe: dict[str, Any], sources: dict[str, dict[str, NDArray[Any]]], stored: bytes
 ) -> bytes:
-    """The bytes of weights.bin: `size` bytes, and at `offset` the values of each tensor.
+    """Return the bytes of weights.bin: `size` bytes, with the values of each tensor at its
+    `offset`.
 
     A tensor is either `length` bytes of `stored` from `start` on, or the tensor `key` of the file
     `source` in the type `dtype`, `transposed` or as it is.
@@ -96,12 +97,12 @@ def join_weights(
 
 
 def as_matrix(value: NDArray[Any]) -> NDArray[Any]:
-    """[out, …] → [out, in]."""
+    """Reshape [out, …] → [out, in]."""
     return value.reshape(len(value), -1) if value.ndim else value.reshape(1, 1)
 
 
 def safetensors_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file of ours, by key, without a copy.
+    """Return the arrays of a safetensors file of this package, by key, without a copy.
 
     The file is part of this package, so it is not examined as a stranger's checkpoint is.
     """

@@ -1,17 +1,17 @@
 """Every exception that var-deploy raises on purpose.
 
     VarDeployError
-    ├── UsageError            a wrong argument: the caller can mend it (exit code 2)
+    ├── UsageError            a wrong argument: the caller can correct it (exit code 2)
     │   ├── LabelError        a label that the model does not have
     │   └── UnchangedError    an edit that would change nothing (exit code 1)
-    ├── CheckpointError       a file that is no checkpoint, or does not fit the model
+    ├── CheckpointError       a file that is not a checkpoint, or does not fit the model
     ├── BundleError           a bundle that is damaged, too new, or incomplete
     │   └── BundleChangedError    it was replaced or overwritten while it was in use
     ├── ExportError           the export could not finish
     ├── VerificationError     the deployed graphs and the model disagree
     ├── BackendError          a runtime is missing or refused its work
-    ├── CancelledError        somebody asked for the work to stop
-    └── RefusedError          a service does not take this now (serving.backend)
+    ├── CancelledError        the work was stopped on request
+    └── RefusedError          a service does not accept this now (serving.backend)
 
 Each carries one line that says what is wrong and, where it is known, what to do about it.
 """
@@ -20,16 +20,16 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException) -> str:
-    """The words of any library's error on one line; its type where it has none.
+    """Return any error's message on one line; its type where it has no message.
 
-    What a terminal would act on is written as its escape: words of a stranger's file may be in it.
+    Terminal control characters are escaped: the message may contain text of an untrusted file.
     """
     words = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 class VarDeployError(Exception):
-    """Base of the tree. `exit_code` is what the command line ends with."""
+    """Base of all errors of var-deploy. `exit_code` is the exit status of the command line."""
 
     exit_code = 1
 
@@ -75,4 +75,4 @@ class BackendError(VarDeployError):
 
 
 class CancelledError(VarDeployError):
-    """The work was stopped on request; what was asked is as usable as before."""
+    """The work was stopped on request; the pipeline or service can be used again."""

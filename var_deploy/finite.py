@@ -1,4 +1,4 @@
-"""Find NaN and infinity in arrays, at the price of one sum where there is none."""
+"""Finds NaN and infinity in arrays; costs one sum where there is none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HALF_MAGNITUDE, _HALF_INFINITY = 0x7FFF, 0x7C00  # bits of fp16 without sign; o
 
 
 def is_finite(values: NDArray[Any]) -> bool:
-    """Whether no value of an array is NaN or infinite; integers always are finite."""
+    """Whether an array has neither NaN nor infinite values; integers never have."""
     if values.dtype.kind not in "fc" or not values.size:
         return True
     if values.dtype == np.float16:  # NumPy computes in fp16 one value at a time; bits are faster
@@ -25,8 +25,8 @@ def is_finite(values: NDArray[Any]) -> bool:
 
 
 def describe_not_finite(values: NDArray[Any]) -> str:
-    """What is wrong with an array that has such values: "2 values that are not finite (the first
-    is nan at [0, 3])"."""
+    """Describe the NaN and infinite values: "2 values that are not finite
+    (the first is nan at [0, 3])"."""
     wrong = np.argwhere(~np.isfinite(values))
     first = tuple(int(n) for n in wrong[0])
     count = f"{len(wrong)} value{'s' if len(wrong) > 1 else ''}"

@@ -1,8 +1,8 @@
-"""manifest.json: what a bundle holds, and the checks that come before anything is loaded.
+"""manifest.json: the contents of a bundle, and the checks before anything is loaded.
 
-A bundle may come from a stranger. Reading validates the whole manifest against stated bounds
-(`var_deploy.bundle.manifest_format`), and refuses a bundle from a newer schema and a file that is
-missing, of another size or hash; each in one line that says what to do.
+A bundle may come from an untrusted source. Reading validates the whole manifest against stated
+bounds (`var_deploy.bundle.manifest_format`), and refuses a bundle from a newer schema and a file
+that is missing or has another size or hash. Each refusal is one line that says what to do.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from var_deploy.spec import ModelSpec
 # know. Bundles without it are still written as version 1, byte for byte as before.
 SCHEMA_VERSION = 2
 PLAIN_VERSION = 1
-MANIFEST_BYTES = 16 << 20  # that of a released model has a quarter of one MiB
+MANIFEST_BYTES = 16 << 20  # a released model's manifest has a quarter of a MiB
 HASH_CHUNK = 1 << 22
 LONGEST_COMPLAINT = 300  # characters: a value from the file may be in it
 
 
 class LeavesError(Exception):
-    """A path of a manifest leads out of the bundle."""
+    """A path in a manifest leads out of the bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphInfo:
-    """One ONNX file. `file` is relative to the bundle, with forward slashes."""
+    """The manifest's entry of one ONNX file; `file` is relative to the bundle, with forward
+    slashes."""
 
     file: str
     inputs: tuple[TensorInfo, ...]
@@ -60,6 +61,7 @@ class GraphInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
+    """Size and hash of a file of the bundle."""
     size: int
     sha256: str
 
@@ -70,8 +72,8 @@ class Manifest:
 
     Attributes:
         model: sizes of the model.
-        preset: its name, "" where it is no preset.
-        batch: B, images a launch.
+        preset: name of the preset, "" for a model without one.
+        batch: B, images per launch.
         guidance: whether the graphs run 2B rows.
         more_smooth: whether the scale graphs mix codes, see `sampling.smoothing`.
         graphs: precision → graph name → graph.
@@ -103,11 +105,11 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """G."""
+        """G, the number of rows: 2B with guidance, else B."""
         return 2 * self.batch if self.guidance else self.batch
 
     def graph(self, precision: str, name: str) -> GraphInfo:
-        """Raises BundleError where the bundle lacks it."""
+        """Return the entry of a graph. Raises BundleError where the bundle lacks it."""
         if precision not in self.graphs:
             raise BundleError(
                 f"the bundle has no {precision} graphs (it has {', '.join(self.graphs)}); "
@@ -118,9 +120,9 @@ class Manifest:
         return self.graphs[precision][name]
 
     def sampling(self, base: Sampling | None = None, **changes: Any) -> Sampling:
-        """`base`, or else the bundle's defaults, with the settings in `changes` that are not None.
+        """Return `base`, or else the bundle's defaults, with those `changes` that are not None.
 
-        Raises UsageError for a value out of range, or one that the bundle cannot do.
+        Raises UsageError for a value that is out of range or that the bundle does not support.
         """
         sampling = (base or self.defaults).replace(**changes)
         sampling.check(self.model.scales)
@@ -135,7 +137,8 @@ class Manifest:
         return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
-        """Hash of what the bundle computes: changes with any graph or weight, not with a report."""
+        """Return a hash of what the bundle computes: any graph or weight changes it, a report does
+        not."""
         listing = [(name, f.sha256) for name, f in sorted(self.files.items())]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
@@ -149,7 +152,7 @@ class Manifest:
         return made_for == self.digest() if made_for else None
 
     def save(self, bundle: Path) -> None:
-        """Write manifest.json by rename, so that it is never half there.
+        """Write manifest.json atomically.
 
         A link is replaced, not followed: in a cache it leads to a file that others share. Raises
         BundleError where the disk refuses; an older manifest is still there then.
@@ -175,7 +178,7 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
             path if folder is None else Path(names.MANIFEST), MANIFEST_BYTES, folder=folder
         )
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{bundle} is no bundle: it has no {names.MANIFEST}") from None
+        raise BundleError(f"{bundle} is not a bundle: it has no {names.MANIFEST}") from None
     except (OSError, ValueError) as error:
         words = getattr(error, "strerror", None) or one_line(error)
         raise BundleError(f"{path} cannot be read ({words}); export the bundle again") from None

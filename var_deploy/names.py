@@ -11,7 +11,7 @@ CONDITION = "condition"
 STEP = "step"  # one graph with symbolic L and P that serves every scale
 DECODER = "decoder"
 ENCODER = "encoder"
-ACCUMULATE = "accumulate"  # tokens of all scales to what they add up to
+ACCUMULATE = "accumulate"  # tokens of all scales → f_hat
 # the graphs that are not one of the K static ones
 FIXED_GRAPHS = (CONDITION, STEP, DECODER, ENCODER, ACCUMULATE)
 
@@ -29,7 +29,7 @@ MODULATION = "modulation"  # [6N + 2, G, C] fp32, see `export/graphs/condition.p
 # scale_KK and step
 INPUT = "input"  # [B, L_k, Cv] fp32 (width C in the GPT-2 form), absent at scale 0
 F_HAT = "f_hat"  # [B, Cv, p_K, p_K] fp32
-UNIFORMS = "uniforms"  # [B, L_k] fp32 in [0, 1), one a token
+UNIFORMS = "uniforms"  # [B, L_k] fp32 in [0, 1), one per token
 CFG = "cfg"  # [] fp32, guidance strength t of this scale; guided bundles only
 TEMPERATURE = "temperature"  # [] fp32, divides the logits
 TOP_K = "top_k"  # [] int64, 0 = off
@@ -53,7 +53,7 @@ LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE = "L", "P", "N", "p", "q"
 
 # inside the scale graphs, not an output: guided logits before temperature [B, L_k, V] fp32
 LOGITS = "logits"
-# likewise: unnormalised probabilities after top-k and top-p, 0 where dropped [B, L_k, V] fp32
+# inside too: unnormalised probabilities after top-k and top-p, 0 where dropped [B, L_k, V] fp32
 KEPT_MASS = "kept_mass"
 
 # inside the encoder, not an output: the continuous latent before quantisation [B, Cv, p_K, p_K]
@@ -67,27 +67,27 @@ F_HATS = "f_hats"  # [K, B, Cv, p_K, p_K] fp32, f_hat after each scale
 
 
 def past_key(layer: int) -> str:
-    """Keys of the scales before, [P_k, G, H, D]."""
+    """Name of the keys of the scales before, [P_k, G, H, D]."""
     return f"past_key_values.{layer}.key"
 
 
 def past_value(layer: int) -> str:
-    """Values of the scales before, [P_k, G, H, D]."""
+    """Name of the values of the scales before, [P_k, G, H, D]."""
     return f"past_key_values.{layer}.value"
 
 
 def new_key(layer: int) -> str:
-    """Keys of this scale, [L_k, G, H, D]; absent at the last scale."""
+    """Name of the keys of this scale, [L_k, G, H, D]; absent at the last scale."""
     return f"new_key_values.{layer}.key"
 
 
 def new_value(layer: int) -> str:
-    """Values of this scale, [L_k, G, H, D]; absent at the last scale."""
+    """Name of the values of this scale, [L_k, G, H, D]; absent at the last scale."""
     return f"new_key_values.{layer}.value"
 
 
 def encoder_tokens(scale: int) -> str:
-    """Output of the encoder and input of `accumulate` for one scale, [B, L_k] int64."""
+    """Name of one scale's tokens, [B, L_k] int64: output of the encoder, input of `accumulate`."""
     return f"tokens_{scale:02d}"
 
 

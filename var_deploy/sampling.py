@@ -1,4 +1,4 @@
-"""How tokens are drawn: the run-time settings and the random numbers.
+"""Sampling settings, and the random numbers of a generation.
 
 The same seed gives the same image on every backend, whatever the batch size and wherever in the
 batch the image sits: image n takes its T uniforms from a Philox stream of its own.
@@ -27,7 +27,7 @@ MAX_TOP_K = 2**31 - 1  # far above any codebook, and an integer to every backend
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleSampling:
-    """What one scale draws with.
+    """Sampling settings of one scale.
 
     `guidance` is t in logits = (1 + t)·conditional - t·unconditional.
     """
@@ -40,7 +40,7 @@ class ScaleSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings of one `generate` call: each a number, or a sequence of one value a scale.
+    """Settings of one `generate` call: each a number, or a sequence of one value per scale.
 
     Attributes:
         cfg: a number is the guidance at the last of K scales, and scale k uses cfg · k/(K-1)
@@ -72,7 +72,7 @@ class Sampling:
             object.__setattr__(self, field.name, value)
 
     def at(self, scale: int, scales: int) -> ScaleSampling:
-        """The settings of `scale` out of `scales`. Raises UsageError as `check` does."""
+        """Return the settings of `scale` out of `scales`. Raises UsageError as `check` does."""
         self.check(scales)
 
         def pick(values: Any) -> Any:
@@ -86,35 +86,35 @@ class Sampling:
         )
 
     def guidance(self, scale: int, scales: int) -> float:
-        """t at `scale`: logits = (1 + t)·conditional - t·unconditional."""
+        """Return t at `scale`: logits = (1 + t)·conditional - t·unconditional."""
         if isinstance(self.cfg, tuple):
             return self.cfg[scale]
         return self.cfg * scale / (scales - 1) if scales > 1 else self.cfg
 
     @property
     def guides(self) -> bool:
-        """Whether any scale has guidance; False asks for nothing that a bundle without lacks."""
+        """Whether any scale has guidance; without, a bundle exported without guidance suffices."""
         return any(self.cfg) if isinstance(self.cfg, tuple) else self.cfg != 0
 
     def check(self, scales: int) -> None:
-        """Raises UsageError where a sequence does not have one value for each of the scales."""
+        """Raise UsageError where a sequence does not have one value for each of the scales."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple) and len(value) != scales:
                 raise UsageError(
                     f"{field.name} has {_count(len(value), 'value')}, but the model has "
-                    f"{_count(scales, 'scale')}: give one number, or one a scale"
+                    f"{_count(scales, 'scale')}: give one number, or one per scale"
                 )
 
     def texts(self) -> dict[str, str]:
-        """Each setting as `parse_setting` reads it, to the last digit."""
+        """Return each setting as text that `parse_setting` reads, to the last digit."""
         return {f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def __str__(self) -> str:
         return ", ".join(f"{k.replace('_', '-')} {text}" for k, text in self.texts().items())
 
     def replace(self, **changes: Any) -> Sampling:
-        """A copy with the settings that are not None changed; they are validated again."""
+        """Return a copy with those settings that are not None; they are validated again."""
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
@@ -122,7 +122,7 @@ LIMITS = {"cfg": (0.0, 1000.0), "top_p": (0.0, 1.0), "temperature": (1e-3, 1000.
 
 
 def _setting(name: str, value: Any, where: str = "") -> Any:
-    """The value as a number of Python's own, or UsageError."""
+    """Return the value as a Python number. Raises UsageError for a value out of range."""
     if name == "top_k":
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise UsageError(f"top_k{where} must be a whole number, found {value!r}")
@@ -138,9 +138,9 @@ def _setting(name: str, value: Any, where: str = "") -> Any:
 
 
 def parse_setting(name: str, text: str, scales: int) -> Any:
-    """A setting of `Sampling` as people write it, for a model of K scales.
+    """Parse the text of a setting of `Sampling`, for a model of K scales.
 
-    "4" is a number; "0,1,2,4" one value a scale; "1:4" a straight line from 1 at the first scale
+    "4" is a number; "0,1,2,4" one value per scale; "1:4" a straight line from 1 at the first scale
     to 4 at the last, v_k = 1 + (4 - 1)·k/(K-1), rounded to whole numbers for top_k.
 
     Raises UsageError for a text that is none of these, a wrong count, or a value out of range.
@@ -152,7 +152,7 @@ def parse_setting(name: str, text: str, scales: int) -> Any:
         if len(values) != 2:
             raise UsageError(f"{name} {text!r}: a ramp has two ends, as in 1:4")
         if name in ("top_k", "top_p") and 0 in values:
-            raise UsageError(f"{name} {text!r}: 0 keeps every code, so no ramp leads there")
+            raise UsageError(f"{name} {text!r}: 0 keeps every code and cannot end a ramp")
         first, last = (_setting(name, value) for value in values)
         ramp = (first + (last - first) * k / max(scales - 1, 1) for k in range(scales))
         setting = tuple(round(value) for value in ramp) if name == "top_k" else tuple(ramp)
@@ -168,7 +168,8 @@ def _read(name: str, part: str, text: str) -> float:
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise UsageError(
-            f"{name} {text!r} is not {what}, a ramp such as 1:4, or one value a scale such as 0,1,2"
+            f"{name} {text!r} is not {what}, a ramp such as 1:4, or one value per scale such as "
+            "0,1,2"
         ) from None
 
 
@@ -186,7 +187,7 @@ def _count(number: int, what: str) -> str:
 
 
 def check_seed(seed: object) -> int:
-    """The seed as an int in 0 … 2⁶⁴-1, or UsageError."""
+    """Return the seed as an int in 0 … 2⁶⁴-1. Raises UsageError for anything else."""
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise UsageError(f"seed must be a whole number, found {seed!r}")
     if not 0 <= int(seed) <= MAX_SEED:
@@ -195,7 +196,7 @@ def check_seed(seed: object) -> int:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds between commas. Raises UsageError for one that `check_seed` refuses."""
+    """Parse seeds between commas. Raises UsageError for one that `check_seed` refuses."""
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
@@ -204,7 +205,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:
-    """[tokens] numbers in [0, 1) for image number `image` of a request.
+    """Return [tokens] numbers in [0, 1) for image number `image` of a request.
 
     Philox4x64 (Salmon et al., SC 2011) keyed by (seed, image). The top 24 bits are used, so every
     number is exact in fp32 and none rounds up to 1.
@@ -216,7 +217,7 @@ def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:
 
 
 def stack_uniforms(streams: Iterable[tuple[int, int]], tokens: int) -> NDArray[np.float32]:
-    """[N, tokens] numbers: the `uniforms` of each (seed, image number)."""
+    """Return [N, tokens] numbers: the `uniforms` of each (seed, image number)."""
     return np.stack([uniforms(seed, image, tokens) for seed, image in streams])
 
 
@@ -226,7 +227,7 @@ def numbered(seed: int, first: int, count: int) -> list[tuple[int, int]]:
 
 
 def smoothing(scale: int, scales: int) -> tuple[float, float]:
-    """(factor, tau) of "more smooth" sampling at `scale` out of `scales`.
+    """Return (factor, tau) of "more smooth" sampling at `scale` out of `scales`.
 
     In place of the code of the token that was drawn, softmax((logits · factor + gumbel) / tau) ·
     codebook is what the scale adds to f_hat. The logits are those that the token is drawn from:
@@ -242,7 +243,8 @@ def smoothing(scale: int, scales: int) -> tuple[float, float]:
 
 
 def gumbel(seed: int, image: int, tokens: int, codes: int) -> NDArray[np.float32]:
-    """[tokens, codes] numbers of the Gumbel distribution, -ln(-ln u), for image number `image`.
+    """Return [tokens, codes] numbers of the Gumbel distribution, -ln(-ln u), for image number
+    `image`.
 
     From the Philox stream of `uniforms`, at the count 2¹⁹², so that the tokens drawn are the same
     with it and without. u is the middle of one of 2²³ equal parts of (0, 1), exact in fp32.

@@ -1,4 +1,4 @@
-"""What a model is: the sizes from which every shape in a bundle follows.
+"""The sizes of a model, from which every shape in a bundle follows.
 
 Notation (the whole project uses it): B images in a batch, G = 2B rows with guidance and B without,
 K scales of side lengths `patch_nums`, L_k = patch_nums[k]², P_k the tokens before scale k, T their
@@ -30,7 +30,7 @@ class TokenizerSpec:
         base_width: channels `ch` of the first level.
         width_multipliers: one factor a level; each level but the last halves the image.
         res_blocks: residual blocks a level in the encoder; the decoder has one more.
-        shared_phi: 0 = one φ a scale, 1 = one for all, n = n of them shared by nearest tick.
+        shared_phi: 0 = one φ per scale, 1 = one for all, n = n of them shared by nearest tick.
         phi_ratio: r of φ(h) = (1-r)·h + r·conv(h); 0 leaves φ out.
         codebook_per_scale: each scale has a codebook of its own (GPT-2 form).
         image_channels: channels of the image.
@@ -109,7 +109,7 @@ class TransformerSpec:
         heads: H; must divide the width.
         classes: number of classes; label `classes` stands for "no class". 0 for "gpt2".
         ffn_width: inner width of the feed-forward part.
-        shared_adaln: one AdaLN projection for all blocks, with a learned offset a block.
+        shared_adaln: one AdaLN projection for all blocks, with a learned offset per block.
         qk_l2_norm: attention on L2-normalised queries and keys.
         norm_eps: eps of every LayerNorm.
     """
@@ -136,7 +136,7 @@ class TransformerSpec:
 
     @property
     def head_width(self) -> int:
-        """D."""
+        """D, the width of one attention head."""
         return self.width // self.heads
 
     @property
@@ -167,7 +167,7 @@ class ModelSpec:
 
     @property
     def scales(self) -> int:
-        """K."""
+        """K, the number of scales."""
         return len(self.patch_nums)
 
     @property
@@ -182,7 +182,7 @@ class ModelSpec:
 
     @property
     def total_tokens(self) -> int:
-        """T."""
+        """T, the number of tokens of an image over all scales."""
         return self.prefix_lengths[-1]
 
     @property
@@ -196,7 +196,10 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """Raises UsageError where a field is missing, unknown or out of range."""
+        """Build the spec from the values of `to_json`.
+
+        Raises UsageError where a field is missing, unknown or out of range.
+        """
         try:
             tokenizer = dict(data["tokenizer"])
             for field in ("patch_nums", "width_multipliers"):

@@ -1,4 +1,4 @@
-"""A generation written as the VAR authors publish it, over our modules' parameters: the baseline.
+"""The baseline: generation as the VAR authors publish it, over our modules' parameters.
 
 After `autoregressive_infer_cfg` of github.com/FoundationVision/VAR (models/var.py, basic_var.py,
 helpers.py, basic_vae.py), where neither flash-attn nor xformers is installed. Against our own
@@ -27,6 +27,7 @@ Mark = Callable[[], None]
 
 
 class Generation(NamedTuple):
+    """Result of the published path: images and tokens."""
     image: Tensor  # [B, channels, S, S] in [0, 1]
     tokens: list[Tensor]  # [B, L_k] a scale
 
@@ -54,7 +55,7 @@ def generate_as_published(
     guidance: bool,
     mark: Mark = lambda: None,
 ) -> Generation:
-    """Labels [B] and uniforms [B, T] → images.
+    """Generate images from labels [B] and uniforms [B, T].
 
     Without guidance there are B rows instead of 2B, which the published code does not offer.
     `mark` is called at the start, before the first scale, after each scale and after the decoder.
@@ -115,7 +116,7 @@ def _head_norm(norm: HeadNorm, x: Tensor, cond_GC: Tensor) -> Tensor:
 
 
 def _sample(logits_BLV: Tensor, uniforms_BL: Tensor, sampling: ScaleSampling) -> Tensor:
-    """Tokens [B, L]; overwrites the logits. A temperature is our addition."""
+    """Sample tokens [B, L]; overwrites the logits. The temperature is our addition."""
     logits = logits_BLV if sampling.temperature == 1 else logits_BLV.div_(sampling.temperature)
     if sampling.top_k > 0:
         kept = logits.topk(min(sampling.top_k, logits.shape[-1]), sorted=False).values
@@ -131,7 +132,7 @@ def _sample(logits_BLV: Tensor, uniforms_BL: Tensor, sampling: ScaleSampling) ->
 
 
 def _decode(tokenizer: Tokenizer, f_hat: Tensor) -> Tensor:
-    """f_hat → image in [-1, 1].
+    """Decode f_hat to an image in [-1, 1].
 
     In place, SiLU of a map that is too large for malloc to keep takes half the time (107 → 64 ms at
     160 × 256²): without it the baseline would look slower than it is.

@@ -1,9 +1,9 @@
-"""PyTorch on the CPU, as `bench` compares it with a bundle: three contenders.
+"""The three PyTorch baselines on the CPU that `bench` compares with a bundle.
 
     python -m var_deploy.export.baselines.torch_bench BUNDLE --contender torch --batch N --threads N
 
 `torch` is the published path in fp32, `torch-bf16` the same under autocast. `torch-compile` is
-inductor over our own modules, which compute the modulation once an image: projecting it at every
+inductor over our own modules, which compute the modulation once per image: projecting it at every
 scale reads 0.4 GB of weights a scale in a d16, which no compiler takes away, so this is the faster
 of the two to compile. All have the bundle's sizes and settings and random weights.
 """
@@ -36,14 +36,14 @@ from var_deploy.sampling import numbered, stack_uniforms
 
 CONTENDERS = ("torch", "torch-bf16", "torch-compile")
 SEED = 0
-LONGEST = 300  # of a compiler's message, which may go on for pages
+LONGEST = 300  # characters kept of a compiler's message, which may have pages
 
 # labels [B], uniforms [B, T] → images [B, channels, S, S] in [0, 1]
 Generate = Callable[[Tensor, Tensor, Mark], Tensor]
 
 
 class TorchContender:
-    """All images at once: PyTorch knows no fixed batch.
+    """A PyTorch baseline that generates all images at once, since PyTorch needs no fixed batch.
 
     Args:
         name: one of CONTENDERS.
@@ -54,8 +54,8 @@ class TorchContender:
     Attributes:
         images: of the last generation, [N, side, side, channels] uint8.
 
-    Raises BundleError for what is no bundle, BackendError where PyTorch finds no C++ compiler that
-    it needs, UsageError for an unknown name or fewer than 0 threads.
+    Raises BundleError where the folder is not a bundle, BackendError where PyTorch finds no C++
+    compiler that it needs, UsageError for an unknown name or fewer than 0 threads.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TorchContender:
     def describe(self) -> About:
         precision = graphs = "fp32"
         if self._name == "torch-bf16":
-            graphs = ""  # it casts at every use
+            graphs = ""  # autocast converts the weights at every use
             precision = "bf16 by autocast, which casts the fp32 weights at every use"
             if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 precision += " (oneDNN has no bf16 for this CPU)"
@@ -108,9 +108,9 @@ class TorchContender:
         return About(settings=settings, graphs=graphs)
 
     def generate(self) -> Sample:
-        """Labels to uint8 images. The first call of `torch-compile` compiles."""
+        """Generate labels to uint8 images. The first call of `torch-compile` compiles."""
         spec, count = self._manifest.model, len(self.images)
-        self._clock.laps()  # what was marked before belongs to nobody
+        self._clock.laps()  # marks of earlier calls are dropped
         started = time.perf_counter()
         draws = stack_uniforms(numbered(SEED, 0, count), spec.total_tokens)
         labels = torch.tensor(spread_labels(spec.transformer.classes, count))
@@ -129,7 +129,7 @@ class TorchContender:
         )
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: the process ends next."""
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._name == "torch-bf16":
@@ -139,7 +139,7 @@ class TorchContender:
 
 def _published(manifest: Manifest) -> Generate:
     tokenizer, transformer = random_modules(manifest.model)
-    assert isinstance(transformer, Transformer)  # the caller looked at the family
+    assert isinstance(transformer, Transformer)  # the caller has checked the family
 
     def generate(labels: Tensor, draws: Tensor, mark: Mark) -> Tensor:
         return generate_as_published(
@@ -173,7 +173,7 @@ def _own(manifest: Manifest, images: int, compiler: Compiler | None) -> Generate
 
 
 def _check_compiler() -> None:
-    """Raises BackendError where none of the C++ compilers that inductor would use is installed."""
+    """Raise BackendError where none of the C++ compilers that inductor would use is installed."""
     from torch._inductor import config
 
     named = config.cpp.cxx
@@ -186,7 +186,7 @@ def _check_compiler() -> None:
 
 
 def _line(error: Exception) -> str:
-    """PyTorch's message on one line."""
+    """Return PyTorch's message on one line."""
     said = one_line(error)
     return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
 
@@ -196,10 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "var_deploy.export.baselines.torch_bench", threads="every core that the process may use"
     )
     parser.add_argument("--contender", choices=CONTENDERS, default="torch")
-    given: Any = parser.parse_args(arguments)
+    options: Any = parser.parse_args(arguments)
 
     def load() -> TorchContender:
-        return TorchContender(given.bundle, given.contender, given.batch, threads=given.threads)
+        return TorchContender(
+            options.bundle, options.contender, options.batch, threads=options.threads
+        )
 
     return serve(load)
 

@@ -1,4 +1,4 @@
-"""PyTorch on a GPU: what the engines are measured against.
+"""The PyTorch baselines on a GPU, against which engines are measured.
 
     python -m var_deploy.export.baselines.torch_peers BUNDLE
     python -m var_deploy.export.baselines.torch_peers --rates
@@ -61,7 +61,7 @@ Timer = Callable[[Callable[[], object], int, float], list[float]]
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as they are allocated, untouched, where they are about to be replaced."""
+    """Leaves parameters uninitialised while modules are built whose weights are replaced next."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -70,10 +70,10 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 def random_modules(spec: ModelSpec) -> tuple[Tokenizer, NextScaleTransformer]:
-    """What a generation needs, so without the encoder: random weights, fp32, on the CPU.
+    """Build the modules of a generation (no encoder) with random fp32 weights on the CPU.
 
-    Not by way of the meta device: whatever is computed there loads PyTorch's compiler, 50 MB and a
-    second that nobody owes who does not compile.
+    The meta device is not used: computing on it loads PyTorch's compiler, which costs 50 MB and a
+    second even where nothing is compiled.
     """
     with _NoInitialisation():
         tokenizer = Tokenizer(spec.tokenizer).eval()
@@ -127,7 +127,8 @@ class Peer:
 
     @torch.inference_mode()
     def __call__(self, labels_B: Tensor, uniforms_BT: Tensor, mark: Mark = lambda: None) -> Tensor:
-        """`mark` is called at the start and after every launch of a bundle's generation."""
+        """Generate; `mark` is called at the start and after every launch of a bundle's
+        generation."""
         spec, t = self.spec, self.spec.transformer
         mark()
         rows = labels_B
@@ -212,8 +213,11 @@ def time_peers(
     modes: Sequence[tuple[str, Compiler | None]] = MODES,
     budget: float = BUDGET,
 ) -> Iterator[dict[str, Any]]:
-    """A row a mode and batch: median, p10 and p95 in milliseconds and the memory at its peak, or
-    the problem that kept it from running. `modes` are (name, compiler or PUBLISHED)."""
+    """Return a row per mode and batch: median, p10, p95 in milliseconds and peak memory, or the
+    problem that kept it from running.
+
+    `modes` are (name, compiler or PUBLISHED).
+    """
     from torch import _dynamo
 
     for name, compiler in modes:
@@ -227,10 +231,10 @@ def time_peers(
                 else:
                     peer = Peer(spec, **how, device=device, dtype=dtype, compiler=compiler)
                 row |= _time_peer(peer, budget)
-            except Exception as error:  # no memory, no compiler: the other cases may do
+            except Exception as error:  # other cases may still run
                 row["problem"] = one_line(error)[:300]
             finally:
-                del peer  # its memory is for the next one
+                del peer  # free its memory for the next case
                 _dynamo.reset()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -263,7 +267,7 @@ def _time_peer(peer: Peer | PublishedPeer, budget: float) -> dict[str, Any]:
 
 
 def timer_of(device: torch.device) -> Timer:
-    """Seconds of each of several runs: by CUDA events on a GPU, else by the clock."""
+    """Return the seconds of each of several runs: by CUDA events on a GPU, else by the clock."""
     return _time_on_gpu if device.type == "cuda" else _time_on_cpu
 
 
@@ -299,8 +303,8 @@ def _time_on_cpu(run: Callable[[], object], most: int, budget: float) -> list[fl
 def measure_rates(
     device: torch.device, *, copy_bytes: int = COPY_BYTES, sides: Sequence[int] = MATRIX_SIDES
 ) -> dict[str, float]:
-    """Bytes a second of a large copy (read and written), operations a second of large products in
-    fp16 and in fp32 without TF32. Medians."""
+    """Measure bytes per second of a large copy (read and written), and operations per second of
+    large products in fp16 and in fp32 without TF32; medians."""
     torch.backends.cuda.matmul.allow_tf32 = False
     timer = timer_of(device)
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)

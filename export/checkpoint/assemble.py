@@ -1,4 +1,4 @@
-"""From checkpoint files to a model: recognised, checked key by key, and loaded once."""
+"""Turns checkpoint files into a model: recognises its sizes, checks every key, loads it once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class LoadedModel:
     """A model's sizes and where its weights are.
 
     Attributes:
-        preset: its name, "" where it is no preset.
+        preset: name of the preset, "" for a model without one.
         tokenizer, transformer: weights under exactly the keys and shapes of the two modules,
             derived buffers included.
         labels: class names, index = label; empty where they are not known.
@@ -72,7 +72,7 @@ class LoadedModel:
     defaults: Sampling
 
     def source(self, key: str) -> WeightSource:
-        """Which of the two holds a key (no key is in both). Raises KeyError."""
+        """Return the weight source that holds a key (no key is in both). Raises KeyError."""
         for source in (self.transformer, self.tokenizer):
             keys = source.keys()
             if key in keys:
@@ -81,7 +81,7 @@ class LoadedModel:
 
 
 class _Complete:
-    """A checked source, with the derived buffers computed and nothing beyond the module's keys."""
+    """A checked weight source: derived buffers are computed, keys of no module are left out."""
 
     def __init__(self, source: WeightSource, module: nn.Module) -> None:
         self._source = source
@@ -154,7 +154,7 @@ def load_model(
     if known is None and (checkpoint is None or tokenizer is None):
         lacking = "--checkpoint" if checkpoint is None else "--tokenizer"
         raise UsageError(
-            f"a model that is no preset needs --checkpoint and --tokenizer; {lacking} is missing "
+            f"a model without a preset needs --checkpoint and --tokenizer; {lacking} is missing "
             "(one file that holds both may be given twice)"
         )
     asked = hints.patch_nums
@@ -190,7 +190,7 @@ def load_model(
 
 
 def random_model(spec: ModelSpec, seed: int, **named: Any) -> LoadedModel:
-    """A model of any sizes with drawn weights; `named` as in `assemble`."""
+    """Return a model of any sizes with random weights; `named` as in `assemble`."""
     drawn = (RandomWeights(_weight_shapes(module), seed) for module in empty_modules(spec))
     return assemble(spec, *drawn, **named)
 
@@ -204,7 +204,10 @@ def assemble(
     labels: tuple[str, ...] = (),
     defaults: Sampling | None = None,
 ) -> LoadedModel:
-    """A model of two sources, checked against its sizes. Raises CheckpointError as check_state."""
+    """Make a model of a tokenizer's and a transformer's weights, checked against its sizes.
+
+    Raises CheckpointError as `check_state` does.
+    """
     tokenizer_module, transformer_module = empty_modules(spec)
     what = f"preset {preset}" if preset else "the sizes found in it"
     for source, module in ((tokenizer, tokenizer_module), (transformer, transformer_module)):
@@ -226,7 +229,7 @@ def as_loaded_model(
     defaults: Sampling | None = None,
     labels: tuple[str, ...] = (),
 ) -> LoadedModel:
-    """A transformer and a tokenizer in memory, to be exported as checkpoint files would be.
+    """Wrap a transformer and a tokenizer in memory, to be exported like checkpoint files.
 
     Args:
         transformer: VAR of the published code, of `models.transformer`, or what `var.build`
@@ -255,7 +258,7 @@ def as_loaded_model(
 
 
 def _joined(model: ModelSpec, tokenizer: TokenizerSpec) -> ModelSpec:
-    """The transformer's sizes with those of the tokenizer that it is used with."""
+    """Return the transformer's sizes with those of the tokenizer that it is used with."""
     for field in ("patch_nums", "vocab_size"):
         ours, theirs = getattr(model.tokenizer, field), getattr(tokenizer, field)
         if ours != theirs:
@@ -267,8 +270,8 @@ def _joined(model: ModelSpec, tokenizer: TokenizerSpec) -> ModelSpec:
 
 
 def default_sampling(spec: ModelSpec) -> Sampling:
-    """Settings of a model that is no preset: those of the paper's demo, or, without classes, every
-    code at temperature 1."""
+    """Return the settings of a model without a preset: those of the paper's demo, or, without
+    classes, every code at temperature 1."""
     if spec.transformer.conditional:
         return Sampling()
     return Sampling(cfg=0.0, top_k=0, top_p=0.0)
@@ -281,7 +284,7 @@ def _named(name: str | None, preset: Preset) -> dict[str, Any]:
 def check_state(
     source: WeightSource, expected: Mapping[str, tuple[int, ...]], optional: Collection[str]
 ) -> None:
-    """Compare keys and shapes; `optional` keys may be absent or of any shape.
+    """Compare the keys and shapes of a state dict; `optional` keys may be absent or of any shape.
 
     Raises CheckpointError that lists, by key, shapes found and expected, missing and unexpected
     keys (the first few of each, and how many more).
@@ -325,14 +328,14 @@ def _check_fit(
 
 
 def empty_modules(spec: ModelSpec) -> tuple[Tokenizer, NextScaleTransformer]:
-    """The two modules on the meta device: every key and shape, no memory."""
+    """Build tokenizer and transformer on the meta device: every key and shape, no memory."""
     with torch.device("meta"):
         transformer = export_family_of(spec.transformer).transformer(spec)
         return Tokenizer(spec.tokenizer).eval(), transformer.eval()
 
 
 def load_into(module: nn.Module, source: WeightSource) -> None:
-    """Fill a Tokenizer or Transformer, best one on the meta device, tensor by tensor.
+    """Fill a Tokenizer or Transformer tensor by tensor; the module is best on the meta device.
 
     Each parameter takes over the array that was read, so the weights never lie twice in memory
     (of a mapped fp32 file, not even once: its pages are used). Derived buffers are computed.
@@ -347,7 +350,8 @@ def load_into(module: nn.Module, source: WeightSource) -> None:
 
 
 def build_modules(model: LoadedModel) -> tuple[Tokenizer, NextScaleTransformer]:
-    """Tokenizer and transformer with their weights, fp32, in evaluation mode, without gradients."""
+    """Build tokenizer and transformer with their weights, in fp32, evaluation mode, no
+    gradients."""
     tokenizer, transformer = empty_modules(model.spec)
     load_into(tokenizer, model.tokenizer)
     load_into(transformer, model.transformer)
@@ -355,7 +359,7 @@ def build_modules(model: LoadedModel) -> tuple[Tokenizer, NextScaleTransformer]:
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(owning module, attribute, state-dict key) of every parameter and buffer."""
+    """Yield (owning module, attribute, state-dict key) of every parameter and buffer."""
     for key in module.state_dict():
         owner, _, name = key.rpartition(".")
         yield module.get_submodule(owner), name, key

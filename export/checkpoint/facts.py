@@ -1,4 +1,4 @@
-"""What checkpoint files are, told without loading them: names, hashes, sizes."""
+"""Describes checkpoint files without loading their weights: names, hashes, sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from var_deploy.spec import ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class PartFacts:
-    """A transformer or a tokenizer in a file.
+    """A transformer or a tokenizer that was found in a file.
 
     Attributes:
         file, sha256, size: name, hash and bytes of the file.
@@ -33,19 +33,19 @@ class PartFacts:
     parameters: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return {**vars(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
-    """What was found in one or two files; `spec` needs both parts, else it is None."""
+    """The model parts that one or two files hold; `spec` is None unless both parts are there."""
 
     parts: tuple[PartFacts, ...]
     spec: ModelSpec | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         parts = {facts.part: facts.to_json() for facts in self.parts}
         return {"parts": parts, "model": self.spec.to_json() if self.spec else None}
 
@@ -60,7 +60,7 @@ def describe_checkpoints(
     """Find the transformer and the tokenizer in files, and the sizes of the model where both are.
 
     Args:
-        file: whatever it holds, which `checkpoint` and `tokenizer` say of a file.
+        file: may hold either or both parts; `checkpoint` and `tokenizer` say which a file holds.
 
     Raises CheckpointError and UsageError as `load_model` does.
     """

@@ -1,4 +1,4 @@
-"""Checkpoint files: named tensors, read one at a time from `.pth` and `.safetensors`.
+"""Reads checkpoint files (`.pth` and `.safetensors`) as named tensors, one at a time.
 
 A file is never trusted: pickles are read as data, sizes are bounded before anything is made of
 them, and every way in which a file can be wrong ends in one CheckpointError line.
@@ -39,10 +39,10 @@ MARKS: Mapping[Part, tuple[str, ...]] = {
         "decoder.conv_out.weight",
     ),
 }
-# what torch.compile and the parallel wrappers insert into the names of the modules they wrap
+# prefixes that torch.compile and the parallel wrappers put before the names of wrapped modules
 WRAPPERS = re.compile(r"(?<=\.)(?:_orig_mod|module|_fsdp_wrapped_module)\.")
 KEY_OPTION: Mapping[Part, str] = {"transformer": "--key", "tokenizer": "--tokenizer-key"}
-TOP = "."  # how the top level of a file is called where a key is asked for
+TOP = "."  # name of a file's top level in --key
 
 # Buffers that follow from the sizes. Checkpoints may hold none of them, or (the statistic
 # ema_vocab_hit_SV) that of another number of scales: they are computed and never read.
@@ -69,19 +69,19 @@ class WeightSource(Protocol):
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Where the weights come from, for the manifest: names and hashes, never paths."""
+        """Say where the weights come from, for the manifest: names and hashes, never paths."""
         ...
 
     def keys(self) -> Collection[str]:
-        """State-dict keys."""
+        """Return the state-dict keys."""
         ...
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Raises KeyError for a key that the source lacks."""
+        """Return the shape of a tensor. Raises KeyError for a key that the source lacks."""
         ...
 
     def read(self, key: str) -> NDArray[Any]:
-        """fp32 for whatever floating type is stored, int64 for integers.
+        """Read a tensor: fp32 for any stored floating type, int64 for integers.
 
         The array may be a view of the mapped file; writing to it never reaches the file. Raises
         KeyError for a key that the source lacks.
@@ -90,7 +90,7 @@ class WeightSource(Protocol):
 
 
 class _CheckpointFile:
-    """The part of one file, under the keys of the released state dicts."""
+    """The transformer or the tokenizer of one file, under the keys of the released state dicts."""
 
     def __init__(self, path: Path, location: str, tensors: Mapping[str, StoredTensor]) -> None:
         self._path, self._location, self._tensors = path, location, tensors
@@ -152,7 +152,7 @@ def open_checkpoint(
 
 
 def parts_of(path: Path) -> list[Part]:
-    """Which parts a file holds, the transformer first.
+    """Return which parts (transformer, tokenizer) a file holds, the transformer first.
 
     Raises CheckpointError for a file that is missing, damaged, no checkpoint, or holds neither.
     """
@@ -169,7 +169,7 @@ def parts_of(path: Path) -> list[Part]:
 def _choose(
     path: Path, part: Part, places: list[str], key: str | None, default_key: str | None
 ) -> str:
-    """One of the places at which the part was found."""
+    """Choose one of the places in the file at which the part was found."""
     listed = shown(", ".join(place or TOP for place in places), MAX_LISTED)
     if key is not None:
         wanted = "" if key == TOP else key
@@ -195,7 +195,7 @@ def _choose(
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse what cannot become fp32 as it is, and what would not fit into memory then."""
+    """Refuse tensors that cannot become fp32, and those that would not fit into memory then."""
     excess = 0
     for name, tensor in tensors.items():
         last = name.rpartition(".")[2]
@@ -224,9 +224,9 @@ def _check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 class _Entries:
-    """The entries of the nested dicts of a file, of which no more than MAX_NAMES are seen.
+    """The entries of a file's nested dicts, at most MAX_NAMES of them.
 
-    A dict that holds itself, or the same dict again and again, is no trap then.
+    The bound also ends the walk through a dict that holds itself, or the same dict many times.
     """
 
     def __init__(self, path: Path, contents: Contents) -> None:
@@ -273,7 +273,8 @@ class _Entries:
                 yield from self._find(value, part, below, (*parents, id(node)))
 
     def _name(self, key: str) -> str:
-        """A name of the file as it can be shown: no control characters and the like."""
+        """Return a name of the file with its control characters escaped, so that it can be
+        printed."""
         name = shown(key, MAX_NAME + 1)
         if len(name) > MAX_NAME:
             raise CheckpointError(
@@ -293,7 +294,7 @@ class _Entries:
 
 
 def _prefixes(keys: Collection[str], part: Part) -> list[str]:
-    """Prefixes under which at least two marks of the part appear."""
+    """Return the prefixes under which at least two marks of the part appear."""
     hits: Counter[str] = Counter()
     for mark in MARKS[part]:
         dotted = "." + mark

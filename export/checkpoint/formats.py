@@ -1,4 +1,4 @@
-"""The three formats of checkpoint files: zip and old `.pth`, and `.safetensors`.
+"""Opens the three formats of checkpoint files: zip `.pth`, old `.pth`, and `.safetensors`.
 
 A format is recognised by a file's first bytes, not by its name. Files are mapped: opening one reads
 the list of its tensors alone, which is bounded, and a tensor is read when it is asked for. Sizes
@@ -32,7 +32,7 @@ from var_deploy.export.checkpoint.pickled_names import (
 
 MAX_PICKLE = 16 << 20  # bytes; the largest released model has 50 kB, its training some hundred
 MAX_HEADER = 8 << 20  # bytes of a safetensors header
-MAX_NAMES = 50_000  # of tensors and whatever else; a training checkpoint has some thousands
+MAX_NAMES = 50_000  # names per file; a training checkpoint has some thousands
 
 MAX_REASON = 300  # characters of a library's words
 
@@ -64,7 +64,7 @@ SAFETENSORS_TYPES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: dicts of dicts with tensors in them, which `tensor` takes out.
+    """The contents of a checkpoint file: nested dicts of tensors; `tensor` returns one of them.
 
     A dict may occur several times, even inside itself. `tensor` raises CheckpointError where the
     file does not hold what it says.
@@ -76,7 +76,10 @@ class Contents:
 
 
 def open_contents(path: Path) -> Contents:
-    """The contents of a checkpoint file. Raises CheckpointError for whatever else it may be."""
+    """Open a checkpoint file and return its contents.
+
+    Raises CheckpointError for a file that is missing or is not a checkpoint.
+    """
     with _open(path) as stream:
         mapped = MappedFile(path, stream)
     head = mapped.bytes(0, len(LFS_SIGNATURE))
@@ -92,22 +95,22 @@ def open_contents(path: Path) -> Contents:
         return _legacy(mapped)
     if named:
         raise CheckpointError(
-            f"{path} is no safetensors file: expected its header's length, then a JSON object"
+            f"{path} is not a safetensors file: expected its header's length, then a JSON object"
         )
     raise CheckpointError(
-        f"{path} is no checkpoint: expected a PyTorch .pth or a .safetensors file"
+        f"{path} is not a checkpoint: expected a PyTorch .pth or a .safetensors file"
     )
 
 
 def shown(text: str, limit: int) -> str:
-    """A text of a file as it can be shown: no control characters, and not too long."""
+    """Return a text of a file for a message: control characters escaped, cut where it is long."""
     if not text.isprintable():
         text = text[: limit + 1].encode("unicode_escape").decode("ascii")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def check_names(path: Path, count: int) -> None:
-    """Raise CheckpointError for more names than any model has."""
+    """Raise CheckpointError where a file lists more names than any model has."""
     if count > MAX_NAMES:
         raise CheckpointError(
             f"{path} is refused: it lists more than {MAX_NAMES} names; save the state_dict() alone"
@@ -115,7 +118,7 @@ def check_names(path: Path, count: int) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    """A file that is there; pipes, which would keep one waiting, and devices are not opened."""
+    """Open a regular file; a pipe, which would block, and a device are refused."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -156,7 +159,7 @@ def _zipped(mapped: MappedFile) -> Contents:
     pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise CheckpointError(
-            f"{path} is an archive, but no PyTorch checkpoint (no record */data.pkl)"
+            f"{path} is an archive, but not a PyTorch checkpoint (no record */data.pkl)"
         )
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in records:
@@ -187,7 +190,7 @@ def _zipped(mapped: MappedFile) -> Contents:
 
 
 def _record(mapped: MappedFile, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where the bytes of a record lie, as they are stored."""
+    """Return where the bytes of a zip record lie in the file, as they are stored."""
     header = mapped.bytes(entry.header_offset, entry.header_offset + LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or header[:4] != ZIP_SIGNATURE:
         raise BadFileError(f"record {entry.filename[:40]!r} does not begin where it should")
@@ -202,7 +205,7 @@ def _record(mapped: MappedFile, entry: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _stored_record(mapped: MappedFile, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """A record that can be mapped."""
+    """Return the place of a zip record that is stored uncompressed, so that it can be mapped."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise RefusedFileError(
             f"record {entry.filename[:40]!r} is compressed, which torch.save never does; load the "
@@ -212,7 +215,7 @@ def _stored_record(mapped: MappedFile, entry: zipfile.ZipInfo) -> tuple[int, int
 
 
 def _small_record(mapped: MappedFile, entry: zipfile.ZipInfo, limit: int) -> bytes:
-    """The content of a record; packed again with another tool it may be deflated."""
+    """Return the content of a small zip record, which another tool may have compressed."""
     start, end = _record(mapped, entry)
     # one byte more than is allowed, so that nothing larger is ever made
     if entry.compress_type == zipfile.ZIP_DEFLATED:
@@ -234,12 +237,12 @@ def _small_record(mapped: MappedFile, entry: zipfile.ZipInfo, limit: int) -> byt
 
 
 def _legacy(mapped: MappedFile) -> Contents:
-    """Five pickles one after another, then the storages in the order of the fifth."""
+    """Read the old format: five pickles in a row, then the storages in the order of the fifth."""
     path = mapped.path
     reader = PickleReader(mapped.bytes(0, MAX_PICKLE))
     if _pickled(path, reader.read) != LEGACY_MAGIC or _pickled(path, reader.read) != LEGACY_VERSION:
         raise CheckpointError(
-            f"{path} is a pickle, but no PyTorch checkpoint; write it with torch.save"
+            f"{path} is a pickle, but not a PyTorch checkpoint; write it with torch.save"
         )
     system = _pickled(path, reader.read)
     if isinstance(system, dict) and system.get("little_endian") is False:
@@ -274,7 +277,7 @@ def _legacy(mapped: MappedFile) -> Contents:
 
 
 def _pickled(path: Path, read: Callable[[], Any]) -> Any:
-    """What a function reads of a pickle, with its errors in words about the file."""
+    """Call a function that reads a pickle; its errors become messages about the file."""
     try:
         return read()
     except ForbiddenNameError as error:
@@ -287,7 +290,7 @@ def _pickled(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _damaged(path: Path, error: Exception, name: str = "") -> CheckpointError:
-    """The error in words about the file, and about the tensor of that name."""
+    """Turn an error into a message about the file, and about the tensor of that name."""
     reason = shown(f"{name}: {one_line(error)}" if name else one_line(error), MAX_REASON)
     if isinstance(error, RefusedFileError):
         return CheckpointError(f"{path} is refused: {reason}")
@@ -301,7 +304,7 @@ def _safetensors(path: Path, header: int, size: int) -> Contents:
     if header + 8 > size or header > MAX_HEADER:
         fault = f"the file has {size}" if header + 8 > size else f"{MAX_HEADER >> 20} MB at most"
         raise CheckpointError(
-            f"{path} is truncated or no safetensors file (its header says that it has {header} "
+            f"{path} is truncated or not a safetensors file (its header says that it has {header} "
             f"bytes, {fault}); download it again"
         )
     try:
@@ -311,9 +314,10 @@ def _safetensors(path: Path, header: int, size: int) -> Contents:
         tensors = {key: _sliced(handle, key) for key in keys}
     except CheckpointError:
         raise
-    except Exception as error:  # of the library's own kinds, and of Python's
+    except Exception as error:  # the library raises exceptions of its own and Python's
         raise CheckpointError(
-            f"{path} is no safetensors file or is truncated ({_sentence(error)}); download it again"
+            f"{path} is not a safetensors file or is truncated ({_sentence(error)}); "
+            "download it again"
         ) from None
     return Contents(tensors, lambda leaf: isinstance(leaf, StoredTensor), lambda _, leaf: leaf)
 

@@ -1,4 +1,4 @@
-"""What is told of checkpoint files beside them."""
+"""Facts about checkpoint files that the user gives beside the files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Hints:
-    """What checkpoint files may not tell themselves; None where nothing is told.
+    """Facts that checkpoint files may lack; each is None where the user does not give it.
 
     Attributes:
         key, tokenizer_key: where the transformer and the tokenizer lie in their files, such as

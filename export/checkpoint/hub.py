@@ -1,4 +1,4 @@
-"""Released checkpoints, fetched from the Hugging Face Hub."""
+"""Fetches released checkpoints from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def fetch(
     *,
     option: str = "--checkpoint or --tokenizer",
 ) -> Path:
-    """Local path of a file of a Hub repository, downloaded unless it is in the Hub's cache.
+    """Return the local path of a file of a Hub repository; it is downloaded unless it is cached.
 
-    `huggingface_hub` shows the transfer itself, on a terminal. `option` is what the message of a
-    failure names to give the file by hand. Raises CheckpointError where it cannot be had.
+    `huggingface_hub` shows the transfer on a terminal. `option` is the command-line option that a
+    failure's message names as the way to give the file by hand. Raises CheckpointError where the
+    file cannot be fetched.
     """
     by_hand = f"download {filename} from https://huggingface.co/{repo} and give it with {option}"
     try:
@@ -39,7 +40,7 @@ def fetch(
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     try:
-        logger.setLevel(logging.ERROR)  # its retries would be a dozen lines
+        logger.setLevel(logging.ERROR)  # its log of retries would be a dozen lines
         return Path(huggingface_hub.hf_hub_download(repo, filename))
     except Exception as error:  # the HTTP library below has changed, and its errors with it
         raise CheckpointError(
@@ -50,7 +51,7 @@ def fetch(
 
 
 def _root(error: BaseException) -> str:
-    """The first cause, in one line."""
+    """Return the first cause of an error in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = (str(error).strip().splitlines() or [""])[0][:120].rstrip(".: ")

@@ -1,4 +1,4 @@
-"""A checkpoint file in memory, and the tensors in it."""
+"""Maps a checkpoint file into memory, and reads tensors from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ITEM_SIZES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file.
+    """A tensor in a checkpoint file, described but not yet read.
 
     Attributes:
         dtype: as torch spells it; what the file says where torch does not know it.
@@ -44,14 +44,14 @@ class StoredTensor:
 
     @property
     def excess(self) -> int:
-        """Bytes that reading takes beyond those of the file."""
+        """Bytes that reading takes beyond those of the file, where strides repeat values."""
         if self.kind or self.dtype not in ITEM_SIZES:
             return 0
         return max(0, prod(self.shape) * ITEM_SIZES[self.dtype] - self.stored)
 
 
 class MappedFile:
-    """A file in memory whose pages are read when they are touched; writing never reaches it."""
+    """A file mapped copy-on-write: pages are read when touched, writes never reach the file."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path = path
@@ -70,7 +70,8 @@ class MappedFile:
         return SeekableBytes(self._map)
 
     def tensor(self, storage: tuple[int, int], said: PickledTensor) -> StoredTensor:
-        """A tensor in the bytes of its storage. Raises BadFileError where it exceeds them."""
+        """Return a tensor in the bytes of its storage. Raises BadFileError where it exceeds
+        them."""
         if said.kind or said.dtype is None or said.storage is None:
             return StoredTensor(said.shape, str(said.dtype), 0, torch.Tensor, said.kind)
         size = said.dtype.itemsize
@@ -92,7 +93,7 @@ class MappedFile:
         return StoredTensor(said.shape, str(said.dtype).removeprefix("torch."), stored, read)
 
     def _read(self, start: int, span: int, said: PickledTensor) -> Tensor:
-        """`span` elements from a byte on, seen with the strides of the tensor."""
+        """Read `span` elements from a byte offset, with the strides of the tensor."""
         assert said.dtype is not None
         if not span:
             return torch.empty(said.shape, dtype=said.dtype)
@@ -106,7 +107,7 @@ class MappedFile:
 
 @dataclass
 class SeekableBytes:
-    """A mapped file for `zipfile`, which would read a directory of any size that is claimed."""
+    """A mapped file for `zipfile`, with a bound on the directory that `zipfile` would read."""
 
     _map: mmap.mmap
     _at: int = field(default=0)

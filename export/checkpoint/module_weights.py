@@ -1,4 +1,4 @@
-"""The weights of PyTorch modules in memory, as the exporter reads those of files."""
+"""Reads the weights of PyTorch modules in memory, as the exporter reads those of files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNHASHED = frozenset({"heads_1H"})
 
 
 class ModuleWeights:
-    """The weights of a module in memory, as they are when they are read.
+    """The weights of a module in memory, read at the moment of each call.
 
     Keys are those of the state dict without what torch.compile and the parallel wrappers put into
     them. Arrays are copies, so that nothing done to them reaches the module.
@@ -58,7 +58,7 @@ class ModuleWeights:
 
 
 def weights_sha256(source: WeightSource) -> str:
-    """Hash of all names, shapes and values: of a module, and of the file that it was saved to."""
+    """Hash all names, shapes and values: equal for a module and for the file it was saved to."""
     digest = hashlib.sha256()
     for key in sorted(set(source.keys()) - UNHASHED):
         digest.update(f"{key}{source.shape(key)}".encode())

@@ -1,4 +1,4 @@
-"""Pickles of PyTorch checkpoints, read as data.
+"""Reads the pickles of PyTorch checkpoints as data, without running them.
 
 `torch.save` writes a pickle that names tensors, and beside it the bytes of their storages. This
 reader turns the opcodes into dicts, lists, numbers and descriptions of tensors. Nothing that a
@@ -32,7 +32,7 @@ MAX_ARGUMENTS = 9  # one more than any of the functions takes
 
 
 class _Opaque:
-    """A value that holds no weights."""
+    """A value that holds no weights and is skipped."""
 
 
 _OPAQUE = _Opaque()
@@ -55,7 +55,7 @@ class PickleReader:
         self._memo: dict[int, Any] = {}
 
     def read(self) -> Any:
-        """The next object. Raises BadFileError or ForbiddenNameError."""
+        """Return the next object. Raises BadFileError or ForbiddenNameError."""
         self._stack, self._memo = [], {}
         data, steps = self._data, _STEPS
         try:
@@ -139,7 +139,7 @@ class PickleReader:
         self.push(_OPAQUE)
 
     def push_old_text(self, form: str) -> None:
-        """The text type of Python 2."""
+        """Push a value of Python 2's text type."""
         self.push(self._take(self._number(form)).decode("latin-1"))
 
     def push_tuple(self, count: int) -> None:
@@ -232,13 +232,13 @@ class PickleReader:
             raise BadFileError(f"{name.rpartition('.')[2]} with wrong arguments") from None
 
     def _dict(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
-        """Of nothing, of a dict, or as Python 2 wrote it, of pairs."""
+        """Build a dict from nothing, from a dict, or from pairs, as Python 2 wrote it."""
         first = arguments[0] if arguments else ()
         if isinstance(first, dict):
             return first
         if not isinstance(first, (list, tuple)):
             raise BadFileError(f"a dict of {type(first).__name__}")
-        self._spend(len(first))  # the same pairs can be named again and again
+        self._spend(len(first))  # a pickle can refer to the same pairs many times
         made: dict[str, Any] = {}
         for pair in first:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -248,7 +248,7 @@ class PickleReader:
 
 
 def _set(target: dict[str, Any], key: object, value: object) -> None:
-    """Numbers as keys are few in number or made to collide: digits do not."""
+    """Store an entry; keys that are numbers become digits, which cannot be made to collide."""
     if isinstance(key, str):
         target[key] = value
     elif isinstance(key, (int, float)) and abs(key) < MAX_NUMBER:

@@ -1,6 +1,6 @@
-"""What pickles of PyTorch checkpoints may name: tensors, their storages, and plain containers.
+"""The names that a pickle of a PyTorch checkpoint may use: tensors, storages, plain containers.
 
-A tensor is described here and not made; what is no data is refused by its name.
+Tensors are described here, not built. A name that is not known to be data is refused by name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
 WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
-# what else may be named because it holds settings, not weights; its content is left aside
+# names that are accepted because they hold settings, not weights; their content is skipped
 OTHER_NAMES = frozenset(
     {
         *UNTYPED,
@@ -64,20 +64,20 @@ OTHER_NAMES = frozenset(
 
 
 class BadFileError(Exception):
-    """The bytes are not what torch.save writes; the message says what was found."""
+    """The bytes are not in the format that torch.save writes; the message says what was found."""
 
 
 class RefusedFileError(BadFileError):
-    """The bytes may be sound, and are not taken; the message says what was found and what helps."""
+    """The bytes may be valid but are not accepted; the message says why and what helps."""
 
 
 class ForbiddenNameError(Exception):
-    """The pickle wants something imported or called; the message is its name."""
+    """The pickle asks for an import or a call; the message is the name that it asks for."""
 
 
 @dataclass(frozen=True)
 class PickledStorage:
-    """Name and size of the bytes of a tensor.
+    """Name and size of the bytes that a tensor lies in.
 
     Attributes:
         dtype: None for an untyped storage, whose `length` is in bytes.
@@ -93,7 +93,7 @@ class PickledStorage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """What a pickle says about a tensor: sizes are whole numbers, and nothing else is checked.
+    """A pickle's description of a tensor; only that its sizes are whole numbers is checked.
 
     Attributes:
         offset, stride: in elements.
@@ -116,7 +116,7 @@ class Name:
 
 
 def find_name(name: str) -> Name | torch.dtype:
-    """Raises ForbiddenNameError for what is not known to be data."""
+    """Look up a name of the pickle. Raises ForbiddenNameError for a name not known to be data."""
     module, _, last = name.rpartition(".")
     if module in ("torch", "torch.cuda") and last in STORAGE_TYPES:
         return Name(last)
@@ -129,7 +129,8 @@ def find_name(name: str) -> Name | torch.dtype:
 
 
 def find_storage(pid: object) -> PickledStorage:
-    """("storage", class, key, device, length), then in old files (view key, first, length)."""
+    """Read a storage reference: ("storage", class, key, device, length), in old files followed by
+    (view key, first, length)."""
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
         raise BadFileError("a reference to something else than a storage")
     _, kind, key, _, length, *view = pid
@@ -158,7 +159,8 @@ def _sizes(value: object) -> tuple[int, ...]:
 
 
 def _dense(storage: object, offset: object, size: object, stride: object, *rest: object) -> Any:
-    """Of a typed storage; `rest` is requires_grad, hooks and perhaps pending operations."""
+    """Describe a tensor of a typed storage; `rest` is requires_grad, hooks and perhaps pending
+    operations."""
     if len(rest) > 3:
         raise TypeError
     return _strided(storage, offset, size, stride, rest[2] if len(rest) == 3 else None, None)
@@ -197,7 +199,7 @@ def _parameter(data: object, *_: object) -> PickledTensor:
 
 
 def _sparse(layout: object, data: tuple[Any, ...]) -> PickledTensor:
-    """`data` is such as (indices, values, size, is_coalesced)."""
+    """Describe a sparse tensor; `data` is such as (indices, values, size, is_coalesced)."""
     parts = data[:5] if isinstance(data, tuple) else ()
     sizes = [part for part in parts if isinstance(part, tuple)]
     return PickledTensor(_sizes(sizes[0]) if sizes else (), kind="sparse")

@@ -40,7 +40,8 @@ class Preset:
 
 
 def _released(depth: int, *, shared_adaln: bool, patch_nums: tuple[int, ...]) -> Preset:
-    """VAR, table 1 of arXiv 2404.02905: width 64·depth, as many heads as blocks."""
+    """Return the preset of a released VAR (table 1 of arXiv 2404.02905): width 64·depth, as many
+    heads as blocks."""
     width = 64 * depth
     return Preset(
         spec=ModelSpec(
@@ -85,14 +86,14 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """Raises UsageError that suggests the nearest names."""
+    """Return the preset of this name. Raises UsageError that suggests the nearest names."""
     if name in PRESETS:
         return PRESETS[name]
     close = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UsageError(
-        f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)} (a model that is no "
-        "preset is given by --checkpoint and --tokenizer alone)"
+        f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)} (a model without "
+        "a preset is given by --checkpoint and --tokenizer alone)"
     )
 
 
@@ -101,7 +102,8 @@ def own_file(
     part: Literal["transformer", "tokenizer"],
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """A preset's file, fetched where it is not at hand. Raises CheckpointError without it."""
+    """Return the path of a preset's file, fetched unless it is on this machine. Raises
+    CheckpointError."""
     assert preset is not None  # both files are asked for otherwise
     option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
     name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file

@@ -1,4 +1,4 @@
-"""Weights drawn from a seed, for benchmarks and tests of sizes whose checkpoint is not at hand.
+"""Random weights from a seed, for benchmarks and tests of models without a checkpoint here.
 
 They are scaled so that a model of any depth stays healthy: the residual stream grows like the
 square root of the depth, attention is neither flat nor one-hot, logits have the spread of a trained
@@ -24,7 +24,7 @@ MODULATION_GAIN = 0.3
 
 
 class RandomWeights:
-    """A weight source that draws every tensor when it is read, and holds none.
+    """A weight source that generates every tensor when it is read, and stores none.
 
     A tensor depends on its key, its shape and the seed alone (Philox4x64, Salmon et al., SC 2011).
     """
@@ -56,7 +56,7 @@ class RandomWeights:
 
 
 def _spread(key: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a tensor."""
+    """Return the standard deviation of a tensor."""
     fan_in = math.prod(shape[1:]) or 1
     if len(shape) == 1 or "scale_mul" in key or "ada_gss" in key:
         return 0.1 if key.endswith((".weight", "ada_lin.1.bias", "ada_gss")) else 0.02

@@ -1,4 +1,4 @@
-"""The sizes of a model, read off the keys and shapes of its two state dicts."""
+"""Recognises the sizes of a model from the keys and shapes of its two state dicts."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def recognise(
     hints: Hints = NO_HINTS,
     fallback: Hints = NO_HINTS,
 ) -> ModelSpec:
-    """Sizes of any member of the family, released or not.
+    """Return the sizes of a model of any family, released or not, from its two state dicts.
 
     Hints are needed only where nothing in the state dict tells: heads without L2-normalised
-    attention, at a width that is no multiple of 64 (the head width of the released models);
+    attention, at a width that is not a multiple of 64 (the head width of the released models);
     patch_nums without the buffer lvl_1L, where they are not those of a preset. `norm_eps` and
     `phi_ratio` leave no trace in a state dict; the published values are assumed.
 
@@ -74,11 +74,13 @@ def recognise(
             ),
         )
     except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
-        raise CheckpointError(f"{transformer} is no transformer of this family: {error}") from None
+        raise CheckpointError(
+            f"{transformer} is not a transformer of this family: {error}"
+        ) from None
 
 
 def _family(transformer: WeightSource) -> ExportFamily:
-    """The family of which most keys are there."""
+    """Return the family most of whose keys are in the state dict."""
     families = EXPORT_FAMILIES.values()
     return max(families, key=lambda family: sum(_has(transformer, key) for key in family.marks))
 
@@ -107,7 +109,7 @@ def _heads(
         return width // usual
     if asked is None:
         name = key.removeprefix("blocks.0.")
-        why = "" if usual is None else f" and its width {width} is no multiple of {usual}"
+        why = "" if usual is None else f" and its width {width} is not a multiple of {usual}"
         raise UsageError(
             f"{transformer} does not tell its number of heads (no {name}){why}; give it with "
             "--heads"
@@ -167,7 +169,8 @@ def _check_growing(patch_nums: tuple[int, ...]) -> None:
 def _stored_patch_nums(
     transformer: WeightSource, total: int, scales: int, family: ExportFamily
 ) -> tuple[int, ...] | None:
-    """What lvl_1L, the scale of each token, says of the side lengths; None where it is missing."""
+    """Return the side lengths that lvl_1L, the scale of each token, tells; None where lvl_1L is
+    missing."""
     if not _has(transformer, "lvl_1L"):
         return None
     positions, levels_key = family.positions_key, family.levels_key
@@ -190,7 +193,7 @@ def _stored_patch_nums(
     if not np.array_equal(levels, np.repeat(np.arange(len(sides)), squares)):
         raise CheckpointError(
             f"{transformer}: lvl_1L does not list square token maps scale by scale "
-            f"(tokens a scale {lengths.tolist()[:16]})"
+            f"(tokens per scale {lengths.tolist()[:16]})"
         )
     if sum(squares) != total or len(sides) != scales:
         raise CheckpointError(
@@ -207,7 +210,7 @@ def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSp
     widths = [_size(source, f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
     if base < 1 or any(width % base for width in widths):
         raise CheckpointError(
-            f"{source}: level widths {widths} are no multiples of the base width {base} "
+            f"{source}: level widths {widths} are not multiples of the base width {base} "
             "(encoder.conv_in.weight)"
         )
     codebook = _codebook(source)
@@ -228,11 +231,11 @@ def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSp
             image_channels=_size(source, "encoder.conv_in.weight", 1),
         )
     except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
-        raise CheckpointError(f"{source} is no tokenizer of this family: {error}") from None
+        raise CheckpointError(f"{source} is not a tokenizer of this family: {error}") from None
 
 
 def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
-    """(shared_phi, phi_ratio)."""
+    """Return (shared_phi, phi_ratio)."""
     if _has(source, "quantize.quant_resi.qresi.weight"):
         return 1, 0.5
     shared = _count(source, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "φ", MAX_SCALES)
@@ -243,21 +246,21 @@ def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
         return 0, 0.0
     if count != scales:
         raise CheckpointError(
-            f"{source} holds {count} φ (quantize.quant_resi.k), one a scale, expected {scales}: "
+            f"{source} holds {count} φ (quantize.quant_resi.k), one per scale, expected {scales}: "
             "it belongs to a transformer of other scales"
         )
     return 0, 0.5
 
 
 def _codebook(source: WeightSource) -> str:
-    """Key of the codebook, or of the first of several."""
+    """Return the key of the codebook, or of the first of several."""
     return CODEBOOK_PER_SCALE if _has(source, CODEBOOK_PER_SCALE) else "quantize.embedding.weight"
 
 
 def _check_fit(
     tokenizer: WeightSource, transformer: WeightSource, family: ExportFamily, spec: TokenizerSpec
 ) -> None:
-    """The transformer reads the tokenizer's codes and predicts its tokens."""
+    """Check that the transformer reads this tokenizer's codes and predicts its tokens."""
     width = _size(transformer, family.start_key, 2, rank=3)
     expected = {
         **family.input_weights(width, spec),
@@ -291,7 +294,7 @@ def _has(source: WeightSource, key: str) -> bool:
 def _size(
     source: WeightSource, key: str, axis: int, rank: int | None = None, limit: int = MAX_SIZE
 ) -> int:
-    """One dimension of a tensor that must be there, with a sensible rank."""
+    """Return one dimension of a tensor that must be there, with a rank within bounds."""
     if not _has(source, key):
         raise CheckpointError(f"{source} lacks {key}: it is incomplete or of another family")
     shape = source.shape(key)
@@ -307,7 +310,7 @@ def _size(
 
 
 def _count(source: WeightSource, pattern: str, what: str, limit: int) -> int:
-    """Number of consecutive indices from 0 that `pattern` captures from the keys."""
+    """Count the consecutive indices from 0 that `pattern` captures from the keys."""
     matches = map(re.compile(pattern, re.ASCII).match, source.keys())
     found = {match[1] for match in matches if match}
     count = 0
@@ -325,5 +328,5 @@ def _listed(shape: Sequence[int]) -> str:
 
 
 def typed(patch_nums: tuple[int, ...] | None) -> str:
-    """Side lengths as --patch-nums takes them."""
+    """Return side lengths in the form that --patch-nums takes."""
     return ",".join(map(str, patch_nums or ()))

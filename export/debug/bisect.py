@@ -1,13 +1,12 @@
-"""`verify --bisect A,B`: the first layer at which two backends part.
+"""`verify --bisect A,B`: finds the first layer at which two backends differ.
 
-Both are given what the PyTorch model was given at this point. Values are compared in the order in
-which the graph makes them, fp32 against fp16 as well: the two graphs differ in casts and in how the
-decoder doubles its maps, which then counts as one node. int8 has nothing to compare: it is off
-everywhere, and `verify` says by how much.
+Both backends get the inputs that the PyTorch model had at this point. Values are compared in the
+order in which the graph computes them, also fp32 against fp16: these two graphs differ in casts and
+in how the decoder up-samples its maps, which then counts as one node. int8 is refused: its rounding
+shows in every layer, and `verify` says how much.
 
-What follows from a decision is left out, because rounding turns decisions: the inside of the
-sampler, whose tokens are judged by how firm they were and then forced, and what the encoder makes
-of its latent.
+Values that follow from a decision are left out, because rounding changes decisions: the inside of
+the sampler, whose tokens are compared by their margins and then forced, and the encoder's tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +41,18 @@ from var_deploy.export.verify.difference import largest_error
 from var_deploy.export.verify.graph_runner import complete_step
 from var_deploy.export.verify.reference import Reference, trace_reference
 from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.progress import Progress
 
 AT_ONCE = 256 << 20  # bytes of values held of each backend
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 DECISIONS = ("sampler/", "quantize.scale_")  # of node names
 UPSAMPLING = ".upsample.conv"  # end of the scope
 
-Progress = Callable[[str, float], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """A backend and the precision of the graphs that it runs."""
+    """One of the two sides of a bisection: a backend and the precision of the graphs that it
+    runs."""
 
     backend: str
     precision: str
@@ -64,13 +63,13 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """The first value beyond the bound.
+    """The first value whose difference is beyond the bound.
 
     Attributes:
         graph: such as "step @ 3".
         node, operator, value: in the second graph; "Upsample" stands for the nodes of one.
-        error: largest difference over the largest magnitude; of tokens, how firm they were.
-        inputs: what the node was given and its error, None for weights and constants.
+        error: largest difference over the largest magnitude; of tokens, their margin.
+        inputs: each input of the node and its error, None for weights and constants.
     """
 
     graph: str
@@ -84,7 +83,7 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """What `bisect` found: `compared` values of `graphs`, up to the divergence if there is one."""
+    """The result of `bisect`: `compared` values of `graphs`, and the divergence if there is one."""
 
     sides: tuple[Side, Side]
     graphs: tuple[str, ...]
@@ -92,7 +91,7 @@ class Bisection:
     divergence: Divergence | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; an infinite error is null."""
+        """Return plain JSON values; an infinite error is null."""
         data = dataclasses.asdict(self) | {"sides": [str(side) for side in self.sides]}
         if self.divergence and not math.isfinite(self.divergence.error):
             data["divergence"]["error"] = None
@@ -100,7 +99,7 @@ class Bisection:
 
     @property
     def headline(self) -> str:
-        """One line."""
+        """Say the result in one line."""
         first, second = self.sides
         if self.divergence is None:
             where = ", ".join(self.graphs)
@@ -112,7 +111,7 @@ class Bisection:
         )
 
     def text(self) -> str:
-        """The headline and the inputs of the node."""
+        """Return the headline, and the inputs of the diverging node."""
         lines = [self.headline]
         if self.divergence:
             for name, error in self.divergence.inputs:
@@ -154,7 +153,7 @@ def bisect_bundle(
     graph: str | None = None,
     progress: Progress | None = None,
 ) -> Bisection:
-    """`bisect` on the inputs of the PyTorch model that the bundle was made from.
+    """Run `bisect` on the inputs of the PyTorch model that the bundle was made from.
 
     `backends` is such as "onnxruntime:fp32,pytorch:fp16". Raises what `bisect` and `verify` raise.
     """
@@ -179,7 +178,7 @@ def bisect(
     runners: Mapping[str, Runner] = RUNNERS,
     progress: Progress | None = None,
 ) -> Bisection:
-    """Compare node by node and stop at the first that parts.
+    """Compare two backends node by node, and stop at the first that differs.
 
     `graph` names one graph, "step @ 3" one scale of `step`; without it the graph that failed first
     in the last `verify` is taken, or all of them. Raises UsageError for an unknown graph and
@@ -205,7 +204,7 @@ def bisect(
 def _choose(
     manifest: Manifest, sides: tuple[Side, Side], wanted: str | None
 ) -> list[tuple[str, int]]:
-    """Graphs with their scales, in the order of a generation."""
+    """Choose the graphs and their scales, in the order of a generation."""
     every: list[tuple[str, int]] = []
     held = set(manifest.graphs[sides[0].precision]) & set(manifest.graphs[sides[1].precision])
     for name in sorted(held, key=run_order):
@@ -230,7 +229,7 @@ def _choose(
 
 
 class _Comparison:
-    """One graph, at one scale."""
+    """The comparison of one graph at one scale."""
 
     def __init__(
         self,
@@ -248,16 +247,16 @@ class _Comparison:
         self._files, self._inputs, self._graphs = [], [], []
         for side in sides:
             info = manifest.graph(side.precision, name)
-            given: dict[str, Any] = dict(reference.inputs(manifest, name, scale))
-            if names.KEEP_MASK in given:
-                given[names.KEEP_MASK] = np.ones_like(given[names.KEEP_MASK])
+            feeds: dict[str, Any] = dict(reference.graph_inputs(manifest, name, scale))
+            if names.KEEP_MASK in feeds:
+                feeds[names.KEEP_MASK] = np.ones_like(feeds[names.KEEP_MASK])
             if name == names.STEP:
-                given = complete_step(manifest, side.precision, scale, given)
-            inputs = {t.name: np.asarray(given[t.name], t.dtype, order="C") for t in info.inputs}
+                feeds = complete_step(manifest, side.precision, scale, feeds)
+            inputs = {t.name: np.asarray(feeds[t.name], t.dtype, order="C") for t in info.inputs}
             self._files.append(bundle / info.file)
             self._inputs.append(inputs)
             self._graphs.append(_Graph(self._files[-1], inputs))
-        self._trace = reference.trace.scales[scale] if names.KEEP_MASK in given else None
+        self._trace = reference.trace.scales[scale] if names.KEEP_MASK in feeds else None
         self._errors: dict[str, float] = {}
 
     def run(self, runners: Mapping[str, Runner]) -> Divergence | None:
@@ -276,7 +275,8 @@ class _Comparison:
         return None
 
     def _parts(self) -> Iterator[list[tuple[str, str]]]:
-        """Pairs of values that mean the same, in order, `AT_ONCE` bytes at a time."""
+        """Yield pairs of values with the same meaning, in order, about `AT_ONCE` bytes at a
+        time."""
         one, other = self._graphs
         if one.kinds() != other.kinds():
             one.join_upsampling()
@@ -299,9 +299,7 @@ class _Comparison:
         if part:
             yield part
 
-    def _compare(
-        self, name: str, first: NDArray[Any], second: NDArray[Any]
-    ) -> Divergence | None:
+    def _compare(self, name: str, first: NDArray[Any], second: NDArray[Any]) -> Divergence | None:
         graph, bound = self._graphs[1], self._bound
         if name == graph.choice:
             assert self._trace is not None  # only scales draw
@@ -320,7 +318,7 @@ class _Comparison:
             value=name,
             error=error,
             bound=bound,
-            inputs=tuple((given, self._error_of(given)) for given in node.input if given),
+            inputs=tuple((value, self._error_of(value)) for value in node.input if value),
         )
 
     def _error_of(self, name: str) -> float | None:
@@ -331,7 +329,7 @@ class _Comparison:
 
 
 class _Graph:
-    """Nodes without the casts between fp32 and fp16, which is what precisions differ in.
+    """The nodes of a graph without the casts between fp32 and fp16, in which precisions differ.
 
     Attributes:
         source: value made by such a cast → what it was made of.
@@ -340,14 +338,12 @@ class _Graph:
 
     def __init__(self, path: Path, inputs: Mapping[str, NDArray[Any]]) -> None:
         model = onnx.load(str(path), load_external_data=False)
-        for value in model.graph.input:  # so that all sizes are known
+        for value in model.graph.input:  # fixed input shapes, so that all sizes are known
             del value.type.tensor_type.shape.dim[:]
             for size in inputs[value.name].shape:
                 value.type.tensor_type.shape.dim.add(dim_value=size)
         del model.graph.value_info[:]
-        self._values = values_of(
-            onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        )
+        self._values = values_of(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
         self.constants = {t.name for t in model.graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
         self.source: dict[str, str] = {}
@@ -365,15 +361,17 @@ class _Graph:
         return [_kind(node) for node in self.nodes]
 
     def join_upsampling(self) -> None:
-        """Put one node, of the last value, for each up-sampling: a copy and one convolution in
-        fp16, four small convolutions in fp32."""
+        """Replace each up-sampling by one node that makes its last value.
+
+        An up-sampling is a copy and one convolution in fp16, and four small convolutions in fp32.
+        """
         joined: list[onnx.NodeProto] = []
         for part, nodes in itertools.groupby(self.nodes, _upsamples):
             group = list(nodes)
             if part:
-                made = {name for node in group for name in node.output}
-                given = [self.source.get(i, i) for node in group for i in node.input if i]
-                outside = list(dict.fromkeys(name for name in given if name not in made))
+                outputs = {name for node in group for name in node.output}
+                inputs = [self.source.get(i, i) for node in group for i in node.input if i]
+                outside = list(dict.fromkeys(name for name in inputs if name not in outputs))
                 last = group[-1]
                 scope = last.name.partition("/")[0]
                 node = helper.make_node("Upsample", outside, last.output, f"{scope}/Upsample_0")
@@ -390,10 +388,11 @@ class _Graph:
 
 
 def _upsamples(node: onnx.NodeProto) -> bool:
-    """Resize is used for nothing else."""
+    """Whether a node belongs to an up-sampling; Resize is used for nothing else."""
     return node.op_type == "Resize" or node.name.partition("/")[0].endswith(UPSAMPLING)
 
 
 def _kind(node: onnx.NodeProto) -> tuple[str, str]:
-    """Operator and layer; the number at the end of a node's name counts the casts as well."""
+    """Return operator and layer of a node, without the number in its name, which counts casts
+    too."""
     return node.op_type, node.name.rpartition("_")[0]

@@ -1,4 +1,4 @@
-"""Brings interior values out of a graph, on any backend: what `verify --bisect` compares."""
+"""Runs a graph on any backend and returns interior values, for `verify --bisect`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Runner = Callable[[Path, Values, Sequence[str]], Values]
 
 
 def run_onnxruntime(path: Path, inputs: Values, wanted: Sequence[str]) -> Values:
-    """On the CPU, optimised as far as values that are looked at allow."""
+    """Run on the CPU, optimised as far as the interior values to be returned allow."""
     model = onnx.load(str(path), load_external_data=False)
     add_outputs(model, wanted)
     options = session_options(model)
@@ -55,9 +55,9 @@ def run_pytorch(path: Path, inputs: Values, wanted: Sequence[str]) -> Values:
 def run_tensorrt(
     library: str, path: Path, inputs: Values, wanted: Sequence[str], polygraphy: Any = None
 ) -> Values:
-    """An engine for these shapes alone, through Polygraphy.
+    """Build and run an engine for these shapes alone, through Polygraphy.
 
-    What is brought out cannot be fused away, so a fault that only a fusion has does not show.
+    A value that is returned cannot be fused away, so a fault that only a fusion has does not show.
 
     Args:
         library: "tensorrt" or "tensorrt_rtx".
@@ -69,8 +69,8 @@ def run_tensorrt(
         parsed = trt.network_from_onnx_path(str(path), strongly_typed=True)
         network = parsed[1]
         outputs = (layer.get_output(i) for layer in network for i in range(layer.num_outputs))
-        made = {tensor.name for tensor in outputs if tensor is not None}
-        marked = [name for name in wanted if name in made]
+        known = {tensor.name for tensor in outputs if tensor is not None}
+        marked = [name for name in wanted if name in known]
         if not marked:
             return {}
         parsed = trt.modify_network_outputs(parsed, outputs=marked)
@@ -91,7 +91,7 @@ def run_tensorrt(
 
 
 class _Complaints(logging.Handler):
-    """TensorRT's own words: Polygraphy's exceptions only say that there were some."""
+    """Collector of TensorRT's messages; Polygraphy's exceptions do not contain them."""
 
     SHOWN = 3
     CHARACTERS = 700
@@ -108,7 +108,7 @@ class _Complaints(logging.Handler):
 
 
 def _polygraphy(library: str, complaints: logging.Handler) -> Any:
-    """polygraphy.backend.trt, set to drive `library`: it reads which one when it is imported."""
+    """Import polygraphy.backend.trt for `library`, which Polygraphy reads when it is imported."""
     load_library(library)  # says what to install
     rtx = library == RTX
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if rtx else "0"
@@ -124,7 +124,7 @@ def _polygraphy(library: str, complaints: logging.Handler) -> Any:
     if rtx != config.USE_TENSORRT_RTX:
         raise UsageError("tensorrt and tensorrt_rtx cannot be compared in one process")
     logger.use_python_logging_system = True
-    logger.colors = logger.letter = False  # it would print to stdout that it has no colours
+    logger.colors = logger.letter = False  # Polygraphy would print to stdout that it has no colours
     log = logging.getLogger("Polygraphy")
     log.handlers, log.propagate = [complaints], False
     return backend

@@ -1,4 +1,4 @@
-"""How near do the values of fp16 graphs come to the end of the format?"""
+"""Measures how near the values of fp16 graphs come to the largest fp16 number."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from torch import Tensor
 
 from var_deploy import names
 from var_deploy.export.debug.interpreter import OnValue, TorchGraph
-from var_deploy.export.debug.interpreter_backend import Generation, Progress, generate
+from var_deploy.export.debug.interpreter_backend import Generation, generate
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.progress import Progress
 
 HALF_MAX = 65504.0  # the largest number of fp16
-MARGIN = 8.0  # what comes within this factor of it is told
+MARGIN = 8.0  # values within this factor of the largest number are reported
 
 
 class HalfOverflowError(Exception):
-    """An fp16 value became infinite or no number; `Magnitudes` knows where."""
+    """An fp16 value became infinite or NaN; `Magnitudes` knows where."""
 
 
 @dataclass
 class Magnitudes:
     """The largest magnitude of every fp16 value: (graph, node) → magnitude.
 
-    Watching ends with HalfOverflowError where a value is not finite: nothing after it means much.
+    Recording ends with HalfOverflowError at the first value that is not finite: later values mean
+    little.
     """
 
     largest: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -72,20 +74,22 @@ class Magnitudes:
 
 
 def layer_of(node: str) -> str:
-    """blocks.3.ffn/Gelu_88 → blocks.3.ffn."""
+    """Return the layer of a node: blocks.3.ffn/Gelu_88 → blocks.3.ffn."""
     return node.rpartition("/")[0] or node
 
 
 def encode_watched(
     bundle: Path, manifest: Manifest, generation: Generation, magnitudes: Magnitudes
 ) -> None:
-    """The fp16 encoder on a generated image: the one graph that a generation does not run."""
+    """Run the fp16 encoder on a generated image; it is the one graph that a generation does not
+    run."""
     encoder = TorchGraph(bundle / manifest.graph("fp16", names.ENCODER).file)
     encoder.run({names.IMAGE: generation.image}, on_value=magnitudes.watch(names.ENCODER))
 
 
 def calibrate(bundle: Path, samples: int, progress: Progress | None = None) -> str:
-    """Generate `samples` images (whole batches) with the fp16 graphs, encode them, and look.
+    """Generate `samples` images (whole batches) with the fp16 graphs, encode them, and look for
+    overflow.
 
     Returns a warning in one line, or "". The graphs run in true fp16 arithmetic; memory stays at
     the activations and one weight.

@@ -41,7 +41,7 @@ TORCH_TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class _External:
-    """Where a weight lies."""
+    """The place of a weight in weights.bin."""
 
     file: Path
     dtype: np.dtype[Any]
@@ -49,7 +49,7 @@ class _External:
     offset: int
 
     def read(self) -> Tensor:
-        """The weight, mapped; the mapping goes with the tensor."""
+        """Return the weight, mapped; the mapping is released with the tensor."""
         # copy on write, because PyTorch warns of memory that it may not write to
         return torch.from_numpy(
             np.memmap(self.file, self.dtype, mode="c", offset=self.offset, shape=self.shape)
@@ -57,7 +57,7 @@ class _External:
 
 
 class TorchGraph:
-    """An ONNX file of a bundle.
+    """An ONNX file of a bundle, ready to be interpreted.
 
     Attributes:
         nodes: its nodes, in order.
@@ -81,7 +81,7 @@ class TorchGraph:
                 raise ExportError(f"{self.name}: no arithmetic is known for {_title(node)}")
 
     def maker(self, value: str) -> onnx.NodeProto:
-        """The node that makes a value."""
+        """Return the node that computes a value."""
         return next(node for node in self.nodes if value in node.output)
 
     def run(
@@ -91,7 +91,7 @@ class TorchGraph:
         also: Collection[str] = (),
         on_value: OnValue | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """All outputs by name, and the interior values named in `also`.
+        """Compute the graph; return all outputs, and the interior values named in `also`, by name.
 
         Inputs that the graph does not take are ignored. `on_value` sees every value as it is made.
         Raises ExportError naming the node that cannot be computed.
@@ -102,14 +102,14 @@ class TorchGraph:
             for number, (node, attributes) in enumerate(
                 zip(self.nodes, self._attributes, strict=True)
             ):
-                given = [self._value(values, name) for name in node.input]
+                operands = [self._value(values, name) for name in node.input]
                 try:
-                    made = _compute(node.op_type, attributes, given)
+                    results = _compute(node.op_type, attributes, operands)
                 except (RuntimeError, IndexError) as error:
                     why = one_line(error)
                     raise ExportError(f"{self.name}: {_title(node)} failed: {why}") from error
-                values.update(zip(node.output, made, strict=True))
-                del given, made
+                values.update(zip(node.output, results, strict=True))
+                del operands, results
                 if on_value:
                     for name in node.output:
                         on_value(node.name, name, values[name])
@@ -127,14 +127,16 @@ class TorchGraph:
         return constant.read() if isinstance(constant, _External) else constant
 
 
-def _compute(op: str, attributes: Attributes, given: list[Tensor | None]) -> list[Tensor]:
-    """One node; arithmetic on fp16 is done in fp32 and rounded."""
-    half = op not in MOVES and any(x is not None and x.dtype == torch.float16 for x in given)
+def _compute(op: str, attributes: Attributes, operands: list[Tensor | None]) -> list[Tensor]:
+    """Compute one node; arithmetic on fp16 is done in fp32 and rounded."""
+    half = op not in MOVES and any(x is not None and x.dtype == torch.float16 for x in operands)
     if half:
-        given = [x.float() if x is not None and x.dtype == torch.float16 else x for x in given]
-    result = OPERATORS[op](attributes, *given)
-    made = result if isinstance(result, list) else [result]
-    return [x.half() if x.dtype == torch.float32 else x for x in made] if half else made
+        operands = [
+            x.float() if x is not None and x.dtype == torch.float16 else x for x in operands
+        ]
+    result = OPERATORS[op](attributes, *operands)
+    results = result if isinstance(result, list) else [result]
+    return [x.half() if x.dtype == torch.float32 else x for x in results] if half else results
 
 
 def _title(node: onnx.NodeProto) -> str:
@@ -216,7 +218,7 @@ def _pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor) -> Tensor:
 
 
 def _far_first(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """Padding as PyTorch wants it: pairs, from the last axis on."""
+    """Return padding in PyTorch's form: pairs, from the last axis on."""
     return [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
 
 
@@ -225,7 +227,7 @@ def _reshape(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
 
 
 def _resize(a: Attributes, x: Tensor, region: None, scales: Tensor) -> Tensor:
-    """Nearest, by whole factors: index = floor(i / factor)."""
+    """Resize by nearest neighbour and whole factors: index = floor(i / factor)."""
     return F.interpolate(x, scale_factor=scales.tolist()[2:], mode="nearest")
 
 
@@ -263,8 +265,8 @@ OPERATORS: dict[str, Operator] = {
     "LayerNormalization": _layer_norm,
     "LessOrEqual": lambda a, x, y: x <= y,
     "MatMul": lambda a, x, y: x @ y,
-    "Max": lambda a, *given: reduce(torch.maximum, given),
-    "Min": lambda a, *given: reduce(torch.minimum, given),
+    "Max": lambda a, *operands: reduce(torch.maximum, operands),
+    "Min": lambda a, *operands: reduce(torch.minimum, operands),
     "Mul": lambda a, x, y: x * y,
     "Or": lambda a, x, y: x | y,
     "Pad": _pad,

@@ -1,4 +1,4 @@
-"""The interpreter as one more backend of the scale loop: graphs in true fp16, on any CPU."""
+"""The interpreter as a backend of the scale loop: runs graphs in true fp16 on any CPU."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from var_deploy import names
 from var_deploy.bundle.files import BundleFiles, GraphFile
 from var_deploy.export.debug.interpreter import OnValue, TorchGraph
 from var_deploy.manifest import Manifest
+from var_deploy.progress import Progress
 from var_deploy.runtime.backends.host_memory import HostMemory, host_view
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.sampling import gumbel, numbered, stack_uniforms
 
-Watch = Callable[[str], OnValue]  # graph name → what sees its values
-Progress = Callable[[str, float], None]
+Watch = Callable[[str], OnValue]  # graph name → callback for its values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What the graphs drew, [B, L_k] a scale, and the image [B, side, side, channels]."""
+    """Results of a generation: tokens [B, L_k] of each scale, and the image
+    [B, side, side, channels]."""
 
     tokens: list[NDArray[Any]]
     image: NDArray[Any]
@@ -44,7 +45,7 @@ def generate(
     watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> Generation:
-    """Generate B images with the bundle's default settings.
+    """Generate B images with the bundle's default settings, through the interpreter.
 
     Args:
         labels: B class numbers.
@@ -70,7 +71,7 @@ def generate(
         noise = [gumbel(*stream, spec.total_tokens, codes) for stream in streams]
     backend = TorchBackend(watch, announce)
     static = names.scale_graph(0) in manifest.graphs[precision]
-    # what is interpreted is read by path: to hash the weights would take longer than to use them
+    # graphs are read by path: hashing the weights would take longer than using them
     files = BundleFiles(bundle, manifest, precision, hashes=False)
     try:
         loop = ScaleLoop(files, manifest, backend, precision, "per-scale" if static else "shared")
@@ -90,15 +91,15 @@ def generate(
 
 
 class TorchBackend(HostMemory):
-    """Interprets graphs with PyTorch; each is loaded for the moment in which it runs.
+    """Backend that interprets graphs with PyTorch; each is loaded only while it runs.
 
     Args:
-        watch: gives what sees the values of a graph, by its title: the name, of `step` with the
-            scale.
+        watch: returns a callback for the values of a graph, given its title: the name, and for
+            `step` the scale as well.
         announce: called with the title before each launch.
 
     Attributes:
-        choices: what each scale drew, [B, L_k], before forced tokens took its place.
+        choices: tokens that each scale sampled, [B, L_k], before forced tokens replaced them.
     """
 
     name = "pytorch"
@@ -120,17 +121,19 @@ class TorchBackend(HostMemory):
         return {"backend": self.name, "torch": torch.__version__}
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the backend holds no resources."""
 
 
 class _TorchSession:
+    """A graph that `TorchBackend` has opened; it is read and interpreted at each launch."""
+
     def __init__(self, graph: GraphFile, backend: TorchBackend) -> None:
         self._graph, self._backend = graph, backend
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> Launch:
-        given = {name: host_view(array) for name, array in inputs.items()}
-        made = {name: host_view(array) for name, array in outputs.items()}
-        return lambda: self._run(given, made)
+        feeds = {name: host_view(array) for name, array in inputs.items()}
+        results = {name: host_view(array) for name, array in outputs.items()}
+        return lambda: self._run(feeds, results)
 
     def _run(self, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> None:
         backend, title = self._backend, self._graph.ref.name

@@ -16,7 +16,7 @@ EXPORT_FAMILIES: Mapping[str, ExportFamily] = {family.name: family for family in
 
 
 def export_family_of(transformer: TransformerSpec) -> ExportFamily:
-    """The family that a transformer belongs to."""
+    """Return the export family of a transformer."""
     return EXPORT_FAMILIES[transformer.family]
 
 

@@ -1,4 +1,4 @@
-"""The interface of a model family on the build machine's side."""
+"""The interface of a model family on the build machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SizeOf = Callable[[str, int], int]  # (key, dimension) → its size
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
-    """What every block of a graph shares.
+    """Facts that all blocks of one graph share.
 
     Attributes:
         rows: G.
@@ -40,7 +40,8 @@ class BlockContext:
 
 
 class ExportFamily(ABC):
-    """Operators, reference modules and checkpoint keys in which one family differs from others.
+    """The graph operators, reference module and checkpoint keys in which one family differs from
+    others.
 
     Hidden states are [L, G, C]. The keys are those of the family's state dict.
 
@@ -67,17 +68,18 @@ class ExportFamily(ABC):
 
     @abstractmethod
     def own_sizes(self, has: HasKey, size: SizeOf) -> dict[str, Any]:
-        """The fields of a TransformerSpec that this family alone has, read off a state dict."""
+        """Read the fields of TransformerSpec that this family alone has off a state dict."""
 
     @abstractmethod
     def input_weights(self, width: int, tokenizer: TokenizerSpec) -> dict[str, tuple[int, ...]]:
-        """Keys and shapes of what reads the tokenizer's codes or tokens, at model width C."""
+        """Return keys and shapes of the weights that read the tokenizer's codes or tokens, at model
+        width C."""
 
     # graphs
 
     @abstractmethod
     def condition(self, spec: ModelSpec, form: GraphForm) -> GraphBuilder | None:
-        """The graph that runs once per image, before the scales; None where there is none."""
+        """Build the graph that runs once per image, before the scales; None where there is none."""
 
     @abstractmethod
     def modulation(self, b: GraphBuilder, spec: ModelSpec, form: GraphForm) -> str | None:
@@ -85,50 +87,50 @@ class ExportFamily(ABC):
 
     @abstractmethod
     def first_hidden(self, b: GraphBuilder, spec: ModelSpec, form: GraphForm) -> str:
-        """Hidden state of scale 0, [1, G, C]."""
+        """Return the hidden state of scale 0, [1, G, C]."""
 
     @abstractmethod
     def embed(self, b: GraphBuilder, spec: ModelSpec, inputs: str) -> str:
-        """Inputs of a later scale [B, L, input_width] → [L, B, C]."""
+        """Embed the inputs of a later scale: [B, L, input_width] → [L, B, C]."""
 
     @abstractmethod
     def norm(self, b: GraphBuilder, ctx: BlockContext, x: str, layer: int, which: int) -> str:
-        """LayerNorm number `which` (0: attention, 1: feed-forward) of a block."""
+        """Apply LayerNorm number `which` (0: attention, 1: feed-forward) of a block."""
 
     @abstractmethod
     def head_norm(self, b: GraphBuilder, ctx: BlockContext, x: str) -> str:
-        """The LayerNorm before the head."""
+        """Apply the LayerNorm before the head."""
 
     @abstractmethod
     def add_branch(
         self, b: GraphBuilder, ctx: BlockContext, x: str, h: str, layer: int, which: int
     ) -> str:
-        """x plus the branch `which` (0: attention, 1: feed-forward) of a block, in fp32."""
+        """Return x plus the branch `which` (0: attention, 1: feed-forward) of a block, in fp32."""
 
     @abstractmethod
     def qkv_key(self, layer: int) -> str:
-        """State-dict key of the joint projection [3C, C]."""
+        """Return the state-dict key of the joint query, key and value projection [3C, C]."""
 
     @abstractmethod
     def qkv_bias(self, layer: int) -> Callable[[ReadKey], NDArray[Any]]:
-        """Makes its bias [3C]."""
+        """Return a function that makes the bias [3C] of the joint projection."""
 
     @abstractmethod
     def next_maps(self, b: GraphBuilder, spec: ModelSpec, row: str | int) -> str | None:
-        """Table [V, C] that embeds the tokens of a scale for the next one.
+        """Return the table [V, C] that embeds the tokens of a scale for the next scale.
 
-        `row` is the scale's number, or the value that holds it. None where the next input is
-        resized from f_hat instead.
+        `row` is the scale's number, or the value that holds it. Returns None in a family whose next
+        input is resized from f_hat.
         """
 
     # reference
 
     @abstractmethod
     def transformer(self, spec: ModelSpec) -> NextScaleTransformer:
-        """The reference module, with the state-dict keys of the family's checkpoints."""
+        """Build the reference module, with the state-dict keys of the family's checkpoints."""
 
     @abstractmethod
     def next_input(
         self, transformer: Any, tokenizer: Tokenizer, scale: int, tokens: Tensor, f_hat: Tensor
     ) -> Tensor:
-        """Input of the scale after `scale`, [B, L_{k+1}, input_width]."""
+        """Return the input of the scale after `scale`, [B, L_{k+1}, input_width]."""

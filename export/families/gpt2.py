@@ -1,4 +1,5 @@
-"""The GPT-2 form: affine norms, a learned start, and token tables that feed the next scale."""
+"""The GPT-2 form in graphs: affine norms, a learned start, token tables that feed the next
+scale."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from var_deploy.spec import ModelSpec, TokenizerSpec
 
 
 class _Gpt2(ExportFamily):
+    """The GPT-2 form of VAR on the build machine."""
     name: ClassVar[str] = "gpt2"
     marks: ClassVar[tuple[str, ...]] = (
         *("positions", "start", "levels.weight", "token_embed.0.weight"),
@@ -95,7 +97,7 @@ def _affine_norm(b: GraphBuilder, spec: ModelSpec, x: str, prefix: str) -> str:
 
 
 def _token_tables(b: GraphBuilder, spec: ModelSpec) -> str:
-    """[K - 1, V, C]; the last scale's tokens feed nothing."""
+    """Return the token tables [K - 1, V, C]; the last scale has none, since no scale follows."""
 
     def stack(read: ReadKey) -> NDArray[Any]:
         return np.stack([read(f"token_embed.{k}.weight") for k in range(spec.scales - 1)])

@@ -1,4 +1,4 @@
-"""VAR: the AdaLN table comes from `condition`, the next input from f_hat."""
+"""VAR in graphs: `condition` computes the AdaLN table, the next input is resized from f_hat."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from var_deploy.spec import ModelSpec, TokenizerSpec
 
 
 class _Var(ExportFamily):
+    """The VAR family on the build machine."""
     name: ClassVar[str] = "var"
     marks: ClassVar[tuple[str, ...]] = (
         *("pos_1LC", "pos_start", "lvl_embed.weight", "word_embed.weight"),
     )
     start_key: ClassVar[str] = "pos_start"
     heads_key: ClassVar[str] = "blocks.0.attn.scale_mul_1H11"
-    usual_head_width: ClassVar[int | None] = 64  # of every released VAR
+    usual_head_width: ClassVar[int | None] = 64  # head width of every released VAR
     positions_key: ClassVar[str] = "pos_1LC"
     levels_key: ClassVar[str] = "lvl_embed.weight"
     published_loop: ClassVar[bool] = True
@@ -104,7 +105,7 @@ def _row(b: GraphBuilder, ctx: BlockContext, row: int) -> str:
 
 
 def _modulated_norm(b: GraphBuilder, ctx: BlockContext, x: str, scale: int, shift: int) -> str:
-    """LN(x)·table[scale] + table[shift]; the table holds 1 + scale."""
+    """Return LN(x)·table[scale] + table[shift]; the table holds 1 + scale."""
     t = ctx.spec.transformer
     factor, offset = _row(b, ctx, scale), _row(b, ctx, shift)
     ones = b.constant(np.ones(t.width, np.float32))

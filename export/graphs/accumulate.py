@@ -1,4 +1,4 @@
-"""The `accumulate` graph: what the tokens of all scales add up to, without the transformer."""
+"""The `accumulate` graph: adds the codes of all scales' tokens up to f_hat, without transformer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Transformer blocks as operators, hidden states sequence-major [L, G, C].
+"""Transformer blocks as ONNX operators, on hidden states [L, G, C].
 
-Sequence-major, because the new keys and values then are rows of the cache as they come out of the
-projection, and the prefix of the cache is one contiguous piece of memory.
+The sequence is the first axis because the new keys and values then are rows of the cache as they
+come out of the projection, and the prefix of the cache is one contiguous piece of memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from var_deploy.export.models.transformer import MAX_SCALE_LOG
 
 
 def block(b: GraphBuilder, ctx: BlockContext, x: str, layer: int) -> str:
-    """One block [L, G, C] → [L, G, C]; makes the values new_key and new_value of its layer."""
+    """Add one block [L, G, C] → [L, G, C]; makes the values new_key and new_value of its layer."""
     t = ctx.spec.transformer
     family, prefix = export_family_of(t), f"blocks.{layer}"
     with b.scope(f"{prefix}.attn"):
@@ -37,13 +37,13 @@ def block(b: GraphBuilder, ctx: BlockContext, x: str, layer: int) -> str:
 
 
 def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
-    """Self-attention over the cache and this scale; every token sees all of them."""
+    """Add self-attention over the cache and this scale; every token sees all of them."""
     t = ctx.spec.transformer
     family, prefix = export_family_of(t), f"blocks.{layer}.attn"
     width, heads, head_width, rows = t.width, t.heads, t.head_width, ctx.rows
     bias = b.weight(f"{prefix}.qkv_bias", (3 * width,), family.qkv_bias(layer), b.compute)
     qkv = b.linear(h, family.qkv_key(layer), width, 3 * width, bias)  # [L, G, 3C]
-    # heads before the split: new keys and values are then graph outputs as they are, not copies
+    # reshape before the split: new keys and values are then graph outputs directly, without a copy
     qkv = b.reshape(qkv, -1, rows, 3 * heads, head_width)
     new_k, new_v = names.new_key(layer), names.new_value(layer)
     outs = (None, None if t.qk_l2_norm else new_k, new_v)
@@ -65,7 +65,7 @@ def attention(b: GraphBuilder, ctx: BlockContext, h: str, layer: int) -> str:
     weights = b.to_compute(b.op("Softmax", scores, axis=-1))
     mixed = b.transpose(b.op("MatMul", weights, v), 2, 0, 1, 3)  # [L, G, H, D]
     if ctx.alone is not None:
-        # one token that sees itself alone gets its own value, whatever the placeholder holds:
+        # attention of one token to itself alone is its own value; the placeholder is ignored:
         # exact, and cheaper than masking the scores of every scale
         mixed = b.op("Where", ctx.alone, new_v, mixed)
     proj_bias = b.weight(f"{prefix}.proj.bias", (width,), dtype=b.compute)
@@ -81,7 +81,7 @@ def l2_normalize(b: GraphBuilder, x: str, out: str | None = None) -> str:
 
 
 def query_scale(prefix: str) -> Callable[[ReadKey], NDArray[Any]]:
-    """exp(min(scale_mul, ln 100)), one factor a head."""
+    """Return a function that makes exp(min(scale_mul, ln 100)), one factor per head."""
 
     def make(read: ReadKey) -> NDArray[Any]:
         learned = read(f"{prefix}.scale_mul_1H11").reshape(-1, 1)

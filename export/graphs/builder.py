@@ -1,4 +1,4 @@
-"""A small writer of ONNX graphs whose weights stay outside."""
+"""A small writer of ONNX graphs whose weights lie in weights.bin."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ReadKey = Callable[[str], NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A tensor of weights.bin and how it is made from the checkpoint.
+    """A tensor of weights.bin and the function that makes it from checkpoint tensors.
 
     `make` gets a function that reads a checkpoint tensor by key and returns an array of `shape`;
     the writer casts it to `dtype`. MatMul weights are stored as [in, out].
@@ -47,12 +47,12 @@ def onnx_type(dtype: DTypeLike) -> int:
 
 
 class GraphBuilder:
-    """Collects nodes; values are referred to by name.
+    """Collects the nodes of one graph; values are referred to by name.
 
-    In fp16 graphs the products run on fp16 weights between casts; in int8 graphs `linear` rounds
-    what it is given and gives fp32, so the rest of the graph reads the same in every precision.
+    In fp16 graphs products run on fp16 weights between casts. In int8 graphs `linear` quantises its
+    input and returns fp32. The code that builds a graph is therefore the same in every precision.
 
-    `linear` gets [..., G, in] and rounds each of the form's B images by itself.
+    `linear` takes [..., G, in] and quantises each of the form's B images by itself.
     """
 
     def __init__(self, name: str, form: GraphForm) -> None:
@@ -93,22 +93,22 @@ class GraphBuilder:
         outs: Sequence[str | None] = (),
         **attrs: Any,
     ) -> list[str]:
-        """A node with several outputs, named as `outs` says where it does."""
+        """Add a node with several outputs, which have the names in `outs` that are not None."""
         node_name = self._fresh(op_type)
-        given = [*outs, *[None] * (outputs - len(outs))]
-        results = [out or f"{node_name}:{i}" for i, out in enumerate(given)]
+        wanted = [*outs, *[None] * (outputs - len(outs))]
+        results = [out or f"{node_name}:{i}" for i, out in enumerate(wanted)]
         self._nodes.append(helper.make_node(op_type, list(inputs), results, node_name, **attrs))
         return results
 
     def op(self, op_type: str, *inputs: str, out: str | None = None, **attrs: Any) -> str:
-        """A node with one output, named `out` if given; returns the output's name."""
+        """Add a node with one output, named `out` if given; return the output's name."""
         node_name = self._fresh(op_type)
         result = out or f"{node_name}:0"
         self._nodes.append(helper.make_node(op_type, list(inputs), [result], node_name, **attrs))
         return result
 
     def constant(self, value: Any, dtype: DTypeLike | None = None) -> str:
-        """A small constant kept inside the ONNX file; equal constants are stored once."""
+        """Add a small constant that stays inside the ONNX file; equal constants are stored once."""
         array = np.asarray(value, dtype)
         content = f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
         name = f"constant.{hashlib.sha256(content).hexdigest()[:12]}"
@@ -119,7 +119,7 @@ class GraphBuilder:
         return name
 
     def ints(self, *values: int) -> str:
-        """An int64 vector, as shapes and axes are given."""
+        """Add an int64 vector, the form of shapes and axes."""
         return self.constant(values, np.int64)
 
     def weight(
@@ -129,7 +129,8 @@ class GraphBuilder:
         make: Callable[[ReadKey], NDArray[Any]] | None = None,
         dtype: DTypeLike = np.float32,
     ) -> str:
-        """A tensor of weights.bin; by default the checkpoint's tensor of the same name."""
+        """Add a tensor of weights.bin; by default it is the checkpoint's tensor of the same
+        name."""
 
         def read_as_is(read: ReadKey) -> NDArray[Any]:
             return read(name).reshape(shape)
@@ -143,11 +144,12 @@ class GraphBuilder:
         return self.op("Cast", value, to=onnx_type(dtype), out=out)
 
     def to_compute(self, value: str, out: str | None = None) -> str:
-        """fp32 → the type that products run in; `out` names the result where there is a cast."""
+        """Cast fp32 to the type that products run in; `out` names the result where there is a
+        cast."""
         return self.cast(value, np.float16, out) if self.half else value
 
     def to_float(self, value: str) -> str:
-        """The inverse of `to_compute`."""
+        """Cast from the type that products run in to fp32."""
         return self.cast(value, np.float32) if self.half else value
 
     def linear(
@@ -178,14 +180,15 @@ class GraphBuilder:
         return self.ops("Split", (x, self.ints(*sizes)), len(sizes), outs, axis=axis)
 
     def gather_row(self, table: str, index: int) -> str:
-        """table[index] along the first axis, which is dropped."""
+        """Return table[index] along the first axis, which is dropped."""
         return self.op("Gather", table, self.constant(index, np.int64), axis=0)
 
     def silu(self, x: str) -> str:
         return self.op("Mul", x, self.op("Sigmoid", x))
 
     def model(self, locate: Callable[[str], tuple[str, int, int]]) -> onnx.ModelProto:
-        """The finished model; `locate` gives (file, offset, length) of a weight by name."""
+        """Return the finished ONNX model; `locate` gives (file, offset, length) of a weight by
+        name."""
         initializers = list(self._constants.values())
         for weight in self.weights.values():
             tensor = TensorProto(

@@ -25,7 +25,7 @@ GROUPS, NORM_EPS = 32, 1e-6
 
 
 class Autoencoder:
-    """Layers on maps [B, c, s, s]; fp32 between layers, so that residual sums do not round."""
+    """Layers on maps [B, c, s, s]; fp32 between layers, so that residual sums are not rounded."""
 
     def __init__(
         self, b: GraphBuilder, spec: TokenizerSpec, batch: int, ranges: Ranges | None = None
@@ -36,7 +36,8 @@ class Autoencoder:
     def conv(
         self, key: str, x: str, channels: tuple[int, int], kernel: int = 3, far_side: bool = False
     ) -> str:
-        """Stride 1 with the same size, or (`far_side`) stride 2 with zeros on the far side only."""
+        """Add a convolution: stride 1 with the same size, or (`far_side`) stride 2 with zeros on
+        the far side only."""
         b = self.b
         shape = (channels[1], channels[0], kernel, kernel)
         with b.scope(key):
@@ -61,8 +62,8 @@ class Autoencoder:
             return b.to_float(y)
 
     def norm(self, key: str, x: str, channels: int, side: int) -> str:
-        """GroupNorm as InstanceNormalization over the groups: GroupNormalization changed its
-        meaning between opsets."""
+        """Add GroupNorm as InstanceNormalization over the groups, because the operator
+        GroupNormalization changed its meaning between opsets."""
         b = self.b
         with b.scope(key):
             ones, zeros = (b.constant(np.full(GROUPS, v, np.float32)) for v in (1.0, 0.0))
@@ -104,7 +105,7 @@ class Autoencoder:
         return self.residual(f"{key}.block_2", x, (width, width), side)
 
     def level(self, key: str, x: str, channels: tuple[int, int], blocks: int, side: int) -> str:
-        """Residual blocks; attention after each at the lowest resolution."""
+        """Add the residual blocks of a level; attention follows each at the lowest resolution."""
         before, after = channels
         for i in range(blocks):
             x = self.residual(f"{key}.block.{i}", x, (before if i == 0 else after, after), side)
@@ -113,7 +114,8 @@ class Autoencoder:
         return x
 
     def upsample(self, key: str, x: str, channels: int, side: int) -> str:
-        """Nearest 2× and a 3×3 convolution; [B, c, side, side] → [B, c, 2·side, 2·side]."""
+        """Add nearest 2× up-sampling and a 3×3 convolution: [B, c, side, side] →
+        [B, c, 2·side, 2·side]."""
         b = self.b
         if not b.half:
             return self.phases(f"{key}.conv", x, channels, side)
@@ -130,11 +132,12 @@ class Autoencoder:
         return self.conv(f"{key}.conv", x, (channels, channels))
 
     def phases(self, key: str, x: str, channels: int, side: int) -> str:
-        """The same on the small grid, with 4/9 of the operations.
+        """Compute up-sampling and convolution on the small map, with 4/9 of the operations.
 
-        Of the three rows under the kernel two are copies of one, so an even row of the result is
-        a sum over two rows of x, and so is an odd one, and likewise for columns: a convolution of
-        2×2 for each of the four phases, with the weights of equal rows added up.
+        After nearest up-sampling, two of the three rows under the kernel are copies of one row of
+        x. So each row of the result, even or odd, is a sum over two rows of x, and each column
+        likewise: a 2×2 convolution for each of the four parities, with the weights of equal rows
+        added up.
         """
         b, ranges = self.b, self.ranges.get(key)
         with b.scope(key):
@@ -149,7 +152,7 @@ class Autoencoder:
             return b.reshape(y, self.batch, channels, 2 * side, 2 * side)
 
     def _phase(self, key: str, x: str, channels: int, down: int, right: int) -> str:
-        """The rows and columns of one parity, [B, c, side, side]."""
+        """Compute the rows and columns of one parity, [B, c, side, side]."""
         b = self.b
         weights = Kernel(
             name=f"{key}.weight.phase_{down}{right}",
@@ -195,7 +198,8 @@ class Autoencoder:
 
 
 def phase_weight(key: str, down: int, right: int) -> Callable[[ReadKey], NDArray[Any]]:
-    """[out, in, 2, 2] of one phase, from the 3×3 kernel after nearest up-sampling."""
+    """Return the 2×2 kernel [out, in, 2, 2] of one parity, from the 3×3 kernel after
+    up-sampling."""
     # which of the three taps fall on each of the two rows, for even and for odd rows
     taps = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float64)
 
@@ -208,14 +212,14 @@ def phase_weight(key: str, down: int, right: int) -> Callable[[ReadKey], NDArray
 
 
 def image_shape(spec: TokenizerSpec, batch: int) -> tuple[int, int, int, int]:
-    """[B, side, side, channels]."""
+    """Return the shape of an image tensor, [B, side, side, channels]."""
     return (batch, spec.image_side, spec.image_side, spec.image_channels)
 
 
 def build_decoder(
     spec: TokenizerSpec, form: GraphForm, ranges: Ranges | None = None
 ) -> GraphBuilder:
-    """f_hat [B, Cv, p_K, p_K] → image [B, side, side, channels] in [0, 1].
+    """Build the decoder: f_hat [B, Cv, p_K, p_K] → image [B, side, side, channels] in [0, 1].
 
     `ranges` names the convolutions that run in int8.
     """
@@ -231,7 +235,8 @@ def build_decoder(
 
 
 def build_encoder(spec: TokenizerSpec, form: GraphForm) -> GraphBuilder:
-    """image [B, side, side, channels] in [0, 1] → tokens of every scale, each [B, L_k]."""
+    """Build the encoder: image [B, side, side, channels] in [0, 1] → tokens of every scale
+    [B, L_k]."""
     b, batch = GraphBuilder(names.ENCODER, form), form.batch
     image = b.input(names.IMAGE, np.float32, image_shape(spec, batch))
     x = b.op("Mul", b.transpose(image, 0, 3, 1, 2), b.constant(2.0, np.float32))
@@ -259,7 +264,7 @@ def build_encoder(spec: TokenizerSpec, form: GraphForm) -> GraphBuilder:
 
 
 def _distance(b: GraphBuilder, z: str, table: str) -> str:
-    """|z|² + |e|² - 2 z·e, [B, L, V]."""
+    """Compute |z|² + |e|² - 2 z·e, [B, L, V]."""
     zz = b.op("ReduceSumSquare", z, b.ints(-1), keepdims=1)
     ee = b.op("ReduceSumSquare", table, b.ints(-1), keepdims=0)
     ze = b.op("MatMul", z, b.transpose(table, 1, 0))

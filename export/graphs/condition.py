@@ -1,9 +1,9 @@
-"""The `condition` graph: everything that the label decides, once an image.
+"""The `condition` graph: computes the values that depend on the label alone, once per image.
 
-The AdaLN projections are a third of a block's parameters and see nothing but the label, so they
-leave the scale graphs. Row 6i+j of `modulation` is the j-th of (gamma1, gamma2, 1+scale1, 1+scale2,
-shift1, shift2) of block i; the last two rows are (1+scale, shift) of the head. The ones are added
-here, so that a block spends one product and one sum on a LayerNorm.
+The AdaLN projections are a third of a block's parameters and read nothing but the label, so they
+are not in the scale graphs. Row 6i+j of `modulation` is the j-th of (gamma1, gamma2, 1+scale1,
+1+scale2, shift1, shift2) of block i; the last two rows are (1+scale, shift) of the head. The ones
+are added here, so that a block spends one product and one sum on a LayerNorm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from var_deploy.spec import ModelSpec
 
 
 def build_condition(spec: ModelSpec, form: GraphForm) -> GraphBuilder:
-    """labels [G] int64 → first_input [G, 1, C], modulation [6N + 2, G, C]."""
+    """Build the graph: labels [G] int64 → first_input [G, 1, C], modulation [6N + 2, G, C]."""
     t = spec.transformer
     width, depth = t.width, t.depth
     rows = form.rows
@@ -59,7 +59,7 @@ def build_condition(spec: ModelSpec, form: GraphForm) -> GraphBuilder:
 
 
 def first_position(read: ReadKey) -> NDArray[Any]:
-    """What scale 0 adds to the class embedding: start, position and level."""
+    """Return the addend of scale 0 to the class embedding: start, position and level."""
     position: NDArray[Any] = (
         read("pos_start")[0, 0] + read("pos_1LC")[0, 0] + read("lvl_embed.weight")[0]
     )

@@ -24,7 +24,7 @@ LARGEST = 63  # of an int8 weight: more would overflow where products are added 
 
 
 def _varied(b: GraphBuilder, dtype: DTypeLike, *shape: int) -> str:
-    """sin 0, sin 1, sin 2, …; times 63 in int8."""
+    """Return sin 0, sin 1, sin 2, … as a tensor; times 63 in int8."""
     zero, one = b.constant(0, np.float32), b.constant(1, np.float32)
     numbers = b.op("Range", zero, b.constant(np.prod(shape), np.float32), one)
     values = b.op("Sin", numbers)
@@ -35,7 +35,7 @@ def _varied(b: GraphBuilder, dtype: DTypeLike, *shape: int) -> str:
 
 
 def gemm_fp32() -> GraphBuilder:
-    """x [M, K] · W [K, N] → y [M, N]."""
+    """Build a probe of fp32 products: x [M, K] · W [K, N] → y [M, N]."""
     b = GraphBuilder("gemm_fp32", GraphForm(precision="fp32"))
     b.input("x", np.float32, ("M", rates.K))
     b.op("MatMul", "x", _varied(b, np.float32, rates.K, rates.N), out="y")
@@ -44,7 +44,8 @@ def gemm_fp32() -> GraphBuilder:
 
 
 def gemm_int8() -> GraphBuilder:
-    """The same with weights in int8, a scale a column, and x quantised as it comes."""
+    """Build a probe of int8 products: W in int8 with a scale per column, x quantised at run
+    time."""
     b = GraphBuilder("gemm_int8", GraphForm(precision="fp32"))
     b.input("x", np.float32, ("M", rates.K))
     quantised, scale, zero = b.ops("DynamicQuantizeLinear", ("x",), 3)
@@ -57,7 +58,7 @@ def gemm_int8() -> GraphBuilder:
 
 
 def conv_fp32() -> GraphBuilder:
-    """3 × 3 convolution of x [1, C, side, side] to as many channels."""
+    """Build a probe of fp32 convolution: 3×3 on x [1, C, side, side] to as many channels."""
     b = GraphBuilder("conv_fp32", GraphForm(precision="fp32"))
     c, side = rates.CHANNELS, rates.SIDE
     b.input("x", np.float32, (1, c, side, side))
@@ -67,7 +68,7 @@ def conv_fp32() -> GraphBuilder:
 
 
 def conv_int8() -> GraphBuilder:
-    """The same from uint8 to uint8, with int8 weights and a scale a channel."""
+    """Build a probe of int8 convolution: uint8 to uint8, int8 weights with a scale per channel."""
     b = GraphBuilder("conv_int8", GraphForm(precision="fp32"))
     c, side = rates.CHANNELS, rates.SIDE
     b.input("x", np.uint8, (1, c, side, side))
@@ -92,7 +93,7 @@ PROBES: Mapping[str, Callable[[], GraphBuilder]] = {
 
 
 def probe_bytes(name: str) -> bytes:
-    """The ONNX file of one probe."""
+    """Return the ONNX file of one probe."""
 
     def locate(weight: str) -> tuple[str, int, int]:
         raise KeyError(weight)  # none is stored

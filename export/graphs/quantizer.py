@@ -1,4 +1,4 @@
-"""From tokens to f_hat and to the next scale's input: lookup, resizing by matrices, φ. All fp32."""
+"""Tokens to f_hat and to the next scale's input: lookup, resizing by matrices, φ; all in fp32."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from var_deploy.spec import ModelSpec, TokenizerSpec
 
 
 def resize(b: GraphBuilder, matrix: str, maps: str) -> str:
-    """M · X · Mᵀ on [..., p, p]."""
+    """Resize maps [..., p, p] by a matrix: M · X · Mᵀ."""
     return b.op("MatMul", b.op("MatMul", matrix, maps), b.transpose(matrix, 1, 0))
 
 
 def codebook(b: GraphBuilder, spec: TokenizerSpec, scale: int) -> str:
-    """The table [V, Cv] of a scale."""
+    """Return the codebook [V, Cv] of a scale."""
     if not spec.codebook_per_scale:
         return b.weight("quantize.embedding.weight", (spec.vocab_size, spec.code_width))
     return b.gather_row(codebooks(b, spec), scale)
 
 
 def codebooks(b: GraphBuilder, spec: TokenizerSpec) -> str:
-    """All tables of a tokenizer with a codebook a scale, [K, V, Cv]."""
+    """Return all codebooks of a tokenizer that has one per scale, [K, V, Cv]."""
     scales = len(spec.patch_nums)
 
     def stack(read: ReadKey) -> NDArray[Any]:
@@ -39,7 +39,7 @@ def codebooks(b: GraphBuilder, spec: TokenizerSpec) -> str:
 
 
 def phi_key(spec: TokenizerSpec, index: int) -> str:
-    """Checkpoint prefix of φ number `index`."""
+    """Return the checkpoint prefix of φ number `index`."""
     if spec.shared_phi == 1:
         return "quantize.quant_resi.qresi"
     if spec.shared_phi == 0:
@@ -48,7 +48,7 @@ def phi_key(spec: TokenizerSpec, index: int) -> str:
 
 
 def phi(b: GraphBuilder, spec: TokenizerSpec, index: int, h: str) -> str:
-    """(1-r)·h + r·conv(h)."""
+    """Compute φ(h) = (1-r)·h + r·conv(h)."""
     width, key = spec.code_width, phi_key(spec, index)
     weight = b.weight(f"{key}.weight", (width, width, 3, 3))
     bias = b.weight(f"{key}.bias", (width,))
@@ -62,19 +62,19 @@ def _blend(b: GraphBuilder, spec: TokenizerSpec, h: str, conv: str) -> str:
 
 
 def to_maps(b: GraphBuilder, codes_BLC: str, batch: int, width: int, side: int) -> str:
-    """[B, L, C] → [B, C, p, p]."""
+    """Reorder token rows to maps: [B, L, C] → [B, C, p, p]."""
     return b.reshape(b.transpose(codes_BLC, 0, 2, 1), batch, width, side, side)
 
 
 class Mix(NamedTuple):
-    """More smooth sampling: weights [B, L, V] of the codes, except where `keep` [B, L] is True."""
+    """More-smooth sampling: weights [B, L, V] of the codes, except where `keep` [B, L] is True."""
 
     weights: str
     keep: str
 
 
 def _look_up(b: GraphBuilder, table: str, tokens: str, mix: Mix | None) -> str:
-    """[B, L, Cv]: the code of each token, or the mix that stands for it."""
+    """Return the code of each token, or the mix in its place, [B, L, Cv]."""
     codes = b.op("Gather", table, tokens, axis=0)
     if mix is None:
         return codes
@@ -90,7 +90,7 @@ class StaticCodes:
         self.side = spec.patch_nums[scale]
 
     def of_scale(self, values: Sequence[float]) -> str:
-        """The fp32 number of this scale, of one a scale."""
+        """Choose this scale's fp32 number from one per scale."""
         return self.b.constant(values[self.scale], np.float32)
 
     def add(self, tokens: str, f_hat: str, mix: Mix | None = None) -> None:
@@ -123,13 +123,13 @@ class StaticCodes:
 
 
 class DynamicCodes:
-    """The same with the scale a run-time number: sizes come from the matrices that are inputs."""
+    """Lookup, φ and resizing for a scale known at run time; sizes come from the input matrices."""
 
     def __init__(self, b: GraphBuilder, spec: ModelSpec, scale: str) -> None:
         self.b, self.spec, self.scale, self.batch = b, spec, scale, b.form.batch
 
     def _maps(self, codes_BLC: str, width: int) -> str:
-        """[B, L, C] → [B, C, p, p], p being the width of the up-sampling matrix."""
+        """Reorder [B, L, C] → [B, C, p, p], where p is the width of the up-sampling matrix."""
         b = self.b
         side = b.op("Shape", names.UP_MATRIX, start=1, end=2)
         shape = b.op("Concat", b.ints(self.batch, width), side, side, axis=0)
@@ -152,7 +152,7 @@ class DynamicCodes:
             b.op("Add", f_hat, h, out=names.NEW_F_HAT)
 
     def _phi(self, h: str) -> str:
-        """Every φ at once (a tiny convolution), then the one of this scale."""
+        """Compute every φ (a tiny convolution), then choose that of this scale."""
         b, t = self.b, self.spec.tokenizer
         if t.phi_count == 1:
             return phi(b, t, 0, h)

@@ -1,10 +1,11 @@
-"""Drawing tokens inside the graph: top-k, top-p, inverse CDF; and mixing codes instead.
+"""Samples tokens inside the graph: top-k, top-p, inverse CDF; and mixes codes in more-smooth
+graphs.
 
-No sort and no TopK (TensorRT's takes at most 3840): both filters keep what lies above a threshold,
-and a threshold is found by halving an interval, counting (top-k) or weighing (top-p) what lies
-above the middle. k and p are run-time scalars. Equal logits at the top-k threshold all stay, as in
-the published code; at the top-p threshold too, where the published code drops some of them in an
-order that its sort leaves open. The cumulative sum is two small triangular products, because
+No sort and no TopK (TensorRT's takes at most 3840): both filters keep the logits above a threshold,
+and the threshold is found by bisection, counting (top-k) or weighing (top-p) the logits above the
+middle of an interval. k and p are run-time scalars. Equal logits at the top-k threshold all stay,
+as in the published code; at the top-p threshold too, where the published code drops some of them in
+an order that its sort leaves open. The cumulative sum is two small triangular products, because
 CumSum becomes a loop in TensorRT before 10.8.
 """
 
@@ -17,14 +18,14 @@ import numpy as np
 from var_deploy import names
 from var_deploy.export.graphs.builder import GraphBuilder
 
-# Thirty-two halvings narrow the interval to 2^-32 of the logits' range, below the spacing of fp32
+# Thirty-two bisections narrow the interval to 2^-32 of the logits' range, below the spacing of fp32
 # numbers of that size: two logits that still fall together are equal for all that fp32 can tell.
 HALVINGS = 32
 # TensorRT tries to fuse a chain of reductions as a whole: 16 in a row took 75 s to compile for one
 # token, 64 never ended. It does not look through a convolution, so one stands after every fourth
 # reduction; then all of them compile in 6 s.
 FENCE_EVERY = 4
-# what a softmax makes zero: further below any other value than fp32 can tell
+# a logit that softmax turns into zero
 NO_WEIGHT = -1e30
 
 
@@ -37,7 +38,7 @@ def sample(
     top_p: str,
     codes: int,
 ) -> str:
-    """logits [B, L, V], uniforms [B, L], scalars → tokens [B, L] int64."""
+    """Sample: logits [B, L, V], uniforms [B, L], scalars → tokens [B, L] int64."""
     with b.scope("sampler"):
         x = b.op("Div", logits, temperature)
         top = b.op("ReduceMax", x, b.ints(-1), keepdims=1)  # [B, L, 1]
@@ -55,13 +56,15 @@ def sample(
 def mix(
     b: GraphBuilder, logits: str, mass: str, noise: str, temperature: str, factor: str, tau: str
 ) -> str:
-    """Weights [B, L, V] of the codes in "more smooth" sampling, see `sampling.smoothing`.
+    """Return the weights [B, L, V] of the codes in "more smooth" sampling, see
+    `sampling.smoothing`.
 
-    `mass` [B, L, V] is what `sample` kept: a code without it has no weight. What is dropped for
-    being below the smallest fp32 number would have none either.
+    `mass` [B, L, V] are the probabilities that `sample` kept: a code without mass has no weight. A
+    code that is dropped because its mass is below the smallest fp32 number would have no weight
+    either.
     """
     with b.scope("sampler"):
-        # tau divides, so digits count: the logits that matter are made small first
+        # tau divides, so digits count: the largest logit is moved to 0 first
         top = b.op("ReduceMax", logits, b.ints(-1), keepdims=1)
         x = b.op("Div", b.op("Sub", logits, top), temperature)
         x = b.op("Add", b.op("Mul", x, factor), noise)
@@ -75,7 +78,7 @@ def _middle(b: GraphBuilder, low: str, high: str) -> str:
 
 
 def _total(b: GraphBuilder, x: str, turn: int) -> str:
-    """Sum over the codes, [B, L, 1], with a fence after every few turns (see `FENCE_EVERY`)."""
+    """Sum over the codes, [B, L, 1]; a fence follows every few reductions (see `FENCE_EVERY`)."""
     total = b.op("ReduceSum", x, b.ints(-1), keepdims=1)
     if turn % FENCE_EVERY < FENCE_EVERY - 1:
         return total
@@ -86,7 +89,8 @@ def _total(b: GraphBuilder, x: str, turn: int) -> str:
 
 
 def _top_k_threshold(b: GraphBuilder, x: str, top: str, top_k: str, codes: int) -> str:
-    """The largest t [B, L, 1] (to the last halving) with at least k values ≥ t; k = 0 is all."""
+    """Find the largest t [B, L, 1] (to the last bisection) with at least k values ≥ t; k = 0 keeps
+    all."""
     off = b.op("Equal", top_k, b.constant(0, np.int64))
     k = b.op("Where", off, b.constant(codes, np.int64), top_k)
     k = b.cast(b.op("Min", k, b.constant(codes, np.int64)), np.float32)
@@ -95,7 +99,7 @@ def _top_k_threshold(b: GraphBuilder, x: str, top: str, top_k: str, codes: int) 
         above = b.cast(b.op("GreaterOrEqual", x, threshold), np.float32)
         return b.op("GreaterOrEqual", _total(b, above, turn), k)
 
-    # halving never arrives at its upper end, so the largest is tried first: top-1 is exact
+    # bisection never arrives at its upper end, so the largest is tried first: top-1 is exact
     low = b.op("Where", enough(top), top, b.op("ReduceMin", x, b.ints(-1), keepdims=1))
     high = top
     for turn in range(HALVINGS):
@@ -107,7 +111,7 @@ def _top_k_threshold(b: GraphBuilder, x: str, top: str, top_k: str, codes: int) 
 
 
 def _top_p_threshold(b: GraphBuilder, x: str, top: str, mass: str, low: str, top_p: str) -> str:
-    """The largest t with mass(x ≤ t) ≤ 1 - p: what lies above stays. p = 0 keeps all."""
+    """Find the largest t with mass(x ≤ t) ≤ 1 - p: the codes above t stay. p = 0 keeps all."""
     one, zero = b.constant(1.0, np.float32), b.constant(0.0, np.float32)
     off = b.op("Equal", top_p, zero)
     dropped = b.op("Where", off, zero, b.op("Sub", one, top_p))
@@ -127,9 +131,9 @@ def _top_p_threshold(b: GraphBuilder, x: str, top: str, mass: str, low: str, top
 
 
 def _inverse_cdf(b: GraphBuilder, mass: str, uniforms: str, codes: int) -> str:
-    """The first code whose cumulative mass exceeds u·total; never one without mass.
+    """Return the first code whose cumulative mass exceeds u·total; never one without mass.
 
-    Gives V where the logits are not numbers, which nothing else does.
+    Returns V where the logits are not numbers, and only there.
     """
     zero = b.constant(0.0, np.float32)
     block = math.ceil(math.sqrt(codes))

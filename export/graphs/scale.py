@@ -27,7 +27,7 @@ from var_deploy.spec import ModelSpec
 
 
 class Codes(Protocol):
-    """What differs between a static scale and `step` around the tokens."""
+    """The operations around the tokens in which a static scale graph and `step` differ."""
 
     def of_scale(self, values: Sequence[float]) -> str: ...
     def add(self, tokens: str, f_hat: str, mix: Mix | None = None) -> None: ...
@@ -35,7 +35,7 @@ class Codes(Protocol):
 
 
 def build_scale(spec: ModelSpec, scale: int, form: GraphForm) -> GraphBuilder:
-    """The static graph of one scale; scale 0 has no past and no input but its first."""
+    """Build the static graph of one scale; scale 0 has no past and reads `first_input`."""
     b, family = GraphBuilder(names.scale_graph(scale), form), export_family_of(spec.transformer)
     length, past = spec.scale_lengths[scale], spec.prefix_lengths[scale]
     last = scale == spec.scales - 1
@@ -56,7 +56,8 @@ def build_scale(spec: ModelSpec, scale: int, form: GraphForm) -> GraphBuilder:
 
 
 def build_step(spec: ModelSpec, form: GraphForm) -> GraphBuilder:
-    """One graph for every scale, over the same weights, with L and P left open."""
+    """Build the one graph that serves every scale, over the same weights, with L and P left
+    open."""
     b, family = GraphBuilder(names.STEP, form), export_family_of(spec.transformer)
     side = spec.tokenizer.latent_side
     scale = b.input(names.SCALE, np.int64, ())
@@ -101,7 +102,7 @@ class Span:
 
 
 def _body(b: GraphBuilder, spec: ModelSpec, x: str, codes: Codes, span: Span) -> None:
-    """Blocks, head, guidance, sampling, f_hat and the next input. x is [L, G, C]."""
+    """Add blocks, head, guidance, sampling, f_hat and the next input to a graph. x is [L, G, C]."""
     t, form = spec.transformer, b.form
     length, batch, rows, last = span.length, form.batch, form.rows, span.last
     modulation = export_family_of(t).modulation(b, spec, form)
@@ -153,7 +154,7 @@ def _body(b: GraphBuilder, spec: ModelSpec, x: str, codes: Codes, span: Span) ->
 
 
 def _logits(b: GraphBuilder, ctx: BlockContext, x: str, cfg: str | None) -> None:
-    """Head in fp32 and guidance: makes the value LOGITS [B, L, V]."""
+    """Add the head in fp32 and guidance: makes the value LOGITS [B, L, V]."""
     t, vocab = ctx.spec.transformer, ctx.spec.tokenizer.vocab_size
     with b.scope("head"):
         h = export_family_of(t).head_norm(b, ctx, x)

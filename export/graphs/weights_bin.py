@@ -1,4 +1,4 @@
-"""weights.bin: every weight of a precision, once, streamed from the checkpoint."""
+"""Writes weights.bin: every weight of a precision once, streamed from the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ SMALL_ALIGNMENT = 64
 
 @dataclass(frozen=True, kw_only=True)
 class WeightLayout:
-    """Where each weight lies in the file; large tensors start on a page."""
+    """The place of each weight in weights.bin; large tensors start on a page."""
 
     weights: dict[str, Weight]
     offsets: dict[str, int]
     size: int
 
     def locate(self, name: str) -> tuple[str, int, int]:
-        """(file, offset, length) of a weight, as ONNX external data wants it."""
+        """Return (file, offset, length) of a weight, as ONNX external data states it."""
         return names.WEIGHTS, self.offsets[name], self.weights[name].nbytes
 
 
 def plan_layout(graphs: Iterable[GraphBuilder]) -> WeightLayout:
-    """Collect the weights of all graphs in order of first use, each once."""
+    """Collect the weights of all graphs, each once, in order of first use."""
     collected: dict[str, Weight] = {}
     for graph in graphs:
         for weight in graph.weights.values():
@@ -55,7 +55,7 @@ def plan_layout(graphs: Iterable[GraphBuilder]) -> WeightLayout:
 def write_weights(
     path: Path, layout: WeightLayout, read: ReadKey, progress: Callable[[int], None]
 ) -> FileInfo:
-    """Write the file tensor by tensor; `progress` gets the bytes written.
+    """Write weights.bin tensor by tensor; `progress` is called with the bytes written.
 
     Raises ExportError where a tensor is not finite, a weight does not fit its type or the disk is
     full.
@@ -82,18 +82,18 @@ def write_weights(
 
 
 def make_weight(weight: Weight, read: ReadKey) -> NDArray[Any]:
-    """The values of a weight in its type.
+    """Return the values of a weight in its type.
 
-    Raises ExportError where a tensor that it is made of is not finite, which rounding to int8 would
-    hide, or where a value does not fit the type.
+    Raises ExportError where a checkpoint tensor is not finite, which rounding to int8 would hide,
+    or where a value does not fit the type.
     """
 
     def read_finite(key: str) -> NDArray[Any]:
         value = read(key)
         if not is_finite(value):
-            made = "" if key == weight.name else f", of which {weight.name} is made,"
+            source = "" if key == weight.name else f", of which {weight.name} is made,"
             raise ExportError(
-                f"the checkpoint's {key}{made} holds {describe_not_finite(value)}; training "
+                f"the checkpoint's {key}{source} holds {describe_not_finite(value)}; training "
                 "diverged or the file is damaged: export another checkpoint"
             )
         return value
@@ -102,7 +102,7 @@ def make_weight(weight: Weight, read: ReadKey) -> NDArray[Any]:
 
 
 def check_weights(graph: GraphBuilder, read: ReadKey) -> None:
-    """Raise the ExportError that writing the weights of a graph would raise, and write nothing."""
+    """Raise the ExportError that writing the weights of a graph would raise; nothing is written."""
     for weight in graph.weights.values():
         make_weight(weight, read)
 
@@ -128,5 +128,5 @@ def _cast(weight: Weight, value: NDArray[Any]) -> NDArray[Any]:
 
 
 def _short(dtype: np.dtype[Any]) -> str:
-    """ "fp16" for float16."""
+    """Return the short name of a type: "fp16" for float16."""
     return f"fp{dtype.itemsize * 8}"

@@ -1,8 +1,8 @@
-"""What the decoder's convolutions see: the ranges that an int8 decoder rounds to.
+"""Measures the value ranges of the decoder's convolutions, for an int8 decoder.
 
-The transformer needs none, since its activations are rounded as they come. It draws the images
-itself: its int8 graphs run in ONNX Runtime from a fixed seed, and the PyTorch decoder is watched
-while it decodes what they drew.
+The transformer needs no ranges, since its activations are quantised at run time. Its int8 graphs
+generate the images in ONNX Runtime from a fixed seed, and hooks on the PyTorch decoder record the
+values while it decodes them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ SEED = 0
 # A range is widened to the next of these steps an octave, so that rounding on another machine,
 # which moves the last digits of a maximum, does not move the bytes of a bundle.
 STEPS_AN_OCTAVE = 16
-# What a residual block adds is rounded, and the sum passes it by; an up-sampling replaces the sum,
+# A residual block's rounded output is added to an exact sum; an up-sampling replaces the sum,
 # so its rounding alone must leave room within the 35 dB that `verify` asks of the image. In pocket
 # one of three has an output of few large values, and 29.5 dB.
 TRUNK_DECIBELS = 35.0
 
 
 def rounded_convs(spec: TokenizerSpec) -> list[str]:
-    """Keys of the decoder's convolutions that run in int8: the 3×3 ones within its residual
-    blocks and after up-sampling, 98 % of its operations. The others touch f_hat or the pixels, or
-    are too small to be worth an error."""
+    """Return the keys of the decoder's convolutions that run in int8.
+
+    These are the 3×3 ones within residual blocks and after up-sampling, 98 % of the operations. The
+    others touch f_hat or the pixels, or are too small to be worth an error.
+    """
     blocks = [f"decoder.mid.block_{n}" for n in (1, 2)]
     levels = range(len(spec.width_multipliers))
     blocks += [f"decoder.up.{i}.block.{j}" for i in levels for j in range(spec.res_blocks + 1)]
@@ -54,10 +56,10 @@ def decoder_ranges(
     images: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Ranges:
-    """Draw `images` images with the int8 graphs in `folder` and watch the decoder.
+    """Generate `images` images with the int8 graphs in `folder`, and measure the decoder's ranges.
 
-    A convolution that int8 would hurt too much has no range, and stays in fp32. Raises BackendError
-    where this machine computes int8 wrongly.
+    A convolution that int8 would change too much has no range, and stays in fp32. Raises
+    BackendError where this machine computes int8 wrongly.
 
     Args:
         manifest: of the folder, which needs no decoder.
@@ -88,7 +90,8 @@ def decoder_ranges(
 
 
 def _draw(loop: ScaleLoop, manifest: Manifest, number: int) -> list[NDArray[np.int64]]:
-    """Tokens [B, L_k] a scale of one batch, with labels spread over the classes."""
+    """Generate the tokens [B, L_k] of each scale of one batch, with labels spread over the
+    classes."""
     spec, batch = manifest.model, manifest.batch
     first, classes = number * batch, max(spec.transformer.classes, 1)
     # multiples of the golden ratio never cluster, however many there are; those of `spread_labels`
@@ -106,7 +109,7 @@ def _decode(tokenizer: Tokenizer, tokens: list[NDArray[np.int64]]) -> None:
 
 
 class _Values:
-    """Extremes and power of a tensor over all images."""
+    """Extremes and mean square of a tensor over all images."""
 
     def __init__(self) -> None:
         self._low, self._high, self._squares, self._count = math.inf, -math.inf, 0.0, 0
@@ -123,20 +126,21 @@ class _Values:
 
     @property
     def decibels(self) -> float:
-        """The signal over the noise of rounding it, which is uniform within a step."""
+        """Return the signal-to-noise ratio of quantisation, whose error is uniform within a
+        step."""
         noise = float(self.range.scale) ** 2 / 12
         return 10 * math.log10(max(self._squares / self._count, 1e-30) / noise)
 
 
 class _Conv:
-    """What a convolution takes and gives."""
+    """Records the values of one convolution's input and output over all images."""
 
     def __init__(self) -> None:
         self._input, self._output = _Values(), _Values()
 
-    def __call__(self, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        self._input.see(given[0])
-        self._output.see(made)
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._input.see(inputs[0])
+        self._output.see(output)
 
     @property
     def decibels(self) -> float:
@@ -147,7 +151,7 @@ class _Conv:
 
 
 def _widen(value: float) -> float:
-    """Away from zero to the next step."""
+    """Round a bound away from zero to the next step."""
     if value == 0:
         return 0.0
     steps = math.ceil(math.log2(abs(value)) * STEPS_AN_OCTAVE)

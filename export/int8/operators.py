@@ -1,4 +1,4 @@
-"""int8: how matrices and kernels are rounded, and the operators that multiply with them.
+"""int8 quantisation of matrices and kernels, and the operators that multiply with them.
 
 Weights are signed, symmetric, one scale an output channel; activations are unsigned with a zero
 point. Standard operators only: ONNX Runtime fuses them where it has better ones.
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
 
 LIMIT = 127
-BIAS_LIMIT = 2.0**30  # of a convolution's bias in int32, which leaves room for the sums
+BIAS_LIMIT = 2.0**30  # largest magnitude of a convolution's int32 bias; leaves room for the sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Smallest and largest value of a tensor; what lies beyond is clipped.
+    """Smallest and largest value of a tensor; values beyond them are clipped.
 
     Zero is always inside, as the padding of a convolution needs it.
     """
@@ -32,19 +32,19 @@ class Range:
 
     @property
     def scale(self) -> float:
-        """One step, as an fp32 number."""
+        """The size of one quantisation step, as an fp32 number."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         return float(np.float32(max(high - low, 1e-6) / 255))
 
     @property
     def zero_point(self) -> int:
-        """What 0 is rounded to."""
+        """The integer that stands for 0."""
         return min(max(round(-min(self.low, 0.0) / self.scale), 0), 255)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvRanges:
-    """What a convolution takes and gives."""
+    """Value ranges of the input and the output of a convolution."""
 
     input: Range
     output: Range
@@ -52,18 +52,18 @@ class ConvRanges:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Weights of a convolution: how they are called, [out, in, h, w], how they are made."""
+    """Weights of a convolution: name, shape [out, in, h, w], and the function that makes them."""
 
     name: str
     shape: tuple[int, int, int, int]
     make: Callable[[ReadKey], NDArray[Any]]
 
 
-Ranges = Mapping[str, ConvRanges]  # by the key of the convolution
+Ranges = Mapping[str, ConvRanges]  # ranges by the checkpoint key of the convolution
 
 
 def weight_scale(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """One scale a row of [out, in]: w ≈ scale · q.
+    """Return one scale per row of [out, in]: w ≈ scale · q.
 
     x86 processors without VNNI add two neighbouring products in 16 bits and cut off what does not
     fit: with inputs up to 255, two neighbours may come to 128 together. The scale follows the
@@ -83,21 +83,25 @@ def weight_scale(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 def round_rows(
     rows: NDArray[np.float32], scale: NDArray[np.float32] | None = None
 ) -> NDArray[np.int8]:
-    """q of [out, in], as int8; `scale` [out] takes the place of `weight_scale`."""
+    """Quantise the rows of [out, in] to int8; `scale` [out] replaces `weight_scale`."""
     scale = weight_scale(rows) if scale is None else scale
     q: NDArray[np.int8] = np.rint(rows / scale[:, None]).astype(np.int8)
     return q
 
 
 def kernel_rows(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[out, in, h, w] → [out, h·w·in], the order in which ONNX Runtime multiplies."""
+    """Reorder a kernel [out, in, h, w] → [out, h·w·in], the order in which ONNX Runtime
+    multiplies."""
     rows: NDArray[np.float32] = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1)
     return rows
 
 
 def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: int) -> str:
-    """x [..., G, in] → [..., G, out] with the checkpoint's `key` [out, in]; x is rounded as it
-    comes, each image by itself: what is drawn beside it must not change it."""
+    """Multiply x [..., G, in] → [..., G, out] with the checkpoint's `key` [out, in] in int8.
+
+    x is quantised at run time, each image by itself: an image must not depend on the others in its
+    batch.
+    """
 
     def matrix(read: ReadKey) -> NDArray[Any]:
         rounded: NDArray[Any] = round_rows(read(key)).T
@@ -141,7 +145,8 @@ def static_conv(
     ranges: ConvRanges,
     pads: Sequence[int],
 ) -> str:
-    """Rounded x [B, in, s, s] → rounded [B, out, s, s], with the checkpoint's bias of `key`."""
+    """Convolve quantised x [B, in, s, s] → quantised [B, out, s, s], with the checkpoint's bias of
+    `key`."""
     channels = kernel.shape[0]
     zeros = b.constant(np.zeros(channels, np.int8))
 

@@ -18,13 +18,13 @@ from var_deploy.runtime.backends import int8_check as known
 
 def build_probe() -> GraphBuilder:
     b = GraphBuilder("int8_probe", GraphForm(precision="fp32"))
-    for name, inner, columns, images, biased in known.PRODUCTS:
+    for name, width_in, columns, images, biased in known.PRODUCTS:
         rows: tuple[int | str, ...] = ("M",) if images == 1 else ("M", images)
-        x = b.input(f"x.{name}", np.float32, (*rows, inner))
+        x = b.input(f"x.{name}", np.float32, (*rows, width_in))
         for place, width in enumerate(columns):
             # each product has a rounding of its own, as in a bundle; equal ones are merged
             q, step, zero = b.ops("DynamicQuantizeLinear", (x,), 3)
-            matrix = _weights(b, inner, width)
+            matrix = _weights(b, width_in, width)
             sums = b.cast(b.op("MatMulInteger", q, matrix, zero), np.float32)
             scale = b.op("Mul", step, b.constant(known.column_scales(width)))
             out = f"y.{name}.{place}"
@@ -52,7 +52,7 @@ def build_probe() -> GraphBuilder:
 
 
 def _weights(b: GraphBuilder, *shape: int) -> str:
-    """`known.weights` as operators."""
+    """Return the weights of `known.weights` as graph operators."""
 
     def number(value: int) -> str:
         return b.constant(value, np.int64)
@@ -65,7 +65,7 @@ def _weights(b: GraphBuilder, *shape: int) -> str:
 
 
 def probe_bytes() -> bytes:
-    """The ONNX file."""
+    """Return the bytes of the ONNX file."""
 
     def locate(weight: str) -> tuple[str, int, int]:
         raise KeyError(weight)  # none is stored

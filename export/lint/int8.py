@@ -1,8 +1,8 @@
-"""Does an int8 graph hold what int8 promises? Answered from the ONNX file and its weights.
+"""Checks that an int8 graph is quantised as documented, from the ONNX file and its weights.
 
-TensorRT never sees these graphs, so its limits do not matter here. What matters is that the
-matrices are stored in 8 bits, once, in weights.bin, and that every processor computes the same
-integers with them: `graphs.int8.weight_scale` says which sums must stay small for that.
+These graphs run on CPUs only, so TensorRT's limits do not matter here. The matrices must be stored
+in 8 bits, once, in weights.bin, and every processor must compute the same integers with them:
+`int8.operators.weight_scale` says which sums must stay small for that.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ Rounded = tuple[str, int]  # a weight: file and offset
 
 
 def lint_int8(path: Path, checked: set[Rounded]) -> list[str]:
-    """Broken promises of the graph at `path`, each in a line that names the node.
+    """Return the broken rules of the graph at `path`, one line per rule, each naming the node.
 
-    `checked` are weights that were found right already, in graphs over the same file; it grows.
+    `checked` holds the weights that were found correct in other graphs over the same file; it
+    grows.
     """
     model = onnx.load(str(path), load_external_data=False)
     return [*_format(model), *_nodes(model.graph, path.parent, checked)]
@@ -52,7 +53,7 @@ def _format(model: onnx.ModelProto) -> Iterator[str]:
 
 def _nodes(graph: onnx.GraphProto, folder: Path, checked: set[Rounded]) -> Iterator[str]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    told: set[str] = set()  # a batch multiplies with each weight once an image
+    told: set[str] = set()  # a batch multiplies with each weight once per image
     for node in graph.node:
         scope = node.name.partition("/")[0]
         if node.op_type in ROUNDED_WEIGHT:
@@ -74,7 +75,7 @@ def _nodes(graph: onnx.GraphProto, folder: Path, checked: set[Rounded]) -> Itera
 def _weight(
     tensor: onnx.TensorProto, operator: str, folder: Path, checked: set[Rounded]
 ) -> str:
-    """What is wrong with a rounded weight, "" if nothing is."""
+    """Return the fault of a quantised weight, "" if there is none."""
     if tensor.data_type != TensorProto.INT8:
         return f"is {TensorProto.DataType.Name(tensor.data_type).lower()}, expected int8"
     where = {entry.key: entry.value for entry in tensor.external_data}
@@ -96,7 +97,7 @@ def _weight(
 
 
 def largest_pair(rows: NDArray[Any]) -> int:
-    """Of int8 [out, in]: the largest sum of neighbours 2i and 2i + 1 that have one sign."""
+    """Return the largest sum of neighbours 2i and 2i + 1 with equal sign, in int8 [out, in]."""
     wide = rows.astype(np.int16)
     if wide.shape[1] % 2:
         wide = np.pad(wide, ((0, 0), (0, 1)))

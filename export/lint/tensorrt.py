@@ -1,4 +1,4 @@
-"""Does TensorRT 10.3 take this graph? Answered from the ONNX file alone.
+"""Checks that TensorRT 10.3 accepts a graph, from the ONNX file alone.
 
 10.3 is the oldest TensorRT that is supported (JetPack 6.2). It parses opset 9 to 20 in the default
 domain; what its parser learned later, or changed, is listed at the rules (onnx-tensorrt's
@@ -20,12 +20,12 @@ from var_deploy.bundle.graph_refs import GraphRef
 from var_deploy.bundle.operators import FLOAT_OPERATORS
 
 OPSETS = range(9, 21)
-MAX_IR_VERSION = 10  # of ONNX 1.16, which 10.3 is built with
+MAX_IR_VERSION = 10  # IR version of ONNX 1.16, with which 10.3 is built
 
 HALF, FLOAT, BOOL = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BOOL
 TYPES = {HALF, FLOAT, TensorProto.INT32, TensorProto.INT64, BOOL}
 
-# Why the tempting ones are not among them.
+# Operators that are missing from the list, with the reason.
 REFUSED = {
     "Attention": "it exists from 10.14 on",
     "CumSum": "it becomes a loop before 10.8",
@@ -74,31 +74,32 @@ PRODUCT_SCOPES = (
     *("blocks.", "decoder.", "encoder.", "post_quant_conv", "quant_conv"),
     *("head_nm.", "shared_ada_lin."),
 )
-# what is fp16 outside, too
+# inputs and outputs that are fp16 as well
 CACHE = tuple(name.partition(".")[0] + "." for name in (names.past_key(0), names.new_key(0)))
 
 Values = Mapping[str, Any]  # name → TypeProto.Tensor
 
 
 def lint_file(path: Path, graph: GraphRef) -> list[str]:
-    """`lint` of the file of a bundle's graph; only `step` may have symbolic sizes."""
+    """Run `lint` on the file of a bundle's graph; only `step` may have symbolic sizes."""
     model = onnx.load(str(path), load_external_data=False)
     open_sizes = (names.LENGTH, names.PAST, names.NEXT_LENGTH, names.SIDE, names.NEXT_SIDE)
     return lint(model, graph.precision, open_sizes if graph.kind == "step" else ())
 
 
 def lint(model: onnx.ModelProto, precision: str, symbols: Collection[str] = ()) -> list[str]:
-    """What TensorRT 10.3 would refuse or compute otherwise, each in a line that names the node.
+    """Return what TensorRT 10.3 would refuse or compute differently, one line per problem, each
+    naming the node.
 
     `symbols` are the sizes that may stay open; without any, every shape must be known.
     """
     problems = [*_format(model), *_names(model.graph), *_interface(model.graph, symbols)]
-    if problems:  # the rest would only repeat them
+    if problems:  # the rest repeats them
         return problems
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     values = values_of(inferred.graph)
     constants = {t.name for t in model.graph.initializer}
-    doubtful: set[str] = set()  # values that follow from a problem: it is told once, at its origin
+    doubtful: set[str] = set()  # values that follow from a problem reported already
     for node in model.graph.node:
         found = list(_operator(node, constants, values))
         shapes = list(_shapes(node, values, bool(symbols)))
@@ -113,7 +114,7 @@ def lint(model: onnx.ModelProto, precision: str, symbols: Collection[str] = ()) 
 
 
 def _format(model: onnx.ModelProto) -> Iterator[str]:
-    """Versions and parts of the file."""
+    """Check versions and sections of the file."""
     if model.ir_version > MAX_IR_VERSION:
         yield f"IR version {model.ir_version}, 10.3 reads up to {MAX_IR_VERSION}"
     for opset in model.opset_import:
@@ -138,7 +139,7 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _interface(graph: onnx.GraphProto, symbols: Collection[str]) -> Iterator[str]:
-    """Declared inputs and outputs: known types, known sizes, nothing empty."""
+    """Check the declared inputs and outputs: known types, known sizes, nothing empty."""
     for kind, values in (("input", graph.input), ("output", graph.output)):
         for value in values:
             tensor = value.type.tensor_type
@@ -159,7 +160,7 @@ def _interface(graph: onnx.GraphProto, symbols: Collection[str]) -> Iterator[str
 
 
 def _operator(node: onnx.NodeProto, constants: Collection[str], values: Values) -> Iterator[str]:
-    """The operator, its attributes, and which inputs are constants."""
+    """Check the operator, its attributes, and which inputs are constants."""
     if node.op_type not in FLOAT_OPERATORS or node.domain:
         why = REFUSED.get(node.op_type, "it is not on the list of those known to work")
         yield f"operator {node.op_type}: {why}"
@@ -177,19 +178,19 @@ def _operator(node: onnx.NodeProto, constants: Collection[str], values: Values) 
         yield "Pad with axes is parsed from 10.4 on"
     computed = node.op_type == "Conv" and node.input[1] not in constants
     if computed and "kernel_shape" not in attributes:
-        # what the parser makes of such a weight's own shape was mended in 10.4
+        # the parser's handling of such a weight's shape was fixed in 10.4
         yield "Conv with a computed weight must state its kernel_shape"
 
 
 def _types(node: onnx.NodeProto, values: Values) -> Iterator[str]:
-    """Every value has a type that TensorRT knows, and operands that must agree do.
+    """Check that every value has a type that TensorRT knows, and that operands agree.
 
     ONNX's own schemas say which: inputs and outputs of one type parameter, such as "T".
     """
     schema = onnx.defs.get_schema(node.op_type, OPSETS[-1], "")
     parameters: dict[str, tuple[str, int]] = {}
-    for formal, given in ((schema.inputs, node.input), (schema.outputs, node.output)):
-        for position, name in enumerate(given):
+    for formal, operands in ((schema.inputs, node.input), (schema.outputs, node.output)):
+        for position, name in enumerate(operands):
             if not name:
                 continue
             if name not in values:
@@ -204,7 +205,7 @@ def _types(node: onnx.NodeProto, values: Values) -> Iterator[str]:
 
 
 def _shapes(node: onnx.NodeProto, values: Values, symbolic: bool) -> Iterator[str]:
-    """Shapes of what a node makes: known in a static graph, empty nowhere."""
+    """Check the output shapes of a node: known in a static graph, empty nowhere."""
     for name in node.output:
         if name not in values:
             yield f"the type of {name} does not follow from the graph"
@@ -218,7 +219,7 @@ def _shapes(node: onnx.NodeProto, values: Values, symbolic: bool) -> Iterator[st
 
 
 def _half(node: onnx.NodeProto, constants: Collection[str], values: Values) -> Iterator[str]:
-    """In an fp16 graph: what must be fp32 is, what should be fp16 is."""
+    """Check the number formats of an fp16 graph: fp32 where it must be, fp16 where it should be."""
     used = [name for name in (*node.input, *node.output) if name]
     half = [name for name in used if values[name].elem_type == HALF]
     scope = node.name.partition("/")[0]
@@ -234,10 +235,8 @@ def _half(node: onnx.NodeProto, constants: Collection[str], values: Values) -> I
         yield f"{node.op_type} runs in fp32, in an fp16 graph it should run in fp16"
 
 
-def _number_formats(
-    graph: onnx.GraphProto, values: Values, precision: str
-) -> Iterator[str]:
-    """fp16 outside a graph: the cache of an fp16 graph, and nothing else."""
+def _number_formats(graph: onnx.GraphProto, values: Values, precision: str) -> Iterator[str]:
+    """Check that fp16 outside a graph is the cache of an fp16 graph, and nothing else."""
     if precision == "fp32":
         for name in (name for name, value in values.items() if value.elem_type == HALF):
             yield f"{name}: is fp16 in an fp32 graph"
@@ -250,7 +249,7 @@ def _number_formats(
 
 
 def values_of(graph: onnx.GraphProto) -> dict[str, Any]:
-    """Type and shape of every value by name."""
+    """Return type and shape of every value by name."""
     values = {}
     for constant in graph.initializer:
         values[constant.name] = helper.make_tensor_type_proto(
@@ -263,7 +262,7 @@ def values_of(graph: onnx.GraphProto) -> dict[str, Any]:
 
 
 def _type(elem_type: int) -> str:
-    """fp32, as the rest of the project writes it; ONNX's name for what it does not use."""
+    """Return a type's name: fp32 as the rest of the project writes it, else ONNX's name."""
     if elem_type in (HALF, FLOAT):
         return "fp16" if elem_type == HALF else "fp32"
     return str(TensorProto.DataType.Name(elem_type)).lower()

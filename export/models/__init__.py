@@ -1,1 +1,1 @@
-"""PyTorch modules."""
+"""PyTorch modules of the models: the reference for the written graphs."""

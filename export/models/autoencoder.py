@@ -18,6 +18,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with GroupNorm and SiLU, added to the input."""
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in)
@@ -35,7 +36,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head over all positions of the map."""
+    """Attention with one head over all positions of a feature map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -53,6 +54,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """3×3 convolution with stride 2 that halves the map."""
     key = "downsample"
 
     def __init__(self, channels: int) -> None:
@@ -66,6 +68,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour 2× up-sampling and a 3×3 convolution."""
     key = "upsample"
 
     def __init__(self, channels: int) -> None:
@@ -112,6 +115,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, attention and residual block at the lowest resolution."""
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels)
@@ -124,7 +128,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, 3, S, S] in [-1, 1] → [B, Cv, S/f, S/f]."""
+    """Image [B, 3, S, S] in [-1, 1] → latent [B, Cv, S/f, S/f]."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         super().__init__()
@@ -149,7 +153,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, Cv, s, s] → [B, 3, f·s, f·s], not yet clamped."""
+    """Latent [B, Cv, s, s] → image [B, 3, f·s, f·s], not yet clamped."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ INIT_STD = 0.02  # GPT-2's
 
 
 class Gpt2Attention(nn.Module):
+    """Multi-head attention of a GPT-2 block over [G, L, C]."""
     def __init__(self, spec: TransformerSpec, dropout: float) -> None:
         super().__init__()
         self.heads, self.scale, self.dropout = spec.heads, spec.attention_scale, dropout
@@ -52,6 +53,7 @@ class Gpt2Attention(nn.Module):
 
 
 class Gpt2Block(nn.Module):
+    """Pre-LayerNorm block: attention, then feed-forward, each added to the stream."""
     def __init__(self, spec: TransformerSpec, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
@@ -67,10 +69,11 @@ class Gpt2Block(nn.Module):
 
 
 class Gpt2Transformer(NextScaleTransformer):
-    """Embedded maps of earlier scales → logits over V codes; the interface of `Transformer`.
+    """The GPT-2 form: embedded maps of earlier scales → logits over V codes, with the interface of
+    `Transformer`.
 
-    Labels tell nothing but the number of rows. Dropout (embeddings, attention, both branches of
-    a block) acts in training mode alone. Raises UsageError for sizes that are not of this form.
+    Labels only set the number of rows. Dropout (embeddings, attention, both branches of a block)
+    acts in training mode only. Raises UsageError for sizes that the GPT-2 form does not have.
     """
 
     lvl_1L: Tensor
@@ -103,7 +106,7 @@ class Gpt2Transformer(NextScaleTransformer):
             output_size=spec.total_tokens,
         )
         self.register_buffer("lvl_1L", levels.view(1, -1))
-        # likewise for the number of heads, which its shape tells as scale_mul_1H11 does in VAR
+        # the shape of this buffer tells the number of heads, as scale_mul_1H11 does in VAR
         self.register_buffer("heads_1H", torch.zeros(1, t.heads))
         self._initialise()
 
@@ -113,7 +116,8 @@ class Gpt2Transformer(NextScaleTransformer):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _initialise(self) -> None:
-        """GPT-2: normal weights, and branches scaled so that the residual stream does not grow."""
+        """Initialise as GPT-2 does: normal weights, and branches scaled so that the residual stream
+        does not grow."""
         for name, parameter in self.named_parameters():
             if name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
                 nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * len(self.blocks)))
@@ -123,19 +127,20 @@ class Gpt2Transformer(NextScaleTransformer):
                 nn.init.normal_(parameter, std=INIT_STD)
 
     def modulation(self, labels_G: Tensor) -> Modulation:
-        """The learned start for as many rows as labels; the rest is empty: nothing modulates."""
+        """Return the learned start for as many rows as labels; there is no other modulation."""
         nothing = self.start.new_empty(0)
         return Modulation(
             blocks=[nothing] * len(self.blocks), head=nothing, first=self._first(len(labels_G))
         )
 
     def _first(self, rows: int) -> Tensor:
-        """Input of scale 0 [G, 1, C]."""
+        """Return the input of scale 0 [G, 1, C]."""
         first = self.start + self.positions[:, :1] + self.levels.weight[0]
         return first.expand(rows, -1, -1)
 
     def next_input(self, scale: int, tokens_BL: Tensor) -> Tensor:
-        """Tokens of a scale → input of the next one [B, L_{k+1}, C]; the last scale has none."""
+        """Tokens of a scale → input of the next scale [B, L_{k+1}, C]; not defined for the last
+        scale."""
         side, target = self.spec.patch_nums[scale], self.spec.patch_nums[scale + 1]
         embedded: Tensor = self.token_embed[scale](tokens_BL)
         maps = embedded.transpose(1, 2).reshape(len(tokens_BL), -1, side, side)
@@ -143,7 +148,7 @@ class Gpt2Transformer(NextScaleTransformer):
         return maps.flatten(2).transpose(1, 2)
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Inputs of scales 1..K-1 [B, T - 1, C] when the tokens of all K scales are given."""
+        """Return the inputs of scales 1..K-1 [B, T - 1, C], given the tokens of all K scales."""
         return torch.cat([self.next_input(k, t) for k, t in enumerate(tokens[:-1])], dim=1)
 
     def embed(self, input_BLC: Tensor, start: int) -> Tensor:
@@ -180,14 +185,16 @@ class Gpt2Transformer(NextScaleTransformer):
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    """The option `name` as an int. Raises UsageError for what is no whole number from `least`."""
+    """Return the option `name` as an int. Raises UsageError unless it is a whole number from
+    `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise UsageError(f"{name} must be a whole number of at least {least}, found {value!r}")
     return int(value)
 
 
 def real_number(name: str, value: object, least: float, below: float = math.inf) -> float:
-    """The option `name` as a float. Raises UsageError for a number outside [least, below)."""
+    """Return the option `name` as a float. Raises UsageError for a number outside [least,
+    below)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise UsageError(f"{name} must be a number, found {value!r}")
     if not least <= float(value) < below:

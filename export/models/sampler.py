@@ -1,5 +1,5 @@
-"""The published sampling filter, the inverse CDF and the mix of codes in PyTorch: what the graphs
-must repeat."""
+"""The published sampling filter, inverse CDF and code mixing in PyTorch: the reference for the
+graphs' sampler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def guide(logits_GLV: Tensor, strength: float, batch: int) -> Tensor:
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """[..., V] → a copy with -inf where top-k (if > 0), then top-p (if > 0), drop a code.
+    """Filter [..., V]: return a copy with -inf where top-k (if > 0), then top-p (if > 0), drop a
+    code.
 
     Top-k keeps every logit ≥ the k-th largest. Top-p sorts ascending and drops what has a
     cumulative probability ≤ 1 - p; the largest always stays.
@@ -35,7 +36,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def draw(filtered_BLV: Tensor, uniforms_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B, L] by inverse CDF in fp64, and their margins [B, L].
+    """Sample tokens [B, L] by inverse CDF in fp64; return them and their margins [B, L].
 
     The margin is how far the uniform lies from the nearest end of the token's interval: rounding
     smaller than it cannot change the token.
@@ -53,9 +54,10 @@ def draw(filtered_BLV: Tensor, uniforms_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mix_weights(filtered_BLV: Tensor, noise_BLV: Tensor, scale: int, scales: int) -> Tensor:
-    """Weights [B, L, V] of the codes in "more smooth" sampling, see `sampling.smoothing`.
+    """Return the weights [B, L, V] of the codes in "more smooth" sampling, see
+    `sampling.smoothing`.
 
-    In fp64, so that what differs from it is the graph's rounding alone.
+    Computed in fp64, so that a difference from it is the graph's rounding alone.
     """
     factor, tau = smoothing(scale, scales)
     x = (filtered_BLV.double() * factor + noise_BLV.double()) / tau

@@ -62,7 +62,7 @@ class MultiScaleQuantizer(nn.Module):
             )
         else:
             self.embedding = nn.Embedding(spec.vocab_size, spec.code_width)
-        # aliases, one a scale; the modules above own the keys
+        # aliases, one per scale; the modules above own the keys
         self._phis = [phis[spec.phi_index(k)] for k in range(scales)] if phis else []
 
     def codebook(self, scale: int) -> nn.Embedding:
@@ -71,11 +71,11 @@ class MultiScaleQuantizer(nn.Module):
         return table
 
     def phi(self, scale: int, h: Tensor) -> Tensor:
-        """φ_k(h); the identity where the tokenizer has none."""
+        """Apply φ_k to h; the identity where the tokenizer has no φ."""
         return self._phis[scale](h) if self._phis else h
 
     def contribution(self, scale: int, codes_BCpp: Tensor) -> Tensor:
-        """What a map of codes [B, Cv, p_k, p_k] adds to f_hat [B, Cv, p_K, p_K]."""
+        """Return the addend [B, Cv, p_K, p_K] of a map of codes [B, Cv, p_k, p_k] to f_hat."""
         side = self.spec.latent_side
         if self.spec.patch_nums[scale] != side:
             codes_BCpp = F.interpolate(codes_BCpp, size=(side, side), mode="bicubic")
@@ -94,7 +94,7 @@ class MultiScaleQuantizer(nn.Module):
         return codes_BLC.transpose(1, 2).reshape(len(codes_BLC), -1, side, side)
 
     def nearest(self, scale: int, z_BCpp: Tensor) -> Tensor:
-        """[B, Cv, p, p] → tokens [B, p²]: argmin of |z|² + |e|² - 2 z·e."""
+        """Vectors [B, Cv, p, p] → nearest tokens [B, p²]: argmin of |z|² + |e|² - 2 z·e."""
         z = z_BCpp.flatten(2).transpose(1, 2)  # [B, L, Cv]
         codes = self.codebook(scale).weight
         distance = z.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * (z @ codes.T)
@@ -119,7 +119,7 @@ class MultiScaleQuantizer(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Images [B, 3, S, S] in [-1, 1] ⇄ tokens, one [B, L_k] a scale."""
+    """Images [B, 3, S, S] in [-1, 1] ⇄ tokens, one [B, L_k] per scale."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         super().__init__()
@@ -131,16 +131,16 @@ class Tokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(spec.code_width, spec.code_width, 3, padding=1)
 
     def features(self, image: Tensor) -> Tensor:
-        """The continuous latent f [B, Cv, p_K, p_K]."""
+        """Return the continuous latent f [B, Cv, p_K, p_K] of images."""
         out: Tensor = self.quant_conv(self.encoder(image))
         return out
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """Tokens [B, L_k] of every scale."""
+        """Return the tokens [B, L_k] of every scale of images."""
         return [tokens for _, _, tokens, _ in self.quantize.encode(self.features(image))]
 
     def accumulate(self, tokens: Sequence[Tensor]) -> Tensor:
-        """f_hat [B, Cv, p_K, p_K] of the first len(tokens) scales."""
+        """Return f_hat [B, Cv, p_K, p_K], the sum over the first len(tokens) scales."""
         return torch.stack(
             [
                 self.quantize.contribution(k, self.quantize.lookup(k, t))
@@ -149,7 +149,7 @@ class Tokenizer(nn.Module):
         ).sum(0)
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Inputs of scales 1..K-1 [B, T - 1, Cv] when these tokens are given."""
+        """Return the inputs of scales 1..K-1 [B, T - 1, Cv], given the tokens of all scales."""
         f_hat: Tensor | float = 0.0
         inputs = []
         for k, t in enumerate(tokens[:-1]):

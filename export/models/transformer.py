@@ -2,7 +2,7 @@
 
 Module and parameter names are the keys of the released state dicts. Three ways through it share
 every block: `forward` (teacher-forced, one pass with a mask), `step` (one scale on a cache) and,
-behind both, `modulation`, which depends on the label alone and is computed once an image.
+behind both, `modulation`, which depends on the label alone and is computed once per image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_SCALE_LOG = 4.605170185988092  # ln 100, the cap of the learned query scale
 
 
 class Cache:
-    """Keys and values of the scales done so far, one pair [P, G, H, D] a block."""
+    """Keys and values of the scales done so far, one pair [P, G, H, D] per block."""
 
     def __init__(self, depth: int) -> None:
         self.pairs: list[tuple[Tensor, Tensor] | None] = [None] * depth
@@ -33,6 +33,7 @@ class Cache:
 
 
 class SelfAttention(nn.Module):
+    """Multi-head attention over [G, L, C], with L2-normalised queries and keys in large models."""
     zero_k_bias: Tensor
 
     def __init__(self, width: int, heads: int, qk_l2_norm: bool) -> None:
@@ -64,6 +65,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with tanh GELU between them."""
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, inner)
@@ -75,6 +77,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Transformer block whose LayerNorms and branches are modulated by the label (AdaLN)."""
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         t = spec.transformer
@@ -87,7 +90,7 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(t.width, 6 * t.width))
 
     def modulation(self, cond_GC: Tensor, shared_G6C: Tensor | None) -> Tensor:
-        """[6, G, 1, C]: gamma1, gamma2, scale1, scale2, shift1, shift2."""
+        """Return the modulation [6, G, 1, C]: gamma1, gamma2, scale1, scale2, shift1, shift2."""
         g, c = cond_GC.shape
         if shared_G6C is not None:
             m = self.ada_gss[0] + shared_G6C
@@ -107,13 +110,14 @@ class Block(nn.Module):
 
 
 class HeadNorm(nn.Module):
+    """The modulated LayerNorm before the head."""
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def modulation(self, cond_GC: Tensor) -> Tensor:
-        """[2, G, 1, C]: scale, shift."""
+        """Return the modulation [2, G, 1, C]: scale, shift."""
         g, c = cond_GC.shape
         out: Tensor = self.ada_lin(cond_GC).view(g, 2, c).transpose(0, 1).unsqueeze(2)
         return out
@@ -123,7 +127,7 @@ class HeadNorm(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """Everything that the label decides."""
+    """The values that depend on the label alone: AdaLN modulation and first input."""
 
     blocks: list[Tensor]  # N × [6, G, 1, C]
     head: Tensor  # [2, G, 1, C]
@@ -131,7 +135,7 @@ class Modulation(NamedTuple):
 
 
 class NextScaleTransformer(nn.Module):
-    """What the reference module of every family offers to the loop that drives it.
+    """The interface of the reference module of every family, as the scale loop drives it.
 
     Attributes:
         spec: sizes of the model.
@@ -140,7 +144,7 @@ class NextScaleTransformer(nn.Module):
     spec: ModelSpec
 
     def modulation(self, labels_G: Tensor) -> Modulation:
-        """Everything that the labels of G rows decide; computed once per image."""
+        """Return the values that depend on the labels of G rows alone; computed once per image."""
         raise NotImplementedError
 
     def step(self, scale: int, input_BLC: Tensor | None, mod: Modulation, cache: Cache) -> Tensor:

@@ -1,1 +1,1 @@
-"""pocket."""
+"""pocket, the small model that ships with var-deploy."""

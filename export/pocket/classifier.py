@@ -1,4 +1,4 @@
-"""The classifier of pocket's ten things, which says whether a deployed pocket still draws them.
+"""The classifier of pocket's ten classes, which evaluates the images of a deployed pocket.
 
 `verify` counts with it how many images of an int8 bundle show their class, and takes the Fréchet
 distance between its features. `tools/pocket` trains it and evaluates pocket with it.
@@ -26,8 +26,8 @@ Labels = NDArray[np.int64]
 CLASSIFIER_FILE = Path(__file__).parent / "classifier.safetensors"
 
 
-class Classifier(nn.Module):
-    """Names the thing in a picture from 32×32 pixels, where sharpness no longer shows."""
+class PocketClassifier(nn.Module):
+    """Classifies a picture from 32×32 pixels, where sharpness no longer shows."""
 
     def __init__(self, classes: int = len(CLASS_NAMES), width: int = 24) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(4, b) for b in widths[1:])
-        self.hidden = nn.Linear(widths[-1] * 4, 4 * width)  # from a 2×2 map: place tells little
+        self.hidden = nn.Linear(widths[-1] * 4, 4 * width)  # a 2×2 map of features
         self.head = nn.Linear(4 * width, classes)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -54,12 +54,12 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Images) -> NDArray[np.float32]:
-        """uint8 [N, 64, 64, 3] → the activations before the last layer, float32 [N, F]."""
+        """Pictures uint8 [N, 64, 64, 3] → activations before the last layer, float32 [N, F]."""
         parts = [self.embed(pool(part)) for part in batches(images)]
         return torch.cat(parts).numpy()
 
     def predict(self, images: Images) -> Labels:
-        """uint8 [N, 64, 64, 3] → labels int64 [N]."""
+        """Pictures uint8 [N, 64, 64, 3] → labels int64 [N]."""
         with torch.no_grad():
             logits = self.head(torch.from_numpy(self.features(images)))
         labels: Labels = logits.argmax(dim=1).numpy()
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
 
 
 def pool(images: Images) -> Tensor:
-    """uint8 [B, 64, 64, 3] → float [B, 3, 32, 32] in [0, 1], averaged over 2×2 pixels."""
+    """Pictures uint8 [B, 64, 64, 3] → float [B, 3, 32, 32] in [0, 1], averaged over 2×2 pixels."""
     return F.avg_pool2d(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, 2)
 
 
@@ -75,12 +75,12 @@ def batches(images: Images, size: int = 250) -> list[Images]:
     return [images[first : first + size] for first in range(0, len(images), size)]
 
 
-def load_classifier(path: Path = CLASSIFIER_FILE) -> Classifier:
+def load_classifier(path: Path = CLASSIFIER_FILE) -> PocketClassifier:
     """Load the weights that ship with the package: stored in fp16, computed in fp32.
 
     Raises CheckpointError where the file is missing or holds other weights.
     """
-    classifier = Classifier()
+    classifier = PocketClassifier()
     try:
         classifier.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -89,6 +89,6 @@ def load_classifier(path: Path = CLASSIFIER_FILE) -> Classifier:
     return classifier.eval().requires_grad_(False)
 
 
-def accuracy(classifier: Classifier, images: Images, labels: Labels) -> float:
-    """Share of the pictures that the classifier names correctly."""
+def accuracy(classifier: PocketClassifier, images: Images, labels: Labels) -> float:
+    """Return the share of the pictures that the classifier names correctly."""
     return float((classifier.predict(images) == labels).mean())

@@ -31,7 +31,7 @@ from var_deploy.export.checkpoint.presets import POCKET_FOLDER
 from var_deploy.export.graphs.weights_bin import plan_layout
 from var_deploy.manifest import read_manifest
 
-LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the same bundle gives the same archive
+LONG_AGO = (1980, 1, 1, 0, 0, 0)  # fixed, so that equal bundles give equal archives
 
 
 def pack_demo(bundle: Path, out: Path) -> None:
@@ -53,7 +53,8 @@ def pack_demo(bundle: Path, out: Path) -> None:
 
 
 def make_recipe(weights: bytes) -> tuple[dict[str, Any], bytes]:
-    """How weights.bin is put together, and those of its bytes that no tensor of pocket gives."""
+    """Return how weights.bin is put together, and those of its bytes that no tensor of pocket
+    gives."""
     sources = {name: safetensors_arrays((POCKET_FOLDER / name).read_bytes()) for name in SOURCES}
     owners = {key: name for name in SOURCES for key in sources[name]}
     graphs = build_graphs(load_model("pocket").spec, PRECISION, ExportOptions())

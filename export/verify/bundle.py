@@ -1,16 +1,16 @@
-"""`verify`: is the deployed model the model?
+"""`verify`: compares the graphs of a bundle with the PyTorch model.
 
-Every graph is checked against what it must not hold, then run on the inputs that the PyTorch model
-had at this point, so that an error cannot hide behind an earlier one; its outputs are compared in
-the order names, shapes, values. Then the whole loop runs on its own from the same uniforms. Where
-int8 is among the precisions, many images are drawn and judged at last.
+Every graph is checked against the rules for its precision, then run on the inputs that the PyTorch
+model had at this point, so that an error cannot hide behind an earlier one; its outputs are
+compared in the order names, shapes, values. Then the whole loop runs on its own from the same
+uniforms. Where int8 is among the precisions, many images are generated and classified at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -25,8 +25,8 @@ from var_deploy.export.verify.floats import FloatTolerance
 from var_deploy.export.verify.graphs import GraphVerifier, Tolerance
 from var_deploy.export.verify.held_modules import OwnForward, tokenizer_of
 from var_deploy.export.verify.int8 import Int8Tolerance
-from var_deploy.export.verify.reference import Given, request, trace_reference
-from var_deploy.export.verify.report import Check, Report, merged
+from var_deploy.export.verify.reference import GenerationInputs, generation_inputs, trace_reference
+from var_deploy.export.verify.report import Check, VerifyReport, merged
 from var_deploy.export.verify.samples import (
     SampleStudy,
     SkippedStudy,
@@ -36,26 +36,25 @@ from var_deploy.export.verify.samples import (
 from var_deploy.files import locked_folder
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, file_sha256, read_manifest
+from var_deploy.progress import Progress
 
 # Largest difference over the largest magnitude of the expected tensor. fp32: rounding through the
 # depth of the models at hand stays below a tenth of it. fp16: 2^-11 a product, some tens of them.
 BOUNDS = {"fp32": 2e-4, "fp16": 3e-2}
 IMAGE_BOUNDS = {"fp32": 1e-3, "fp16": 3e-2}  # absolute, of a picture in [0, 1]
-# A token whose uniform lies this close to the end of its interval is a toss of the coin: rounding
+# A token whose uniform lies this close to the end of its interval is a coin toss: rounding
 # decides it, in PyTorch from one thread count to the next as well.
 COIN_TOSS = {"fp32": 2e-5, "fp16": 5e-2}
 # dB of a generation left to itself where codes are mixed: what rounds in one scale comes back up to
 # 1/tau as large in the next (seen: 76 and 30 at worst; another picture has about 12)
 MIXED_PSNR = {"fp32": 50.0, "fp16": 20.0}
-# where fp32 fails, what the others do says little
+# fp32 first: where it fails, the other precisions say little
 WIDEST_FIRST = ("fp32", "fp16", "int8")
 
 IMAGES = 4
-TRACE_BYTES = 512 << 20  # of the generations that are held at once
+TRACE_BYTES = 512 << 20  # most bytes of the references that are held at once
 SAMPLES = 500
-SAMPLES_SHARE = 0.8  # of the progress that is told, where they are drawn
-
-Progress = Callable[[str, float], None]
+SAMPLES_SHARE = 0.8  # share of the progress that generating samples takes
 
 
 def verify_bundle(
@@ -71,7 +70,7 @@ def verify_bundle(
     labels: str | Sequence[str | int] | None = None,
     samples: int = SAMPLES,
     progress: Progress | None = None,
-) -> Report:
+) -> VerifyReport:
     """Compare a bundle with its PyTorch model and write the report into the manifest.
 
     The model is the preset, or the random weights, that the manifest names; otherwise files or
@@ -87,7 +86,7 @@ def verify_bundle(
         precision: these graphs alone; None takes all.
         images: how many are generated, rounded up to whole batches; image n has the numbers of
             image n of `generate` with this seed.
-        labels: names and numbers, repeated until there is one an image; None: other classes.
+        labels: names and numbers, repeated until there is one per image; None: other classes.
         samples: images per set for the class accuracy of int8, where there is a classifier of the
             model; 0 skips it.
     """
@@ -127,8 +126,8 @@ def verify_model(
     labels: str | Sequence[str | int] | None = None,
     samples: int = SAMPLES,
     progress: Progress | None = None,
-) -> Report:
-    """`verify_bundle` with a model that is already at hand; `own` as in `trace_reference`."""
+) -> VerifyReport:
+    """Run `verify_bundle` with a model that is already loaded; `own` as in `trace_reference`."""
     check_count(samples)
     if images < 1:
         raise UsageError(f"images must be at least 1, found {images}")
@@ -144,15 +143,17 @@ def verify_model(
     study: SampleStudy | SkippedStudy | None = None
     sampled = "int8" in precisions and samples > 0
     before = (1 - SAMPLES_SHARE if sampled else 1.0) / len(precisions) / len(groups)
-    judges = {name: tolerance(name, more_smooth=manifest.more_smooth) for name in precisions}
+    tolerances = {name: tolerance(name, more_smooth=manifest.more_smooth) for name in precisions}
     for g, group in enumerate(groups):
         report("PyTorch reference", before * len(precisions) * g)
         references = [
-            trace_reference(model, manifest, seed, given=given, own=own) for given in group
+            trace_reference(model, manifest, seed, inputs=inputs, own=own) for inputs in group
         ]
         for i, name in enumerate(precisions):
             graphs = sorted(manifest.graphs[name], key=run_order)
-            verifier = GraphVerifier(bundle, manifest, name, references, judges[name], again=g > 0)
+            verifier = GraphVerifier(
+                bundle, manifest, name, references, tolerances[name], again=g > 0
+            )
             checks: list[Check] = []
             for j, graph in enumerate(graphs):
                 done = g * len(precisions) + i + (j + 1) / (len(graphs) + 1)
@@ -172,9 +173,9 @@ def verify_model(
             seed=seed,
             progress=lambda message, part: report(message, 1 - SAMPLES_SHARE * (1 - part)),
         )
-    result = Report(
+    result = VerifyReport(
         checks=tuple(merged(checks) for checks in found.values()),
-        labels=tuple(label for given in requests for label in given.labels),
+        labels=tuple(label for inputs in requests for label in inputs.labels),
         seed=seed,
         oracle=own.name if own else "",
         samples=study,
@@ -187,9 +188,11 @@ def verify_model(
 
 def _requests(
     manifest: Manifest, seed: int, images: int, labels: str | Sequence[str | int] | None
-) -> list[Given]:
-    """What the images are drawn from, batch by batch."""
-    batches = [request(manifest, seed, first) for first in range(0, images, manifest.batch)]
+) -> list[GenerationInputs]:
+    """Return the inputs of the generations that are compared, one item per batch."""
+    batches = [
+        generation_inputs(manifest, seed, first) for first in range(0, images, manifest.batch)
+    ]
     if labels is None:
         return batches
     chosen = resolve_labels(labels, manifest.labels, manifest.model.transformer.classes)
@@ -198,8 +201,8 @@ def _requests(
 
 
 def _trace_bytes(manifest: Manifest) -> int:
-    """About what the reference of one batch holds: keys and values, which every scale has anew with
-    those of the scales before, and logits."""
+    """Estimate the bytes of one batch's reference: logits, and keys and values, which every scale
+    stores together with those of the scales before."""
     spec = manifest.model
     t, ends = spec.transformer, spec.prefix_lengths[1:]
     cache = 2 * t.depth * manifest.rows * t.width * (sum(ends) + spec.total_tokens)
@@ -209,7 +212,7 @@ def _trace_bytes(manifest: Manifest) -> int:
 def model_of_modules(
     manifest: Manifest, transformer: nn.Module, tokenizer: nn.Module
 ) -> LoadedModel:
-    """The model of a bundle with the weights of modules in memory.
+    """Return the model of a bundle with the weights of modules in memory.
 
     Raises CheckpointError where their state dicts do not have the keys and shapes of the bundle's
     model.
@@ -218,10 +221,10 @@ def model_of_modules(
     return assemble(manifest.model, *weights, labels=manifest.labels, defaults=manifest.defaults)
 
 
-def _store(bundle: Path, manifest: Manifest, report: Report) -> str:
-    """Write the report into the manifest that it was made for; why not, where it cannot be written.
+def _store(bundle: Path, manifest: Manifest, report: VerifyReport) -> str:
+    """Write the report into the manifest; return why not where it cannot be written, else "".
 
-    Raises BundleError where another bundle is there by now.
+    Raises BundleError where another bundle has taken the place of the verified one.
     """
     with locked_folder(bundle):
         there = read_manifest(bundle)
@@ -238,7 +241,7 @@ def _store(bundle: Path, manifest: Manifest, report: Report) -> str:
 
 
 def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
-    """What agrees with the model in `precision`."""
+    """Return the bounds within which a graph of this precision agrees with the model."""
     rounded = precision == "int8"
     plain = "fp32" if rounded else precision
     kind = Int8Tolerance if rounded else FloatTolerance
@@ -252,12 +255,13 @@ def tolerance(precision: str, *, more_smooth: bool = False) -> Tolerance:
 
 
 def widest_first(manifest: Manifest) -> list[str]:
-    """The precisions of a bundle."""
+    """Return the precisions of a bundle, the most accurate first."""
     return sorted(manifest.graphs, key=WIDEST_FIRST.index)
 
 
 def run_order(graph: str) -> tuple[int, str]:
-    """Graphs as a generation meets them, so that the first failure is the first cause."""
+    """Sort key of graphs: the order of a generation, so that the first failure is the first
+    cause."""
     last = (names.STEP, names.DECODER, names.ENCODER, names.ACCUMULATE)
     fixed = {names.CONDITION: 0, **{name: 2 + n for n, name in enumerate(last)}}
     return fixed.get(graph, 1), graph
@@ -269,18 +273,18 @@ def load_bundle_model(
     tokenizer: Path | None = None,
     hints: Hints = NO_HINTS,
 ) -> LoadedModel:
-    """The model that the manifest names, or the one in the files that are given.
+    """Load the model that the manifest names, or the one in the given files.
 
-    What the files do not tell is as the manifest says, unless the hints say something else.
-    Raises UsageError where files are needed, are not those that the manifest names, or are of
-    another architecture.
+    Facts that the files do not tell are those of the manifest, unless the hints give others. Raises
+    UsageError where files are needed, are not those that the manifest names, or are of another
+    architecture.
     """
     places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
-    given: tuple[tuple[Part, Path | None, str], ...] = (
+    parts: tuple[tuple[Part, Path | None, str], ...] = (
         ("transformer", checkpoint, hints.key or places["transformer"]),
         ("tokenizer", tokenizer, hints.tokenizer_key or places["tokenizer"]),
     )
-    for part, file, key in given:
+    for part, file, key in parts:
         if file is not None:
             _check_origin(manifest, part, file, key)
     random = manifest.checkpoint["transformer"].get("random_weights")
@@ -333,7 +337,7 @@ def _check_origin(manifest: Manifest, part: Part, file: Path, key: str) -> None:
         expected = origin.get("sha256")
         if expected is None or not file.is_file():  # nothing to compare, or told when it is opened
             return
-        saved = "module" in origin  # its hash is of the weights, not of a file
+        saved = "module" in origin  # modules in memory: the hash is of the weights, not of a file
         found = (
             weights_sha256(open_checkpoint(file, part, default_key=key))
             if saved

@@ -1,4 +1,4 @@
-"""How far a tensor is from what it should be. Infinite where it holds what is no number."""
+"""Measures of the difference between a tensor and its expected value; infinite where it has NaN."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-SMALLEST = 1e-6  # of a magnitude that something is divided by
+SMALLEST = 1e-6  # smallest magnitude to divide by
 
 
-class Compared(NamedTuple):
-    """How far a tensor is from what it should be: the largest difference, a relative measure of
-    it, and what that may be."""
+class TensorDifference(NamedTuple):
+    """The difference of a tensor from its expected value: largest absolute, relative, and the bound
+    of the relative one."""
 
     tensor: str
     error: float
@@ -22,7 +22,7 @@ class Compared(NamedTuple):
 
 
 def largest_error(expected: NDArray[Any], found: NDArray[Any]) -> tuple[float, float]:
-    """The largest difference, and the same over the largest magnitude of `expected`."""
+    """Return the largest difference, and that over the largest magnitude of `expected`."""
     want, got = expected.astype(np.float32), found.astype(np.float32)
     if want.shape != got.shape or not np.isfinite(got).all():
         return math.inf, math.inf
@@ -34,8 +34,11 @@ def largest_error(expected: NDArray[Any], found: NDArray[Any]) -> tuple[float, f
 
 
 def norm_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
-    """‖found - expected‖ / ‖expected‖, of Frobenius norms: what rounding adds to the tensor as a
-    whole, where the largest single difference would be that of an outlier."""
+    """Return ‖found - expected‖ / ‖expected‖ in Frobenius norms.
+
+    It measures the effect of rounding on the whole tensor, where the largest single difference
+    would be that of an outlier.
+    """
     want, got = expected.astype(np.float64), found.astype(np.float64)
     if want.shape != got.shape or not np.isfinite(got).all():
         return math.inf
@@ -43,17 +46,17 @@ def norm_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
 
 
 def place_of_error(expected: NDArray[Any], found: NDArray[Any]) -> str:
-    """Indices of the largest difference, or of the first value that is no number: "0, 3, 17"."""
+    """Return the indices of the largest difference, or of the first NaN: "0, 3, 17"."""
     difference = np.abs(found.astype(np.float32) - expected.astype(np.float32))
     place = np.unravel_index(int(np.nan_to_num(difference, nan=np.inf).argmax()), expected.shape)
     return ", ".join(str(int(i)) for i in place)
 
 
 def agreement(expected: NDArray[Any], found: NDArray[Any]) -> str:
-    """How many values are equal, "a/b"."""
+    """Return how many values are equal, as "a/b"."""
     return f"{int((expected == found).sum())}/{expected.size}"
 
 
 def top_1_agreement(expected: NDArray[Any], found: NDArray[Any]) -> str:
-    """Of logits [B, L, V]: in how many of the B·L places the same code is the likeliest, "a/b"."""
+    """Return in how many places of logits [B, L, V] the likeliest code is the same, as "a/b"."""
     return agreement(expected.argmax(axis=-1), found.argmax(axis=-1))

@@ -1,4 +1,4 @@
-"""What agrees with the model in fp32 and fp16: everything, but for rounding."""
+"""Tolerances for fp32 and fp16: everything must agree with the model, but for rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef
 from var_deploy.export.lint.tensorrt import lint_file
-from var_deploy.export.verify.difference import Compared, largest_error, place_of_error
+from var_deploy.export.verify.difference import TensorDifference, largest_error, place_of_error
 from var_deploy.export.verify.graphs import Tensors
 from var_deploy.export.verify.reference import ScaleTrace
 from var_deploy.export.verify.report import REPORTED, Check
@@ -25,12 +25,13 @@ SHARE_OF_ENCODED = 0.98
 
 @dataclass(frozen=True, kw_only=True)
 class FloatTolerance:
-    """
+    """Bounds of one float precision.
+
     Attributes:
         bound: largest difference of any tensor over the largest magnitude of what was expected.
-        image_bound: largest difference of an image, absolute.
-        coin_toss: how close to the end of its interval a uniform may lie whose token differs.
-        mixed_psnr: where codes are mixed: dB of a generation left to itself, whose tokens then
+        image_bound: largest absolute difference of an image.
+        coin_toss: how close to the end of its interval the uniform of a differing token may lie.
+        mixed_psnr: where codes are mixed: least dB of a free-running generation, whose tokens then
             decide nothing.
     """
 
@@ -50,15 +51,16 @@ class FloatTolerance:
         return self.tensors(check, expected, found)
 
     def tensors(self, check: Check, expected: Tensors, found: Tensors) -> Check:
-        """Largest error over all tensors; names the first that leaves the bound."""
+        """Fill the check with the largest error over all tensors; name the first beyond its
+        bound."""
 
-        def complaint(one: Compared) -> str:
+        def complaint(one: TensorDifference) -> str:
             place = place_of_error(expected[one.tensor], found[one.tensor])
             off = f"{one.tensor} is off by {one.relative:.2e} at [{place}]"
             return f"{off}, bound {one.bound:.0e}"
 
         compared = [
-            Compared(tensor, *largest_error(want, found[tensor]), self.bound)
+            TensorDifference(tensor, *largest_error(want, found[tensor]), self.bound)
             for tensor, want in expected.items()
         ]
         return check.of_tensors(compared, complaint)
@@ -103,7 +105,7 @@ class FloatTolerance:
             return check.with_psnr(self.mixed_psnr)
         for scale, (trace, found) in enumerate(zip(traces, tokens, strict=True)):
             differ = found != trace.outputs[names.TOKENS]
-            if differ.any():  # all that follows is another image
+            if differ.any():  # everything after a differing token belongs to another image
                 margin = float(trace.margins[differ].max())
                 told = f"tokens part at scale {scale} {{}} (margin {margin:.1e})"
                 if margin > self.coin_toss:

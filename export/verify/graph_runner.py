@@ -1,4 +1,4 @@
-"""Runs one graph on arrays, with interior values brought out for comparison."""
+"""Runs one graph on arrays in ONNX Runtime, with interior values as additional outputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GraphRunner:
         )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs by name; inputs that the graph does not take are ignored.
+        """Return all outputs by name; inputs that the graph does not take are ignored.
 
         Raises BackendError where ONNX Runtime fails.
         """
@@ -55,14 +55,14 @@ class GraphRunner:
 
 
 def add_outputs(model: onnx.ModelProto, values: Sequence[str]) -> None:
-    """Make values inside a graph outputs of it; ONNX Runtime finds out their types."""
+    """Make values inside a graph outputs of it; ONNX Runtime infers their types."""
     known = {value.name for value in model.graph.output}
     added = (name for name in values if name not in known)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
 
 
 def session_options(model: onnx.ModelProto) -> Any:
-    """SessionOptions for one run of a graph on all cores."""
+    """Return SessionOptions for one run of a graph on all cores."""
     quiet(onnxruntime)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = SILENT
@@ -77,7 +77,7 @@ def session_options(model: onnx.ModelProto) -> Any:
 def run_session(
     session: Any, graph: str, feed: Mapping[str, NDArray[Any]], wanted: Sequence[str]
 ) -> dict[str, NDArray[Any]]:
-    """The outputs `wanted`, by name. Raises BackendError where ONNX Runtime fails."""
+    """Return the outputs `wanted`, by name. Raises BackendError where ONNX Runtime fails."""
     try:
         found = session.run(list(wanted), dict(feed))
     except Exception as error:  # ONNX Runtime raises types of its own, all Exception
@@ -86,9 +86,10 @@ def run_session(
 
 
 def complete_step(
-    manifest: Manifest, precision: str, scale: int, given: Mapping[str, Any]
+    manifest: Manifest, precision: str, scale: int, inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Add what `step` takes and a static graph does not: geometry, placeholders at scale 0."""
+    """Add the inputs that `step` has and a static graph lacks: geometry, placeholders at scale
+    0."""
     shapes = step_shapes(manifest, precision, scale)
-    empty = {name: np.zeros(shape) for name, shape in shapes.items() if name not in given}
-    return {**empty, **step_geometry(manifest.model, scale), **given}
+    empty = {name: np.zeros(shape) for name, shape in shapes.items() if name not in inputs}
+    return {**empty, **step_geometry(manifest.model, scale), **inputs}

@@ -1,4 +1,5 @@
-"""Runs the graphs of one precision on what the PyTorch model had, for a `Tolerance` to judge."""
+"""Runs the graphs of one precision on the reference's inputs; a `Tolerance` evaluates the
+results."""
 
 from __future__ import annotations
 
@@ -23,15 +24,20 @@ from var_deploy.export.verify.difference import (
     top_1_agreement,
 )
 from var_deploy.export.verify.graph_runner import GraphRunner, complete_step
-from var_deploy.export.verify.reference import Given, Reference, ScaleTrace, request
+from var_deploy.export.verify.reference import (
+    GenerationInputs,
+    Reference,
+    ScaleTrace,
+    generation_inputs,
+)
 from var_deploy.export.verify.report import LOOP, Check, merged
 from var_deploy.image.images import psnr
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
 
-# number of the first image that is drawn to try the decoder on: far from those that a decoder was
-# calibrated with
+# number of the first image that is generated to test the decoder on: far from the images that an
+# int8 decoder was calibrated with
 FIRST_DRAWN = 1 << 16
 
 Image = NDArray[np.float32]
@@ -40,14 +46,14 @@ T = TypeVar("T")
 
 
 class Tolerance(Protocol):
-    """What agrees with the model, in one precision.
+    """The rules by which results of one precision agree with the model.
 
-    Each method but `problems` is given a check with what was measured whatever the precision, and
-    gives it back judged.
+    Each method but `problems` takes a check that holds the measurements common to all precisions,
+    and returns it with the verdict.
 
     Attributes:
         rules: what the graphs' own rules are for, such as "not for TensorRT 10.3".
-        drawn: images that the loop draws by itself to try the decoder on, 0 for none.
+        drawn: images that the loop generates to test the decoder on, 0 for none.
     """
 
     @property
@@ -57,29 +63,33 @@ class Tolerance(Protocol):
     def drawn(self) -> int: ...
 
     def problems(self, graph: GraphRef, path: Path) -> list[str]:
-        """How the file of a graph breaks the rules, a line each."""
+        """Return how the file of a graph breaks the rules, one line per problem."""
 
     def condition(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
 
     def scale(self, check: Check, trace: ScaleTrace, found: Tensors) -> Check:
-        """`found` holds the tokens as they were drawn, and everything else as the model's tokens
-        make it. The check has logits, top_1 and tokens."""
+        """Evaluate one scale; the check has logits, top_1 and tokens.
+
+        `found` holds the tokens as the graph sampled them; all its other values follow from the
+        model's tokens.
+        """
 
     def encoder(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
 
     def accumulate(self, check: Check, expected: Tensors, found: Tensors) -> Check: ...
 
     def decoder(self, check: Check) -> Check:
-        """The check has the error and the PSNR of the worst image."""
+        """Evaluate the decoder; the check has the error and the PSNR of the worst image."""
 
     def loop(
         self, check: Check, traces: Sequence[ScaleTrace], tokens: Sequence[NDArray[Any]]
     ) -> Check:
-        """A generation left to itself; the check has the image's error and PSNR, and tokens."""
+        """Evaluate a free-running generation; the check has the image's error and PSNR, and
+        tokens."""
 
 
 class _UnfitError(Exception):
-    """A graph cannot be run on what the manifest says it takes."""
+    """A graph cannot be run on the inputs that the manifest lists for it."""
 
 
 def _attempt(work: Callable[[], T], how: str) -> T:
@@ -90,7 +100,7 @@ def _attempt(work: Callable[[], T], how: str) -> T:
 
 
 class GraphVerifier:
-    """The checks of one precision.
+    """Runs the checks of one precision.
 
     Args:
         references: generations of the model, each of B images; a graph is opened once for all.
@@ -117,10 +127,9 @@ class GraphVerifier:
         self.unfit = ""
 
     def graph(self, name: str) -> list[Check]:
-        """Look at the file of one graph and run it on the reference's inputs: a check, or one a
-        scale for `step`.
+        """Check the file of one graph, and run it on the reference's inputs.
 
-        What is against the rules is told in the first of them.
+        Returns one check, or one per scale for `step`. Broken rules are told in the first of them.
         """
         path = self._bundle / self._manifest.graph(self._precision, name).file
         ref = graph_ref(self._manifest.model, self._precision, name)
@@ -156,8 +165,8 @@ class GraphVerifier:
         return [merged([self._fixed(runner, name, reference) for reference in self._references])]
 
     def _fixed(self, runner: GraphRunner, name: str, reference: Reference) -> Check:
-        """A graph that is the same at every scale."""
-        found = _run(runner, reference.inputs(self._manifest, name))
+        """Check a graph that is the same at every scale."""
+        found = _run(runner, reference.graph_inputs(self._manifest, name))
         check = self._blank(name)
         if name == names.CONDITION:
             return self._tolerance.condition(check, reference.trace.condition, found)
@@ -169,15 +178,13 @@ class GraphVerifier:
         return self._tolerance.decoder(image)
 
     def _scales(self, runner: GraphRunner, ref: GraphRef, title: str, scale: int) -> Check:
-        return merged(
-            [self._scale(runner, ref, title, scale, one) for one in self._references]
-        )
+        return merged([self._scale(runner, ref, title, scale, one) for one in self._references])
 
     def _scale(
         self, runner: GraphRunner, ref: GraphRef, title: str, scale: int, reference: Reference
     ) -> Check:
         trace, manifest = reference.trace.scales[scale], self._manifest
-        inputs = reference.inputs(manifest, ref.name, scale)
+        inputs = reference.graph_inputs(manifest, ref.name, scale)
         if ref.kind == "step":
             inputs = complete_step(manifest, self._precision, scale, inputs)
         found = _run(runner, inputs)
@@ -189,7 +196,7 @@ class GraphVerifier:
             mass = found[names.KEPT_MASS]
             follows = reference.follow(scale, found[names.LOGITS], mass)
             trace = dataclasses.replace(trace, outputs={**trace.outputs, **follows})
-        elif differ.any():  # what follows from a token is compared with the token forced
+        elif differ.any():  # outputs that follow from a token are compared with it forced
             forced = _run(runner, {**inputs, names.KEEP_MASK: np.ones_like(differ)})
             found |= {k: forced[k] for k in (names.NEW_F_HAT, names.NEXT_INPUT) if k in found}
         check = dataclasses.replace(
@@ -201,7 +208,8 @@ class GraphVerifier:
         return self._tolerance.scale(check, trace, found)
 
     def loops(self) -> list[Check]:
-        """The whole generation in every layout that the bundle holds, and what it draws besides."""
+        """Check a whole generation in every layout that the bundle holds, then the decoder on
+        further images."""
         graphs = self._manifest.graphs[self._precision]
         checks, drawn = list[Check](), 0 if self._again else self._tolerance.drawn
         for layout in reversed(held_layouts(graphs)):
@@ -229,9 +237,9 @@ class GraphVerifier:
             loop.close()
 
     def _loop(self, loop: ScaleLoop, check: Check, reference: Reference) -> Check:
-        """From the reference's labels and uniforms."""
+        """Check the loop in one layout, from the reference's labels and uniforms."""
         traces = reference.trace.scales
-        image = self._generate(loop, reference.given)
+        image = self._generate(loop, reference.inputs)
         tokens = loop.tokens()
         expected = np.concatenate([trace.outputs[names.TOKENS] for trace in traces], axis=1)
         agree = agreement(expected, np.concatenate(tokens, axis=1))
@@ -239,24 +247,26 @@ class GraphVerifier:
         return self._tolerance.loop(check, traces, tokens)
 
     def _drawn(self, loop: ScaleLoop, check: Check) -> Check:
-        """The decoder on images that the loop draws, against the model's decoder on the same
-        f_hat: the worst of them."""
+        """Check the decoder on images that the loop generates; return the worst of them.
+
+        The model's decoder on the same f_hat is the reference.
+        """
         reference, found = self._references[0], list[Check]()
         manifest, seed = self._manifest, reference.seed
         for first in range(0, self._tolerance.drawn, manifest.batch):
-            image = self._generate(loop, request(manifest, seed, FIRST_DRAWN + first))
+            image = self._generate(loop, generation_inputs(manifest, seed, FIRST_DRAWN + first))
             found.append(self._image(check, reference.decode(loop.f_hat()), image))
         worst = min(found, key=lambda check: check.psnr or 0.0)
         count = len(found) * manifest.batch
-        judged = self._tolerance.decoder(worst)
-        return judged.remarked(f"the worst of {count} that it drew")
+        evaluated = self._tolerance.decoder(worst)
+        return evaluated.remarked(f"the worst of {count} that it drew")
 
-    def _generate(self, loop: ScaleLoop, given: Given) -> Image:
+    def _generate(self, loop: ScaleLoop, inputs: GenerationInputs) -> Image:
         sampling = self._manifest.defaults
-        return loop.run(given.labels, given.uniforms, sampling, noise=given.noise)
+        return loop.run(inputs.labels, inputs.uniforms, sampling, noise=inputs.noise)
 
     def _image(self, check: Check, expected: Image, found: Image) -> Check:
-        """`check` with the largest error of a batch, relative to 1, and the lowest PSNR."""
+        """Return `check` with the largest error of a batch, relative to 1, and the lowest PSNR."""
         error, _ = largest_error(expected, found)
         return dataclasses.replace(
             check,

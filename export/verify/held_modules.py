@@ -32,19 +32,19 @@ DECODE = ("fhat_to_img", "decode")
 
 
 def tokenizer_of(module: nn.Module) -> nn.Module:
-    """The tokenizer in what `var.build_tokenizer` returned; any other module as it is."""
+    """Return the tokenizer in the result of `var.build_tokenizer`; any other module as it is."""
     return module.tokenizer if isinstance(module, (ImageEncoder, ImageDecoder)) else module
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module in torch.compile's and the parallel wrappers."""
+    """Return the module inside the wrappers of torch.compile and of parallel training."""
     while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and type(module).__module__.startswith("torch."):
-            inner = getattr(module, "module", None)
-        if not isinstance(inner, nn.Module):
+        wrapped = getattr(module, "_orig_mod", None)
+        if wrapped is None and type(module).__module__.startswith("torch."):
+            wrapped = getattr(module, "module", None)
+        if not isinstance(wrapped, nn.Module):
             return module
-        module = inner
+        module = wrapped
 
 
 def recognise_modules(
@@ -53,9 +53,10 @@ def recognise_modules(
     tokenizer_weights: WeightSource,
     transformer_weights: WeightSource,
 ) -> ModelSpec:
-    """Sizes of two modules of any classes: from their state dicts as `recognise` finds them, and
-    what those do not tell from attributes: `patch_nums`, `num_heads`, `eps` of the LayerNorms,
-    `resi_ratio` of φ.
+    """Recognise the sizes of two modules of any classes.
+
+    Sizes come from their state dicts, as in `recognise`. Those that state dicts do not tell come
+    from attributes: `patch_nums`, `num_heads`, `eps` of the LayerNorms, `resi_ratio` of φ.
 
     Raises CheckpointError and UsageError as `recognise` does, and UsageError for attributes that
     ask for what the graphs do not compute.
@@ -80,7 +81,7 @@ def recognise_modules(
 
 
 def _values(module: nn.Module, name: str) -> set[Any]:
-    """What the module and those within it have under the name of an attribute."""
+    """Return the values that the module and its submodules have under an attribute's name."""
     found = (getattr(m, name, None) for m in module.modules())
     return {value for value in found if isinstance(value, (int, float))}
 
@@ -100,7 +101,7 @@ def _only(module: nn.Module, name: str, values: set[Any]) -> Any:
 
 
 class OwnForward:
-    """A transformer and a tokenizer that are run as their own code says.
+    """Runs the user's transformer and tokenizer with their own code.
 
     Calls happen in evaluation mode, without gradients, autocast, label dropout or TF32, on the
     device where the modules are; all of it is put back afterwards. Results are on the CPU, in
@@ -139,14 +140,14 @@ class OwnForward:
         )
 
     def logits(self, labels_G: Tensor, teacher_GLC: Tensor) -> Tensor:
-        """Teacher-forced logits [G, T, V] of G rows, from the inputs of scales 1..K-1."""
+        """Return teacher-forced logits [G, T, V] of G rows, from the inputs of scales 1..K-1."""
         found = self._call(self._transformer, self._transformer, labels_G, teacher_GLC)
         spec = self._spec
         shape = (len(labels_G), spec.total_tokens, spec.tokenizer.vocab_size)
         return self._checked(self._transformer, "forward", found, shape).float()
 
     def teacher_input(self, tokens: Sequence[Tensor]) -> Tensor | None:
-        """x_BLCv of the tokens of all scales; None where neither module makes it."""
+        """Return x_BLCv of the tokens of all scales; None where neither module computes it."""
         tokenizer, transformer = unwrapped(self._tokenizer), unwrapped(self._transformer)
         quantize = getattr(tokenizer, "quantize", None)
         for owner, name in (
@@ -163,7 +164,7 @@ class OwnForward:
         return None
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """Images [B, C, S, S] in [-1, 1] → tokens [B, L_k] of every scale."""
+        """Encode images [B, C, S, S] in [-1, 1] → tokens [B, L_k] of every scale."""
         found = self._call(self._tokenizer, self._encode, image)
         name, lengths = self._encode.__name__, self._spec.scale_lengths
         if not isinstance(found, (list, tuple)) or len(found) != len(lengths):
@@ -176,25 +177,25 @@ class OwnForward:
         return [tokens.to(torch.int64) for tokens in checked]
 
     def decode(self, f_hat: Tensor) -> Tensor:
-        """f_hat [B, Cv, p_K, p_K] → images [B, C, S, S] in [-1, 1]."""
+        """Decode f_hat [B, Cv, p_K, p_K] → images [B, C, S, S] in [-1, 1]."""
         return self._image(self._decode, f_hat)
 
     def decode_tokens(self, tokens: Sequence[Tensor]) -> Tensor | None:
-        """Tokens of all scales → images; None where the tokenizer decodes f_hat alone."""
+        """Decode tokens of all scales → images; None where the tokenizer decodes f_hat alone."""
         method = getattr(unwrapped(self._tokenizer), "idxBl_to_img", None)
         if not callable(method):
             return None
         return self._image(method, list(tokens), same_shape=True, last_one=True)
 
-    def _image(self, method: Callable[..., Any], given: Any, **options: Any) -> Tensor:
+    def _image(self, method: Callable[..., Any], arguments: Any, **options: Any) -> Tensor:
         t = self._spec.tokenizer
-        found = self._call(self._tokenizer, method, given, **options)
-        batch = len(given[0]) if isinstance(given, list) else len(given)
+        found = self._call(self._tokenizer, method, arguments, **options)
+        batch = len(arguments[0]) if isinstance(arguments, list) else len(arguments)
         shape = (batch, t.image_channels, t.image_side, t.image_side)
         return self._checked(self._tokenizer, method.__name__, found, shape).float()
 
     def _call(
-        self, module: nn.Module, method: Callable[..., Any], *given: Any, **options: Any
+        self, module: nn.Module, method: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Any:
         device = next(module.parameters()).device
 
@@ -203,8 +204,8 @@ class OwnForward:
 
         with _in_use(module, device):
             try:
-                return method(*map(placed, given), **options)
-            except Exception as error:  # the user's code raises what it likes
+                return method(*map(placed, arguments), **options)
+            except Exception as error:  # the user's code may raise any exception
                 name = "forward" if method is module else getattr(method, "__name__", "call")
                 raise UsageError(
                     f"{type(module).__name__}.{name} failed: {type(error).__name__}: "
@@ -225,7 +226,8 @@ def _described(value: object) -> str:
 
 @contextlib.contextmanager
 def _in_use(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module as it generates; its training flags and label dropout are put back afterwards."""
+    """Put a module into evaluation mode for a call; its flags and label dropout are restored
+    afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     # the published forward drops labels in evaluation mode as well
     dropping: list[tuple[Any, Any]] = [

@@ -1,10 +1,10 @@
-"""What agrees with the model in int8: close enough to draw the same pictures.
+"""Tolerance for int8: close enough to generate pictures of the same things.
 
-Rounding to 8 bits is felt in every token, so no single value can be bound. Bound is what it does to
-each scale from the inputs that the model had, and to an image from the f_hat that the model had.
-What becomes of a generation left to itself is reported: two of them part at the first token that
-tips, and from there on are two pictures of the same thing. Many of those are judged by
-`sample_study`.
+Quantisation to 8 bits changes every token's logits, so single values cannot be bounded. Bounded are
+the error of each scale from the inputs that the model had, and the error of an image from the f_hat
+that the model had. A free-running generation is only reported: it parts from the model's at the
+first token that differs, and from there on shows another picture of the same thing.
+`verify.samples` evaluates many of those with a classifier.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef
 from var_deploy.export.lint.int8 import Rounded, lint_int8
-from var_deploy.export.verify.difference import Compared, largest_error, norm_error
+from var_deploy.export.verify.difference import TensorDifference, largest_error, norm_error
 from var_deploy.export.verify.floats import FloatTolerance
 from var_deploy.export.verify.graphs import Tensors
 from var_deploy.export.verify.reference import ScaleTrace
@@ -39,8 +39,8 @@ EXACT = (names.FIRST_INPUT, names.NEW_F_HAT, names.NEXT_INPUT)  # look-ups and s
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Tolerance(FloatTolerance):
-    """Its own for what is rounded; encoder, `accumulate` and what `EXACT` names are fp32 in an int8
-    bundle as well."""
+    """Bounds for the quantised tensors; encoder, `accumulate` and the tensors in `EXACT` are fp32
+    in an int8 bundle as well, and have the bounds of fp32."""
 
     _checked: set[Rounded] = field(default_factory=set)
 
@@ -59,9 +59,9 @@ class Int8Tolerance(FloatTolerance):
     def _rounded(
         self, check: Check, expected: Tensors, found: Tensors, bounds: Mapping[str, float]
     ) -> Check:
-        """The tensor nearest to its bound; names the first that leaves it."""
+        """Return the tensor nearest to its bound; name the first beyond it."""
         compared = [
-            Compared(
+            TensorDifference(
                 tensor=tensor,
                 error=largest_error(want, found[tensor])[0],
                 relative=norm_error(want, found[tensor]),
@@ -72,12 +72,13 @@ class Int8Tolerance(FloatTolerance):
         ]
         check = check.of_tensors(
             compared,
-            lambda one: f"{one.tensor} is off by {one.relative:.1%} of its norm, "
-            f"bound {one.bound:.0%}",
+            lambda one: (
+                f"{one.tensor} is off by {one.relative:.1%} of its norm, bound {one.bound:.0%}"
+            ),
         )
         exact = {tensor: expected[tensor] for tensor in EXACT if tensor in expected}
-        judged = self.tensors(check, exact, found)
-        return judged if check.passed and not judged.passed else check
+        evaluated = self.tensors(check, exact, found)
+        return evaluated if check.passed and not evaluated.passed else check
 
     def decoder(self, check: Check) -> Check:
         return check.with_psnr(DECODER_PSNR)

@@ -1,8 +1,8 @@
-"""A generation by the forward of modules that the user holds, as the reference of `verify`.
+"""The reference of `verify` when the user's own modules compute it.
 
 One teacher-forced pass gives the logits of all scales from the tokens of the scales before. Where
-the tokens that these logits draw are the ones that were given, the generation is the user's own,
-scale by scale; where they are not, generation starts again with the user's tokens up to there.
+these logits sample the same tokens that were put in, the generation is the user's own, scale by
+scale; where they do not, generation starts again with the user's tokens up to that scale.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from var_deploy.export.verify.held_modules import OwnForward
 from var_deploy.manifest import Manifest
 
 if TYPE_CHECKING:
-    from var_deploy.export.verify.reference import Given, Trace
+    from var_deploy.export.verify.reference import GenerationInputs, Trace
 
 Generate = Callable[[Sequence[Tensor]], "Trace"]
 
 
-def own_trace(own: OwnForward, manifest: Manifest, given: Given, generate: Generate) -> Trace:
-    """The trace of a generation whose logits, tokens and image are the user's modules' own.
+def own_trace(
+    own: OwnForward, manifest: Manifest, inputs: GenerationInputs, generate: Generate
+) -> Trace:
+    """Return the trace of a generation whose logits, tokens and image are the user's modules'.
 
-    What the interface of those modules does not show (keys and values, f_hat) is from `generate`,
-    which takes the tokens of the first scales and draws the rest.
+    Keys, values and f_hat, which the interface of those modules does not show, come from
+    `generate`, which takes the tokens of the first scales and samples the rest.
     """
     trace = generate(())
     left = len(trace.scales)  # each turn settles a scale at least
     while True:
-        teacher, logits, tokens, margins = _draws(own, manifest, given, trace)
+        teacher, logits, tokens, margins = _draws(own, manifest, inputs, trace)
         found = [torch.from_numpy(scale.outputs[names.TOKENS]) for scale in trace.scales]
         same = [torch.equal(a, b) for a, b in zip(found, tokens, strict=True)]
         if all(same) or not left:
@@ -56,21 +58,21 @@ def own_trace(own: OwnForward, manifest: Manifest, given: Given, generate: Gener
 
 
 def _draws(
-    own: OwnForward, manifest: Manifest, given: Given, trace: Trace
+    own: OwnForward, manifest: Manifest, inputs: GenerationInputs, trace: Trace
 ) -> tuple[Sequence[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Inputs of scales 1..K-1, then guided logits, tokens and their margins of every scale, from
-    the tokens that the trace has."""
-    spec, batch = manifest.model, len(given.labels)
+    """Return inputs of scales 1..K-1, then guided logits, tokens and margins of every scale, from
+    the tokens of the trace."""
+    spec, batch = manifest.model, len(inputs.labels)
     tokens = [torch.from_numpy(scale.outputs[names.TOKENS]) for scale in trace.scales]
-    inputs = [torch.from_numpy(s.outputs[names.NEXT_INPUT]) for s in trace.scales[:-1]]
+    next_inputs = [torch.from_numpy(s.outputs[names.NEXT_INPUT]) for s in trace.scales[:-1]]
     # where codes are mixed, tokens do not tell the next input
     teacher = None if manifest.more_smooth else own.teacher_input(tokens)
     if teacher is None:
-        teacher = torch.cat(inputs, dim=1)
-    rows = [*given.labels, *[spec.transformer.classes] * (manifest.rows - batch)]
+        teacher = torch.cat(next_inputs, dim=1)
+    rows = [*inputs.labels, *[spec.transformer.classes] * (manifest.rows - batch)]
     all_logits = own.logits(torch.tensor(rows), teacher.repeat(manifest.rows // batch, 1, 1))
     lengths = list(spec.scale_lengths)
-    uniforms = torch.from_numpy(given.uniforms).split(lengths, dim=1)
+    uniforms = torch.from_numpy(inputs.uniforms).split(lengths, dim=1)
     guided, drawn, margins = [], [], []
     for k, of_scale in enumerate(all_logits.split(lengths, dim=1)):
         chosen = manifest.defaults.at(k, spec.scales)

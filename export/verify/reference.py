@@ -1,4 +1,4 @@
-"""Generation with the PyTorch modules, keeping what every graph takes and gives: the reference.
+"""Generates with the PyTorch modules and records the inputs and outputs of every graph.
 
 The loop over the scales is written here a second time on purpose. `verify` compares the graphs and
 `runtime.loop` with it, so it shares neither buffers nor bindings nor cache views with them: a fault
@@ -33,7 +33,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleTrace:
-    """One scale: inputs and outputs of its graph by tensor name, and how firm each token is.
+    """Recorded inputs and outputs of one scale graph, by tensor name, and the margin of each token.
 
     `margins` [B, L_k] is the distance of a token's uniform from the nearest end of its interval.
     """
@@ -43,13 +43,13 @@ class ScaleTrace:
     margins: NDArray[Any]
 
     def compared(self, found: Collection[str]) -> Arrays:
-        """Outputs that are compared by value: all that are found but the tokens."""
+        """Return the outputs that are compared by value: all in `found` except the tokens."""
         return {k: v for k, v in self.outputs.items() if k in found and k != names.TOKENS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A whole generation. `image` is [B, side, side, channels] in [0, 1]."""
+    """Recorded values of a whole generation. `image` is [B, side, side, channels] in [0, 1]."""
 
     condition: Arrays
     scales: list[ScaleTrace]
@@ -57,8 +57,8 @@ class Trace:
     image: NDArray[Any]
 
 
-class Given(NamedTuple):
-    """What B images are drawn from: labels, uniforms [B, T] and, where the bundle has
+class GenerationInputs(NamedTuple):
+    """Inputs of a generation of B images: labels, uniforms [B, T] and, where the bundle has
     `more_smooth`, the noise [T, V] of each image."""
 
     labels: list[int]
@@ -68,18 +68,18 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A generation of the PyTorch model, and what its encoder makes of the image.
+    """A recorded generation of the PyTorch model, and its encoder's output for the image.
 
     Attributes:
-        given: what the generation was given.
+        inputs: labels, uniforms and noise of the generation.
         encoded: the encoder's latent and tokens by tensor name.
-        sums: what the drawn tokens of the first scales add up to, [K, B, Cv, p_K, p_K].
+        sums: f_hat after each of the first scales' tokens, [K, B, Cv, p_K, p_K].
         decode: f_hat [B, Cv, p_K, p_K] → images [B, side, side, channels] in [0, 1].
-        follow: (scale, logits, mass after the filters), both [B, L_k, V] → what a mix of codes
-            makes of them from the f_hat and the noise that the scale had, by tensor name.
+        follow: (scale, logits, mass after the filters), both [B, L_k, V] → outputs of a mix of
+            codes by tensor name, computed with the f_hat and the noise of the reference.
     """
 
-    given: Given
+    inputs: GenerationInputs
     seed: int
     trace: Trace
     encoded: Arrays
@@ -89,11 +89,11 @@ class Reference:
 
     @property
     def labels(self) -> list[int]:
-        """One an image."""
-        return self.given.labels
+        """One label per image."""
+        return self.inputs.labels
 
-    def inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
-        """What a graph was given; of `step`, what the static graph of `scale` is given."""
+    def graph_inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
+        """Return the inputs of a graph; for `step`, those of the static graph of `scale`."""
         if graph == names.CONDITION:
             rows = np.full(manifest.rows, manifest.model.transformer.classes)
             rows[: len(self.labels)] = self.labels
@@ -124,28 +124,28 @@ def trace_reference(
     manifest: Manifest,
     seed: int,
     *,
-    given: Given | None = None,
+    inputs: GenerationInputs | None = None,
     own: OwnForward | None = None,
 ) -> Reference:
-    """Generate B images with the PyTorch model, and encode them.
+    """Generate B images with the PyTorch model, encode them, and record everything.
 
     Args:
-        given: what they are drawn from; None: the first B of a request.
+        inputs: labels, uniforms and noise; None: those of the first B images of a request.
         own: modules whose own logits, tokens of pictures and images take the place of those that
             the modules of `model` compute.
     """
-    given, sampling = given or request(manifest, seed, 0), manifest.defaults
+    inputs, sampling = inputs or generation_inputs(manifest, seed, 0), manifest.defaults
     tokenizer, transformer = build_modules(model)
-    noise = given.noise if manifest.more_smooth else None
+    noise = inputs.noise if manifest.more_smooth else None
 
     def generate(forced: Sequence[Tensor] = ()) -> Trace:
         return trace_generation(
-            *(tokenizer, transformer, given.labels, given.uniforms, sampling, manifest.guidance),
+            *(tokenizer, transformer, inputs.labels, inputs.uniforms, sampling, manifest.guidance),
             noise=noise,
             forced=forced,
         )
 
-    trace = generate() if own is None else own_trace(own, manifest, given, generate)
+    trace = generate() if own is None else own_trace(own, manifest, inputs, generate)
     quantize = tokenizer.quantize
     with torch.no_grad():
         image = torch.from_numpy(trace.image).permute(0, 3, 1, 2) * 2 - 1
@@ -165,11 +165,11 @@ def trace_reference(
 
     @torch.no_grad()
     def follow(scale: int, logits: NDArray[Any], mass: NDArray[Any]) -> Arrays:
-        scales, inputs = model.spec.scales, trace.scales[scale].inputs
+        scales, scale_inputs = model.spec.scales, trace.scales[scale].inputs
         x = torch.from_numpy(logits) / sampling.at(scale, scales).temperature
         x = x.masked_fill(torch.from_numpy(mass) <= 0, -torch.inf)
-        weights = mix_weights(x, torch.from_numpy(inputs[names.NOISE]), scale, scales)
-        f_hat = torch.from_numpy(inputs[names.F_HAT])
+        weights = mix_weights(x, torch.from_numpy(scale_inputs[names.NOISE]), scale, scales)
+        f_hat = torch.from_numpy(scale_inputs[names.F_HAT])
         f_hat = f_hat + quantize.contribution(scale, quantize.blend(scale, weights))
         outputs: Arrays = {names.NEW_F_HAT: f_hat.numpy()}
         if scale + 1 < scales:
@@ -177,7 +177,7 @@ def trace_reference(
         return outputs
 
     return Reference(
-        given=given,
+        inputs=inputs,
         seed=seed,
         trace=trace,
         encoded=encoded,
@@ -187,22 +187,22 @@ def trace_reference(
     )
 
 
-def request(manifest: Manifest, seed: int, first: int) -> Given:
-    """What the images `first` … of a request are drawn from."""
-    spec, streams = manifest.model, numbered(seed, first, manifest.batch)
+def generation_inputs(manifest: Manifest, seed: int, first: int) -> GenerationInputs:
+    """Return the inputs of the images `first` … of a request: labels, uniforms and noise."""
+    spec, rng_keys = manifest.model, numbered(seed, first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
     noise = []
     if manifest.more_smooth:
-        noise = [gumbel(*stream, total, spec.tokenizer.vocab_size) for stream in streams]
-    return Given(
-        labels=[(class_stride(classes) * i + seed) % classes for _, i in streams],
-        uniforms=stack_uniforms(streams, total),
+        noise = [gumbel(*key, total, spec.tokenizer.vocab_size) for key in rng_keys]
+    return GenerationInputs(
+        labels=[(class_stride(classes) * i + seed) % classes for _, i in rng_keys],
+        uniforms=stack_uniforms(rng_keys, total),
         noise=noise,
     )
 
 
 def modulation_table(mod: Modulation) -> Tensor:
-    """The rows of the `modulation` tensor: [6N + 2, G, C], with the ones already added."""
+    """Return the rows of the `modulation` tensor, [6N + 2, G, C], with the ones already added."""
     blocks = torch.cat([m.squeeze(2) for m in mod.blocks])
     ones = torch.tensor([0.0, 0, 1, 1, 0, 0] * len(mod.blocks) + [1, 0]).view(-1, 1, 1)
     return torch.cat((blocks, mod.head.squeeze(2))) + ones
@@ -222,8 +222,9 @@ def trace_generation(
 ) -> Trace:
     """Generate B images from labels and uniforms [B, T] with the published algorithm.
 
-    `transformer` is a Transformer or a Gpt2Transformer. With `noise`, [T, V] of each image, its
-    `more_smooth` variant. `forced` are tokens [B, L_k] of the first scales, in place of drawn ones.
+    `transformer` is a Transformer or a Gpt2Transformer. `noise`, [T, V] of each image, selects
+    `more_smooth` sampling. `forced` are tokens [B, L_k] of the first scales that replace the
+    sampled ones.
     """
     spec = transformer.spec
     t, batch = spec.transformer, len(labels)
@@ -281,7 +282,7 @@ def trace_generation(
 
 
 def _image(tokenizer: Tokenizer | OwnForward, f_hat: Tensor) -> NDArray[Any]:
-    """[B, side, side, channels] in [0, 1]."""
+    """Decode f_hat to images [B, side, side, channels] in [0, 1]."""
     return as_picture(tokenizer.decode(f_hat))
 
 

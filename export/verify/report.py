@@ -1,4 +1,4 @@
-"""What `verify` found, for people and for machines."""
+"""The report of `verify`, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_deploy.export.verify.difference import Compared
+from var_deploy.export.verify.difference import TensorDifference
 from var_deploy.export.verify.samples import SampleStudy, SkippedStudy
 
 HEADER = (
@@ -60,14 +60,17 @@ class Check:
     detail: str = ""
 
     def failed(self, why: str) -> Check:
-        """The same, with why it does not hold; what failed before stays the reason."""
+        """Return the check as failed, with the reason; a check that failed before keeps its
+        reason."""
         return dataclasses.replace(self, passed=False, detail=why) if self.passed else self
 
     def of_tensors(
-        self, found: Sequence[Compared], complaint: Callable[[Compared], str]
+        self, found: Sequence[TensorDifference], complaint: Callable[[TensorDifference], str]
     ) -> Check:
-        """The same with the tensor that is nearest to its bound, of equals the last; failed with
-        the complaint about the first that leaves its bound."""
+        """Return the check with the tensor that is nearest to its bound, of equals the last.
+
+        It fails with the complaint about the first tensor beyond its bound.
+        """
         if not found:
             return self
         worst = max(reversed(found), key=lambda one: one.relative / one.bound)
@@ -76,7 +79,7 @@ class Check:
         return check.failed(complaint(beyond[0])) if beyond else check
 
     def with_psnr(self, least: float) -> Check:
-        """The same, bound to a PSNR of `least` dB; the check has an image's."""
+        """Return the check with a lower bound of `least` dB on its PSNR."""
         check = dataclasses.replace(self, least_psnr=least)
         assert check.psnr is not None
         if check.psnr >= least:  # written so that NaN fails
@@ -85,7 +88,7 @@ class Check:
 
     @property
     def nearness(self) -> float:
-        """How near a check came to its bound: 1 at the bound, more beyond it."""
+        """Return the measured value over its bound: 1 at the bound, more beyond it."""
         if self.least_psnr is not None:
             return self.least_psnr / self.psnr if self.psnr and self.psnr > 0 else math.inf
         if self.bound is None:
@@ -94,13 +97,16 @@ class Check:
         return math.inf if math.isnan(found) else found
 
     def remarked(self, detail: str) -> Check:
-        """The same with a remark, where it holds."""
+        """Return the check with a remark, where it passed."""
         return dataclasses.replace(self, detail=detail) if self.passed else self
 
 
 def merged(checks: Sequence[Check]) -> Check:
-    """One check of several of the same graph on other images: the one that is nearest to its bound,
-    with the tokens of all, and the first failure or remark, which says of which images it is."""
+    """Merge checks of one graph on several images into the one that is nearest to its bound.
+
+    The merged check has the tokens of all, and the first failure or remark, which says of which
+    images it is.
+    """
     wrong = [n for n, check in enumerate(checks) if not check.passed]
     # an image whose tokens differ is another picture: its bound says nothing of the others
     unbounded = [c for c in checks if c.bound is None and c.least_psnr is None]
@@ -122,7 +128,7 @@ def merged(checks: Sequence[Check]) -> Check:
 
 
 def _total(counts: Sequence[str]) -> str:
-    """ "3/4" and "5/6" → "8/10"; "" where none are counted."""
+    """Add fractions: "3/4" and "5/6" → "8/10"; "" where no tokens are counted."""
     pairs = [tuple(map(int, count.split("/"))) for count in counts if count]
     if not pairs:
         return ""
@@ -130,11 +136,11 @@ def _total(counts: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """All checks, in the order in which a generation runs the graphs.
+class VerifyReport:
+    """All checks of a verification, in the order in which a generation runs the graphs.
 
     Attributes:
-        labels, seed: of the images that were compared, a label an image.
+        labels, seed: of the images that were compared, one label per image.
         oracle: whose forward they were compared with: "" for the PyTorch model of the bundle's
             checkpoint, else the class of the modules that were given.
         samples: what became of many images in int8; None where int8 was not compared.
@@ -166,7 +172,7 @@ class Report:
         return lines[0] + more
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as stored in the manifest."""
+        """Return plain JSON values, as stored in the manifest."""
         return {
             "passed": self.passed,
             "failure": self.failure,
@@ -183,7 +189,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """A table with a line a graph, and what the samples showed."""
+        """Return a text table with one line per graph, and the sample study."""
         rows = [HEADER, *(_row(check) for check in self.checks)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -195,7 +201,7 @@ class Report:
         return "\n".join(line.rstrip() for line in [*lines, "", *self.verdict()])
 
     def verdict(self) -> list[str]:
-        """What was shown, a line a precision; one line of failure where a check does not hold."""
+        """Say what was shown, one line per precision; one line of failure where a check fails."""
         if not self.passed:
             return [f"FAILED {self.failure}"]
         by_precision: dict[str, list[Check]] = {}
@@ -205,7 +211,8 @@ class Report:
         return [self._verdict(name, loops) for name, loops in by_precision.items()]
 
     def _verdict(self, precision: str, loops: Sequence[Check]) -> str:
-        """From the whole generations of one precision: the layout that agrees least."""
+        """Say what the whole generations of one precision show: that of the layout that agrees
+        least."""
         agree, total = min(tuple(map(int, c.tokens.split("/"))) for c in loops)
         count = len(self.labels)
         images = "1 image" if count == 1 else f"{count} images"
@@ -229,7 +236,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity: an error beyond all numbers is null."""
+    """Return None for an infinite number, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

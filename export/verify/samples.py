@@ -1,10 +1,10 @@
-"""What int8 does to many images: are they still of their class, and of the same kind?
+"""Evaluates int8 on many images: are they still of their class, and of the same distribution?
 
-Single images cannot tell, since one token that tips makes another picture. So a classifier judges
-sets of them, by class accuracy and by the Fréchet distance between its features (Heusel et al.
-2017, arXiv 1706.08500). Both carry noise; a second set of fp32 images, from other draws, shows how
-much. Distances of sets of another size are another number (Chong and Forsyth 2020, arXiv
-1911.07023): they are compared with each other, within one study.
+Single images cannot tell, since one differing token makes another picture. So a classifier
+evaluates sets of them, by class accuracy and by the Fréchet distance between its features (Heusel
+et al. 2017, arXiv 1706.08500). Both carry noise; a second set of fp32 images, from another seed,
+shows how much. Distances depend on the size of the sets (Chong and Forsyth 2020, arXiv 1911.07023),
+so they are compared within one study only.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.pocket.classifier import load_classifier
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.progress import Progress
 from var_deploy.sampling import MAX_SEED
 
-ACCURACY_BOUND = 0.015  # by how much int8 may differ from fp32
-# of fewer images, chance moves the share by as much
+ACCURACY_BOUND = 0.015  # largest difference of int8's class accuracy from fp32's
+# with fewer images, chance moves the accuracy by as much as the bound
 LEAST_BOUND = 500
 LEAST_SAMPLES = 20
 
-Progress = Callable[[str, float], None]
-
 
 class Classifier(Protocol):
-    """A classifier of the images that a model generates."""
+    """A classifier of the images of one preset."""
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """[N, H, W, C] → activations before the last layer, [N, F]."""
+        """Images [N, H, W, C] → activations before the last layer, [N, F]."""
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """[N, H, W, C] → labels [N]."""
+        """Images [N, H, W, C] → labels [N]."""
 
 
 CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier}  # by preset
@@ -51,7 +50,7 @@ CLASSIFIERS: Mapping[str, Callable[[], Classifier]] = {"pocket": load_classifier
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """Images of one precision and seed.
+    """Measurements of one set of images, of one precision and seed.
 
     Attributes:
         accuracy: share that the classifier names as intended.
@@ -68,10 +67,10 @@ class SampleSet:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleStudy:
-    """Three sets of `count` images: fp32 and int8 from the same draws, fp32 from others.
+    """Three sets of `count` images: fp32 and int8 from the same seed, fp32 from another one.
 
     Attributes:
-        judge: the preset whose classifier it was.
+        judge: the preset whose classifier evaluated the images (the key in the manifest).
         bound: largest difference in accuracy that passes; None where too few images were drawn.
     """
 
@@ -93,11 +92,11 @@ class SampleStudy:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return {**dataclasses.asdict(self), "failure": self.failure}
 
     def text(self) -> str:
-        """A table with a line a set."""
+        """Return a table with one line per set."""
         first, second = (f"to fp32 seed {s.seed}" for s in (self.fp32, self.noise))
         head = ("samples", "class accuracy", f"Fréchet distance {first}", second)
         rows = [
@@ -122,7 +121,7 @@ class SampleStudy:
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedStudy:
-    """No samples were judged, and why; a failure where they should have been."""
+    """The reason why no samples were evaluated; a failure where they should have been."""
 
     why: str
     failed: bool = False
@@ -132,12 +131,12 @@ class SkippedStudy:
         return self.why if self.failed else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         return {"skipped": self.why, "failure": self.failure}
 
     def text(self) -> str:
-        """One line."""
-        return f"samples: not judged: {self.why}"
+        """Return the reason in one line."""
+        return f"samples: not evaluated: {self.why}"
 
 
 def study_samples(
@@ -149,7 +148,7 @@ def study_samples(
     seed: int = 0,
     progress: Progress = lambda message, fraction: None,
 ) -> SampleStudy | SkippedStudy:
-    """Draw `count` images three times and judge them; 0 skips.
+    """Generate `count` images three times and evaluate them; 0 skips.
 
     fp32 graphs that the bundle lacks are exported to a temporary folder.
     """
@@ -161,7 +160,7 @@ def study_samples(
         known = ", ".join(CLASSIFIERS)
         return SkippedStudy(why=f"there is no classifier of {name}, only of {known}")
     if "random_weights" in manifest.checkpoint["transformer"]:
-        return SkippedStudy(why="random weights draw nothing that has a class")
+        return SkippedStudy(why="images of random weights have no class")
     classifier = make_classifier()
     classes = manifest.model.transformer.classes
     labels = [i % classes for i in range(count)]
@@ -182,7 +181,7 @@ def study_samples(
     features = {key: classifier.features(images) for key, images in drawn.items()}
     first, second = ("fp32", seed), ("fp32", other)
 
-    def judged(key: tuple[str, int]) -> SampleSet:
+    def sample_set(key: tuple[str, int]) -> SampleSet:
         named = classifier.predict(drawn[key])
         one, two = (
             None if key == to else frechet_distance(features[key], features[to])
@@ -199,29 +198,27 @@ def study_samples(
     return SampleStudy(
         judge=manifest.preset,
         count=count,
-        fp32=judged(first),
-        int8=judged(("int8", seed)),
-        noise=judged(second),
+        fp32=sample_set(first),
+        int8=sample_set(("int8", seed)),
+        noise=sample_set(second),
         bound=ACCURACY_BOUND if count >= LEAST_BOUND else None,
     )
 
 
 def check_count(count: int) -> None:
-    """Raises UsageError for a number of samples that says nothing."""
+    """Raise UsageError for a number of samples that is too small to be meaningful."""
     if count and count < LEAST_SAMPLES:
         raise UsageError(f"samples must be 0 or at least {LEAST_SAMPLES}, found {count}")
 
 
 @contextlib.contextmanager
 def _fp32_bundle(bundle: Path, manifest: Manifest, model: LoadedModel) -> Iterator[Path]:
-    """A bundle with fp32 graphs of the same form: `bundle` itself where it has them."""
+    """Yield a bundle with fp32 graphs of the same form: `bundle` itself where it has them."""
     if "fp32" in manifest.graphs:
         yield bundle
         return
     with tempfile.TemporaryDirectory() as name:
-        options = ExportOptions(
-            batch=manifest.batch, guidance=manifest.guidance, layout="shared"
-        )
+        options = ExportOptions(batch=manifest.batch, guidance=manifest.guidance, layout="shared")
         export_bundle(model, Path(name) / "fp32", options)
         yield Path(name) / "fp32"
 
@@ -240,7 +237,7 @@ def _draw(
 
 
 def frechet_distance(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> float:
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features [N, F] and [M, F], N and M at least 2.
+    """Return |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features [N, F] and [M, F], N, M ≥ 2.
 
     The trace of the root is taken from the symmetric Σ₁^½ Σ₂ Σ₁^½, which has the same eigenvalues.
     They are real and not negative even where N < F makes Σ singular, so that no multiple of the

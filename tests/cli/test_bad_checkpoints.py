@@ -49,7 +49,7 @@ def _missing_key(path: Path, good: bytes) -> None:
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (_garbage, ("var.pth is no checkpoint",)),
+        (_garbage, ("var.pth is not a checkpoint",)),
         (_truncated, ("var.pth is truncated or damaged", "download it again")),
         (_evil, ("var.pth is refused", "state_dict()")),
         (_unrelated, ("var.pth holds no VAR transformer",)),

@@ -194,7 +194,7 @@ def test_real_processes(named: Path, tmp_path: Path) -> None:
     assert failed.stderr == f"error: {out}/y.png cannot be written: {out} is not a folder\n"
     missing = process("inspect", tmp_path / "none")
     assert (missing.returncode, missing.stdout) == (1, "")
-    assert missing.stderr == f"error: {tmp_path}/none is no bundle: it has no manifest.json\n"
+    assert missing.stderr == f"error: {tmp_path}/none is not a bundle: it has no manifest.json\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")

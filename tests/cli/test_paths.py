@@ -69,7 +69,7 @@ def test_a_bundle_from_within_its_folder(
 
 
 def test_an_export_is_refused_before_any_work(tmp_path: Path) -> None:
-    words = (SHOWN, "is not UTF-8, and the library of ONNX opens no such path")
+    words = (SHOWN, "is not UTF-8, and the library of ONNX cannot open it")
     refused(2, "export", "pocket", "--out", tmp_path / ODD, parts=words)
     assert not list(tmp_path.iterdir())
 
@@ -83,5 +83,5 @@ def test_the_relative_path_where_it_helps(tmp_path: Path, monkeypatch: pytest.Mo
         "plain": utf8_path(tmp_path / "a.onnx", "it"),
     }
     assert found == {"abs": "é/a.onnx", "plain": str(tmp_path / "a.onnx")}
-    with pytest.raises(UsageError, match="is not UTF-8, and it opens no such path"):
+    with pytest.raises(UsageError, match="is not UTF-8, and it cannot open it"):
         utf8_path(Path(ODD), "it")

@@ -107,8 +107,8 @@ def test_no_command_shows_the_help() -> None:
 
 @pytest.mark.parametrize("command", [("generate", "--out", "x.png"), ("inspect",)])
 def test_a_folder_that_is_no_bundle(tmp_path: Path, command: tuple[str, ...]) -> None:
-    assert_one_line(run(command[0], tmp_path, *command[1:]), 1, "is no bundle")
-    assert_one_line(run(command[0], tmp_path / "none", *command[1:]), 1, "is no bundle")
+    assert_one_line(run(command[0], tmp_path, *command[1:]), 1, "is not a bundle")
+    assert_one_line(run(command[0], tmp_path / "none", *command[1:]), 1, "is not a bundle")
 
 
 # generate

@@ -157,7 +157,7 @@ def test_what_is_no_bundle(tmp_path: Path, place: str) -> None:
         path.write_text("x")
     elif place == "a folder":
         path.mkdir()
-    refusal(path, f"{path} is no bundle")
+    refusal(path, f"{path} is not a bundle")
 
 
 def _set(*keys: str, value: object) -> Callable[[dict[str, Any]], object]:

@@ -148,7 +148,7 @@ def test_a_ramp_from_0_is_the_published_one() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("cfg", "", "cfg '' is not a number, a ramp such as 1:4, or one value a scale"),
+        ("cfg", "", "cfg '' is not a number, a ramp such as 1:4, or one value per scale"),
         ("cfg", "strong", "cfg 'strong' is not a number"),
         ("cfg", "1;4", "is not a number"),
         ("cfg", "1,", "is not a number"),

@@ -84,7 +84,7 @@ def test_progress(pipe: Any, spec: SetSpec) -> None:
     "changes", [{"precision": "int8"}, {"layout": "per-scale"}, {"bundle": "cd" * 32}]
 )
 def test_another_pipeline_is_refused(pipe: Any, new_spec: NewSpec, changes: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"a pipeline with {next(iter(changes))} .* draws no set"):
+    with pytest.raises(UsageError, match=f"pipeline has {next(iter(changes))} .*, the set needs"):
         draw_shard(pipe, new_spec(**changes), 0)
     assert not pipe.requests
 

@@ -105,7 +105,7 @@ def test_files_that_are_no_checkpoint(suffix: str) -> None:
 def test_an_archive_that_is_no_checkpoint() -> None:
     with zipfile.ZipFile("a.pth", "w") as archive:
         archive.writestr("letter.txt", "dear reader")
-    assert "no PyTorch checkpoint" in refusal(Path("a.pth"))
+    assert "not a PyTorch checkpoint" in refusal(Path("a.pth"))
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], torch.zeros(3), {"a": torch.zeros(3)}])
@@ -314,11 +314,11 @@ def test_headers_that_lie(suffix: str, states: tuple[State, State]) -> None:
     size = int.from_bytes(content[:8], "little")
     bad = Path("bad" + suffix)
     bad.write_bytes((len(content) - 8 - 99).to_bytes(8, "little") + content[8:])
-    assert "no safetensors file" in refusal(bad)
+    assert "not a safetensors file" in refusal(bad)
     for old, new in ((b'"F32"', b'"F64"'), (b"[0,", b"[4,"), (b"[1,21,64]", b"[1,21,46]")):
         assert old in content
         bad.write_bytes(content[:8] + content[8 : 8 + size].replace(old, new) + content[8 + size :])
-        assert "no safetensors file or is truncated" in refusal(bad)
+        assert "not a safetensors file or is truncated" in refusal(bad)
     bad.write_bytes((2**62).to_bytes(8, "little") + content[8:])
     assert ("4611686018427387904 bytes" in refusal(bad)) == (suffix != ".pth")
 

@@ -204,8 +204,8 @@ def test_next_scale_prediction_is_a_slice_of_the_teacher_forced_pass(maps: bool)
 @pytest.mark.parametrize(
     ("arrays", "scale", "part"),
     [
-        ([], 1, "expected 1 token arrays, one a scale, found 0"),
-        ([[[0]], [[0] * 4]], 1, "expected 1 token arrays, one a scale, found 2"),
+        ([], 1, "expected 1 token arrays, one per scale, found 0"),
+        ([[[0]], [[0] * 4]], 1, "expected 1 token arrays, one per scale, found 2"),
         ([[[0]]], 3, "between 0 and 2, found 3"),
         ([[[0]]], -1, "scale_index"),
         ([[[0]], [[0] * 3]], 2, "tokens of scale 1 must be [1, 4] or [1, 2, 2], found [1, 3]"),
@@ -317,7 +317,7 @@ def test_wrong_images_are_refused(images: Tensor, part: str) -> None:
 
 def test_wrong_maps_are_refused() -> None:
     _, decoder = small_tokenizer()
-    with pytest.raises(UsageError, match="expected 3 token arrays, one a scale, found 2"):
+    with pytest.raises(UsageError, match="expected 3 token arrays, one per scale, found 2"):
         decoder(drawn_tokens()[:2])
     with pytest.raises(UsageError, match="scale 2"):
         decoder([*drawn_tokens()[:2], torch.zeros(2, 4, dtype=torch.int64)])

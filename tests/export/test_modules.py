@@ -19,7 +19,7 @@ from var_deploy.export import export_modules, verify_bundle
 from var_deploy.export import var as published_call
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
-from var_deploy.export.verify.report import Report
+from var_deploy.export.verify.report import VerifyReport
 from var_deploy.manifest import read_manifest
 
 Model = Callable[..., LoadedModel]
@@ -52,11 +52,11 @@ def bundle(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-def verified(bundle: Path, modules: tuple[nn.Module, nn.Module], **options: Any) -> Report:
+def verified(bundle: Path, modules: tuple[nn.Module, nn.Module], **options: Any) -> VerifyReport:
     return verify_bundle(bundle, modules=modules, precision="fp32", images=2, **options)
 
 
-def failed(report: Report) -> dict[str, str]:
+def failed(report: VerifyReport) -> dict[str, str]:
     return {check.graph: check.detail for check in report.checks if not check.passed}
 
 
@@ -309,5 +309,3 @@ def test_a_function_that_gives_no_modules(
 def test_a_bundle_of_modules_says_what_to_give(bundle: Path) -> None:
     result = run("verify", bundle)
     assert_one_line(result, 2, "ForeignVar, ForeignVqvae", "--module PACKAGE.FILE:FUNCTION")
-
-

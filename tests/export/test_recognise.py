@@ -93,7 +93,7 @@ def test_heads_come_from_the_option_where_nothing_tells_them(
     tokenizer_file, transformer_file = save_both(spec, tmp_path, ".pth")
     files = {"checkpoint": transformer_file, "tokenizer": tokenizer_file}
     assert load_model(None, **files, hints=Hints(heads=3)).spec == spec
-    with pytest.raises(UsageError, match=r"width 96 is no multiple of 64; give it with --heads"):
+    with pytest.raises(UsageError, match=r"width 96 is not a multiple of 64; give it with --heads"):
         load_model(None, **files)
     for wrong in (5, 0, -3):
         with pytest.raises(UsageError, match=rf"must divide the width 96, found {wrong}"):

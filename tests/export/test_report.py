@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from var_deploy.export.verify.report import REPORTED, Check, Report, merged
+from var_deploy.export.verify.report import REPORTED, Check, VerifyReport, merged
 
 
 def loop(precision: str = "fp32", tokens: str = "84/84", **changes: Any) -> Check:
@@ -16,7 +16,7 @@ def loop(precision: str = "fp32", tokens: str = "84/84", **changes: Any) -> Chec
 
 
 def verdict(*checks: Check, **changes: Any) -> list[str]:
-    return Report(checks=checks, labels=(0, 7, 4, 1), seed=0, **changes).verdict()
+    return VerifyReport(checks=checks, labels=(0, 7, 4, 1), seed=0, **changes).verdict()
 
 
 def test_fp32_is_the_model_where_every_token_is() -> None:
@@ -52,7 +52,7 @@ def test_int8_never_is_the_model() -> None:
 def test_a_failure_is_the_whole_verdict() -> None:
     bad = loop("fp16", passed=False, detail="image is off")
     assert verdict(loop(), bad) == ["FAILED fp16/loop shared: image is off"]
-    report = Report(checks=(loop(), bad), labels=(1,), seed=0)
+    report = VerifyReport(checks=(loop(), bad), labels=(1,), seed=0)
     assert report.to_json()["verdict"] == report.verdict()
     assert report.table().endswith("\n\nFAILED fp16/loop shared: image is off")
 

@@ -18,7 +18,7 @@ from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import LoadedModel, load_model
 from var_deploy.export.verify import samples as sample_study
 from var_deploy.export.verify.bundle import verify_bundle
-from var_deploy.export.verify.report import Check, Report
+from var_deploy.export.verify.report import Check, VerifyReport
 from var_deploy.export.verify.samples import (
     SampleSet,
     SampleStudy,
@@ -93,8 +93,8 @@ def study(rounded: float, bound: float | None = 0.015, plain: float = 0.98) -> S
     )
 
 
-def report_of(samples: SampleStudy | SkippedStudy) -> Report:
-    return Report(
+def report_of(samples: SampleStudy | SkippedStudy) -> VerifyReport:
+    return VerifyReport(
         checks=(Check(precision="int8", graph="decoder", tensor="image"),),
         labels=(0,),
         seed=7,
@@ -157,7 +157,7 @@ def test_why_nothing_is_judged_is_told(
     def judged(folder: Path, model: LoadedModel, count: int = 20) -> SkippedStudy:
         study = study_samples(folder, read_manifest(folder), model, count=count)
         assert isinstance(study, SkippedStudy)
-        assert study.text() == f"samples: not judged: {study.why}"
+        assert study.text() == f"samples: not evaluated: {study.why}"
         assert report_of(study).passed is not study.failed
         assert report_of(study).to_json()["samples"]["skipped"] == study.why
         return study
@@ -230,9 +230,7 @@ def test_sets_are_drawn_from_the_same_numbers(
         return random.integers(0, 256, (len(labels), 64, 64, 3)).astype(np.uint8)
 
     monkeypatch.setattr(sample_study, "_draw", draw)
-    manifest = dataclasses.replace(
-        read_manifest(pocket), graphs={p: {} for p in ("fp32", "int8")}
-    )
+    manifest = dataclasses.replace(read_manifest(pocket), graphs={p: {} for p in ("fp32", "int8")})
     found = study_samples(pocket, manifest, load_model("pocket"), count=500, seed=3)
     assert isinstance(found, SampleStudy) and found.bound == 0.015
     labels = tuple(i % 10 for i in range(500))

@@ -23,7 +23,7 @@ from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules, load_model
 from var_deploy.export.verify import bundle as verifying
 from var_deploy.export.verify.bundle import verify_bundle, verify_model
-from var_deploy.export.verify.report import Check, Report
+from var_deploy.export.verify.report import Check, VerifyReport
 from var_deploy.labels import class_stride
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
 from var_deploy.pipeline import Pipeline
@@ -87,7 +87,7 @@ def plant(bundle: Path, graph: str, weight: str, instead: str, precision: str = 
     update_hash(bundle, file)
 
 
-def failed(report: Report) -> dict[str, Check]:
+def failed(report: VerifyReport) -> dict[str, Check]:
     return {check.graph: check for check in report.checks if not check.passed}
 
 

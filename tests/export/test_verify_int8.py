@@ -27,7 +27,7 @@ from var_deploy.export.verify.difference import norm_error, place_of_error, top_
 from var_deploy.export.verify.graphs import GraphVerifier
 from var_deploy.export.verify.int8 import DECODER_PSNR, LOGITS_BOUND
 from var_deploy.export.verify.reference import Reference, trace_reference
-from var_deploy.export.verify.report import Check, Report
+from var_deploy.export.verify.report import Check, VerifyReport
 from var_deploy.manifest import FileInfo, file_sha256, read_manifest
 
 STEP_0, STEP_1, STEP_2 = (f"{names.STEP} @ {k}" for k in range(3))
@@ -64,11 +64,11 @@ def broken(bundle: Path, reference: Reference, *graphs: str) -> dict[str, str]:
     return {c.graph: c.detail for c in checks if not c.passed}
 
 
-def check(report: Report, graph: str, precision: str = "int8") -> Check:
+def check(report: VerifyReport, graph: str, precision: str = "int8") -> Check:
     return next(c for c in report.checks if (c.precision, c.graph) == (precision, graph))
 
 
-def failed(report: Report) -> dict[str, str]:
+def failed(report: VerifyReport) -> dict[str, str]:
     return {c.graph: c.detail for c in report.checks if not c.passed}
 
 
@@ -143,7 +143,7 @@ def test_table_json_and_manifest_carry_it(bundle: Path, model: LoadedModel) -> N
     row = next(line for line in lines if line.startswith("int8/loop shared "))
     assert row[header.index("bound") :].startswith(" ") and row.endswith(" reported, not bounded")
     assert any(line.startswith("int8: rel error is |found - expected| / ") for line in lines)
-    assert any(line.startswith("samples: not judged: there is no classifier") for line in lines)
+    assert any(line.startswith("samples: not evaluated: there is no classifier") for line in lines)
     assert lines[-1] == report.verdict()[-1]
     assert lines[-1].startswith("int8: within the bounds for int8")
     assert lines[-1].endswith(" dB)") and "are the model" not in report.table()

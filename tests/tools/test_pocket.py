@@ -24,9 +24,9 @@ from var_deploy.export.checkpoint.presets import POCKET_FOLDER, PRESETS
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.classifier import (
     CLASSIFIER_FILE,
-    Classifier,
     Images,
     Labels,
+    PocketClassifier,
     accuracy,
     load_classifier,
 )
@@ -53,7 +53,7 @@ Set = tuple[Images, Labels]
 
 
 @pytest.fixture(scope="module")
-def classifier() -> Classifier:
+def classifier() -> PocketClassifier:
     return load_classifier()
 
 
@@ -68,7 +68,7 @@ def samples(pocket_bundle: Path) -> Images:
 
 
 @pytest.fixture(scope="module")
-def report(classifier: Classifier, samples: Images) -> Evaluation:
+def report(classifier: PocketClassifier, samples: Images) -> Evaluation:
     return evaluation.evaluate(
         classifier, evaluation.shipped_tokenizer(), samples, references=REFERENCES
     )
@@ -154,7 +154,9 @@ def test_the_report_prints_every_class_and_figure(report: Evaluation) -> None:
 # what they are classifierd with
 
 
-def test_the_classifier_knows_held_out_drawings(classifier: Classifier, held_out: Set) -> None:
+def test_the_classifier_knows_held_out_drawings(
+    classifier: PocketClassifier, held_out: Set
+) -> None:
     images, labels = held_out
     assert accuracy(classifier, images, labels) >= 0.99
     assert accuracy(classifier, images, (labels + 1) % 10) <= 0.01
@@ -168,7 +170,7 @@ def test_a_file_that_is_no_classifier_is_told(tmp_path: Path) -> None:
         assert "make train" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_classifier_looks_at_shapes(classifier: Classifier, held_out: Set) -> None:
+def test_the_classifier_looks_at_shapes(classifier: PocketClassifier, held_out: Set) -> None:
     """Neither blur nor the loss of all colour keeps it from knowing what is shown."""
     images, labels = held_out[0][:500], held_out[1][:500]
     blurred = images.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4)).astype(np.uint8)
@@ -178,7 +180,7 @@ def test_the_classifier_looks_at_shapes(classifier: Classifier, held_out: Set) -
     assert accuracy(classifier, grey, labels) >= 0.97
 
 
-def test_features_are_what_predictions_rest_on(classifier: Classifier, held_out: Set) -> None:
+def test_features_are_what_predictions_rest_on(classifier: PocketClassifier, held_out: Set) -> None:
     images = held_out[0][:300]
     features = classifier.features(images)
     assert features.shape == (300, classifier.head.in_features)
@@ -252,7 +254,7 @@ def test_tokenizer_psnr_uses_every_scale_on_8_bit_pictures(
 
 
 def test_evaluate_tells_copies_and_wrong_classes(
-    classifier: Classifier, blind_tokenizer: Tokenizer
+    classifier: PocketClassifier, blind_tokenizer: Tokenizer
 ) -> None:
     """The whole report, on samples of which half are training pictures, learned by heart."""
     copies = evaluation.reconstruct(blind_tokenizer, evaluation.training_images(20))
@@ -270,16 +272,16 @@ def test_the_command_refuses_what_is_no_bundle(tmp_path: Path) -> None:
     result = CliRunner().invoke(evaluation.main, [str(tmp_path)])
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
-    assert "is no bundle" in result.output
+    assert "is not a bundle" in result.output
 
 
 def test_the_command_prints_the_report(
-    classifier: Classifier, blind_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    classifier: PocketClassifier, blind_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def generate_samples(bundle: Path, count: int, seed: int) -> Images:
         return draw_set(count, seed)[0]
 
-    def evaluate(classifier: Classifier, tokenizer: Tokenizer, samples: Images) -> Evaluation:
+    def evaluate(classifier: PocketClassifier, tokenizer: Tokenizer, samples: Images) -> Evaluation:
         return measured(classifier, tokenizer, samples, references=20)
 
     measured = evaluation.evaluate

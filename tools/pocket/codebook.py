@@ -20,7 +20,7 @@ class MovingCodebook:
 
     @torch.no_grad()
     def update(self, vectors_NC: Tensor, tokens_N: Tensor, revive: bool) -> int:
-        """One step; returns how many unused codes were revived with a random vector."""
+        """Take one step; return how many unused codes were revived with a random vector."""
         one_hot = torch.nn.functional.one_hot(tokens_N, len(self.weight)).to(vectors_NC.dtype)
         self.counts.lerp_(one_hot.sum(0), 1 - self.decay)
         self.sums.lerp_(one_hot.T @ vectors_NC, 1 - self.decay)

@@ -26,8 +26,8 @@ from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.export.checkpoint.assemble import build_modules, load_model
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.classifier import (
-    Classifier,
     Images,
+    PocketClassifier,
     accuracy,
     batches,
     load_classifier,
@@ -40,7 +40,8 @@ Distances = NDArray[np.float32]
 
 
 def nearest_distance(samples: Images, references: Images, chunk: int = 500) -> Distances:
-    """Root mean square pixel difference (0..255) of each sample to its nearest reference, [N]."""
+    """Return the root mean square pixel difference (0..255) of each sample to its nearest
+    reference, [N]."""
     rows, others = (torch.from_numpy(x).flatten(1) for x in (samples, references))
     centred = rows.float() - 127.5
     best = torch.full((len(rows),), torch.inf)
@@ -57,7 +58,7 @@ def nearest_distance(samples: Images, references: Images, chunk: int = 500) -> D
 
 
 def _pairwise(images: Images) -> Tensor:
-    """Root mean square differences (0..255) of all pairs [N, N]."""
+    """Return the root mean square differences (0..255) of all pairs, [N, N]."""
     rows = torch.from_numpy(images).flatten(1).double()
     plain = "donot_use_mm_for_euclid_dist"
     distance: Tensor = torch.cdist(rows, rows, compute_mode=plain) / rows.shape[1] ** 0.5
@@ -65,19 +66,21 @@ def _pairwise(images: Images) -> Tensor:
 
 
 def diversity(images: Images) -> float:
-    """Mean root mean square difference (0..255) of all pairs of pictures of one class."""
+    """Return the mean root mean square difference (0..255) of all pairs of pictures of one
+    class."""
     count = len(images)
     return float(_pairwise(images).sum() / (count * (count - 1)))
 
 
 def spacing(images: Images) -> float:
-    """Mean distance to the nearest other picture of one class: small where a few are repeated."""
+    """Return the mean distance to the nearest other picture of one class; repeated pictures make it
+    small."""
     return float(_pairwise(images).fill_diagonal_(torch.inf).min(dim=1).values.mean())
 
 
 @torch.no_grad()
 def reconstruct(tokenizer: Tokenizer, images: Images) -> Images:
-    """Pictures [N, 64, 64, 3] encoded to the tokens of all scales and decoded again."""
+    """Encode pictures [N, 64, 64, 3] to the tokens of all scales and decode them again."""
     parts = []
     for part in batches(images, 50):
         image = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -88,7 +91,7 @@ def reconstruct(tokenizer: Tokenizer, images: Images) -> Images:
 
 
 def psnr(images: Images, others: Images) -> float:
-    """Mean of each picture's peak signal-to-noise ratio in dB, peak 255."""
+    """Return the mean of each picture's peak signal-to-noise ratio in dB, peak 255."""
     # two equal pictures count as one grey level off in one value, not as infinitely good
     most = 10 * np.log10(255**2 * images[0].size)
     pairs = zip(images / np.float32(255), others / np.float32(255), strict=True)
@@ -96,12 +99,13 @@ def psnr(images: Images, others: Images) -> float:
 
 
 def tokenizer_psnr(tokenizer: Tokenizer, images: Images) -> float:
-    """Mean reconstruction PSNR in dB through all scales, on pictures as 8-bit files hold them."""
+    """Return the mean reconstruction PSNR in dB through all scales, on pictures as 8-bit files hold
+    them."""
     return psnr(images, reconstruct(tokenizer, images))
 
 
 def training_images(count: int) -> Images:
-    """The first `count` pictures [count, 64, 64, 3] that the transformer learned from."""
+    """Return the first `count` pictures [count, 64, 64, 3] that the transformer learned from."""
     starts = range(0, count, TRAINING_CHUNK)
     sets = [
         draw_set(min(TRAINING_CHUNK, count - start), TRAINING_SEED + start)[0] for start in starts
@@ -111,7 +115,8 @@ def training_images(count: int) -> Images:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassReport:
-    """One class: share named right, and how its samples vary (as drawings do)."""
+    """Measurements of one class: share classified correctly, and variety beside that of
+    drawings."""
 
     name: str
     accuracy: float
@@ -123,7 +128,7 @@ class ClassReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good pocket is.
+    """The evaluation of pocket: classes, variety, copies and reconstruction.
 
     Attributes:
         classifier_accuracy: of the classifier itself, on drawings that it has not learned from.
@@ -143,7 +148,7 @@ class Evaluation:
     fresh_nearest: Distances
 
     def table(self) -> str:
-        """The report as lines to print."""
+        """Return the evaluation as lines to print."""
         lines = [f"{'class':10s}{'accuracy':>10s}{'diversity':>11s}{'drawn':>7s}"]
         lines[0] += f"{'spacing':>10s}{'drawn':>7s}"
         lines += [
@@ -166,7 +171,7 @@ class Evaluation:
 
 
 def evaluate(
-    classifier: Classifier, tokenizer: Tokenizer, samples: Images, *, references: int = 2000
+    classifier: PocketClassifier, tokenizer: Tokenizer, samples: Images, *, references: int = 2000
 ) -> Evaluation:
     """Compare samples [N, 64, 64, 3] of the classes 0..9 in turn with as many fresh drawings."""
     drawn, labels = draw_set(len(samples), Recipe().held_out_seed)
@@ -196,12 +201,12 @@ def evaluate(
 
 
 def shipped_tokenizer() -> Tokenizer:
-    """The tokenizer that ships in the package. Raises CheckpointError where it is missing."""
+    """Load the tokenizer that ships in the package. Raises CheckpointError where it is missing."""
     return build_modules(load_model("pocket"))[0]
 
 
 def generate_samples(bundle: Path, count: int, seed: int = 0) -> Images:
-    """`count` pictures of the classes 0..9 in turn through the bundle, at its default settings.
+    """Generate `count` pictures of the classes 0..9 in turn, at the bundle's default settings.
 
     Raises UsageError where the bundle is not one of pocket.
     """

@@ -1,4 +1,4 @@
-"""Training of the classifier that evaluates pocket, on drawings and their distortions."""
+"""Trains the classifier that evaluates pocket, on drawings and their distortions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tools.pocket.drawings import draw_set
 from tools.pocket.recipe import Recipe
-from var_deploy.export.pocket.classifier import Classifier, pool
+from var_deploy.export.pocket.classifier import PocketClassifier, pool
 
-CLASSIFIER_SEED = Recipe().held_out_seed + 1  # of the drawings that it learns from
-CHECK_SEED = Recipe().held_out_seed + 2  # of those that it is checked with
+CLASSIFIER_SEED = Recipe().held_out_seed + 1  # seed of the drawings that the classifier learns from
+CHECK_SEED = Recipe().held_out_seed + 2  # seed of the drawings that the classifier is tested with
 
 
 def augment(x: Tensor, random: torch.Generator) -> Tensor:
@@ -46,7 +46,7 @@ def train_classifier(
     seed: int = CLASSIFIER_SEED,
     steps: int = Recipe().classifier_steps,
     log: Callable[[str], None] | None = None,
-) -> Classifier:
+) -> PocketClassifier:
     """Fit a classifier to `count` drawn pictures; about half a minute on one core.
 
     The seed draws the pictures, the first weights and the distortions: the same one gives the
@@ -57,7 +57,7 @@ def train_classifier(
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier()
+        classifier = PocketClassifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for step in range(steps):

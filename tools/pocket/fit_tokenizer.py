@@ -1,4 +1,4 @@
-"""Fits pocket's tokenizer in three stages: all of it, then its codes, then its decoder."""
+"""Trains pocket's tokenizer in three stages: all of it, then its codes, then its decoder."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def to_tensor(images: NDArray[np.uint8]) -> Tensor:
 
 
 def image_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error, with a little absolute error and edge error for crisp contours."""
+    """Return the squared error, with a little absolute error and edge error for crisp contours."""
     edges = sum((output.diff(dim=axis) - target.diff(dim=axis)).abs().mean() for axis in (2, 3))
     return F.mse_loss(output, target) + 0.1 * F.l1_loss(output, target) + 0.1 * edges
 
 
 def quantize(model: Tokenizer, f: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Vectors [N, Cv] that were quantised at all scales, their tokens [N], f_hat after each."""
+    """Return the vectors [N, Cv] that were quantised at all scales, their tokens [N], f_hat after
+    each."""
     vectors, tokens, partial = [], [], []
     for _, pooled, scale_tokens, f_hat in model.quantize.encode(f):
         vectors.append(pooled.detach().flatten(2).transpose(1, 2).flatten(0, 1))
@@ -45,7 +46,8 @@ def quantize(model: Tokenizer, f: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]
 
 @torch.no_grad()
 def first_codebook(model: Tokenizer, images: NDArray[np.uint8], table: Tensor) -> MovingCodebook:
-    """Codes that fit the autoencoder as it is: random features, then a few rounds of k-means."""
+    """Return codes that fit the autoencoder as it is: random features, then a few rounds of
+    k-means."""
     f = torch.cat([model.features(to_tensor(part)) for part in np.array_split(images, 8)])
     rows = f.permute(0, 2, 3, 1).flatten(0, 2)
     table.copy_(rows[torch.randint(len(rows), (len(table),))])
@@ -58,7 +60,7 @@ def first_codebook(model: Tokenizer, images: NDArray[np.uint8], table: Tensor) -
 
 
 def train_tokenizer(recipe: Recipe, spec: ModelSpec, log: Log) -> Tokenizer:
-    """Fit the tokenizer to drawn images: first without quantising, then with.
+    """Train the tokenizer on drawn images: first without quantisation, then with it.
 
     The codebook learns by moving averages, φ and the decoder by gradients, the encoder through
     the straight-through estimator (van den Oord et al., arXiv 1711.00937).
@@ -102,10 +104,10 @@ def train_tokenizer(recipe: Recipe, spec: ModelSpec, log: Log) -> Tokenizer:
 
 
 def refine_codes(model: Tokenizer, recipe: Recipe, log: Log) -> Tokenizer:
-    """Fit codebook and φ to an encoder that stands still, in place.
+    """Train codebook and φ in place, with a fixed encoder.
 
-    While everything moves, the codes lag behind the encoder; on fixed latents this costs nothing
-    to mend, since no convolution network runs.
+    While everything moves, the codes lag behind the encoder. On fixed latents this is cheap to
+    correct, since no convolution network runs.
     """
     torch.manual_seed(recipe.seed + 2)
     images, _ = draw_set(recipe.refine_images, recipe.seed)
@@ -135,7 +137,7 @@ def refine_codes(model: Tokenizer, recipe: Recipe, log: Log) -> Tokenizer:
 
 
 def refine_decoder(model: Tokenizer, recipe: Recipe, log: Log) -> Tokenizer:
-    """Fit the decoder to what the finished codes give it, in place. No token changes."""
+    """Train the decoder in place on f_hat of the finished codes. No token changes."""
     torch.manual_seed(recipe.seed + 3)
     images, _ = draw_set(recipe.tokenizer_images, recipe.seed)
     model.requires_grad_(False)

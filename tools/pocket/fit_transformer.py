@@ -1,4 +1,4 @@
-"""Fits pocket's transformer to the tokens of drawn images."""
+"""Trains pocket's transformer on the tokens of drawn images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING_CHUNK = 1000
 
 @torch.no_grad()
 def encode_set(model: Tokenizer, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens [count, T] and labels [count] of freshly drawn images."""
+    """Return tokens [count, T] and labels [count] of newly drawn images."""
     tokens, labels = [], []
     for first in range(0, count, TRAINING_CHUNK):
         chunk = min(TRAINING_CHUNK, count - first)
@@ -37,7 +37,8 @@ def encode_set(model: Tokenizer, count: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 def init_transformer(model: Transformer) -> None:
-    """Small normal weights; gammas start near zero, so that every block starts as the identity."""
+    """Initialise with small normal weights; gammas start near zero, so that every block starts as
+    the identity."""
     width = model.spec.transformer.width
     for name, parameter in model.named_parameters():
         if name.endswith("scale_mul_1H11"):
@@ -62,7 +63,7 @@ def init_transformer(model: Transformer) -> None:
 def train_transformer(
     recipe: Recipe, spec: ModelSpec, tokenizer: Tokenizer, log: Log
 ) -> Transformer:
-    """Fit the transformer to the tokens of drawn images, teacher-forced, with label dropout."""
+    """Train on the tokens of drawn images, teacher-forced, with label dropout."""
     torch.manual_seed(recipe.seed + 1)
     all_tokens, all_labels = encode_set(tokenizer, recipe.transformer_images, TRAINING_SEED)
     log(f"encoded {len(all_tokens)} images")

@@ -1,4 +1,5 @@
-"""Muon: momentum whose matrices are orthogonalised before each step (Jordan et al., 2024).
+"""The Muon optimizer: momentum whose matrices are orthogonalised before each step
+(Jordan et al., 2024).
 
 It needs about half the steps of AdamW on the small networks here, which is what lets pocket train
 on two cores. Matrices and convolution kernels (as [out, in·k·k]) take Muon; vectors and tables
@@ -17,7 +18,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U·Vᵀ of the singular value decomposition, by a quintic Newton-Schulz iteration."""
+    """Return about U·Vᵀ of the singular value decomposition, by a quintic Newton-Schulz
+    iteration."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -61,7 +63,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def cosine_rate(step: int, steps: int, warm_up: int = 100) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine down to a fiftieth."""
+    """Return the learning-rate factor: linear warm-up, then half a cosine down to a fiftieth."""
     if step < warm_up:
         return (step + 1) / warm_up
     progress = (step - warm_up) / max(steps - warm_up, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything besides the code that decides the trained weights.
+    """All settings, besides the code, that decide the trained weights.
 
     Attributes:
         seed: seeds the weights, the order of the data and the label dropout.

@@ -39,7 +39,7 @@ class Frame:
 
 
 def f32(values: NDArray[np.floating[Any]]) -> Field:
-    """Return the same values as float32, which they are already: no copy."""
+    """Return the values as float32; an array that is float32 already is not copied."""
     return values.astype(np.float32, copy=False)
 
 

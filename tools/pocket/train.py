@@ -51,7 +51,7 @@ def save_half(model: nn.Module, path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer as a stage left it: rounded to fp16, computed in fp32."""
+    """Load the tokenizer as a stage saved it: rounded to fp16, computed in fp32."""
     tokenizer = Tokenizer(POCKET.tokenizer).eval()
     weights = {key: value.float() for key, value in load_file(path).items()}
     tokenizer.load_state_dict(weights, strict=False)
@@ -59,7 +59,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
-    """One stage, from the files of the one before to its own."""
+    """Run one stage: read the files of the stage before, write its own."""
     torch.set_num_threads(1 if stage in ONE_CORE else recipe.threads)
     if stage == "joint":
         save_half(train_tokenizer(recipe, POCKET, log), out / JOINT_FILE)

@@ -1,10 +1,10 @@
-"""The files of one precision of a bundle, all of one generation.
+"""Opens the files of one precision of a bundle, all from the same export.
 
-A bundle may be replaced or changed while a process uses it. What is checked here is read, hashed
-and used through the same descriptors: the bytes of a graph that were hashed are those that become a
-session, and the weights are mapped from the very file that was hashed, whatever its path has come
-to mean by then. Where a system has no path to a descriptor, files are compared once more after an
-inference library has opened them by path.
+A bundle may be replaced or changed while a process uses it. Files are therefore read, hashed and
+used through the same descriptors: the bytes of a graph that were hashed are those that become a
+session, and the weights are mapped from the very file that was hashed, whatever file has its path
+by then. Where a system has no path to a descriptor, files are compared once more after an inference
+library has opened them by path.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class GraphFile:
     Attributes:
         path: of the ONNX file.
         ref: which graph it is.
-        files: that it belongs to, None for a graph outside of a bundle whose weights lie within.
+        files: the bundle files that it belongs to, None for a graph outside of a bundle whose
+            weights lie within the ONNX file.
     """
 
     path: Path
@@ -44,11 +45,11 @@ class GraphFile:
 
     @classmethod
     def outside(cls, path: Path) -> GraphFile:
-        """A graph that is not one of a bundle; messages call it by its file."""
+        """Return a graph that does not belong to a bundle; messages call it by its file."""
         return cls(path, GraphRef(name=path.stem, kind="other"))
 
     def read(self) -> bytes:
-        """The checked bytes. Raises BundleError where the graph cannot be trusted."""
+        """Return the checked bytes. Raises BundleError where the graph cannot be trusted."""
         if self.files is not None:
             return self.files.read(self.ref.name)
         try:
@@ -57,12 +58,13 @@ class GraphFile:
             raise BundleError(f"{self.path} cannot be read: {error.strerror or error}") from None
 
     def key(self) -> Hashable:
-        """The same for graphs that may share a session: the same bytes over the same weights."""
+        """Return a key that is equal for graphs that may share a session: equal bytes and
+        weights."""
         return object() if self.files is None else self.files.key(self.ref.name)
 
 
 class BundleFiles:
-    """Opens what is needed of a bundle and holds on to it until it is closed.
+    """Opens the files of a bundle, and keeps them open until `close`.
 
     Args:
         hashes: read every file once and compare its hash; without, sizes are compared. Either way
@@ -84,8 +86,8 @@ class BundleFiles:
         """Open every file of the precision. Raises BundleError naming the first that fails."""
         if self._precision not in self._manifest.graphs:
             self._manifest.graph(self._precision, names.DECODER)  # says what there is
-        # by path, a file could be that of a bundle which took the place only for a moment: a hash
-        # that differs would then be told as damage
+        # files opened by path could be those of a bundle that was here only for a moment: their
+        # hashes would differ, and the message would say damage
         folder = _open_folder(self._bundle)
         try:
             if folder is not None and self._digest_in(folder) != self._manifest.digest():
@@ -94,7 +96,7 @@ class BundleFiles:
             graphs = self._manifest.graphs.get(self._precision, {})
             for name, graph in graphs.items():
                 self._graphs[name] = self._read(graph.file, progress, folder)
-            for file in sorted(self._manifest.files):  # and what no graph refers to
+            for file in sorted(self._manifest.files):  # files that no graph refers to as well
                 known = (self._weights_name, *(graph.file for graph in graphs.values()))
                 if file.startswith(f"{self._precision}/") and file not in known:
                     self._hold(file, progress, folder).close()
@@ -103,26 +105,27 @@ class BundleFiles:
                 os.close(folder)
 
     def graph(self, name: str) -> GraphFile:
-        """A graph to open; nothing is read yet. Raises BundleError where the bundle lacks it."""
+        """Return a graph to open; nothing is read yet. Raises BundleError where the bundle lacks
+        it."""
         file = self._manifest.graph(self._precision, name).file
         ref = graph_ref(self._manifest.model, self._precision, name)
         return GraphFile(self._bundle / file, ref, self)
 
     def checked(self) -> tuple[HeldFile, Collection[bytes]]:
-        """The weights and the bytes of every graph, between `check` and `loaded`."""
+        """Return the bytes of every graph and of the weights, between `check` and `loaded`."""
         with self._lock:
             return self._hold_weights(), tuple(self._graphs.values())
 
     def loaded(self, later: Collection[str]) -> None:
-        """Everything but the graphs `later` has been opened; what is kept is for these."""
+        """Drop the bytes of all graphs but those in `later`: the others have been opened."""
         self._loaded = True
         self._graphs = {name: data for name, data in self._graphs.items() if name in later}
 
     def read(self, name: str) -> bytes:
-        """Bytes of a graph, all checks passed, its weights beside it held.
+        """Return the bytes of a graph after all checks; its weights stay open.
 
-        Raises BundleError where it is not what the manifest lists, or not what is written here,
-        BundleChangedError where the bundle has been replaced or changed.
+        Raises BundleError where the graph is not what the manifest lists, or not what var-deploy
+        writes, and BundleChangedError where the bundle has been replaced or changed.
         """
         with self._lock:
             info = self._manifest.graph(self._precision, name)
@@ -149,18 +152,26 @@ class BundleFiles:
         return data
 
     def by_descriptor(self, data: bytes) -> tuple[bytes, str] | None:
-        """See `by_descriptor` above, over the held weights."""
+        """Return an ONNX file whose weights are named by a descriptor's path instead of
+        weights.bin.
+
+        Returns the bytes and the folder that this path is relative to; None where the system has no
+        such paths.
+        """
         with self._lock:
             return by_descriptor(data, self._hold_weights())
 
     def key(self, name: str) -> Hashable:
-        """See `GraphFile.key`; after `read`."""
+        """Return the key of a graph, see `GraphFile.key`; to be called after `read`."""
         with self._lock:
             return (self._digests[name], self._hold_weights().identity)
 
     def confirm(self, name: str) -> None:
-        """Raise BundleChangedError where the paths of a graph and its weights no longer lead to
-        what `read` gave: for a library that has opened them by path."""
+        """Raise BundleChangedError where the paths of a graph and its weights no longer lead to the
+        files that `read` has checked.
+
+        For a library that has opened them by path.
+        """
         with self._lock:
             file = self._manifest.graph(self._precision, name).file
             try:
@@ -174,16 +185,15 @@ class BundleFiles:
             self._check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Before work with weights that are mapped: nobody has written to their file.
+        """Raise BundleChangedError where the mapped weights were written to since the load.
 
-        Takes microseconds; where the file's times have changed, its content is hashed again.
-        Raises BundleChangedError.
+        Takes microseconds; where only the file's times have changed, its content is hashed again.
         """
         with self._lock:
             self._check_unchanged()
 
     def replaced(self) -> bool:
-        """Whether the bundle at this path is no longer the one that the manifest was read from."""
+        """Whether another bundle is at this path now than the one whose manifest was read."""
         with self._lock:
             if self._weights is not None and not self._weights.at_path():
                 return True
@@ -193,7 +203,7 @@ class BundleFiles:
             return True
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Close all files; may be called twice."""
         with self._lock:
             self._graphs.clear()
             if self._weights is not None:
@@ -232,7 +242,7 @@ class BundleFiles:
         progress: Callable[[int], None] | None = None,
         folder: int | None = None,
     ) -> bytes:
-        """Bytes of the ONNX file `name`: those that were hashed."""
+        """Return the bytes of the ONNX file `name`, which were hashed."""
         info = self._manifest.files[name]
         if info.size > MAX_BYTES:
             raise BundleError(
@@ -303,8 +313,10 @@ def by_descriptor(data: bytes, weights: HeldFile) -> tuple[bytes, str] | None:
 
 
 def _open_folder(bundle: Path) -> int | None:
-    """A descriptor of the folder, through which its files are of one generation; None where the
-    system has none. Raises BundleError."""
+    """Open the folder, through whose descriptor all files are of one export.
+
+    Returns None where the system has no such descriptors. Raises BundleError.
+    """
     if os.open not in os.supports_dir_fd:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Which graphs a bundle may hold, and what each of them is.
+"""The graphs that a bundle may hold, with kind and scale.
 
-A graph goes by its name in files, manifests and messages. What it is, and which scale it computes,
-is asked of its `GraphRef`.
+Files, manifests and messages name a graph by its name. Its kind, and the scale that it computes,
+are read from its `GraphRef`, never from the name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Kind = Literal["condition", "scale", "step", "decoder", "encoder", "accumulate",
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRef:
-    """A graph by what it is.
+    """A graph of a bundle: name, kind, scale and precision.
 
     Attributes:
         name: in the bundle, as `var_deploy.names` spells it.
@@ -37,7 +37,7 @@ class GraphRef:
 def generation_graphs(
     model: ModelSpec, layout: Layout | Literal["both"], precision: str = ""
 ) -> tuple[GraphRef, ...]:
-    """The graphs that generate images, each once, in the order of their first launch."""
+    """Return the graphs that generate images, each once, in the order of their first launch."""
     scales: list[GraphRef] = []
     if layout != "per-scale":
         scales.append(_step(precision))
@@ -49,7 +49,8 @@ def generation_graphs(
 
 
 def scale_graphs(model: ModelSpec, layout: Layout, precision: str = "") -> tuple[GraphRef, ...]:
-    """The graph that computes each scale: K of them, all the same one in layout "shared"."""
+    """Return the graph that computes each scale: K of them; in layout "shared" one graph K
+    times."""
     shared = layout == "shared"
     return tuple(
         _step(precision) if shared else _scale(k, precision) for k in range(model.scales)
@@ -57,7 +58,7 @@ def scale_graphs(model: ModelSpec, layout: Layout, precision: str = "") -> tuple
 
 
 def tokenizer_graphs(precision: str = "") -> tuple[GraphRef, ...]:
-    """The graphs that read images and add up tokens: not needed to generate."""
+    """Return the graphs that encode images and add up tokens; generation does not need them."""
     return (
         GraphRef(name=names.ENCODER, kind="encoder", precision=precision),
         GraphRef(name=names.ACCUMULATE, kind="accumulate", precision=precision),
@@ -65,17 +66,17 @@ def tokenizer_graphs(precision: str = "") -> tuple[GraphRef, ...]:
 
 
 def bundle_graphs(model: ModelSpec, precision: str = "") -> tuple[GraphRef, ...]:
-    """Every graph that a bundle may hold."""
+    """Return every graph that a bundle may hold."""
     return (*generation_graphs(model, "both", precision), *tokenizer_graphs(precision))
 
 
 def graph_ref(model: ModelSpec, precision: str, name: str) -> GraphRef:
-    """The graph of this name. Raises KeyError where no bundle of the model may hold one."""
+    """Return the graph of this name. Raises KeyError for a name that no bundle of the model has."""
     return {ref.name: ref for ref in bundle_graphs(model, precision)}[name]
 
 
 def held_layouts(graphs: Container[str]) -> tuple[Layout, ...]:
-    """The layouts whose scale graphs, or engines of them, are among those with these names."""
+    """Return the layouts whose scale graphs (or engines of them) are among these names."""
     first = {"per-scale": names.scale_graph(0), "shared": names.STEP}
     return tuple(layout for layout in LAYOUTS if first[layout] in graphs)
 

@@ -1,4 +1,4 @@
-"""Inputs and outputs of every graph: they follow from the sizes of a bundle.
+"""Inputs and outputs of every graph, computed from the sizes of a bundle.
 
 The exporter writes graphs with these, a manifest that lists others is refused, and the buffers of
 `runtime/buffers.py` fit them. Sizes as in `var_deploy/names.py`; text stands for an open size.
@@ -29,7 +29,7 @@ NEW: CacheNames = (names.new_key, names.new_value)
 
 @dataclass(frozen=True, kw_only=True)
 class Interfaces:
-    """What the graphs of a bundle take and give, in the order in which the exporter lists it.
+    """Inputs and outputs of the graphs of a bundle, in the exporter's order.
 
     Args:
         precision: that of the graphs; the cache of fp16 graphs is fp16.
@@ -47,11 +47,11 @@ class Interfaces:
         return 2 * self.batch if self.guidance else self.batch
 
     def graphs(self) -> list[str]:
-        """The names that a graph may have."""
+        """Names that a graph may have."""
         return [graph.name for graph in bundle_graphs(self.model)]
 
     def inputs(self, graph: str) -> list[Tensor]:
-        """Raises KeyError for a name that `graphs` does not list."""
+        """Return the inputs of a graph. Raises KeyError for a name that `graphs` does not list."""
         if graph == names.CONDITION:
             return [(names.LABELS, INT, (self.rows,))]
         if graph == names.DECODER:
@@ -65,7 +65,7 @@ class Interfaces:
         return self._scale_inputs(self._scale_of(graph))
 
     def outputs(self, graph: str) -> list[Tensor]:
-        """Raises KeyError for a name that `graphs` does not list."""
+        """Return the outputs of a graph. Raises KeyError for a name that `graphs` does not list."""
         if graph == names.CONDITION:
             return self._conditions()
         if graph == names.DECODER:
@@ -75,12 +75,14 @@ class Interfaces:
         if graph == names.ACCUMULATE:
             return [(names.F_HATS, FLOAT, (self.model.scales, *self._f_hat))]
         if graph == names.STEP:
-            return self._made(names.LENGTH, names.NEXT_LENGTH)
+            return self._scale_outputs(names.LENGTH, names.NEXT_LENGTH)
         scale, lengths = self._scale_of(graph), self.model.scale_lengths
-        return self._made(lengths[scale], lengths[scale + 1] if scale + 1 < len(lengths) else None)
+        return self._scale_outputs(
+            lengths[scale], lengths[scale + 1] if scale + 1 < len(lengths) else None
+        )
 
     def buffer_bytes(self) -> int:
-        """An upper bound of what a generation and the graphs around it are given and give."""
+        """Return an upper bound of the bytes of all inputs and outputs of a generation."""
         open_sizes = {
             names.LENGTH: self.model.scale_lengths[-1],
             names.NEXT_LENGTH: self.model.scale_lengths[-1],
@@ -130,7 +132,7 @@ class Interfaces:
         first = self._conditions() if self.model.transformer.conditional else []
         if scale > 0:
             first = [self._input(length), *first[1:]]
-        return [*first, *self._given(length, past)]
+        return [*first, *self._shared_inputs(length, past)]
 
     def _step_inputs(self) -> list[Tensor]:
         side = self.model.tokenizer.latent_side
@@ -141,14 +143,14 @@ class Interfaces:
             (names.NEXT_MATRIX, FLOAT, (names.NEXT_SIDE, side if conditional else names.SIDE)),
         ]
         conditions = self._conditions() if conditional else []
-        given = self._given(names.LENGTH, names.PAST)
-        return [*geometry, self._input(names.LENGTH), *conditions, *given]
+        shared = self._shared_inputs(names.LENGTH, names.PAST)
+        return [*geometry, self._input(names.LENGTH), *conditions, *shared]
 
     def _input(self, length: int | str) -> Tensor:
         return (names.INPUT, FLOAT, (self.batch, length, self.model.input_width))
 
-    def _given(self, length: int | str, past: int | str) -> list[Tensor]:
-        """What every scale is given after its input and modulation."""
+    def _shared_inputs(self, length: int | str, past: int | str) -> list[Tensor]:
+        """Return the inputs that every scale has besides its input and the modulation."""
         tokens: Shape = (self.batch, length)
         cache = self._cache(past, PAST) if past else []
         cfg: list[Tensor] = [(names.CFG, FLOAT, ())] if self.guidance else []
@@ -168,15 +170,15 @@ class Interfaces:
             *noise,
         ]
 
-    def _made(self, length: int | str, following: int | str | None) -> list[Tensor]:
-        made: list[Tensor] = [
+    def _scale_outputs(self, length: int | str, following: int | str | None) -> list[Tensor]:
+        outputs: list[Tensor] = [
             (names.TOKENS, INT, (self.batch, length)),
             (names.NEW_F_HAT, FLOAT, self._f_hat),
         ]
         if following is None:  # the last scale
-            return made
+            return outputs
         next_input = (self.batch, following, self.model.input_width)
-        return [*made, *self._cache(length, NEW), (names.NEXT_INPUT, FLOAT, next_input)]
+        return [*outputs, *self._cache(length, NEW), (names.NEXT_INPUT, FLOAT, next_input)]
 
     def _cache(self, length: int | str, which: CacheNames) -> list[Tensor]:
         t = self.model.transformer

@@ -1,8 +1,7 @@
-"""JSON files that a stranger may have written: read within bounds, and taken apart value by value.
+"""Reads untrusted JSON files within bounds, and takes them apart value by value.
 
-A file is refused before it is read where it is not a regular file or too large. A `Value` knows
-where in the file it stands, so that a refusal names the place, what is there and what belongs
-there.
+A file is refused before it is read where it is not a regular file or too large. A `Value` knows its
+place in the file, so that a refusal names the place, the value found and the value expected.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ _SURROGATE = re.compile(rb"\\u[dD][89abAB]")
 
 
 class DamagedError(ValueError):
-    """A value is not what the format says; the message has the place, the value and the format."""
+    """A value does not have the expected format; the message has the place, the value and the
+    format."""
 
 
 def read_json(path: Path, most: int, *, folder: int | None = None) -> Any:
-    """The value of a JSON file of at most `most` bytes.
+    """Read a JSON file of at most `most` bytes.
 
     Args:
         folder: descriptor of the folder that `path` is relative to; None takes `path` as it is.
@@ -60,7 +60,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A value for a message: on one line, cut where it is long."""
+    """Return a value for a message: on one line, cut where it is long."""
     try:
         plain = isinstance(value, str) and value.isprintable()
         text = repr(value) if plain else ascii(value)
@@ -70,13 +70,13 @@ def shown(value: object) -> str:
 
 
 def _place(place: str) -> str:
-    """A place for a message, quoted where its names are not plain."""
+    """Return a place for a message, quoted where its names are not plain."""
     plain = place.isprintable() and len(place) <= LONGEST_SHOWN
     return (place or "it") if plain else shown(place)
 
 
 class Value:
-    """A value of a JSON file. Every method raises DamagedError where it is not what was asked for.
+    """A value of a JSON file. Every method raises DamagedError where the value has another format.
 
     Attributes:
         raw: what `json` made of it.
@@ -90,7 +90,7 @@ class Value:
         return DamagedError(f"{_place(self.place)} is {shown(self.raw)}, expected {expected}")
 
     def members(self, most: int = 1 << 20) -> dict[str, Value]:
-        """The members of an object by name."""
+        """Return the members of an object by name."""
         if not isinstance(self.raw, dict):
             raise self.refuse("an object")
         if len(self.raw) > most:
@@ -98,7 +98,7 @@ class Value:
         return {name: Value(value, self._inner(name)) for name, value in self.raw.items()}
 
     def member(self, name: str) -> Value:
-        """A member that must be there."""
+        """Return a member that must be there."""
         if not isinstance(self.raw, dict):
             raise self.refuse("an object")
         if name not in self.raw:
@@ -106,7 +106,7 @@ class Value:
         return Value(self.raw[name], self._inner(name))
 
     def only(self, *names: str) -> Value:
-        """This object, which has no other members than these."""
+        """Return this object after checking that it has no other members than these."""
         if not isinstance(self.raw, dict):
             raise self.refuse("an object")
         for name in self.raw:
@@ -116,7 +116,7 @@ class Value:
         return self
 
     def items(self, most: int = 1 << 20) -> list[Value]:
-        """The items of an array."""
+        """Return the items of an array."""
         if not isinstance(self.raw, list):
             raise self.refuse("an array")
         if len(self.raw) > most:
@@ -124,13 +124,13 @@ class Value:
         return [Value(item, f"{self.place}[{number}]") for number, item in enumerate(self.raw)]
 
     def whole(self, low: int, high: int) -> int:
-        """A whole number within bounds; true and 1.0 are none."""
+        """Return a whole number within bounds; true and 1.0 are refused."""
         if type(self.raw) is not int or not low <= self.raw <= high:
             raise self.refuse(f"a whole number from {low} to {high}")
         return self.raw
 
     def number(self, low: float, high: float) -> float:
-        """A finite number within bounds."""
+        """Return a finite number within bounds."""
         raw = self.raw
         if type(raw) not in (int, float) or not math.isfinite(raw) or not low <= raw <= high:
             raise self.refuse(f"a number from {low:g} to {high:g}")
@@ -142,14 +142,14 @@ class Value:
         return self.raw
 
     def text(self, pattern: str = "", expected: str = "text") -> str:
-        """Text of at most LONGEST_TEXT characters, all of which match `pattern` if there is one."""
+        """Return text of at most LONGEST_TEXT characters that match `pattern` if there is one."""
         good = isinstance(self.raw, str) and len(self.raw) <= LONGEST_TEXT
         if not good or (pattern and not re.fullmatch(pattern, self.raw)):
             raise self.refuse(expected)
         return str(self.raw)
 
     def words(self) -> str:
-        """Text of any length."""
+        """Return text of any length."""
         if not isinstance(self.raw, str):
             raise self.refuse("text")
         return self.raw
@@ -160,7 +160,7 @@ class Value:
         return self.raw
 
     def plain(self) -> Mapping[str, Any]:
-        """An object of anything, for people to read."""
+        """Return an object of any content, which only people read."""
         if not isinstance(self.raw, dict):
             raise self.refuse("an object")
         return dict(self.raw)

@@ -1,8 +1,8 @@
-"""What manifest.json may hold: every type, every bound, and what must agree with what.
+"""Validates manifest.json: types, bounds, and agreement between values.
 
 Sizes decide the inputs and outputs of every graph, and these decide the buffers of a generation. So
-sizes are bounded first, then the listed tensors are compared with those that follow from the sizes:
-what is bound to a graph later cannot be a surprise.
+sizes are bounded first; then the listed tensors are compared with those that follow from the sizes,
+so that later binding cannot fail.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NAME_LENGTH = 1000
 
 
 def parse_manifest(data: Value) -> Manifest:
-    """The manifest in `data`, whose schema version is known to be one that is read here.
+    """Parse the manifest in `data`, whose schema version is known to be supported.
 
     Raises DamagedError or UsageError for what the format does not allow, and LeavesError for a
     path that leads out of the bundle.
@@ -109,7 +109,7 @@ def parse_manifest(data: Value) -> Manifest:
 
 
 def _model(data: Value) -> ModelSpec:
-    """Raises UsageError besides, as the specs do."""
+    """Parse the sizes. Raises UsageError as well, as the spec classes do."""
     given = data.only("tokenizer", "transformer").member("tokenizer")
     tokenizer: dict[str, Any] = {
         name: given.member(name).whole(low, high) for name, (low, high) in TOKENIZER_SIZES.items()
@@ -148,7 +148,8 @@ def _model(data: Value) -> ModelSpec:
 
 
 def _checkpoint(data: Value) -> Mapping[str, Any]:
-    """Where the weights came from: for people, but for the seed of random ones."""
+    """Parse the origin of the weights, which only people read, except for the seed of random
+    ones."""
     for part in ("tokenizer", "transformer"):
         members = data.member(part).members()
         if "random_weights" in members and members["random_weights"].raw is not None:
@@ -157,7 +158,7 @@ def _checkpoint(data: Value) -> Mapping[str, Any]:
 
 
 def _parity(data: Value) -> Mapping[str, Any] | None:
-    """The report of `verify`, as far as it is read again."""
+    """Parse the report of `verify`, as far as it is used again."""
     if data.raw is None:
         return None
     report = data.members()
@@ -177,7 +178,7 @@ def _parity(data: Value) -> Mapping[str, Any] | None:
 
 
 def _settings(data: Value) -> dict[str, Any]:
-    """Values are for `Sampling` to check."""
+    """Parse sampling settings; `Sampling` checks their values."""
     data.only("cfg", "top_k", "top_p", "temperature")
     return {name: value.raw for name, value in data.members().items()}
 
@@ -208,7 +209,7 @@ def _graphs(
 
 
 def _tensors(data: Value, expected: list[Tensor]) -> tuple[TensorInfo, ...]:
-    """The listed tensors, in any order, which must be the expected ones."""
+    """Parse the listed tensors, in any order, which must be the expected ones."""
     usual = [{"name": name, "dtype": kind, "shape": list(shape)} for name, kind, shape in expected]
     if data.raw == usual:  # as the exporter writes it: nothing to tell
         return tuple(TensorInfo(name=n, dtype=kind, shape=shape) for n, kind, shape in expected)
@@ -234,7 +235,7 @@ def _tensors(data: Value, expected: list[Tensor]) -> tuple[TensorInfo, ...]:
 
 
 def _normal(name: str) -> str:
-    """A path in the bundle as the exporter writes it: names with slashes between them."""
+    """Check a path in the bundle: plain names with slashes between them."""
     parts = name.split("/")
     good = len(name) <= NAME_LENGTH and all(_PART.fullmatch(part) for part in parts)
     if not good or "." in parts or ".." in parts:

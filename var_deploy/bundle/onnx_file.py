@@ -1,8 +1,8 @@
-"""Looks into an ONNX file without onnx: what it is made of, before an inference library reads it.
+"""Checks an ONNX file without the package onnx, before an inference library reads it.
 
-Only what the exporter writes is let through: known operators of one opset, no functions, no graphs
-inside of nodes, weights in weights.bin and nowhere else, within its size. Everything else of the
-format is refused by name, whether or not an inference library would make something of it.
+Only files in the form that the exporter writes pass: known operators of one opset, no functions, no
+graphs inside of nodes, all weights in weights.bin, within its size. Everything else in the format
+is refused by name, whether or not an inference library would accept it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from var_deploy.bundle.json_values import shown
 from var_deploy.bundle.operators import OPERATORS, OPSET
 from var_deploy.errors import BundleError
 
-MAX_BYTES = 64 << 20  # of a graph without its weights; those of released models have half of one
+MAX_BYTES = 64 << 20  # bytes of a graph without weights; released models' have 0.5 MiB
 MAX_TENSOR_BYTES = 1 << 40
 MAX_DIMS = 8
 
@@ -50,7 +50,7 @@ Field = tuple[str, "int | Bytes"]
 
 
 class _NotWrittenError(Exception):
-    """The bytes are not those of a message that is written here."""
+    """The bytes are not in the form that the exporter writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,10 @@ class OnnxFile:
 
 
 def inspect_onnx(data: bytes, weights_size: int) -> OnnxFile:
-    """Take apart the bytes of an ONNX file whose weights lie in a weights.bin of that size.
+    """Check the bytes of an ONNX file whose weights lie in a weights.bin of the given size.
 
-    Raises BundleError for whatever the exporter does not write.
+    Returns its inputs and outputs. Raises BundleError for every form that the exporter does not
+    write.
     """
     if len(data) > MAX_BYTES:
         raise BundleError(f"it has {len(data)} bytes, at most {MAX_BYTES} are expected")
@@ -77,7 +78,7 @@ def inspect_onnx(data: bytes, weights_size: int) -> OnnxFile:
 
 
 def relocate(data: bytes, location: str) -> bytes:
-    """The same file, whose weights are named `location` instead of weights.bin.
+    """Return the file with `location` in place of weights.bin as the place of its weights.
 
     `data` has passed `inspect_onnx`.
     """
@@ -123,7 +124,9 @@ def _node(data: Bytes) -> None:
     written = operator.decode("utf-8", "replace")
     if domain or written not in OPERATORS:
         full = f"{domain.decode('utf-8', 'replace')}.{written}" if domain else written
-        raise _NotWrittenError(f"it has the operator {shown(full)}, which is not written here")
+        raise _NotWrittenError(
+            f"it has the operator {shown(full)}, which var-deploy does not write"
+        )
 
 
 def _initializer(data: Bytes, weights_size: int) -> None:
@@ -142,7 +145,9 @@ def _initializer(data: Bytes, weights_size: int) -> None:
         else:
             name = _text(value)
     if kind not in TYPES:
-        raise _NotWrittenError(f"tensor {shown(name)} has the type {kind}, which is not written")
+        raise _NotWrittenError(
+            f"tensor {shown(name)} has the type {kind}, which var-deploy does not write"
+        )
     good = len(dims) <= MAX_DIMS and all(0 <= n <= MAX_TENSOR_BYTES for n in dims)
     size = math.prod(dims) * TYPES[kind][1] if good else -1
     if not 0 <= size <= MAX_TENSOR_BYTES:
@@ -167,7 +172,7 @@ def _initializer(data: Bytes, weights_size: int) -> None:
 
 
 def _declared(data: Bytes) -> Tensor:
-    """An input or output of a graph."""
+    """Parse an input or output of a graph."""
     value = _single(data, VALUE, "an input or output")
     name = _text(value.get("name", Bytes(b"")))
     kind = _single(_bytes(value.get("type", Bytes(b""))), KIND, f"the type of {shown(name)}")
@@ -184,7 +189,7 @@ def _declared(data: Bytes) -> Tensor:
 
 
 def _single(data: Bytes, known: dict[int, str], what: str) -> dict[str, int | Bytes]:
-    """The fields of a message none of which may be there twice."""
+    """Return the fields of a message, each of which may occur once."""
     fields = list(_fields(data, known, what))
     if len(dict(fields)) != len(fields):
         raise _NotWrittenError(f"{what} has a part twice")
@@ -192,7 +197,7 @@ def _single(data: Bytes, known: dict[int, str], what: str) -> dict[str, int | By
 
 
 def _fields(data: Bytes, known: dict[int, str], what: str) -> Iterator[Field]:
-    """Names and values of a message's fields: a whole number, or bytes."""
+    """Yield number and value of a message's fields: a whole number, or bytes."""
     position, end = 0, len(data)
     while position < end:
         key = data[position]
@@ -222,7 +227,9 @@ def _fields(data: Bytes, known: dict[int, str], what: str) -> Iterator[Field]:
         if position > end:
             raise IndexError
         if key >> 3 not in known:
-            raise _NotWrittenError(f"{what} has the field {key >> 3} of ONNX, which is not written")
+            raise _NotWrittenError(
+                f"{what} has the field {key >> 3} of ONNX, which var-deploy does not write"
+            )
         yield known[key >> 3], value
 
 

@@ -1,7 +1,7 @@
-"""The operators that graphs of a bundle are made of, and no others.
+"""The list of operators that graphs of a bundle may use.
 
-The exporter writes these; a graph with any other was not written by it and is refused before an
-inference library sees it. None of them holds a graph of its own, loops, or reads a file.
+The exporter writes only these; a graph with any other operator is refused before an inference
+library reads it. None of them contains a graph, loops, or reads a file.
 """
 
 from __future__ import annotations

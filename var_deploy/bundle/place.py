@@ -1,7 +1,7 @@
-"""Where a bundle may be written: a new folder, an empty one, or in place of another bundle.
+"""Checks where a bundle may be written: a new folder, an empty one, or one with another bundle.
 
-Of an old bundle only what its manifest names is replaced. Engines belong to it and stay, stale
-where the graphs are others; any other file is somebody's own, and makes it refuse.
+Of an old bundle only the files that its manifest names are replaced. Engines belong to it and stay,
+stale where the graphs differ. Any other file is the user's, and the export is refused.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from var_deploy.files.folders import check_folder_writable
 from var_deploy.files.work_folders import Index, entries_that_count, remove_leftovers
 
 ENGINES = "engines"  # as in `runtime.tensorrt.engine_files`, which the contract cannot import
-MOST_BYTES = 64 << 20  # of a manifest, whose size grows with graphs and labels
+MOST_BYTES = 64 << 20  # most bytes of a manifest, whose size grows with graphs and labels
 
 
 def check_before_work(out: Path, *, replace: bool) -> None:
-    """`check_place` for a command that has not begun; `folders.whole_folder` looks again itself."""
+    """Run `check_place` before a command begins; `folders.whole_folder` runs it again at the
+    end."""
     with locked_folder(out):
         check_place(out, replace=replace)
 
 
 def check_place(out: Path, *, replace: bool) -> None:
-    """Raise UsageError where `out` holds what a new bundle must not replace, or where it could
-    not be written.
+    """Raise UsageError where `out` cannot be written, or holds files that an export must not
+    replace.
 
-    With `replace` another bundle may be there, with its engines and nothing else. What an export
-    that was killed left is removed first.
+    With `replace`, `out` may hold another bundle with its engines, and nothing else. Leftovers of a
+    killed export are removed first.
     """
     remove_leftovers(out, BUNDLE)
     check_folder_writable(out)
@@ -61,7 +62,7 @@ def check_place(out: Path, *, replace: bool) -> None:
 
 
 def listed_files(folder: Path) -> Collection[str]:
-    """Relative paths of the files that a folder's manifest names; none without a manifest.
+    """Return relative paths of the files that a folder's manifest names; none without a manifest.
 
     Read leniently, since a damaged bundle may be replaced too. Raises UsageError where
     manifest.json is not one of var-deploy.
@@ -84,7 +85,7 @@ def listed_files(folder: Path) -> Collection[str]:
 
 
 def _read(path: Path) -> Any:
-    """JSON of an ordinary file of bounded size. Raises OSError and ValueError."""
+    """Read JSON from a regular file of bounded size. Raises OSError and ValueError."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # not waiting for a pipe
     with open(handle, encoding="utf-8") as stream:
         if not stat.S_ISREG(os.fstat(handle).st_mode):

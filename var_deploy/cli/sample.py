@@ -38,7 +38,7 @@ from var_deploy.sampling import Sampling
 
 if TYPE_CHECKING:
     from var_deploy.cluster.sets import ClusterRun
-    from var_deploy.datasets.work import Tell
+    from var_deploy.progress import Progress as OnProgress
 
 
 MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
@@ -261,7 +261,7 @@ def _on_ray(
     spec: SetSpec,
     config: RuntimeConfig,
     workers: int | None,
-    tell: Tell,
+    tell: OnProgress,
 ) -> ClusterRun:
     with needs_extra("ray", "sample --ray"):
         from var_deploy.cluster.connect import connected

@@ -25,9 +25,10 @@ from var_deploy.cluster.worker import ShardResult, Worker
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.spec import SetSpec
-from var_deploy.datasets.work import Tally, Tell, listing
+from var_deploy.datasets.work import SetProgress, listing
 from var_deploy.errors import VarDeployError, one_line
 from var_deploy.manifest import read_manifest
+from var_deploy.progress import Progress
 
 LOSSES = 3  # lost workers with one shard, or while loading, after which a run ends
 LOOK = 2.0  # seconds between two checks of the cluster's resources
@@ -69,7 +70,7 @@ def make_missing(
     folder: SetFolder,
     spec: SetSpec,
     shards: Sequence[int],
-    tell: Tell,
+    tell: Progress,
     *,
     config: RuntimeConfig,
     workers: int | None = None,
@@ -121,7 +122,7 @@ class _Run:
         folder: SetFolder,
         spec: SetSpec,
         shards: Sequence[int],
-        tell: Tell,
+        tell: Progress,
         device: Device,
         hire: Callable[[], Any],
         most: int | None,
@@ -146,7 +147,7 @@ class _Run:
     def work(self) -> None:
         spec = self.made.spec
         self._todo = deque(self._folder.missing(spec, self._shards))
-        self._tally = Tally(spec, self._shards, self._todo, self._tell)
+        self._tally = SetProgress(spec, self._shards, self._todo, self._tell)
         while self._todo or any(call is not None for w in self._workers for call in w.calls):
             self._hand_out()
             self._step()
@@ -236,7 +237,7 @@ class _Run:
         made.drawing += drawn.drawing
         made.waiting += drawn.waiting
         self._tally.add(shard)
-        self._tally.tell()
+        self._tally.report()
 
     def _lose(self, worker: _Worker, error: Exception) -> None:
         """Requeue the shards of a lost worker. It was working on the first of them."""

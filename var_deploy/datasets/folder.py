@@ -40,12 +40,13 @@ LOST = "put it back from a copy, or choose another --out"
 
 @dataclass(frozen=True, kw_only=True)
 class SetFolder:
-    """A set in the folder `path`, which may still have to be made."""
+    """An image set in the folder `path`, which may not exist yet."""
 
     path: Path
 
     def check_free(self) -> None:
-        """Raise UsageError where this is neither a set nor a place for a new one."""
+        """Raise UsageError where `path` holds files but no set, so that no set can be made
+        there."""
         check_writable(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file; name a folder")
@@ -60,15 +61,17 @@ class SetFolder:
             )
 
     def read(self) -> SetSpec | None:
-        """The settings of the set; None before `begin`. Raises VarDeployError where set.json is
-        damaged or of a newer var-deploy."""
+        """Return the settings of the set; None before `begin`.
+
+        Raises VarDeployError where set.json is damaged or of a newer var-deploy.
+        """
         data = self._read()
         return None if data is None else data[0]
 
     def begin(self, spec: SetSpec) -> None:
-        """Make the set, or make sure that the one that is there has these settings.
+        """Make the set, or check that the existing one has these settings.
 
-        Raises UsageError for other ones, VarDeployError where the disk refuses.
+        Raises UsageError for other settings, VarDeployError where the disk refuses.
         """
         if self.read() is None:
             self.check_free()
@@ -77,7 +80,7 @@ class SetFolder:
         self._describe_data(spec)
 
     def check_same(self, spec: SetSpec) -> None:
-        """Raise UsageError where a set is here already whose settings are others."""
+        """Raise UsageError where a set with other settings is here already."""
         there = self.read()
         if there is None or not (found := spec.differences(there)):
             return
@@ -89,15 +92,15 @@ class SetFolder:
         )
 
     def has(self, spec: SetSpec, shard: int) -> bool:
-        """Whether a shard is there. It is not read, see `damaged`."""
+        """Whether a shard exists. Its content is not read, see `damaged`."""
         return bool(self._hash(spec, shard))
 
     def missing(self, spec: SetSpec, shards: Sequence[int]) -> list[int]:
-        """Those of `shards` that are not there."""
+        """Return those of `shards` that do not exist."""
         return [shard for shard in shards if not self.has(spec, shard)]
 
     def write(self, spec: SetSpec, shard: int, data: bytes) -> None:
-        """Put a shard in its place. Raises VarDeployError where the disk refuses."""
+        """Write a shard's file. Raises VarDeployError where the disk refuses."""
         path = self.path / spec.shard_file(shard)
         # the hash first: a file under the shard's name is then one that can be checked
         with keeping_shards(), whole_file(_hash_file(path), follow=False) as stream:
@@ -106,7 +109,7 @@ class SetFolder:
             stream.write(data)
 
     def list_shards(self, spec: SetSpec) -> list[int]:
-        """Bring the list in set.json up to date; returns the shards that are there."""
+        """Update the list of shards in set.json; return the existing shards."""
         self._describe_data(spec)  # a set of an older version lacks it
         written = None
         # where two processes end together, the one that writes last sees all shards
@@ -117,7 +120,7 @@ class SetFolder:
         return [entry["shard"] for entry in entries]
 
     def damaged(self, spec: SetSpec) -> Iterator[tuple[int, bool]]:
-        """Reads every shard that is there against its hash: (number, whether it is damaged)."""
+        """Compare every existing shard with its hash; yield (number, whether it is damaged)."""
         data = self._read()
         listed = data[1] if data else {}
         for shard in range(spec.shards):
@@ -127,7 +130,7 @@ class SetFolder:
                 yield shard, {found} != {_hash_of(path), listed.get(shard, found)}
 
     def whole_shard(self, spec: SetSpec, shard: int) -> Path:
-        """A shard's file, once it was read against its hash. Raises VarDeployError."""
+        """Return a shard's file after comparing it with its hash. Raises VarDeployError."""
         path = self.path / spec.shard_file(shard)
         if not self.has(spec, shard):
             raise VarDeployError(f"{path} is missing; run the command that made the set again")
@@ -136,8 +139,10 @@ class SetFolder:
         return path
 
     def _describe_data(self, spec: SetSpec) -> None:
-        """Tell `datasets` of Hugging Face which files of the set are data. A file that is there
-        stays as it is."""
+        """Write the file that tells Hugging Face `datasets` which files are data.
+
+        An existing file stays as it is.
+        """
         path = self.path / DATASETS_FILE
         if not path.exists():
             with keeping_shards(), whole_file(path) as stream:
@@ -145,12 +150,12 @@ class SetFolder:
                 stream.write(text.encode())
 
     def _create(self, spec: SetSpec) -> None:
-        """Write set.json, unless another process was first."""
+        """Write set.json, unless another process has written it first."""
         with new_file(self.path / SET_FILE) as stream:
             stream.write(_text(spec, []).encode())
 
     def _read(self) -> tuple[SetSpec, dict[int, str]] | None:
-        """Settings, and the hashes of the shards that set.json lists."""
+        """Read the settings, and the hashes of the shards that set.json lists."""
         path = self.path / SET_FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -183,14 +188,15 @@ class SetFolder:
         ]
 
     def _hash(self, spec: SetSpec, shard: int) -> str:
-        """That was written with a shard; "" where the shard or its hash is not there."""
+        """Return the hash that was written with a shard; "" where the shard or its hash is
+        missing."""
         path = self.path / spec.shard_file(shard)
         return _hash_of(path) if path.is_file() else ""
 
 
 @contextlib.contextmanager
 def keeping_shards() -> Iterator[None]:
-    """Adds to what a disk refuses that the shards are still there."""
+    """Add to errors of a full disk that finished shards are kept."""
     try:
         yield
     except UsageError:
@@ -202,7 +208,7 @@ def keeping_shards() -> Iterator[None]:
 
 
 def damage(path: Path) -> str:
-    """What to say of a shard that is damaged."""
+    """Return the message about a damaged shard."""
     return (
         f"{path} does not match its hash: it is damaged or was changed; remove it and run the "
         "command that made the set again, which makes this shard alone"
@@ -222,18 +228,20 @@ def _text(spec: SetSpec, shards: Sequence[dict[str, Any]]) -> str:
 
 
 def _hash_file(shard: Path) -> Path:
-    """Beside the shard, as `sha256sum --check` reads it; hidden from what takes all files of a
-    folder for data."""
+    """Return the path of a shard's hash, in the form of `sha256sum --check`.
+
+    The name is hidden from programs that take all files of a folder for data.
+    """
     return shard.with_name(f".{shard.name}.sha256")
 
 
 def _old_hash_file(shard: Path) -> Path:
-    """Where older versions wrote it."""
+    """Return the path of the hash in sets of older versions."""
     return shard.with_name(f"{shard.name}.sha256")
 
 
 def _hash_of(shard: Path) -> str:
-    """The hash that was written with a shard; "" where there is none."""
+    """Return the hash in a hash file; "" where there is none."""
     for path in (_hash_file(shard), _old_hash_file(shard)):
         try:
             words = path.read_text(encoding="ascii").split()

@@ -1,4 +1,4 @@
-"""The files that shards are: what an image and its label are called in them."""
+"""The file formats of shards, and the names of images and labels in them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from var_deploy.datasets.spec import TAR
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An image of a set. `png` says nothing but its pixels; a model without classes has no
-    `label`."""
+    """An image of a set. `png` contains only pixels; a model without classes has no `label`."""
 
     number: int
     seed: int
@@ -29,12 +28,12 @@ class Row:
 
 
 def pack(form: str, rows: Iterable[Row], label_names: Sequence[str] | None) -> bytes:
-    """A shard's file. Nothing in it tells when or by whom it was made."""
+    """Return the bytes of a shard's file, without time or owner."""
     return _pack_tar(rows) if form == TAR else _pack_parquet(list(rows), label_names)
 
 
 def read_images(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """Images [H, W, C] of a shard's file, in order."""
+    """Yield the images [H, W, C] of a shard's file, in order."""
     for png in _tar_pngs(path) if path.suffix == f".{TAR}" else _parquet_pngs(path):
         with Image.open(io.BytesIO(png)) as image:
             pixels = np.asarray(image)
@@ -42,20 +41,23 @@ def read_images(path: Path) -> Iterator[NDArray[np.uint8]]:
 
 
 def _pack_tar(rows: Iterable[Row]) -> bytes:
-    """As WebDataset reads it. Each image is three members: 000000017.png; .cls, its label in
-    digits, where it has one; .json, with seed, number and label."""
+    """Pack as WebDataset reads it: three members per image.
+
+    The members are 000000017.png; .cls, its label in digits, where it has one; .json, with seed,
+    number and label.
+    """
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row in rows:
             for suffix, data in _members(row):
-                member = tarfile.TarInfo(f"{row.number:09d}.{suffix}")  # of nobody, at time 0
+                member = tarfile.TarInfo(f"{row.number:09d}.{suffix}")  # no owner, time 0
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return stream.getvalue()
 
 
 def _members(row: Row) -> Iterator[tuple[str, bytes]]:
-    """Suffix and contents of the files of an image."""
+    """Yield suffix and content of the files of an image."""
     yield "png", row.png
     if row.label is not None:
         yield "cls", str(row.label).encode()
@@ -70,9 +72,9 @@ def _tar_pngs(path: Path) -> Iterator[bytes]:
 
 
 def _pack_parquet(rows: Sequence[Row], label_names: Sequence[str] | None) -> bytes:
-    """Columns image (a struct of bytes and path), label where there are classes, seed, number.
+    """Pack as Parquet: columns image (bytes and path), label where there are classes, seed, number.
 
-    The metadata makes `datasets` of Hugging Face decode the pictures and know the labels' names.
+    The metadata makes Hugging Face `datasets` decode the pictures and know the labels' names.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

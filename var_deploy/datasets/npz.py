@@ -1,4 +1,4 @@
-"""All images of a set as one array, as the programs that compute FID take them."""
+"""Writes all images of a set as one array, the form that programs which compute FID take."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ARRAY = "arr_0"  # the name that the evaluation suite of guided-diffusion looks 
 def write_npz(
     folder: SetFolder, spec: SetSpec, on_shard: Callable[[int], object] | None = None
 ) -> Path:
-    """Write uint8 [N, H, W, C] of a complete set, one image in memory at a time.
+    """Write uint8 [N, H, W, C] of a complete set, with one image in memory at a time.
 
-    Stored, not compressed, as `np.savez` does, with no time in it: the same set gives the same
-    bytes. `on_shard` is called with how many shards are in it.
+    Stored, not compressed, as `np.savez` does, without a time: the same set gives the same bytes.
+    `on_shard` is called with the number of shards written.
 
     Raises VarDeployError for a shard that is missing or damaged, and where the disk refuses.
     """

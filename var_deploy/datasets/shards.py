@@ -1,4 +1,4 @@
-"""One shard of a set: PNGs in a file that depends on the set's settings and its number alone."""
+"""Generates one shard of a set; its bytes depend on the set's settings and its number alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def draw_shard(
     pipe: Pipeline, spec: SetSpec, shard: int, on_images: Callable[[int], object] | None = None
 ) -> bytes:
-    """The bytes of a shard's file, as `sets.formats` packs it.
+    """Generate a shard and return the bytes of its file, packed by `datasets.formats`.
 
     `on_images` is called after each batch with how many images of the shard are done.
 
@@ -31,12 +31,12 @@ def draw_shard(
 
 
 def check_pipeline(pipe: Pipeline, spec: SetSpec) -> None:
-    """Raise UsageError where the pipeline would not draw the images of this set."""
+    """Raise UsageError where the pipeline would not generate the images of this set."""
     how = pipe.describe()
     found = {**{name: getattr(how, name) for name in DECIDED}, "bundle": pipe.manifest.digest()}
     for name, own in found.items():
         if own != (expected := getattr(spec, name)):
-            raise UsageError(f"a pipeline with {name} {own} draws no set with {expected}")
+            raise UsageError(f"the pipeline has {name} {own}, the set needs {expected}")
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""What decides every byte of an image set, and which image is where."""
+"""The settings that decide every byte of an image set, and the place of each image in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_IMAGES, MOST_SHARDS = 10**9, 10**6  # the digits of their names
 
 TAR, PARQUET = "tar", "parquet"
 FORMATS = (TAR, PARQUET)  # each is the suffix of its files
-DECIDED = ("precision", "backend", "layout")  # by what draws first, where they are left open
+DECIDED = ("precision", "backend", "layout")  # "auto" until a pipeline decides
 
 # "FID-50K" of VAR (arXiv 2404.02905, README of its code)
 FID_PER_CLASS = 50
@@ -26,12 +26,14 @@ FID_SAMPLING: Mapping[str, Any] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "tem
 
 @dataclass(frozen=True, kw_only=True)
 class SetSpec:
-    """Settings of a set. Image n has label n mod classes and draws from the stream (seed, n), so
-    that it is known without any other image, and each run of `classes` images has every class once.
+    """Settings of a set.
+
+    Image n has label n mod classes and the random numbers of (seed, n), so that it does not depend
+    on any other image, and each run of `classes` images has every class once.
 
     Attributes:
         bundle: digest of the bundle.
-        precision, backend, layout: what draws, never "auto": each rounds in its own way.
+        precision, backend, layout: never "auto", since each rounds differently.
         classes: of the model; 0 where it has none, which counts as one class without a label.
         format: of the shards' files, one of `FORMATS`.
 
@@ -72,37 +74,37 @@ class SetSpec:
         return math.ceil(self.images / self.shard_size)
 
     def label(self, image: int) -> int | None:
-        """Of an image by its number; None where the model has no classes."""
+        """Return the label of an image by its number; None where the model has no classes."""
         return image % self.classes if self.classes else None
 
     def numbers(self, shard: int) -> range:
-        """Images of a shard."""
+        """Return the numbers of the images of a shard."""
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.images))
 
     def shard_file(self, shard: int) -> str:
-        """000000.tar, as WebDataset reads it: images/{000000..000195}.tar."""
+        """Return a shard's file name: 000000.tar, for WebDataset's images/{000000..000195}.tar."""
         return f"{shard:06d}.{self.format}"
 
     def config(self, given: RuntimeConfig) -> RuntimeConfig:
-        """`given` with the precision, backend and layout that draw this set."""
+        """Return `given` with the precision, backend and layout of this set."""
         return dataclasses.replace(
             given, precision=self.precision, backend=self.backend, layout=self.layout
         )
 
     def complete(self, given: RuntimeConfig) -> RuntimeConfig:
-        """`given` with those of this set where it leaves them open."""
+        """Return `given` with those of this set where `given` leaves them open."""
         own = {name: getattr(self, name) for name in DECIDED if getattr(given, name) == AUTO}
         return dataclasses.replace(given, **own)
 
     def decided_by(self, how: Loaded) -> SetSpec:
-        """The same set, drawn as a loaded pipeline draws."""
+        """Return the set with the precision, backend and layout of a loaded pipeline."""
         return dataclasses.replace(
             self, precision=how.precision, backend=how.backend, layout=how.layout
         )
 
     def drawn_by(self, how: Loaded) -> bool:
-        """Whether a loaded pipeline is one that draws this set, as far as that is decided."""
+        """Whether a loaded pipeline generates this set, as far as the set is decided."""
         return all(getattr(self, name) in (AUTO, getattr(how, name)) for name in DECIDED)
 
     def to_json(self) -> dict[str, Any]:
@@ -110,11 +112,12 @@ class SetSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SetSpec:
-        """Raises TypeError, KeyError or UsageError for what `to_json` did not give."""
+        """Parse the result of `to_json`. Raises TypeError, KeyError or UsageError for anything
+        else."""
         return cls(**{**data, "sampling": Sampling(**data["sampling"])})
 
     def differences(self, other: SetSpec) -> list[str]:
-        """ "seed is 1 and not 0" for everything in which `other` differs from this."""
+        """Return "seed is 1 and not 0" for every setting in which `other` differs from this set."""
         mine, others = self._texts(), other._texts()
         return [
             f"{name} is {others[name]} and not {mine[name]}"

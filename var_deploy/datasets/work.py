@@ -1,72 +1,72 @@
-"""The work of one process on a set: the shards of its share that are missing."""
+"""The work of one process on a set: it generates the missing shards of its part."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.shards import draw_shard
 from var_deploy.datasets.spec import SetSpec
 from var_deploy.errors import VarDeployError
+from var_deploy.progress import Progress
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
 
-Tell = Callable[[str, float], object]  # a message, and how much of the work is done
-
 
 def make_missing(
-    pipe: Pipeline, folder: SetFolder, spec: SetSpec, shards: Sequence[int], tell: Tell
+    pipe: Pipeline, folder: SetFolder, spec: SetSpec, shards: Sequence[int], progress: Progress
 ) -> list[int]:
-    """Draw those of `shards` that are not there; returns which.
+    """Generate those of `shards` that are missing; return their numbers.
 
-    A shard that another process has finished meanwhile is left alone. However this ends, set.json
-    lists what is there then.
+    A shard that another process has finished meanwhile is skipped. Even where this raises, set.json
+    lists the existing shards at the end.
 
     Raises what `draw_shard` and `SetFolder.write` raise.
     """
     missing = folder.missing(spec, shards)
-    tally, made = Tally(spec, shards, missing, tell), []
+    done, written = SetProgress(spec, shards, missing, progress), []
     with listing(folder, spec):
         for shard in missing:
             if folder.has(spec, shard):
-                tally.skip(shard)
+                done.skip(shard)
                 continue
-            folder.write(spec, shard, draw_shard(pipe, spec, shard, tally.tell))
-            tally.add(shard)
-            made.append(shard)
-    return made
+            folder.write(spec, shard, draw_shard(pipe, spec, shard, done.report))
+            done.add(shard)
+            written.append(shard)
+    return written
 
 
-class Tally:
-    """How far `shards` are, of which `missing` have to be drawn: images, rate and time left."""
+class SetProgress:
+    """Progress of `shards`, of which `missing` are to be generated: images, rate and time left."""
 
     def __init__(
-        self, spec: SetSpec, shards: Sequence[int], missing: Sequence[int], tell: Tell
+        self, spec: SetSpec, shards: Sequence[int], missing: Sequence[int], progress: Progress
     ) -> None:
-        self._spec, self._tell = spec, tell
+        self._spec, self._progress = spec, progress
         self._wanted, self._left = self._images(shards), self._images(missing)
         self._drawn, self._started = 0, time.monotonic()
 
     def add(self, shard: int) -> None:
-        """A shard was drawn."""
+        """Count a shard that was generated."""
         self._drawn += self._images([shard])
         self.skip(shard)
 
     def skip(self, shard: int) -> None:
-        """A shard has turned up."""
+        """Count a shard that another process has made."""
         self._left -= self._images([shard])
 
-    def tell(self, more: int = 0) -> None:
-        """Tell of it, and of `more` images that are drawn of the next shard."""
+    def report(self, more: int = 0) -> None:
+        """Report the progress, with `more` images generated of the next shard."""
         took = max(time.monotonic() - self._started, 1e-9)
         still, rate = self._left - more, (self._drawn + more) / took
         done = self._wanted - still
-        left = f"{span(still / rate)} left" if rate else "nothing drawn yet"
-        self._tell(f"{done} of {self._wanted} images, {rate:.2f}/s, {left}", done / self._wanted)
+        left = f"{span(still / rate)} left" if rate else "no image yet"
+        message = f"{done} of {self._wanted} images, {rate:.2f}/s, {left}"
+        self._progress(message, done / self._wanted)
 
     def _images(self, shards: Sequence[int]) -> int:
         return sum(len(self._spec.numbers(shard)) for shard in shards)
@@ -74,18 +74,19 @@ class Tally:
 
 @contextlib.contextmanager
 def listing(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
-    """However the block ends, set.json lists the shards that are there then."""
+    """Update the list of shards in set.json when the block ends, even with an error."""
     try:
         yield
     except BaseException:
-        with contextlib.suppress(VarDeployError):  # what went wrong first is what counts
+        with contextlib.suppress(VarDeployError):  # the first error is the one to report
             folder.list_shards(spec)
         raise
     folder.list_shards(spec)
 
 
 def span(seconds: float) -> str:
-    """A time to wait, as roughly as it is known: "8 s", "12 min", "3 h 20 min"."""
+    """Return a waiting time in words, rounded as its uncertainty allows: "8 s", "12 min", "3 h 20
+    min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

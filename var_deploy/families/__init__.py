@@ -1,4 +1,4 @@
-"""Model families: what the contract has to know of each, one object per family.
+"""Model families: the sizes, inputs and costs of each, one object per family.
 
 A family is a way to build a next-scale transformer. Everything that the runtime, the planner and
 the manifest need to know of one stands in its `Family`; graphs, reference modules and checkpoint
@@ -21,7 +21,7 @@ FAMILIES: Mapping[str, Family] = {family.name: family for family in (VAR, GPT2)}
 
 
 def family_of(transformer: TransformerSpec) -> Family:
-    """The family that a transformer belongs to."""
+    """Return the family of a transformer."""
     return FAMILIES[transformer.family]
 
 

@@ -1,4 +1,4 @@
-"""The interface of a model family on the contract's side."""
+"""The interface of a model family for runtime, planner and manifest."""
 
 from __future__ import annotations
 
@@ -28,42 +28,46 @@ class Family(ABC):
 
     @abstractmethod
     def attention_scale(self, transformer: TransformerSpec) -> float:
-        """Factor on q·k before the softmax."""
+        """Return the factor on q·k before the softmax."""
 
     @abstractmethod
     def input_width(self, model: ModelSpec) -> int:
-        """Width of the rows that a scale takes as its input."""
+        """Return the width of the rows that a scale takes as its input."""
 
     @abstractmethod
     def next_source_side(self, model: ModelSpec, scale: int) -> int:
-        """Side of the maps that are resized to the input of the scale after `scale`."""
+        """Return the side of the maps that are resized to the input of the scale after `scale`."""
 
     @abstractmethod
     def next_matrix(self, model: ModelSpec, scale: int, target: int) -> NDArray[Any]:
-        """Resizing matrix [target, next_source_side] of the input of the scale after `scale`."""
+        """Return the resizing matrix [target, next_source_side] of the input of the scale after
+        `scale`."""
 
     # what the planner counts
 
     @abstractmethod
     def norm_weights(self, transformer: TransformerSpec) -> int:
-        """Weights of one LayerNorm inside the scale graphs: 0 where `condition` makes them."""
+        """Return the number of weights of one LayerNorm in the scale graphs: 0 where `condition`
+        makes them."""
 
     @abstractmethod
     def first_weights(self, model: ModelSpec) -> int:
-        """Weights that the scale graphs hold for the first scale's input alone."""
+        """Return the number of weights that the scale graphs hold only for the first scale's
+        input."""
 
     @abstractmethod
     def embed_weights(self, model: ModelSpec) -> int:
-        """Weights of the product that embeds the inputs of the later scales."""
+        """Return the number of weights of the product that embeds the inputs of the later
+        scales."""
 
     @abstractmethod
     def next_tables(self, model: ModelSpec) -> int:
-        """Values of the look-up tables that a graph reads the next input from."""
+        """Return the number of values of the look-up tables that give the next input."""
 
     @abstractmethod
     def embed_operations(self, model: ModelSpec, tokens: int) -> int:
-        """Operations of embedding `tokens` rows of input."""
+        """Return the operations of embedding `tokens` rows of input."""
 
     @abstractmethod
     def modulation_rows(self, transformer: TransformerSpec) -> int:
-        """Rows of the modulation table [rows, G, C] that every scale reads."""
+        """Return the rows of the modulation table [rows, G, C] that every scale reads."""

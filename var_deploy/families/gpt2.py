@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 class _Gpt2(Family):
+    """The GPT-2 form of VAR."""
     name: ClassVar[str] = "gpt2"
     conditional: ClassVar[bool] = False
-    mixes_codes: ClassVar[bool] = False  # it feeds tokens to the next scale, not f_hat
-    # it embeds a scale's tokens for the next one: with one scale there is no such table
+    mixes_codes: ClassVar[bool] = False  # the next input is made from tokens, not from f_hat
+    # a table embeds each scale's tokens for the next scale: one scale has no table
     least_scales: ClassVar[int] = 2
 
     def attention_scale(self, transformer: TransformerSpec) -> float:

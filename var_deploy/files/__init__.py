@@ -1,4 +1,4 @@
-"""Writing a file so that it appears whole, and never through a link that somebody else put there.
+"""Writes files atomically, and never through a link that another user put there.
 
 A file is written beside its place under a new name that cannot be guessed, flushed to the disk and
 renamed. `whole_file` is the only way in which this package writes a file of a name that is known
@@ -26,7 +26,7 @@ except ImportError:  # Windows, where an open file cannot be deleted: see `remov
     fcntl = None  # type: ignore[assignment]
 
 # What file managers, file systems and servers of files leave in any folder: it does not make a
-# folder "not empty", and nobody misses it.
+# folder "not empty", and its loss does no harm.
 SCRATCH = frozenset(
     {
         *(".DS_Store", ".localized", ".Spotlight-V100", ".Trashes", ".fseventsd", "Icon\r"),
@@ -38,23 +38,23 @@ SCRATCH_PATTERN = re.compile(r"\._.+|\.nfs[0-9a-f]{16,}|\.fuse_hidden[0-9a-f]+")
 TEMPORARY = re.compile(r"\..*\.(?:[0-9a-f]{8}){1,2}\.tmp", re.DOTALL)
 NAME_SHOWN = 40  # characters of a name that a temporary one repeats: a long name has no room
 LOCK_WAIT, LOCK_PAUSE = 10.0, 0.02  # seconds
-MOST_BYTES = 255  # of a file name, where the system does not say
+MOST_BYTES = 255  # longest file name, where the system does not say
 
 
 @contextlib.contextmanager
 def whole_file(
     path: Path, *, error: type[VarDeployError] = VarDeployError, follow: bool = True
 ) -> Iterator[BinaryIO]:
-    """A stream whose bytes take the place of the file `path` when the block ends, by rename.
+    """Yield a stream whose bytes replace the file `path`, by rename, when the block ends.
 
     Where the block raises, the old file, if any, is still there. Parents are made. The new file
     has the permissions that the umask gives. Of several writers at once, one wins.
 
     Args:
         error: raised where the disk refuses.
-        follow: whether a link at `path` is followed, which is what somebody means who names one
-            as an output. Without it the link is replaced: a link in a folder of ours may lead to
-            a file that others share, such as a blob in a cache.
+        follow: whether a link at `path` is followed, as a user expects who names a link as an
+            output. Without it the link is replaced: a link in a bundle or a set may lead to a
+            file that others share, such as a blob in a cache.
 
     Raises UsageError where `path` is a folder or no ordinary file.
     """
@@ -70,9 +70,9 @@ def whole_file(
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Like `whole_file`, of a file that must not replace another one.
+    """Write like `whole_file` a file that must not replace an existing one.
 
-    Where one is at `path` by the end of the block, it stays and nothing is written. Raises
+    Where a file is at `path` by the end of the block, it stays and nothing is written. Raises
     VarDeployError where the disk refuses.
     """
     with disk_errors(path):
@@ -90,7 +90,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_ordinary(target: Path, shown: Path | None = None) -> None:
-    """Raise UsageError for what cannot be replaced by a file: a folder, a device, a pipe."""
+    """Raise UsageError where a file cannot replace `path`: a folder, a device, a pipe."""
     if target.exists() and not target.is_file():
         raise UsageError(f"{shown or target} is not an ordinary file; choose another output")
 
@@ -128,17 +128,17 @@ def check_writable(path: Path) -> None:
 
 
 def is_scratch(name: str) -> bool:
-    """Whether a file or folder of this name is left by a system in any folder."""
+    """Whether operating systems leave a file or folder of this name in any folder."""
     return name in SCRATCH or SCRATCH_PATTERN.fullmatch(name) is not None
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `whole_file` gives such names to files that are being written."""
+    """Whether this is a name that `whole_file` gives to files that are being written."""
     return TEMPORARY.fullmatch(name) is not None
 
 
 def remove_dead_files(folder: Path) -> None:
-    """Delete the temporary files of writers that were killed; those still being written stay."""
+    """Delete the temporary files of killed writers; those still being written stay."""
     for name in filter(is_temporary, os.listdir(folder)):
         path = folder / name
         # on Windows deleting fails while it is open, which is all that is asked
@@ -157,7 +157,7 @@ def remove_dead_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, error: type[VarDeployError] = VarDeployError) -> Iterator[None]:
-    """Turns an OSError into `error`, which says that `path` cannot be written and why."""
+    """Turn an OSError into `error`, whose message says that `path` cannot be written and why."""
     try:
         yield
     except OSError as cause:
@@ -166,11 +166,12 @@ def disk_errors(path: Path, error: type[VarDeployError] = VarDeployError) -> Ite
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask for the same folder waiting, for ten seconds at most.
+    """Hold the lock of a folder; other processes wait for it, for ten seconds at most.
 
-    It is about the folder that `folder` leads to when the lock is given: one that was replaced
+    The lock is of the folder that is at `folder` when it is granted: one that was replaced
     meanwhile is locked anew. Does nothing where the folder is missing or the file system has no
-    locks; what is written is whole without it too, the lock keeps several files together.
+    locks. Each file is written atomically without the lock as well; the lock keeps several files
+    together.
     """
     handle = _lock(folder)
     try:
@@ -197,8 +198,10 @@ def lock_file(stream: IO[Any]) -> bool | None:
 
 
 def sync(stream: IO[Any]) -> None:
-    """Wait until a file is on the disk: a board that loses its power must not keep its name
-    without its bytes. Raises OSError, except where the file system has no such thing."""
+    """Flush a file to the disk, so that a power loss cannot keep its name without its bytes.
+
+    Raises OSError, except where the file system has no such operation.
+    """
     try:
         os.fsync(stream.fileno())
     except OSError as error:
@@ -208,7 +211,7 @@ def sync(stream: IO[Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Likewise of the names in a folder, where the system can."""
+    """Flush the names in a folder to the disk, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -219,8 +222,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside `target`, open and locked, whose name nobody can have guessed; gone at the
-    end of the block unless it was renamed."""
+    """Yield a new file beside `target`, open, locked, with a name that cannot be guessed.
+
+    It is deleted at the end of the block unless it was renamed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     while True:
         name = f".{target.name[:NAME_SHOWN]}.{secrets.token_hex(8)}.tmp"
@@ -234,12 +239,12 @@ def _temporary(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
                     yield temporary, stream
                     return
         finally:
-            with contextlib.suppress(OSError):  # the reason is being raised already
+            with contextlib.suppress(OSError):  # the block has raised an error
                 temporary.unlink(missing_ok=True)
 
 
 def _finish(stream: BinaryIO) -> None:
-    """Everything is on the disk, and the file closed, which Windows wants before a rename."""
+    """Flush the file to the disk and close it; Windows renames closed files only."""
     stream.flush()
     sync(stream)
     stream.close()

@@ -1,15 +1,16 @@
-"""Writing a folder so that it appears whole, and replacing one without losing what is not ours.
+"""Writes folders atomically, and replaces a folder without losing the user's files in it.
 
 Everything is written into a work folder first (see `var_deploy.files.work_folders`), and exchanged
 with the old folder when it is complete. A kill at any moment leaves the old folder or the new one
-at its place (between two renames, where an exchange is not possible: neither, until the next writer
-puts the old one back).
+at its place. Where an exchange is not possible there are two renames: a kill between them leaves
+neither, until the next writer puts the old folder back.
 
-A folder that cannot be renamed is written from inside: one that is a mount point or holds one, the
-folder that this process stands in, and one whose parent cannot be written. Its index file goes
-first and comes back last, so there is no moment in which a reader finds half of each.
+A folder that cannot be renamed is written from inside: a mount point or a folder that holds one,
+the current folder of this process, a folder whose parent cannot be written. Its index file is
+removed first and written last, so a reader never finds half of each.
 
-What the index of an old folder does not name is never deleted: it is moved into the new one.
+Files that the index of an old folder does not name are never deleted: they are moved into the new
+folder.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from var_deploy.files.work_folders import (
     work_folder,
 )
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of <fcntl.h> and <linux/fs.h>
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -56,16 +57,16 @@ def whole_folder(
     index: Index | None = None,
     error: type[VarDeployError] = VarDeployError,
 ) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when the block ends, whole or not at all.
+    """Yield a new folder that takes the place of `path` when the block ends, whole or not at all.
 
-    Without `index`, `path` must be new or empty by then. With it, a folder that has such an index
-    is replaced: the files that the index names go, everything else moves into the new folder.
-    A link at `path` is followed. Parents are made. The new folder has the permissions that the
-    umask gives.
+    Without `index`, `path` must be new or empty by then. With `index`, a folder that has such an
+    index file is replaced: the files that the index names are deleted, all others move into the
+    new folder. A link at `path` is followed. Parents are made. The new folder has the permissions
+    that the umask gives.
 
     Args:
         check: called before anything is written and again right before the folder takes its place,
-            with `path` locked; raises UsageError where it holds what must not be replaced.
+            with `path` locked; raises UsageError where `path` holds files that must stay.
         error: raised where the disk refuses.
     """
     place = Path(os.path.realpath(path))
@@ -97,11 +98,11 @@ def whole_folder(
 
 @contextlib.contextmanager
 def filled_folder(folder: Path, file_names: Sequence[str]) -> Iterator[Path]:
-    """A work folder whose files of these names move into `folder` when the block ends.
+    """Yield a work folder whose files move into `folder` when the block ends.
 
-    Made if it is missing; files of other names in it stay, files of the same names are replaced.
-    Raises UsageError where one of the names is a folder there, VarDeployError where the disk
-    refuses.
+    `folder` is made if it is missing; files of other names in it stay, files of the same names are
+    replaced. Raises UsageError where one of the names is a folder there, VarDeployError where the
+    disk refuses.
     """
     place = Path(os.path.realpath(folder))
     with disk_errors(folder):
@@ -146,7 +147,7 @@ def must_write_inside(place: Path) -> bool:
 
 
 def _exchange(work: Path, place: Path, check: Callable[[], None]) -> None:
-    """The complete folder takes the place of `place`, which lies in the work folder then."""
+    """Put the complete folder at `place`; the old folder lies in the work folder then."""
     complete = work / COMPLETE
     for attempt in itertools.count():
         with locked_folder(place):
@@ -154,7 +155,7 @@ def _exchange(work: Path, place: Path, check: Callable[[], None]) -> None:
             if not os.path.lexists(place):
                 if _rename_to_free(complete, place):
                     return
-                continue  # somebody was faster: look at what is there now
+                continue  # another writer was faster: look at what is there now
             if swap(complete, place):
                 return
             place.rename(work / f"{PREVIOUS}{attempt}")
@@ -180,7 +181,7 @@ def swap(one: Path, other: Path) -> bool:
 
 
 def _rename_to_free(folder: Path, place: Path) -> bool:
-    """Rename a folder to a place that is free, or an empty folder; False where it is neither."""
+    """Rename a folder to a place that is free or an empty folder; False where it is neither."""
     try:
         folder.rename(place)
     except OSError as error:
@@ -191,7 +192,7 @@ def _rename_to_free(folder: Path, place: Path) -> bool:
 
 
 def _fill(complete: Path, place: Path, check: Callable[[], None]) -> None:
-    """The same for a place that is new or empty, entry by entry where it cannot be renamed over."""
+    """Move a folder to a place that is new or empty, entry by entry where it cannot be renamed."""
     check()
     if not must_write_inside(place) and _rename_to_free(complete, place):
         return
@@ -202,7 +203,7 @@ def _fill(complete: Path, place: Path, check: Callable[[], None]) -> None:
 
 
 def _install(work: Path, place: Path, index: Index, check: Callable[[], None]) -> None:
-    """Move the complete folder into `place`, whose index goes first and comes back last."""
+    """Move the complete folder into `place`, whose index is removed first and written last."""
     with locked_folder(place):
         check()
         (work / STARTED).touch()

@@ -1,7 +1,7 @@
-"""Files that are looked at through one descriptor, so that what was checked is what is used.
+"""Files that are checked and used through one descriptor, so that both see the same file.
 
-A path may lead to another file from one moment to the next; a descriptor does not. What may still
-change is the content, in place, and that shows in the file's times.
+A path may lead to another file from one moment to the next; a descriptor does not. The content may
+still be overwritten in place, and that shows in the file's times.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _hashes: dict[Identity, str] = {}
 
 
 def open_regular(path: Path | str, folder: int | None = None) -> int:
-    """A descriptor of a regular file for reading; never waits for a FIFO's other end.
+    """Open a regular file for reading and return its descriptor; never waits for a FIFO.
 
-    Raises OSError, also for what is not a regular file or no path at all.
+    Raises OSError, also for a path that is not a regular file, or is not valid.
     """
     flags = os.O_RDONLY
     for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"):
@@ -46,20 +46,20 @@ def open_regular(path: Path | str, folder: int | None = None) -> int:
 
 
 def identity_of(found: os.stat_result) -> Identity:
-    """Stays the same while the file is the same and nobody has written to it."""
+    """Return a file's identity: equal while it is the same file and was not written to."""
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class HeldFile:
-    """A regular file, open for reading until `close` or until nobody refers to this.
+    """A regular file that is open for reading, until `close` or garbage collection.
 
     Attributes:
         path: where it was found.
-        identity: when it was opened; whoever checks the content sets it anew.
+        identity: when it was opened; set again by the code that checks the content.
     """
 
     def __init__(self, path: Path, name: str | None = None, folder: int | None = None) -> None:
-        """Opens `name` in the folder behind the descriptor `folder`, or else `path`.
+        """Open `name` in the folder behind the descriptor `folder`, or else `path`.
 
         Raises OSError.
         """
@@ -88,7 +88,7 @@ class HeldFile:
         return (found.st_dev, found.st_ino) == self.identity[:2]
 
     def read(self) -> bytes:
-        """All bytes; fewer or more than `size` where it changes meanwhile."""
+        """Return all bytes; fewer or more than `size` where the file changes meanwhile."""
         os.lseek(self._file, 0, os.SEEK_SET)
         pieces = list[bytes]()
         while piece := os.read(self._file, CHUNK):
@@ -98,7 +98,7 @@ class HeldFile:
     def sha256(
         self, progress: Callable[[int], None] | None = None
     ) -> tuple[str, Identity] | None:
-        """Hash of the content and the identity that it had, None where it changes meanwhile.
+        """Return the hash of the content and its identity, None where the file changes meanwhile.
 
         A hash that this process knows is not computed again. `progress` is called with bytes read.
         """
@@ -122,7 +122,7 @@ class HeldFile:
         return _hashes[before], before
 
     def settled(self) -> Identity:
-        """The identity, once a write from now on would change it."""
+        """Return the identity, after waiting until any later write would change it."""
         found = self.now()
         coarse = found[3] % 1_000_000_000 == 0 == found[4] % 1_000_000_000
         tick = COARSE_TICK if coarse else FINE_TICK
@@ -133,5 +133,5 @@ class HeldFile:
         return found
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Close the file; may be called twice."""
         self._closed()

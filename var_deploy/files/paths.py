@@ -1,4 +1,4 @@
-"""Paths for libraries that take text: on Linux a name is bytes, which need not be UTF-8."""
+"""Paths for libraries that take text: on Linux a file name is bytes, which need not be UTF-8."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from var_deploy.errors import UsageError
 
 
 def utf8_path(path: Path, library: str) -> str:
-    """The path as a library that takes UTF-8 alone can open it: relative to the current folder
-    where the part that is not UTF-8 lies above it.
+    """Return the path in a form that a library which takes only UTF-8 can open.
+
+    It is relative to the current folder where the part that is not UTF-8 lies above that folder.
 
     Raises UsageError where the path cannot be written in UTF-8.
     """
@@ -21,6 +22,6 @@ def utf8_path(path: Path, library: str) -> str:
             continue
         return text
     raise UsageError(
-        f"{path} is not UTF-8, and {library} opens no such path: rename it, or change into the "
+        f"{path} is not UTF-8, and {library} cannot open it: rename it, or change into the "
         "folder and name it from there"
     )

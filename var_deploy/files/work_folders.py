@@ -2,7 +2,7 @@
 
     .bundle.partial-1f2e…/     beside bundle/, on the same file system, or in it
       lock                     held while its process lives; the name of the folder it is for
-      incomplete/              being written: nobody misses it
+      incomplete/              being written; may be deleted
       complete/                whole. Before the exchange the new folder, after it the old one
       previous0/               where the system cannot exchange: the old folder, moved aside
       started, old-index/      of a folder that is written from inside: the old folder's index
@@ -36,7 +36,7 @@ WORK_FOLDER = re.compile(r"\..*\.partial-[0-9a-f]{16}", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """The file in which a folder of some kind names its own files.
+    """The file in which a folder of some kind lists its own files.
 
     Attributes:
         name: of the file, in the folder itself.
@@ -50,12 +50,13 @@ class Index:
     kept: Collection[str] = ()
 
     def foreign(self, folder: Path) -> str | None:
-        """The first path in `folder` that is neither the folder's own nor left by a system."""
+        """Return the first path in `folder` that is neither listed nor left by an operating
+        system."""
         own = {self.name, *self.listed(folder)}
         for path in _walk(folder, without=self.kept):
             name = path.relative_to(folder).as_posix()
             if path.is_dir() and not path.is_symlink():
-                # one that holds files is judged by them
+                # a folder that holds files is examined file by file
                 if name in own or (not any(path.iterdir()) and not _leads_to(name, own)):
                     return name
             elif name not in own:
@@ -64,9 +65,10 @@ class Index:
 
 
 def entries_that_count(folder: Path) -> list[str]:
-    """Sorted names of what somebody put into a folder: a folder without any is empty.
+    """Return sorted names of the user's entries of a folder: without any, the folder is empty.
 
-    Not counted is what systems leave in any folder, and what is just being written.
+    Files that operating systems leave in any folder do not count, nor do files that are just being
+    written.
     """
     return sorted(
         name
@@ -76,8 +78,11 @@ def entries_that_count(folder: Path) -> list[str]:
 
 
 def remove_leftovers(path: Path, index: Index | None) -> None:
-    """Remove the work folders of writers of `path` that were killed, after saving what is the
-    user's in them. A folder whose lock is held stays, and one that cannot be removed."""
+    """Remove the work folders that killed writers of `path` left, after saving the user's files in
+    them.
+
+    A folder whose lock is held stays, and one that cannot be removed.
+    """
     place = Path(os.path.realpath(path))
     for parent in (place.parent, place):
         with contextlib.suppress(OSError):
@@ -88,7 +93,7 @@ def remove_leftovers(path: Path, index: Index | None) -> None:
 
 @contextlib.contextmanager
 def work_folder(place: Path, index: Index | None, *, inside: bool) -> Iterator[Path]:
-    """A new work folder whose lock is held; at the end it goes with what is in it."""
+    """Yield a new work folder whose lock is held; it is deleted with its contents at the end."""
     work, lock = _new_work_folder(place, place if inside else place.parent)
     try:
         yield work
@@ -109,14 +114,14 @@ def _new_work_folder(place: Path, parent: Path) -> tuple[Path, IO[bytes]]:
             continue
         lock.write(_owner(place))
         lock.flush()
-        # where there are no locks, nobody gets one and takes it for dead
+        # without locks no other writer can lock it and take it for dead
         if lock_file(lock) is not False and (work / LOCK).exists():
             return work, lock
         lock.close()
 
 
 def _owner(place: Path) -> bytes:
-    """What the lock says: which machine writes which folder."""
+    """Return what a lock file says: which machine writes which folder."""
     return b"%b\n%b" % (os.fsencode(socket.gethostname()), os.fsencode(place.name))
 
 
@@ -142,13 +147,13 @@ def _remove_leftover(work: Path, place: Path, index: Index | None) -> None:
 
 
 def _clear(work: Path, place: Path, index: Index | None) -> None:
-    """Remove a work folder, but nothing that was in the user's folder and is not in its index."""
+    """Remove a work folder, but no file of the user's folder that its index does not list."""
     shutil.rmtree(work / INCOMPLETE, ignore_errors=True)
     complete, aside = work / COMPLETE, sorted(work.glob(f"{PREVIOUS}*"))
     if index is not None and (work / STARTED).exists() and (complete / index.name).exists():
         return  # could not be finished, and may be by the next writer
     if aside and not os.path.lexists(place):
-        aside[-1].rename(place)  # cut off between two renames
+        aside[-1].rename(place)  # killed between two renames
     for old in (complete, *aside):
         if old.is_dir() and index is not None:
             _salvage(old, place, index)
@@ -189,7 +194,7 @@ def _move_over(source: Path, target: Path) -> None:
 
 
 def finish_install(work: Path, place: Path, index: Index) -> None:
-    """Begin, or go on after it was cut off anywhere."""
+    """Install the complete folder from inside, or resume after any interruption."""
     complete, old = work / COMPLETE, work / OLD_INDEX
     if not (complete / index.name).exists():
         return  # done
@@ -210,7 +215,7 @@ def finish_install(work: Path, place: Path, index: Index) -> None:
 
 
 def _walk(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """Every path below a folder that counts, links as such; a folder before what is in it."""
+    """Yield every path below a folder that counts, links as links; a folder before its content."""
     for name in entries_that_count(folder):
         if name in without:
             continue
