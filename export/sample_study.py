@@ -26,7 +26,8 @@ from var_deploy.export.checkpoint import LoadedModel
 from var_deploy.export.pocket.classifier import load_classifier
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.sampling import MAX_SEED
+from var_deploy.runtime.request import Request
+from var_deploy.sampling import MAX_SEED, numbered
 
 ACCURACY_BOUND = 0.015  # by how much int8 may differ from fp32
 # of fewer images, chance moves the share by as much
@@ -233,10 +234,24 @@ def _draw(
     seed: int,
     report: Callable[[int, int], None],
 ) -> NDArray[np.uint8]:
+    """The images of a set, not of a call: those of one seed and the next have nothing in common."""
+    count, streams = len(labels), numbered(seed, 0, len(labels))
     with Pipeline.load(
         bundle, backend="onnxruntime-cpu", precision=precision, check="sizes"
     ) as pipe:
-        return pipe.generate(labels, seed=seed, on_progress=report)
+        batch, drawn = pipe.manifest.batch, list[NDArray[np.uint8]]()
+        for rows in (slice(first, first + batch) for first in range(0, count, batch)):
+            drawn.append(
+                pipe.draw(
+                    Request(
+                        labels=labels[rows],
+                        streams=streams[rows],
+                        sampling=pipe.manifest.defaults,
+                    )
+                )
+            )
+            report(min(rows.stop, count), count)
+    return np.concatenate(drawn)
 
 
 def frechet_distance(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> float:

@@ -17,7 +17,7 @@ from var_deploy.errors import UsageError
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.loop import Answer, ScaleLoop
-from var_deploy.sampling import Sampling, check_seed, gumbel, numbered, stack_uniforms
+from var_deploy.sampling import Sampling, gumbel, stack_uniforms
 
 REMEMBERED = 3  # runs that the next one is expected to be no slower than
 
@@ -266,21 +266,6 @@ class _Watcher:
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """[0, 1] to 0 … 255, rounded; what is not a number was refused by the loop."""
     return np.rint(images * 255).astype(np.uint8)
-
-
-def streams(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
-    """(seed, number) of the uniforms of each image: numbered, or number 0 of a seed each.
-
-    `count` is how many there must be; None takes one a seed. Raises UsageError for a seed that is
-    none, and for a wrong number of them.
-    """
-    if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
-        seed = check_seed(seed)
-        return numbered(seed, 0, 1 if count is None else count)
-    wanted = len(seed) if count is None else count
-    if len(seed) != wanted or not wanted:
-        raise UsageError(f"seed must be one number, or one an image, found {len(seed)} numbers")
-    return [(check_seed(one), 0) for one in seed]
 
 
 def end_of(deadline: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -34,12 +35,11 @@ from var_deploy.runtime.request import (
     ScaleEvent,
     end_of,
     label_numbers,
-    streams,
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
-from var_deploy.sampling import Sampling
+from var_deploy.sampling import Sampling, call_streams, series
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -202,29 +202,29 @@ class Pipeline:
         self,
         labels: Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] = 0,
+        *,
+        count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
-        """One image a label, [N, side, side, channels] uint8; the array is the caller's.
+        """Generate images, [N, side, side, channels] uint8; the array is the caller's.
 
-        Image n depends on (seed, n, its label and the settings) alone, not on the batch size.
+        Image i has seed + i, and depends on that, its label and the settings alone, not on its
+        neighbours or the batch size: `generate([label], seed + i)` makes it again.
 
         Args:
-            labels: class numbers, names, or None for an image without a class; None alone is one
-                of those (one a seed). An unconditional model takes the count from the length alone.
-            seed: 0 … 2⁶⁴-1; or one a label, and image n is the one that its label and its seed
-                give alone.
+            labels: class numbers, names, or None for an image without a class; repeated in order
+                up to `count`. None instead of a list stands for images without a class. A model
+                without classes takes the count from the length alone.
+            seed: 0 … 2⁶⁴-1; or several, one per image.
+            count: N; None makes one image per label or one per seed, whichever are more.
             options: settings, callbacks and a deadline, see `GenerationOptions`.
 
-        Raises UsageError (LabelError) for labels, seeds or settings out of range, BackendError
-        where the pipeline is closed or the runtime fails, CancelledError after `cancel`.
+        Raises UsageError (LabelError) for labels, seeds or settings out of range and for a count
+        that would leave labels out, BackendError where the pipeline is closed or the runtime
+        fails, CancelledError after `cancel`.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
-        if labels is None:
-            numbers, drawn = self._variants(None, seed)
-        else:
-            numbers = label_numbers(self.manifest, labels)
-            drawn = streams(seed, len(numbers))
-        request = Request(labels=numbers, streams=drawn, sampling=sampling)
+        request = self._request(labels, seed, count, sampling)
         with self._running():
             return self._generate(request, options, end)
 
@@ -284,9 +284,10 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         *,
         keep_pixels: bool = False,
+        count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
-        """Draw a part of an image anew, [N, side, side, channels] uint8, one a seed.
+        """Draw a part of an image anew, [N, side, side, channels] uint8.
 
         The image's tokens stay outside the mask at every scale, see `editing.keep_masks`, and far
         from it the image comes back as the tokenizer reconstructs it.
@@ -297,15 +298,16 @@ class Pipeline:
             label: what to put there; None lets the surroundings decide.
             keep_pixels: outside the mask put the pixels back as they were; the seam is feathered,
                 within the mask.
+            count: N; None makes one image per seed.
 
-        The other arguments and errors are those of `generate`.
+        The other arguments and errors are those of `generate`; image i has seed + i.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
         edit = read_edit(image, mask, self.manifest.model.tokenizer, keep_pixels=keep_pixels)
-        numbers, drawn = self._variants(label, seed)
+        request = self._request([label], seed, count, sampling)
         with self._running():
-            kept = edit.kept(self._tokenizer.encode(edit.pixels)).rows([0] * len(numbers))
-            request = Request(labels=numbers, streams=drawn, sampling=sampling, kept=kept)
+            kept = edit.kept(self._tokenizer.encode(edit.pixels))
+            request = dataclasses.replace(request, kept=kept.rows([0] * len(request.labels)))
             images = self._generate(request, options, end)
         if keep_pixels:
             images[...] = edit.finish(images)
@@ -318,12 +320,14 @@ class Pipeline:
         from_scale: int,
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
+        *,
+        count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
         """Keep an image's tokens of the scales before `from_scale` and draw the others anew.
 
-        [N, side, side, channels] uint8, one a seed. `from_scale` 0 keeps nothing, K everything.
-        The other arguments and errors are those of `generate`; for `image` see `encode`.
+        [N, side, side, channels] uint8. `from_scale` 0 keeps nothing, K everything. The other
+        arguments and errors are those of `edit`; image i has seed + i.
         """
         end, scales = end_of(options.get("deadline")), self.manifest.model.scales
         if isinstance(from_scale, bool) or not 0 <= from_scale <= scales:
@@ -332,12 +336,11 @@ class Pipeline:
         pixels = self._pixels(image)
         if len(pixels) != 1:
             raise UsageError(f"vary takes one image, found {len(pixels)}")
-        numbers, drawn = self._variants(label, seed)
+        request = self._request([label], seed, count, sampling)
         with self._running():
             tokens = self._tokenizer.encode(pixels)[:from_scale]
-            forced = tuple(np.tile(t, (len(numbers), 1)) for t in tokens)
-            request = Request(labels=numbers, streams=drawn, sampling=sampling, forced=forced)
-            return self._generate(request, options, end)
+            forced = tuple(np.tile(t, (len(request.labels), 1)) for t in tokens)
+            return self._generate(dataclasses.replace(request, forced=forced), options, end)
 
     def cancel(self) -> None:
         """Stop what is being drawn, from another thread or from a callback.
@@ -420,15 +423,17 @@ class Pipeline:
         if self._busy:
             raise UsageError("a callback of generate cannot use the pipeline that calls it")
 
-    def _variants(
-        self, label: int | str | None, seed: int | Sequence[int]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Labels and streams of one image a seed; no label is "no class"."""
-        drawn = streams(seed, None)
-        numbers = [self.manifest.model.transformer.classes]
-        if label is not None:
-            numbers = label_numbers(self.manifest, [label])
-        return numbers * len(drawn), drawn
+    def _request(
+        self,
+        labels: Sequence[int | str | None] | None,
+        seed: int | Sequence[int],
+        count: int | None,
+        sampling: Sampling,
+    ) -> Request:
+        """The images of a call; no label is "no class"."""
+        numbers = label_numbers(self.manifest, [None] if labels is None else labels)
+        numbers, seeds = series(numbers, seed, count)
+        return Request(labels=numbers, streams=call_streams(seeds), sampling=sampling)
 
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer

@@ -34,6 +34,7 @@ from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import add_launches, launch_names
 from var_deploy.runtime.protocol import Arrays, Launch
 from var_deploy.runtime.request import Batches, Images, Request
+from var_deploy.sampling import call_streams
 
 HINTS = ("f32", "bf16")
 SEED = 0
@@ -187,7 +188,7 @@ class OpenVinoContender:
         count = len(self.images)
         request = Request(
             labels=spread_labels(self._manifest.model.transformer.classes, count),
-            streams=[(SEED, n) for n in range(count)],
+            streams=call_streams(SEED, count),
             sampling=self._manifest.defaults,
             forced=self._forced(),
         )

@@ -25,7 +25,7 @@ from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
 from var_deploy.manifest import read_manifest
 from var_deploy.pictures import Mask, read_edit, upright
-from var_deploy.sampling import check_seed, parse_seeds
+from var_deploy.sampling import image_seeds, parse_seeds
 
 
 @click.command()
@@ -47,13 +47,17 @@ from var_deploy.sampling import check_seed, parse_seeds
     help="What to draw there: a name, a number, or none.",
 )
 @click.option(
-    "--seed", metavar="N[,N,…]", default="0", show_default=True, help="0 to 2⁶⁴-1; one an image."
+    "--seed",
+    metavar="N[,N,…]",
+    default="0",
+    show_default=True,
+    help="0 to 2⁶⁴-1; image i has seed + i, or one of several seeds.",
 )
 @click.option(
     "--count",
     type=click.IntRange(1),
     show_default="one a seed",
-    help="Images; those after the first take the seeds that follow.",
+    help="Images.",
 )
 @click.option(
     "--keep-pixels",
@@ -103,7 +107,8 @@ def edit(
     target = image_target(out)
     manifest = read_manifest(bundle)
     check_at_once(count or 1, manifest.model.tokenizer.image_side)
-    seeds = _seeds(seed, count)
+    given = parse_seeds(seed)
+    seeds = image_seeds(given if len(given) > 1 else given[0], count)
     settings = sampling.over(manifest)
     chosen = None if label is None else known_labels([label], manifest, "--label")[0]
     tokenizer = manifest.model.tokenizer
@@ -142,17 +147,6 @@ def edit(
         target.tell_json({**done, "settings": written, "runtime": how.to_json()})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
-
-
-def _seeds(text: str, count: int | None) -> list[int]:
-    """One an image, so that each can be asked for alone."""
-    seeds = parse_seeds(text)
-    if count is None or len(seeds) == count:
-        return seeds
-    if len(seeds) > 1:
-        raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
-    check_seed(seeds[0] + count - 1)
-    return list(range(seeds[0], seeds[0] + count))
 
 
 def _mask(picture: Image.Image, mask: Path | None, box: str | None) -> Mask:

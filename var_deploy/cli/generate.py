@@ -34,7 +34,7 @@ from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.images import settings_text
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.sampling import Sampling, parse_seeds
+from var_deploy.sampling import Sampling, call_streams, parse_seeds, series
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
@@ -48,7 +48,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     "--labels",
     metavar="LIST",
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
-    "order to fill --count.",
+    "order to fill --count, which must leave none out.",
 )
 @click.option(
     "--count", type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
@@ -58,7 +58,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     metavar="N[,N,…]",
     default="0",
     show_default=True,
-    help="0 to 2⁶⁴-1; several: one an image, each as if it were asked for alone.",
+    help="0 to 2⁶⁴-1; image i has seed + i, or one of several seeds.",
 )
 @click.option(
     "--out",
@@ -101,7 +101,7 @@ def generate(
 ) -> None:
     """Generate images from BUNDLE. The same seed gives the same images.
 
-    The PNGs carry settings, seed, labels and the bundle's digest as text. With --deadline an
+    Image i has seed + i: --seed with that number and --count 1 makes it again. The PNGs carry settings, seed, labels and the bundle's digest as text. With --deadline an
     image is made of the scales that were done in time, one at least, and it is said how many.
 
     \b
@@ -134,9 +134,8 @@ def generate(
     at_once = most_at_once(side)
     if deadline is not None and count > at_once:
         raise UsageError(f"--deadline is for at most {at_once:,} images, found {count:,}")
-    if len(seeds) not in (1, count):
-        raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
-    wanted = [chosen[n % len(chosen)] for n in range(count)]
+    given = chosen if labels is not None else chosen[:count]
+    wanted, seeds = series(given, seeds if len(seeds) > 1 else seeds[0], count)
     story = _story(manifest, count, target.path, preview, gif)
     watched: dict[str, Any] = {} if story is None else {"on_scale": story.see}
     if deadline is not None:
@@ -154,7 +153,7 @@ def generate(
             else:
                 images = pipe.generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,
-                    seed=seeds if len(seeds) > 1 else seeds[0],
+                    seed=seeds,
                     sampling=settings,
                     on_progress=progress.step,
                     **watched,
@@ -216,11 +215,11 @@ class _OneByOne:
         return len(self._labels)
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        from var_deploy.runtime.request import Request, label_numbers, streams
+        from var_deploy.runtime.request import Request, label_numbers
 
         count, batch = len(self), self._pipe.manifest.batch
         labels = label_numbers(self._pipe.manifest, self._labels)
-        drawn = streams(self._seeds if len(self._seeds) > 1 else self._seeds[0], count)
+        drawn = call_streams(self._seeds)
         for first in range(0, count, batch):
             self._progress.update(f"image {first} of {count}", first / count)
             rows = slice(first, first + batch)
