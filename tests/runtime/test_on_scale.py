@@ -187,7 +187,7 @@ def test_a_seed_an_image(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(pipe.generate(LABELS, seed=np.array(seeds, np.uint64)), images)
     assert pipe.generate(seed=[1, 2, 3]).shape == (3, SIDE, SIDE, 3)
     for wrong in ([1, 2], []):
-        with pytest.raises(UsageError, match="one an image"):
+        with pytest.raises(UsageError, match="one per image"):
             pipe.generate(LABELS, seed=wrong)
     with pytest.raises(UsageError, match="seed must be a whole number"):
         pipe.generate([0], seed=[1.5])  # type: ignore[list-item]

@@ -13,6 +13,7 @@ from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
     SamplingOptions,
     check_graphs,
+    label_option,
     load_pipeline,
     report_options,
     runtime_options,
@@ -40,8 +41,10 @@ from var_deploy.sampling import image_seeds, parse_seeds
 )
 @click.option("--box", metavar="X0,Y0,X1,Y1", help="New from (X0, Y0) up to (X1, Y1), in pixels.")
 @click.option("--outside", is_flag=True, help="Draw what lies outside of the mask or box.")
-@click.option(
+@label_option(
     "--label",
+    "--labels",
+    how="give it once, with one class",
     metavar="NAME",
     show_default="none: what is around decides",
     help="What to draw there: a name, a number, or none.",

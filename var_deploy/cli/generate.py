@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
     SamplingOptions,
+    label_option,
     load_pipeline,
     report_options,
     runtime_options,
@@ -44,8 +45,10 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
+@label_option(
     "--labels",
+    "--label",
+    how="give it once, with commas",
     metavar="LIST",
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
     "order to fill --count, which must leave none out.",
