@@ -7,7 +7,6 @@ import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,31 +15,11 @@ from var_deploy.editing import Kept
 from var_deploy.errors import UsageError
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
+from var_deploy.runtime.generated import Images as Images
 from var_deploy.runtime.loop import Answer, ScaleLoop
 from var_deploy.sampling import Sampling, gumbel, stack_uniforms
 
 REMEMBERED = 3  # runs that the next one is expected to be no slower than
-
-
-# the class itself is the base: the alias NDArray cannot be one, from NumPy 2.5 on Python 3.12 on
-class Images(np.ndarray[Any, np.dtype[np.uint8]]):
-    """uint8 [N, side, side, channels], and how far each image came.
-
-    Attributes:
-        scales_done: [N] int64, scales that each image is made of; empty for views of it and for
-            what is computed from it.
-    """
-
-    scales_done: NDArray[np.int64]
-
-    @classmethod
-    def blank(cls, shape: tuple[int, ...], scales_done: int) -> Images:
-        images = np.empty(shape, np.uint8).view(cls)
-        images.scales_done = np.full(shape[0], scales_done, np.int64)
-        return images
-
-    def __array_finalize__(self, source: object) -> None:
-        self.scales_done = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,9 +19,11 @@ from var_deploy import names
 from var_deploy.bundle_files import BundleFiles
 from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
+from var_deploy.images import grid_columns
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pictures import Mask, Picture, read_edit, read_pictures
 from var_deploy.runtime.backends import Choice, choose_backend
+from var_deploy.runtime.generated import Images, Origin
 from var_deploy.runtime.generation_options import (
     SETTINGS,
     GenerationOptions,
@@ -30,7 +33,6 @@ from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.protocol import Clock
 from var_deploy.runtime.request import (
     Batches,
-    Images,
     Request,
     ScaleEvent,
     end_of,
@@ -43,6 +45,29 @@ from var_deploy.sampling import Sampling, call_streams, series
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a model and its graphs.
+
+    Attributes:
+        side: of the square images, in pixels.
+        channels: of a pixel, 3 or 1.
+        scales: side length of the token map of each of the K scales, coarse to fine.
+        tokens: T, of an image: the sum of the squares of `scales`.
+        codes: of the codebook.
+        classes: labels are 0 … classes - 1; 0 for a model without classes.
+        batch: images per launch; calls of more are cut into batches.
+    """
+
+    side: int
+    channels: int
+    scales: tuple[int, ...]
+    tokens: int
+    codes: int
+    classes: int
+    batch: int
 
 
 class Pipeline:
@@ -225,8 +250,10 @@ class Pipeline:
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
         request = self._request(labels, seed, count, sampling)
+        given = 1 if labels is None else len(labels)
         with self._running():
-            return self._generate(request, options, end)
+            images = self._generate(request, options, end)
+        return self._signed(images, request, options, columns=given)
 
     def draw(
         self,
@@ -311,7 +338,8 @@ class Pipeline:
             images = self._generate(request, options, end)
         if keep_pixels:
             images[...] = edit.finish(images)
-        return images
+        told = {"keep_pixels": "yes"} if keep_pixels else {}
+        return self._signed(images, request, options, {**_file_name("picture", image), **told})
 
     @takes_generation_options
     def vary(
@@ -340,7 +368,9 @@ class Pipeline:
         with self._running():
             tokens = self._tokenizer.encode(pixels)[:from_scale]
             forced = tuple(np.tile(t, (len(request.labels), 1)) for t in tokens)
-            return self._generate(dataclasses.replace(request, forced=forced), options, end)
+            images = self._generate(dataclasses.replace(request, forced=forced), options, end)
+        told = {**_file_name("picture", image), "from_scale": str(from_scale)}
+        return self._signed(images, request, options, told)
 
     def cancel(self) -> None:
         """Stop what is being drawn, from another thread or from a callback.
@@ -350,6 +380,25 @@ class Pipeline:
         """
         if self._busy:
             self._cancelled.set()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, index = label; empty where the classes have none, see `sizes.classes`."""
+        return self.manifest.labels
+
+    @property
+    def sizes(self) -> Sizes:
+        """How large images, tokens and batches of this model are."""
+        model = self.manifest.model
+        return Sizes(
+            side=model.tokenizer.image_side,
+            channels=model.tokenizer.image_channels,
+            scales=tuple(model.patch_nums),
+            tokens=model.total_tokens,
+            codes=model.tokenizer.vocab_size,
+            classes=model.transformer.classes if model.transformer.conditional else 0,
+            batch=self.manifest.batch,
+        )
 
     def describe(self) -> Loaded:
         """Backend, versions, precision, layout: what a result should be reported with."""
@@ -412,6 +461,31 @@ class Pipeline:
             request, options.get("on_progress"), options.get("on_scale"), end
         )
 
+    def _signed(
+        self,
+        images: Images,
+        request: Request,
+        options: GenerationOptions,
+        source: Mapping[str, str] | None = None,
+        *,
+        columns: int = 1,
+    ) -> Images:
+        """The images, which now know what they were made from; `columns`: labels given."""
+        transformer = self.manifest.model.transformer
+        classes = transformer.classes if transformer.conditional else 0
+        timed = options.get("deadline") is not None
+        images.origin = Origin(
+            manifest=self.manifest,
+            precision=self._loaded.precision,
+            sampling=request.sampling,
+            labels=tuple(n if n < classes else None for n in request.labels),
+            seeds=tuple(seed for seed, _ in request.streams),
+            source=source or {},
+            scales_done=tuple(images.scales_done.tolist()) if timed else None,
+            columns=grid_columns(columns, len(images)),
+        )
+        return images
+
     @property
     def _tokenizer(self) -> TokenizerGraphs:
         if self._graphs is None:
@@ -438,3 +512,10 @@ class Pipeline:
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)
+
+
+def _file_name(key: str, picture: Picture) -> dict[str, str]:
+    """What the text of an image says of the file that it was made from; nothing of an array."""
+    if isinstance(picture, (str, os.PathLike)):
+        return {key: Path(picture).name}
+    return {}

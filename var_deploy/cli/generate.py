@@ -33,7 +33,7 @@ from var_deploy.cli.outputs import (
 from var_deploy.cli.story import MOST_IMAGES, Story
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
-from var_deploy.images import settings_text
+from var_deploy.images import grid_columns, settings_text
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling, call_streams, parse_seeds, series
 
@@ -104,8 +104,9 @@ def generate(
 ) -> None:
     """Generate images from BUNDLE. The same seed gives the same images.
 
-    Image i has seed + i: --seed with that number and --count 1 makes it again. The PNGs carry settings, seed, labels and the bundle's digest as text. With --deadline an
-    image is made of the scales that were done in time, one at least, and it is said how many.
+    Image i has seed + i: that seed with --count 1 makes it again. The PNGs carry settings, seed,
+    labels and the bundle's digest as text. With --deadline an image is made of the scales that
+    were done in time, one at least, and it is said how many.
 
     \b
     A SETTING is one number, or a value for each of the K scales, coarse to fine:
@@ -144,7 +145,7 @@ def generate(
     if deadline is not None:
         watched["deadline"] = _deadline(deadline)
 
-    columns = _columns(len(chosen), count)
+    columns = grid_columns(len(chosen), count)
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
@@ -267,8 +268,3 @@ def _labels(text: str | None, manifest: Manifest) -> list[int | None]:
     if transformer.classes > FEW_CLASSES:
         raise UsageError(f"the model has {transformer.classes} classes: choose with --labels")
     return [*range(transformer.classes)]
-
-
-def _columns(labels: int, count: int) -> int | None:
-    """One column a label where that makes a grid at least as wide as high; else None."""
-    return labels if count % labels == 0 and labels * labels >= count else None

@@ -203,16 +203,16 @@ def _patch_nums(
     )
 
 
-class _OneText(click.ParamType):
+class _OneText(click.types.StringParamType):
     """A text; one from the environment is whole, though the option may be given several times."""
-
-    name = "text"
 
     def split_envvar_value(self, rv: str) -> list[str]:
         return [rv]
 
 
-def label_option(one: str, other: str, *, how: str, **settings: Any) -> Callable[[Command], Command]:
+def label_option(
+    one: str, other: str, *, how: str, **settings: Any
+) -> Callable[[Command], Command]:
     """An option for labels that goes by either name, `one` being what its argument is called.
 
     `how` says how several classes are given. A shell completes the labels of the argument BUNDLE.

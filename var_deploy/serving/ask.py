@@ -78,7 +78,7 @@ def _from_picture(
         raise UsageError("the bundle has no encoder, so it cannot edit; export it again")
     labels = _labels(body)
     if len(labels) > 1:
-        raise UsageError(f"label takes one class here, found {len(labels)}: send a request for each")
+        raise UsageError(f"label takes one class here, found {len(labels)}: send several requests")
     return _work(body, manifest, labels, limits, previews)
 
 
