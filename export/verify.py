@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from var_deploy import names
-from var_deploy.errors import BundleError, UsageError
+from var_deploy.errors import BundleError, LabelError, UsageError
 from var_deploy.export.checkpoint import LoadedModel, assemble, load_model
 from var_deploy.export.checkpoint_files import TOP, Part, open_checkpoint
 from var_deploy.export.held_modules import OwnForward, tokenizer_of
@@ -193,6 +193,11 @@ def _requests(
     if labels is None:
         return batches
     chosen = resolve_labels(labels, manifest.labels, manifest.model.transformer.classes)
+    if len(chosen) > len(batches) * manifest.batch:
+        raise LabelError(
+            f"{len(chosen)} labels for {images} images: compare {len(chosen)} images or more, or "
+            "give fewer labels"
+        )
     repeated = itertools.cycle(chosen)
     return [batch._replace(labels=[next(repeated) for _ in batch.labels]) for batch in batches]
 

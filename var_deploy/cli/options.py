@@ -241,9 +241,11 @@ def complete_labels(
     context: click.Context, option: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """The labels of the bundle that a command line names, for what comes after the last comma."""
+    # click leaves arguments alone while an option has no value: they are words still
+    typed = [context.params.get("bundle"), *context.args]
     try:
-        manifest = read_manifest(context.params["bundle"])
-    except (VarDeployError, OSError, KeyError, TypeError):
+        manifest = read_manifest(next(Path(word) for word in typed if word is not None))
+    except (VarDeployError, OSError, StopIteration):
         return []  # there is no bundle yet
     before, comma, start = incomplete.rpartition(",")
     transformer = manifest.model.transformer
