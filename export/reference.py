@@ -26,7 +26,7 @@ from var_deploy.export.models.transformer import Cache, Modulation
 from var_deploy.export.own_trace import as_picture, own_trace
 from var_deploy.labels import class_stride
 from var_deploy.manifest import Manifest
-from var_deploy.sampling import Sampling, gumbel, numbered, stack_uniforms
+from var_deploy.sampling import Sampling, call_streams, gumbel, stack_uniforms
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -188,14 +188,16 @@ def trace_reference(
 
 
 def request(manifest: Manifest, seed: int, first: int) -> Given:
-    """What the images `first` … of a request are drawn from."""
-    spec, streams = manifest.model, numbered(seed, first, manifest.batch)
+    """What the images `first` … of a call with this seed are drawn from, as `generate` does."""
+    spec, streams = manifest.model, call_streams(seed + first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
     noise = []
     if manifest.more_smooth:
         noise = [gumbel(*stream, total, spec.tokenizer.vocab_size) for stream in streams]
     return Given(
-        labels=[(class_stride(classes) * i + seed) % classes for _, i in streams],
+        labels=[
+            (class_stride(classes) * n + seed) % classes for n in range(first, first + len(streams))
+        ],
         uniforms=stack_uniforms(streams, total),
         noise=noise,
     )

@@ -85,8 +85,8 @@ def verify_bundle(
             (`held_modules`): their own forward gives the logits, the tokens of pictures and the
             images that the graphs are compared with.
         precision: these graphs alone; None takes all.
-        images: how many are generated, rounded up to whole batches; image n has the numbers of
-            image n of `generate` with this seed.
+        images: how many are generated, rounded up to whole batches; image n has seed + n, as
+            those of `generate` do.
         labels: names and numbers, repeated until there is one an image; None: other classes.
         samples: images per set for the class accuracy of int8, where there is a classifier of the
             model; 0 skips it.
