@@ -48,12 +48,7 @@ REASONS = (
     "is run for the tests of the wheel",
 )
 MARKED = {
-    README: {
-        "needs another machine": 1,
-        "needs a released checkpoint": 1,
-        "needs a GPU": 1,
-        "installs PyTorch": 1,
-    },
+    README: {"needs another machine": 1, "needs a released checkpoint": 1, "needs a GPU": 1},
     INSTALL: {reason: 1 for reason in REASONS[-3:]},
     GUIDE: {reason: 1 for reason in REASONS[:3]},
     "docs/CLUSTER.md": {"needs an installation": 1},

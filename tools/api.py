@@ -29,8 +29,10 @@ Made from the docstrings by `python -m tools.api`; examples are in
 [GUIDE.md](GUIDE.md#from-python). Arrays are NumPy's; N is a number of images, K the number of
 scales, L_k the tokens of scale k.
 """
-METHODS = ("load", "generate", "edit", "vary", "encode", "decode", "labels", "sizes", "describe")
-METHODS += ("cancel", "close")
+METHODS = (
+    *("load", "generate", "edit", "vary", "encode", "decode"),
+    *("labels", "sizes", "describe", "cancel", "close"),
+)
 # (heading, what is imported, name, methods and properties that are shown)
 RUNTIME: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("from var_deploy import Pipeline", "Pipeline", METHODS),
