@@ -129,7 +129,7 @@ def export(
         if model is not None:
             find_preset(model)  # a wrong name is told before torch is imported
         from var_deploy.export.bundle import ExportOptions, export_bundle
-        from var_deploy.export.checkpoint import load_model, with_labels
+        from var_deploy.export.checkpoint import load_model
 
         options = ExportOptions(
             precisions=tuple(dict.fromkeys(precision)),
@@ -148,7 +148,10 @@ def export(
                 hints=weights.hints(),
                 progress=lambda message: progress.update(message, 0.0),
             )
-            loaded = with_labels(loaded, labels)
+            if labels:
+                from var_deploy.export.checkpoint import with_labels
+
+                loaded = with_labels(loaded, labels)
             manifest = export_bundle(loaded, out, options, progress.update, replace=force)
             warning = ""
             if "fp16" in precision and calibration != 0:
