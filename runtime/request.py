@@ -7,7 +7,6 @@ import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,32 +15,11 @@ from var_deploy.errors import UsageError
 from var_deploy.image.editing import Kept
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
+from var_deploy.runtime.generated import Images as Images
 from var_deploy.runtime.loop import Answer, ScaleLoop
-from var_deploy.sampling import Sampling, check_seed, gumbel, numbered, stack_uniforms
+from var_deploy.sampling import Sampling, gumbel, stack_uniforms
 
 REMEMBERED = 3  # runs; the slowest of them is the time expected of the next one
-
-
-# the class itself is the base: the alias NDArray cannot be one, from NumPy 2.5 on Python 3.12 on
-class Images(np.ndarray[Any, np.dtype[np.uint8]]):
-    """Generated images, uint8 [N, side, side, channels], with the number of scales of each.
-
-    Attributes:
-        scales_done: [N] int64, the number of scales that each image was decoded from; empty for
-            views of the array and for arrays computed from it.
-    """
-
-    scales_done: NDArray[np.int64]
-
-    @classmethod
-    def blank(cls, shape: tuple[int, ...], scales_done: int) -> Images:
-        """Uninitialised images of a shape [N, side, side, channels]."""
-        images = np.empty(shape, np.uint8).view(cls)
-        images.scales_done = np.full(shape[0], scales_done, np.int64)
-        return images
-
-    def __array_finalize__(self, source: object) -> None:
-        self.scales_done = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,25 +247,6 @@ class _Watcher:
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Convert images from [0, 1] to 0 … 255, rounded; the loop has refused NaN before."""
     return np.rint(images * 255).astype(np.uint8)
-
-
-def rng_keys(seed: int | Sequence[int], count: int | None) -> list[tuple[int, int]]:
-    """The (seed, number) pair of each image, from which its uniforms are computed.
-
-    One seed gives numbers 0, 1, …; a sequence of seeds gives number 0 of each seed.
-
-    Args:
-        count: number of images; None takes one image per seed.
-
-    Raises UsageError for an invalid seed, or a sequence that does not have `count` seeds.
-    """
-    if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
-        seed = check_seed(seed)
-        return numbered(seed, 0, 1 if count is None else count)
-    wanted = len(seed) if count is None else count
-    if len(seed) != wanted or not wanted:
-        raise UsageError(f"seed must be one number, or one per image, found {len(seed)} numbers")
-    return [(check_seed(one), 0) for one in seed]
 
 
 def end_of(deadline: float | None) -> float | None:

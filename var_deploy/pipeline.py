@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,10 +19,12 @@ from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
 from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
+from var_deploy.image.images import grid_columns
 from var_deploy.image.pictures import Mask, Picture, read_edit, read_pictures
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.backends.choice import Choice, choose_backend
 from var_deploy.runtime.backends.protocol import Clock
+from var_deploy.runtime.generated import Images, Origin
 from var_deploy.runtime.generation_options import (
     SETTINGS,
     GenerationOptions,
@@ -29,20 +33,41 @@ from var_deploy.runtime.generation_options import (
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.request import (
     Batches,
-    Images,
     Request,
     ScaleEvent,
     end_of,
     label_numbers,
-    rng_keys,
     to_uint8,
 )
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
-from var_deploy.sampling import Sampling
+from var_deploy.sampling import Sampling, call_keys, series
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a model and its graphs.
+
+    Attributes:
+        side: of the square images, in pixels.
+        channels: of a pixel, 3 or 1.
+        scales: side length of the token map of each of the K scales, coarse to fine.
+        tokens: T, of an image: the sum of the squares of `scales`.
+        codes: of the codebook.
+        classes: labels are 0 … classes - 1; 0 for a model without classes.
+        batch: images per launch; calls of more are cut into batches.
+    """
+
+    side: int
+    channels: int
+    scales: tuple[int, ...]
+    tokens: int
+    codes: int
+    classes: int
+    batch: int
 
 
 class Pipeline:
@@ -202,31 +227,33 @@ class Pipeline:
         self,
         labels: Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] = 0,
+        *,
+        count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
-        """One image a label, [N, side, side, channels] uint8; the array is the caller's.
+        """Generate images, [N, side, side, channels] uint8; the array is the caller's.
 
-        Image n depends on (seed, n, its label and the settings) alone, not on the batch size.
+        Image i has seed + i, and depends on that, its label and the settings alone, not on its
+        neighbours or the batch size: `generate([label], seed + i)` makes it again.
 
         Args:
-            labels: class numbers, names, or None for an image without a class; None alone is one
-                of those (one a seed). An unconditional model takes the count from the length alone.
-            seed: 0 … 2⁶⁴-1; or one a label, and image n is the one that its label and its seed
-                give alone.
+            labels: class numbers, names, or None for an image without a class; repeated in order
+                up to `count`. None instead of a list stands for images without a class. A model
+                without classes takes the count from the length alone.
+            seed: 0 … 2⁶⁴-1; or several, one per image.
+            count: N; None makes one image per label or one per seed, whichever are more.
             options: settings, callbacks and a deadline, see `GenerationOptions`.
 
-        Raises UsageError (LabelError) for labels, seeds or settings out of range, BackendError
-        where the pipeline is closed or the runtime fails, CancelledError after `cancel`.
+        Raises UsageError (LabelError) for labels, seeds or settings out of range and for a count
+        that would leave labels out, BackendError where the pipeline is closed or the runtime
+        fails, CancelledError after `cancel`.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
-        if labels is None:
-            numbers, drawn = self._variants(None, seed)
-        else:
-            numbers = label_numbers(self.manifest, labels)
-            drawn = rng_keys(seed, len(numbers))
-        request = Request(labels=numbers, rng_keys=drawn, sampling=sampling)
+        request = self._request(labels, seed, count, sampling)
+        given = 1 if labels is None else len(labels)
         with self._running():
-            return self._generate(request, options, end)
+            images = self._generate(request, options, end)
+        return self._signed(images, request, options, columns=given)
 
     def draw(
         self,
@@ -284,9 +311,10 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         *,
         keep_pixels: bool = False,
+        count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
-        """Draw a part of an image anew, [N, side, side, channels] uint8, one a seed.
+        """Draw a part of an image anew, [N, side, side, channels] uint8.
 
         The image's tokens stay outside the mask at every scale, see `editing.keep_masks`, and far
         from it the image comes back as the tokenizer reconstructs it.
@@ -297,19 +325,21 @@ class Pipeline:
             label: what to put there; None lets the surroundings decide.
             keep_pixels: outside the mask put the pixels back as they were; the seam is feathered,
                 within the mask.
+            count: N; None makes one image per seed.
 
-        The other arguments and errors are those of `generate`.
+        The other arguments and errors are those of `generate`; image i has seed + i.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
         edit = read_edit(image, mask, self.manifest.model.tokenizer, keep_pixels=keep_pixels)
-        numbers, drawn = self._variants(label, seed)
+        request = self._request([label], seed, count, sampling)
         with self._running():
-            kept = edit.kept(self._tokenizer.encode(edit.pixels)).rows([0] * len(numbers))
-            request = Request(labels=numbers, rng_keys=drawn, sampling=sampling, kept=kept)
+            kept = edit.kept(self._tokenizer.encode(edit.pixels))
+            request = dataclasses.replace(request, kept=kept.rows([0] * len(request.labels)))
             images = self._generate(request, options, end)
         if keep_pixels:
             images[...] = edit.finish(images)
-        return images
+        told = {"keep_pixels": "yes"} if keep_pixels else {}
+        return self._signed(images, request, options, {**_file_name("picture", image), **told})
 
     @takes_generation_options
     def vary(
@@ -318,12 +348,14 @@ class Pipeline:
         from_scale: int,
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
+        *,
+        count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
         """Keep an image's tokens of the scales before `from_scale` and draw the others anew.
 
-        [N, side, side, channels] uint8, one a seed. `from_scale` 0 keeps nothing, K everything.
-        The other arguments and errors are those of `generate`; for `image` see `encode`.
+        [N, side, side, channels] uint8. `from_scale` 0 keeps nothing, K everything. The other
+        arguments and errors are those of `edit`; image i has seed + i.
         """
         end, scales = end_of(options.get("deadline")), self.manifest.model.scales
         if isinstance(from_scale, bool) or not 0 <= from_scale <= scales:
@@ -332,12 +364,13 @@ class Pipeline:
         pixels = self._pixels(image)
         if len(pixels) != 1:
             raise UsageError(f"vary takes one image, found {len(pixels)}")
-        numbers, drawn = self._variants(label, seed)
+        request = self._request([label], seed, count, sampling)
         with self._running():
             tokens = self._tokenizer.encode(pixels)[:from_scale]
-            forced = tuple(np.tile(t, (len(numbers), 1)) for t in tokens)
-            request = Request(labels=numbers, rng_keys=drawn, sampling=sampling, forced=forced)
-            return self._generate(request, options, end)
+            forced = tuple(np.tile(t, (len(request.labels), 1)) for t in tokens)
+            images = self._generate(dataclasses.replace(request, forced=forced), options, end)
+        told = {**_file_name("picture", image), "from_scale": str(from_scale)}
+        return self._signed(images, request, options, told)
 
     def cancel(self) -> None:
         """Stop what is being drawn, from another thread or from a callback.
@@ -347,6 +380,25 @@ class Pipeline:
         """
         if self._busy:
             self._cancelled.set()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, index = label; empty where the classes have none, see `sizes.classes`."""
+        return self.manifest.labels
+
+    @property
+    def sizes(self) -> Sizes:
+        """How large images, tokens and batches of this model are."""
+        model = self.manifest.model
+        return Sizes(
+            side=model.tokenizer.image_side,
+            channels=model.tokenizer.image_channels,
+            scales=tuple(model.patch_nums),
+            tokens=model.total_tokens,
+            codes=model.tokenizer.vocab_size,
+            classes=model.transformer.classes if model.transformer.conditional else 0,
+            batch=self.manifest.batch,
+        )
 
     def describe(self) -> Loaded:
         """Backend, versions, precision, layout: what a result should be reported with."""
@@ -409,6 +461,31 @@ class Pipeline:
             request, options.get("on_progress"), options.get("on_scale"), end
         )
 
+    def _signed(
+        self,
+        images: Images,
+        request: Request,
+        options: GenerationOptions,
+        source: Mapping[str, str] | None = None,
+        *,
+        columns: int = 1,
+    ) -> Images:
+        """The images, which now know what they were made from; `columns`: labels given."""
+        transformer = self.manifest.model.transformer
+        classes = transformer.classes if transformer.conditional else 0
+        timed = options.get("deadline") is not None
+        images.origin = Origin(
+            manifest=self.manifest,
+            precision=self._loaded.precision,
+            sampling=request.sampling,
+            labels=tuple(n if n < classes else None for n in request.labels),
+            seeds=tuple(seed for seed, _ in request.rng_keys),
+            source=source or {},
+            scales_done=tuple(images.scales_done.tolist()) if timed else None,
+            columns=grid_columns(columns, len(images)),
+        )
+        return images
+
     @property
     def _tokenizer(self) -> TokenizerGraphs:
         if self._graphs is None:
@@ -420,16 +497,25 @@ class Pipeline:
         if self._busy:
             raise UsageError("a callback of generate cannot use the pipeline that calls it")
 
-    def _variants(
-        self, label: int | str | None, seed: int | Sequence[int]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Labels and streams of one image a seed; no label is "no class"."""
-        drawn = rng_keys(seed, None)
-        numbers = [self.manifest.model.transformer.classes]
-        if label is not None:
-            numbers = label_numbers(self.manifest, [label])
-        return numbers * len(drawn), drawn
+    def _request(
+        self,
+        labels: Sequence[int | str | None] | None,
+        seed: int | Sequence[int],
+        count: int | None,
+        sampling: Sampling,
+    ) -> Request:
+        """The images of a call; no label is "no class"."""
+        numbers = label_numbers(self.manifest, [None] if labels is None else labels)
+        numbers, seeds = series(numbers, seed, count)
+        return Request(labels=numbers, rng_keys=call_keys(seeds), sampling=sampling)
 
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)
+
+
+def _file_name(key: str, picture: Picture) -> dict[str, str]:
+    """What the text of an image says of the file that it was made from; nothing of an array."""
+    if isinstance(picture, (str, os.PathLike)):
+        return {key: Path(picture).name}
+    return {}

@@ -1,7 +1,9 @@
 """Sampling settings, and the random numbers of a generation.
 
 The same seed gives the same image on every backend, whatever the batch size and wherever in the
-batch the image sits: image n takes its T uniforms from a Philox stream of its own.
+batch the image sits: each image takes its T uniforms from a Philox stream of its own, (seed,
+number). Image i of a call has seed + i and number 0, see `image_seeds`; image n of a set has the
+set's seed and number n, see `numbered`.
 
 "More smooth" sampling, which a bundle has from its export or has not, draws tokens in the same way
 but adds a mix of codes to the image in place of a token's own: see `smoothing`.
@@ -14,12 +16,14 @@ import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.errors import UsageError
+from var_deploy.errors import LabelError, UsageError
+
+Label = TypeVar("Label")
 
 MAX_SEED = 2**64 - 1
 MAX_TOP_K = 2**31 - 1  # far above any codebook, and an integer to every backend
@@ -204,8 +208,74 @@ def parse_seeds(text: str) -> list[int]:
     return [check_seed(seed) for seed in seeds]
 
 
+def image_seeds(seed: int | Sequence[int], count: int | None = None) -> list[int]:
+    """The seed of each of the `count` images of a call: generate, edit or vary.
+
+    One seed counts up, so image i has seed + i and can be made again by a call of its own. Several
+    seeds are one per image. Without `count` there are as many images as seeds.
+
+    Raises UsageError for a seed that `check_seed` refuses, for a series that runs past the last
+    seed, and for several seeds that are not one per image.
+    """
+    if _several(seed):
+        if not len(seed):
+            raise UsageError("seed is empty: give one number, or one per image")
+        if count not in (None, len(seed)):
+            raise UsageError(
+                f"{_count(len(seed), 'seed')} for {_count(count or 0, 'image')}: give one, which "
+                "counts up, or one per image"
+            )
+        return [check_seed(one) for one in seed]
+    first, wanted = check_seed(seed), 1 if count is None else count
+    if first + wanted - 1 > MAX_SEED:
+        raise UsageError(
+            f"image i of a call has seed + i, and the last seed is 2**64 - 1: {wanted} images "
+            f"from seed {first} on are too many"
+        )
+    return list(range(first, first + wanted))
+
+
+def _several(seed: object) -> TypeGuard[Sequence[int]]:
+    """Whether it is a list of seeds, rather than one, or what was meant as one."""
+    return isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str)
+
+
+def series(
+    labels: Sequence[Label], seed: int | Sequence[int], count: int | None = None
+) -> tuple[list[Label], list[int]]:
+    """The label and the seed of each image of a call: generate, edit or vary.
+
+    Labels are taken in their order, again and again up to `count`; for the seeds see `image_seeds`.
+    Without `count` there is one image per label or one per seed, whichever are more.
+
+    Raises LabelError for a count that would leave labels out, and UsageError for one below 1, for
+    an empty list, and as `image_seeds`.
+    """
+    if not labels:
+        raise LabelError("no label given: name some, or leave them out")
+    seeds = len(seed) if _several(seed) else 1
+    if count is None:
+        count = max(len(labels), seeds)
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+        raise UsageError(f"count must be a whole number above 0, found {count!r}")
+    if count < len(labels):
+        raise LabelError(
+            f"{_count(len(labels), 'label')} for {_count(count, 'image')}: give a count of "
+            f"{len(labels)} or more, or fewer labels"
+        )
+    return [labels[n % len(labels)] for n in range(count)], image_seeds(seed, count)
+
+
+def call_keys(seed: int | Sequence[int], count: int | None = None) -> list[tuple[int, int]]:
+    """(seed, number) of the uniforms of each image of a call: number 0 of its seed.
+
+    Raises UsageError as `image_seeds`.
+    """
+    return [(one, 0) for one in image_seeds(seed, count)]
+
+
 def uniforms(seed: int, image: int, tokens: int) -> NDArray[np.float32]:
-    """Return [tokens] numbers in [0, 1) for image number `image` of a request.
+    """Return [tokens] numbers in [0, 1) for the image with this seed and number.
 
     Philox4x64 (Salmon et al., SC 2011) keyed by (seed, image). The top 24 bits are used, so every
     number is exact in fp32 and none rounds up to 1.
@@ -222,7 +292,7 @@ def stack_uniforms(streams: Iterable[tuple[int, int]], tokens: int) -> NDArray[n
 
 
 def numbered(seed: int, first: int, count: int) -> list[tuple[int, int]]:
-    """Streams of the images `first` … `first + count - 1` of a request with one seed."""
+    """(seed, number) of the images `first` … `first + count - 1` of a set, which has one seed."""
     return [(seed, image) for image in range(first, first + count)]
 
 
@@ -243,8 +313,8 @@ def smoothing(scale: int, scales: int) -> tuple[float, float]:
 
 
 def gumbel(seed: int, image: int, tokens: int, codes: int) -> NDArray[np.float32]:
-    """Return [tokens, codes] numbers of the Gumbel distribution, -ln(-ln u), for image number
-    `image`.
+    """Return [tokens, codes] numbers of the Gumbel distribution, -ln(-ln u), for the image with
+    this seed and number.
 
     From the Philox stream of `uniforms`, at the count 2¹⁹², so that the tokens drawn are the same
     with it and without. u is the middle of one of 2²³ equal parts of (0, 1), exact in fp32.

@@ -32,7 +32,7 @@ from var_deploy.host.machine import Machine, check_threads, usable_cores
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.measure import WallClock, launch_names
-from var_deploy.sampling import numbered, stack_uniforms
+from var_deploy.sampling import call_keys, stack_uniforms
 
 CONTENDERS = ("torch", "torch-bf16", "torch-compile")
 SEED = 0
@@ -112,7 +112,7 @@ class TorchContender:
         spec, count = self._manifest.model, len(self.images)
         self._clock.laps()  # marks of earlier calls are dropped
         started = time.perf_counter()
-        draws = stack_uniforms(numbered(SEED, 0, count), spec.total_tokens)
+        draws = stack_uniforms(call_keys(SEED, count), spec.total_tokens)
         labels = torch.tensor(spread_labels(spec.transformer.classes, count))
         try:
             with self._autocast():

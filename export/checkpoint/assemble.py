@@ -249,12 +249,20 @@ def as_loaded_model(
         spec = _joined(transformer.spec, tokenizer.spec)
     else:
         spec = recognise_modules(transformer, tokenizer, *weights)
-    if labels and len(labels) != spec.transformer.classes:
+    return with_labels(assemble(spec, *weights, defaults=defaults), labels)
+
+
+def with_labels(model: LoadedModel, labels: tuple[str, ...]) -> LoadedModel:
+    """The model with class names, index = label; () keeps those that it has.
+
+    Raises UsageError where they are not one per class.
+    """
+    classes = model.spec.transformer.classes if model.spec.transformer.conditional else 0
+    if labels and len(labels) != classes:
         raise UsageError(
-            f"labels must have a name for each of the {spec.transformer.classes} classes, "
-            f"found {len(labels)}"
+            f"labels must have a name for each of the {classes} classes, found {len(labels)}"
         )
-    return assemble(spec, *weights, defaults=defaults, labels=labels)
+    return dataclasses.replace(model, labels=labels) if labels else model
 
 
 def _joined(model: ModelSpec, tokenizer: TokenizerSpec) -> ModelSpec:

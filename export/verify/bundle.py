@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from var_deploy import names
-from var_deploy.errors import BundleError, UsageError
+from var_deploy.errors import BundleError, LabelError, UsageError
 from var_deploy.export.checkpoint.assemble import LoadedModel, assemble, load_model
 from var_deploy.export.checkpoint.files import TOP, Part, open_checkpoint
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
@@ -84,8 +84,8 @@ def verify_bundle(
             (`held_modules`): their own forward gives the logits, the tokens of pictures and the
             images that the graphs are compared with.
         precision: these graphs alone; None takes all.
-        images: how many are generated, rounded up to whole batches; image n has the numbers of
-            image n of `generate` with this seed.
+        images: how many are generated, rounded up to whole batches; image n has seed + n, as
+            those of `generate` do.
         labels: names and numbers, repeated until there is one per image; None: other classes.
         samples: images per set for the class accuracy of int8, where there is a classifier of the
             model; 0 skips it.
@@ -196,6 +196,11 @@ def _requests(
     if labels is None:
         return batches
     chosen = resolve_labels(labels, manifest.labels, manifest.model.transformer.classes)
+    if len(chosen) > len(batches) * manifest.batch:
+        raise LabelError(
+            f"{len(chosen)} labels for {images} images: compare {len(chosen)} images or more, or "
+            "give fewer labels"
+        )
     repeated = itertools.cycle(chosen)
     return [batch._replace(labels=[next(repeated) for _ in batch.labels]) for batch in batches]
 

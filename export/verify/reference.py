@@ -26,7 +26,7 @@ from var_deploy.export.verify.held_modules import OwnForward
 from var_deploy.export.verify.own_trace import as_picture, own_trace
 from var_deploy.labels import class_stride
 from var_deploy.manifest import Manifest
-from var_deploy.sampling import Sampling, gumbel, numbered, stack_uniforms
+from var_deploy.sampling import Sampling, call_keys, gumbel, stack_uniforms
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -188,14 +188,17 @@ def trace_reference(
 
 
 def generation_inputs(manifest: Manifest, seed: int, first: int) -> GenerationInputs:
-    """Return the inputs of the images `first` … of a request: labels, uniforms and noise."""
-    spec, rng_keys = manifest.model, numbered(seed, first, manifest.batch)
+    """Return labels, uniforms and noise of the images `first` … of a call with this seed."""
+    spec, rng_keys = manifest.model, call_keys(seed + first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
     noise = []
     if manifest.more_smooth:
         noise = [gumbel(*key, total, spec.tokenizer.vocab_size) for key in rng_keys]
     return GenerationInputs(
-        labels=[(class_stride(classes) * i + seed) % classes for _, i in rng_keys],
+        labels=[
+            (class_stride(classes) * n + seed) % classes
+            for n in range(first, first + len(rng_keys))
+        ],
         uniforms=stack_uniforms(rng_keys, total),
         noise=noise,
     )

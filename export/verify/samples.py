@@ -27,7 +27,8 @@ from var_deploy.export.pocket.classifier import load_classifier
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.progress import Progress
-from var_deploy.sampling import MAX_SEED
+from var_deploy.runtime.request import Request
+from var_deploy.sampling import MAX_SEED, numbered
 
 ACCURACY_BOUND = 0.015  # largest difference of int8's class accuracy from fp32's
 # with fewer images, chance moves the accuracy by as much as the bound
@@ -230,10 +231,24 @@ def _draw(
     seed: int,
     report: Callable[[int, int], None],
 ) -> NDArray[np.uint8]:
+    """The images of a set, not of a call: those of one seed and the next have nothing in common."""
+    count, streams = len(labels), numbered(seed, 0, len(labels))
     with Pipeline.load(
         bundle, backend="onnxruntime-cpu", precision=precision, check="sizes"
     ) as pipe:
-        return pipe.generate(labels, seed=seed, on_progress=report)
+        batch, drawn = pipe.manifest.batch, list[NDArray[np.uint8]]()
+        for rows in (slice(first, first + batch) for first in range(0, count, batch)):
+            drawn.append(
+                pipe.draw(
+                    Request(
+                        labels=labels[rows],
+                        rng_keys=streams[rows],
+                        sampling=pipe.manifest.defaults,
+                    )
+                )
+            )
+            report(min(rows.stop, count), count)
+    return np.concatenate(drawn)
 
 
 def frechet_distance(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> float:

@@ -24,6 +24,8 @@ from var_deploy.datasets.formats import read_images
 from var_deploy.datasets.shards import draw_shard
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.request import Request
+from var_deploy.sampling import numbered
 
 THREAD = ("--threads", 1)
 KILLED = Path(__file__).with_name("killed_sample.py")
@@ -63,9 +65,14 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["var_deploy.cli.sample"], "load_pipeline", load)
 
 
-def test_the_images_are_those_of_generate(made: Path, made_set: Path) -> None:
+def test_image_n_has_the_number_n_of_the_one_seed(made: Path, made_set: Path) -> None:
+    """Not seed + n, as in a call: sets of neighbouring seeds have nothing in common."""
     with Pipeline.load(made, threads=1) as pipe:
-        expected = pipe.generate([n % 5 for n in range(10)], seed=7)
+        labels, streams = [n % 5 for n in range(10)], numbered(7, 0, 10)
+        settings = pipe.manifest.defaults
+        expected = pipe.draw(Request(labels=labels, rng_keys=streams, sampling=settings))
+        assert np.array_equal(expected[0], pipe.generate([0], seed=7)[0])
+        assert not np.array_equal(expected[1], pipe.generate([1], seed=8)[0])
     found = [image for n in range(4) for image in read_images(made_set / f"00000{n}.tar")]
     np.testing.assert_array_equal(found, expected)
 

@@ -126,7 +126,12 @@ def test_images_that_came_unequally_far(made: Path, tmp_path: Path) -> None:
         [0, 100, 200],
     ]
     drawn = Drawn(
-        manifest=manifest, images=images, labels=[0] * 3, seeds=[0], text={}, scales_done=[2, 2, 3]
+        manifest=manifest,
+        images=images,
+        labels=[0] * 3,
+        seeds=[0, 1, 2],
+        text={},
+        scales_done=[2, 2, 3],
     )
     assert drawn.stopped() == "images 0 to 1: 2 of 3 scales; image 2: 3 of 3 scales"
 

@@ -18,7 +18,7 @@ from cli_steps import done, refused, run
 from var_deploy.cli import main
 from var_deploy.cli.console import paint, table, unpainted
 
-ORDER = ("demo", "export", "verify", "inspect", "generate")  # the way of a newcomer
+ORDER = ("demo", "export", "verify", "inspect", "labels", "generate")  # the way of a newcomer
 REPORTING = ("bench", "build", "demo", "doctor", "edit", "encode", "generate", "inspect", "plan")
 REPORTING += ("reconstruct", "sample", "verify", "export")
 

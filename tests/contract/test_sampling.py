@@ -8,14 +8,18 @@ import math
 import numpy as np
 import pytest
 
-from var_deploy.errors import UsageError
+from var_deploy.errors import LabelError, UsageError
 from var_deploy.sampling import (
     MAX_SEED,
     Sampling,
     ScaleSampling,
+    call_keys,
     check_seed,
+    image_seeds,
+    numbered,
     parse_seeds,
     parse_setting,
+    series,
     uniforms,
 )
 
@@ -202,6 +206,46 @@ def test_bad_seeds(seed: object) -> None:
 
 def test_good_seeds() -> None:
     assert [check_seed(s) for s in (0, MAX_SEED, np.uint64(3))] == [0, MAX_SEED, 3]
+
+
+def test_image_i_of_a_call_has_seed_plus_i() -> None:
+    assert image_seeds(7) == [7]
+    assert image_seeds(7, 3) == [7, 8, 9]
+    assert image_seeds(np.uint64(7), 2) == [7, 8]
+    assert call_keys(7, 3) == [(7, 0), (8, 0), (9, 0)]
+    for i, stream in enumerate(call_keys(7, 3)):
+        assert call_keys(7 + i) == [stream], "each can be made again by a call of its own"
+    assert image_seeds(MAX_SEED - 1, 2) == [MAX_SEED - 1, MAX_SEED]
+    with pytest.raises(UsageError, match=r"the last seed is 2\*\*64 - 1: 2 images from seed"):
+        image_seeds(MAX_SEED, 2)
+    # a set has one seed, and its images have numbers
+    assert numbered(7, 2, 2) == [(7, 2), (7, 3)]
+
+
+def test_several_seeds_are_one_per_image() -> None:
+    assert image_seeds([3, 8, 3]) == image_seeds([3, 8, 3], 3) == [3, 8, 3]
+    assert call_keys([3, 8]) == [(3, 0), (8, 0)]
+    with pytest.raises(UsageError, match="2 seeds for 3 images: give one, which counts up, or one"):
+        image_seeds([3, 8], 3)
+    with pytest.raises(UsageError, match="1 seed for 3 images"):
+        image_seeds([3], 3)
+    with pytest.raises(UsageError, match="seed is empty"):
+        image_seeds([])
+    with pytest.raises(UsageError, match="seed must be a whole number, found '7'"):
+        image_seeds("7", 1)  # type: ignore[arg-type]
+
+
+def test_labels_and_seeds_of_a_series() -> None:
+    assert series(["a"], 7) == (["a"], [7])
+    assert series(["a", "b"], 7) == (["a", "b"], [7, 8])
+    assert series(["a"], [3, 8]) == (["a", "a"], [3, 8])
+    assert series(["a", "b"], 7, 3) == (["a", "b", "a"], [7, 8, 9])
+    with pytest.raises(LabelError, match="2 labels for 1 image: give a count of 2 or more"):
+        series(["a", "b"], 7, 1)
+    with pytest.raises(LabelError, match="no label given"):
+        series([], 7)
+    with pytest.raises(UsageError, match="count must be a whole number above 0, found 0"):
+        series(["a"], 7, 0)
 
 
 def test_uniforms_are_fixed_for_all_time() -> None:

@@ -50,7 +50,7 @@ def modules(spec: ModelSpec) -> tuple[Any, Any]:
 
 
 def draws(spec: ModelSpec) -> Any:
-    return np.stack([uniforms(0, n, spec.total_tokens) for n in range(2)])
+    return np.stack([uniforms(n, 0, spec.total_tokens) for n in range(2)])
 
 
 def reference(spec: ModelSpec, guidance: bool) -> Trace:

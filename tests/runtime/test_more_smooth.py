@@ -78,10 +78,10 @@ def test_the_image_of_pytorch(
     trace = trace_generation(
         *build_modules(model),
         LABELS,
-        np.stack([uniforms(7, n, total) for n in range(3)]),
+        np.stack([uniforms(7 + n, 0, total) for n in range(3)]),
         smooth.manifest.defaults,
         True,
-        noise=[gumbel(7, n, total, codes) for n in range(3)],
+        noise=[gumbel(7 + n, 0, total, codes) for n in range(3)],
     )
     assert np.abs(trace.image * 255 - drawn).max() <= 2
 

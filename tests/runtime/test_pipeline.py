@@ -56,18 +56,30 @@ def test_the_batch_size_does_not_show(export_to: ExportTo, expected: Images, bat
         assert difference(other.generate(LABELS, seed=7), expected) <= ROUNDING
 
 
-def test_an_image_depends_on_its_own_number_and_label(pipe: Pipeline, expected: Images) -> None:
+def test_an_image_depends_on_its_own_seed_and_label(pipe: Pipeline, expected: Images) -> None:
     for count in range(1, 5):  # whatever follows, and however much of the last batch is padding
         np.testing.assert_array_equal(pipe.generate(LABELS[:count], seed=7), expected[:count])
     neighbours = pipe.generate((1, 1, 4, 2, 2), seed=7)
     np.testing.assert_array_equal(neighbours[[2, 4]], expected[[2, 4]])
     assert difference(neighbours[0], expected[0]) > 30, "another label is another image"
     moved = pipe.generate((0, 3), seed=7)
-    assert difference(moved[1], expected[0]) > 30, "another number is another image"
+    assert difference(moved[1], expected[0]) > 30, "another seed is another image"
+    for n, label in enumerate(LABELS):
+        alone = pipe.generate([label], seed=7 + n)
+        assert difference(alone[0], expected[n]) <= ROUNDING, "image n of a call has seed + n"
+
+
+def test_labels_fill_the_count(pipe: Pipeline, expected: Images) -> None:
+    images = pipe.generate(LABELS, seed=7, count=7)
+    np.testing.assert_array_equal(images[:5], expected)
+    alone = pipe.generate([LABELS[1]], seed=13)
+    assert difference(images[6], alone[0]) <= ROUNDING
+    assert pipe.generate([LABELS[0]], seed=[7, 9]).shape[0] == 2
+    assert pipe.generate(seed=7, count=3).shape[0] == 3
 
 
 def test_seeds_differ(pipe: Pipeline, expected: Images) -> None:
-    others = [pipe.generate(LABELS, seed=seed) for seed in (0, 8, 2**64 - 1)]
+    others = [pipe.generate(LABELS, seed=seed) for seed in (0, 8, 2**64 - 5)]
     for other in others:
         assert difference(other, expected) > 30
     assert difference(others[0], others[2]) > 30
@@ -133,6 +145,12 @@ def test_no_label_is_one_image_without_a_class(pipe: Pipeline) -> None:
         ({"labels": [0], "seed": -1}, UsageError, "seed"),
         ({"labels": [0], "seed": 2**64}, UsageError, "seed"),
         ({"labels": [0], "seed": 1.0}, UsageError, "seed"),
+        ({"labels": [0, 1], "seed": 2**64 - 1}, UsageError, "the last seed is"),
+        ({"labels": [0, 1], "seed": [1, 2, 3], "count": 2}, UsageError, "3 seeds for 2 images"),
+        ({"labels": [0, 1], "count": 1}, LabelError, "2 labels for 1 image: give a count of 2"),
+        ({"labels": [0], "count": 0}, UsageError, "count must be a whole number above 0, found 0"),
+        ({"labels": [0], "count": 1.5}, UsageError, "count"),
+        ({"labels": [0], "count": True}, UsageError, "count"),
         ({"labels": [0], "cfg": float("nan")}, UsageError, "cfg"),
         ({"labels": [0], "cfg": -1}, UsageError, "cfg"),
         ({"labels": [0], "temperature": float("inf")}, UsageError, "temperature"),

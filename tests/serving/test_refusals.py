@@ -56,7 +56,7 @@ def png_of_size(width: int, height: int, rows: int = 0) -> str:
         ({"seed": 2**64}, "seed must lie between 0 and 2**64 - 1"),
         ({"seed": "7"}, "seed: "),
         ({"seed": []}, "seed is empty"),
-        ({"seed": [1, 2], "count": 3}, "seed must be one number, or one per image"),
+        ({"seed": [1, 2], "count": 3}, "2 seeds for 3 images: give one, which"),
         ({"cfg": -1}, "cfg must lie between"),
         ({"cfg": float("nan")}, "cfg must lie between"),
         ({"cfg": [1, 2]}, "cfg has 2 values, but the model has 3 scales"),

@@ -34,7 +34,7 @@ def test_the_images_are_the_pipelines(
         protocol,
         tmp_path,
         {"LABEL": [[3]], "SEED": [[SEED]]},
-        {"LABEL": [[n] for n in labels], "SEED": [[7]] * 4, "NUMBER": [[0], [1], [2], [3]]},
+        {"LABEL": [[n] for n in labels], "SEED": [[7], [8], [9], [10]], "NUMBER": [[0]] * 4},
         {
             "LABEL": [[1]],
             "SEED": [[5]],

@@ -34,6 +34,7 @@ from var_deploy.runtime.backends.protocol import Arrays, Launch
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import add_launches, launch_names
 from var_deploy.runtime.request import Batches, Images, Request
+from var_deploy.sampling import call_keys
 
 HINTS = ("f32", "bf16")
 SEED = 0
@@ -188,7 +189,7 @@ class OpenVinoWorker:
         count = len(self.images)
         request = Request(
             labels=spread_labels(self._manifest.model.transformer.classes, count),
-            rng_keys=[(SEED, n) for n in range(count)],
+            rng_keys=call_keys(SEED, count),
             sampling=self._manifest.defaults,
             forced=self._forced(),
         )

@@ -13,6 +13,7 @@ from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
     SamplingOptions,
     check_graphs,
+    label_option,
     load_pipeline,
     report_options,
     runtime_options,
@@ -25,7 +26,7 @@ from var_deploy.image.editing import box_mask
 from var_deploy.image.images import settings_text
 from var_deploy.image.pictures import Mask, read_edit, upright
 from var_deploy.manifest import read_manifest
-from var_deploy.sampling import check_seed, parse_seeds
+from var_deploy.sampling import image_seeds, parse_seeds
 
 
 @click.command()
@@ -40,20 +41,26 @@ from var_deploy.sampling import check_seed, parse_seeds
 )
 @click.option("--box", metavar="X0,Y0,X1,Y1", help="New from (X0, Y0) up to (X1, Y1), in pixels.")
 @click.option("--outside", is_flag=True, help="Draw what lies outside of the mask or box.")
-@click.option(
+@label_option(
     "--label",
+    "--labels",
+    how="give it once, with one class",
     metavar="NAME",
     show_default="none: what is around decides",
     help="What to draw there: a name, a number, or none.",
 )
 @click.option(
-    "--seed", metavar="N[,N,…]", default="0", show_default=True, help="0 to 2⁶⁴-1; one an image."
+    "--seed",
+    metavar="N[,N,…]",
+    default="0",
+    show_default=True,
+    help="0 to 2⁶⁴-1; image i has seed + i, or one of several seeds.",
 )
 @click.option(
     "--count",
     type=click.IntRange(1),
     show_default="one a seed",
-    help="Images; those after the first take the seeds that follow.",
+    help="Images.",
 )
 @click.option(
     "--keep-pixels",
@@ -103,7 +110,8 @@ def edit(
     target = image_target(out)
     manifest = read_manifest(bundle)
     check_at_once(count or 1, manifest.model.tokenizer.image_side)
-    seeds = _seeds(seed, count)
+    given = parse_seeds(seed)
+    seeds = image_seeds(given if len(given) > 1 else given[0], count)
     settings = sampling.over(manifest)
     chosen = None if label is None else known_labels([label], manifest, "--label")[0]
     tokenizer = manifest.model.tokenizer
@@ -142,17 +150,6 @@ def edit(
         target.tell_json({**done, "settings": written, "runtime": how.to_json()})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
-
-
-def _seeds(text: str, count: int | None) -> list[int]:
-    """One an image, so that each can be asked for alone."""
-    seeds = parse_seeds(text)
-    if count is None or len(seeds) == count:
-        return seeds
-    if len(seeds) > 1:
-        raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
-    check_seed(seeds[0] + count - 1)
-    return list(range(seeds[0], seeds[0] + count))
 
 
 def _mask(picture: Image.Image, mask: Path | None, box: str | None) -> Mask:

@@ -20,6 +20,7 @@ from var_deploy.cli.options import (
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.errors import UsageError
 from var_deploy.files.paths import utf8_path
+from var_deploy.labels.class_names import read_class_names
 from var_deploy.sampling import MAX_SEED
 
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
@@ -81,6 +82,12 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     help=f"Images drawn to take int8's ranges from (default: {INT8_IMAGES}), and to warn of fp16 "
     f"values near overflow (default: {FP16_IMAGES}; 0 skips it).",
 )
+@click.option(
+    "--class-names",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Names of the classes for --labels: one per line, or a JSON list.",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle in --out; its engines stay.")
 @report_options
 def export(
@@ -94,6 +101,7 @@ def export(
     more_smooth: bool,
     layout: Literal["both", "per-scale", "shared"],
     calibration: int | None,
+    class_names: Path | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -111,6 +119,7 @@ def export(
     """
     if calibration == 0 and "int8" in precision:
         raise UsageError("--calibration must be at least 1 with int8, whose ranges it gives")
+    labels = read_class_names(class_names) if class_names is not None else ()
     check_before_work(out, replace=force)
     utf8_path(out.absolute(), "the library of ONNX")
 
@@ -139,6 +148,10 @@ def export(
                 hints=weights.hints(),
                 progress=lambda message: progress.update(message, 0.0),
             )
+            if labels:
+                from var_deploy.export.checkpoint.assemble import with_labels
+
+                loaded = with_labels(loaded, labels)
             manifest = export_bundle(loaded, out, options, progress.update, replace=force)
             warning = ""
             if "fp16" in precision and calibration != 0:

@@ -15,6 +15,7 @@ from var_deploy.cli.console import Progress
 from var_deploy.cli.filmstrip import MOST_IMAGES, Story
 from var_deploy.cli.options import (
     SamplingOptions,
+    label_option,
     load_pipeline,
     report_options,
     runtime_options,
@@ -32,9 +33,9 @@ from var_deploy.cli.outputs import (
 )
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
-from var_deploy.image.images import settings_text
+from var_deploy.image.images import grid_columns, settings_text
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.sampling import Sampling, parse_seeds
+from var_deploy.sampling import Sampling, call_keys, parse_seeds, series
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
@@ -44,11 +45,13 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
+@label_option(
     "--labels",
+    "--label",
+    how="give it once, with commas",
     metavar="LIST",
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
-    "order to fill --count.",
+    "order to fill --count, which must leave none out.",
 )
 @click.option(
     "--count", type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
@@ -58,7 +61,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     metavar="N[,N,…]",
     default="0",
     show_default=True,
-    help="0 to 2⁶⁴-1; several: one an image, each as if it were asked for alone.",
+    help="0 to 2⁶⁴-1; image i has seed + i, or one of several seeds.",
 )
 @click.option(
     "--out",
@@ -101,8 +104,9 @@ def generate(
 ) -> None:
     """Generate images from BUNDLE. The same seed gives the same images.
 
-    The PNGs carry settings, seed, labels and the bundle's digest as text. With --deadline an
-    image is made of the scales that were done in time, one at least, and it is said how many.
+    Image i has seed + i: that seed with --count 1 makes it again. The PNGs carry settings, seed,
+    labels and the bundle's digest as text. With --deadline an image is made of the scales that
+    were done in time, one at least, and it is said how many.
 
     \b
     A SETTING is one number, or a value for each of the K scales, coarse to fine:
@@ -134,15 +138,14 @@ def generate(
     at_once = most_at_once(side)
     if deadline is not None and count > at_once:
         raise UsageError(f"--deadline is for at most {at_once:,} images, found {count:,}")
-    if len(seeds) not in (1, count):
-        raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
-    wanted = [chosen[n % len(chosen)] for n in range(count)]
+    given = chosen if labels is not None else chosen[:count]
+    wanted, seeds = series(given, seeds if len(seeds) > 1 else seeds[0], count)
     story = _story(manifest, count, target.path, preview, gif)
     watched: dict[str, Any] = {} if story is None else {"on_scale": story.see}
     if deadline is not None:
         watched["deadline"] = _deadline(deadline)
 
-    columns = _columns(len(chosen), count)
+    columns = grid_columns(len(chosen), count)
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
@@ -154,7 +157,7 @@ def generate(
             else:
                 images = pipe.generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,
-                    seed=seeds if len(seeds) > 1 else seeds[0],
+                    seed=seeds,
                     sampling=settings,
                     on_progress=progress.step,
                     **watched,
@@ -216,11 +219,11 @@ class _OneByOne:
         return len(self._labels)
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        from var_deploy.runtime.request import Request, label_numbers, rng_keys
+        from var_deploy.runtime.request import Request, label_numbers
 
         count, batch = len(self), self._pipe.manifest.batch
         labels = label_numbers(self._pipe.manifest, self._labels)
-        drawn = rng_keys(self._seeds if len(self._seeds) > 1 else self._seeds[0], count)
+        drawn = call_keys(self._seeds)
         for first in range(0, count, batch):
             self._progress.update(f"image {first} of {count}", first / count)
             rows = slice(first, first + batch)
@@ -265,8 +268,3 @@ def _labels(text: str | None, manifest: Manifest) -> list[int | None]:
     if transformer.classes > FEW_CLASSES:
         raise UsageError(f"the model has {transformer.classes} classes: choose with --labels")
     return [*range(transformer.classes)]
-
-
-def _columns(labels: int, count: int) -> int | None:
-    """One column a label where that makes a grid at least as wide as high; else None."""
-    return labels if count % labels == 0 and labels * labels >= count else None

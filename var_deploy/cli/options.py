@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from var_deploy.cli.console import needs_extra
 from var_deploy.config import AUTO, BACKENDS, LAYOUT_CHOICES, PRECISIONS, RuntimeConfig
-from var_deploy.manifest import Manifest
+from var_deploy.errors import UsageError, VarDeployError
+from var_deploy.labels import label_words
+from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling, parse_setting
 
 if TYPE_CHECKING:
@@ -198,6 +201,60 @@ def _patch_nums(
         context,
         option,
     )
+
+
+class _OneText(click.types.StringParamType):
+    """A text; one from the environment is whole, though the option may be given several times."""
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [rv]
+
+
+def label_option(
+    one: str, other: str, *, how: str, **settings: Any
+) -> Callable[[Command], Command]:
+    """An option for labels that goes by either name, `one` being what its argument is called.
+
+    `how` says how several classes are given. A shell completes the labels of the argument BUNDLE.
+    """
+
+    def single(
+        context: click.Context, option: click.Parameter, texts: tuple[str, ...]
+    ) -> str | None:
+        if len(texts) > 1:
+            raise UsageError(f"{one} and {other} are one option, found {len(texts)}: {how}")
+        return texts[0] if texts else None
+
+    return click.option(
+        one,
+        other,
+        one.removeprefix("--"),
+        type=_OneText(),
+        multiple=True,
+        callback=single,
+        shell_complete=complete_labels,
+        **settings,
+    )
+
+
+def complete_labels(
+    context: click.Context, option: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The labels of the bundle that a command line names, for what comes after the last comma."""
+    # click leaves arguments alone while an option has no value: they are words still
+    typed = [context.params.get("bundle"), *context.args]
+    try:
+        manifest = read_manifest(next(Path(word) for word in typed if word is not None))
+    except (VarDeployError, OSError, StopIteration):
+        return []  # there is no bundle yet
+    before, comma, start = incomplete.rpartition(",")
+    transformer = manifest.model.transformer
+    classes = transformer.classes if transformer.conditional else 0
+    return [
+        CompletionItem(f"{before}{comma}{word}", help=about)
+        for word, about in label_words(manifest.labels, classes)
+        if word.startswith(start.casefold())
+    ]
 
 
 def report_options(command: Command) -> Command:

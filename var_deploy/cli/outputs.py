@@ -107,7 +107,7 @@ class Drawn:
     Attributes:
         images: uint8 [N, H, W, C].
         labels: one an image, None where it has no class.
-        seeds: one for all, which numbers its images, or one an image.
+        seeds: one an image.
         text: what they have in common, for the text of their PNGs.
         scales_done: [N], scales that each is made of; None where nothing could stop it early.
     """
@@ -124,7 +124,7 @@ class Drawn:
         whole = self._text(range(len(self.images)))
         if target.folder:
             indices = range(len(self.images))
-            texts = [{**self._text([n]), **self._place(n)} for n in indices]
+            texts = [self._text([n]) for n in indices]
             save_folder(target.path, [self._file_name(n) for n in indices], self.images, texts)
         else:
             sheet = self.images[0] if len(self.images) == 1 else grid(self.images, columns)
@@ -151,17 +151,12 @@ class Drawn:
 
     def _text(self, indices: Sequence[int]) -> dict[str, str]:
         text = dict(self.text)
+        text["seed"] = ",".join(str(self.seeds[n]) for n in indices)
         text["labels"] = ", ".join(label_text(self.labels[n], self.manifest) for n in indices)
         if self.scales_done is not None:
             done = ",".join(str(self.scales_done[n]) for n in indices)
             text["scales_done"] = f"{done} of {self.manifest.model.scales}"
         return text
-
-    def _place(self, image: int) -> dict[str, str]:
-        """Which image of which request it is: one with a seed of its own is the first of its."""
-        if len(self.seeds) == 1:
-            return {"image": f"{image} of {len(self.images)}"}
-        return {"seed": str(self.seeds[image]), "image": "0 of 1"}
 
     def _file_name(self, image: int) -> str:
         """000_star.png; without names 000_17.png, without a class 000.png."""

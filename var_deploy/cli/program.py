@@ -15,6 +15,7 @@ from var_deploy.cli.encode import encode
 from var_deploy.cli.export import export
 from var_deploy.cli.generate import generate
 from var_deploy.cli.inspect import inspect
+from var_deploy.cli.labels import labels
 from var_deploy.cli.plan import plan
 from var_deploy.cli.reconstruct import reconstruct
 from var_deploy.cli.sample import sample
@@ -63,6 +64,7 @@ main.add_command(demo)
 main.add_command(export)
 main.add_command(verify)
 main.add_command(inspect)
+main.add_command(labels)
 main.add_command(generate)
 main.add_command(encode)
 main.add_command(reconstruct)

@@ -9,7 +9,12 @@ from typing import Any
 import click
 
 from var_deploy.cli.console import Progress, echo, needs_extra, say
-from var_deploy.cli.options import MOST_ROUNDS, CheckpointOptions, checkpoint_options
+from var_deploy.cli.options import (
+    MOST_ROUNDS,
+    CheckpointOptions,
+    checkpoint_options,
+    label_option,
+)
 from var_deploy.errors import UsageError, VerificationError
 from var_deploy.sampling import MAX_SEED
 
@@ -54,8 +59,10 @@ from var_deploy.sampling import MAX_SEED
 @click.option(
     "--seed", type=click.IntRange(0, MAX_SEED), show_default="0", help="Of these images."
 )
-@click.option(
+@label_option(
     "--labels",
+    "--label",
+    how="give it once, with commas",
     metavar="LABELS",
     show_default="other classes",
     help="Their classes, by names or numbers, repeated as needed.",

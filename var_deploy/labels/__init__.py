@@ -157,7 +157,7 @@ def _choices(names: Sequence[str], classes: int) -> str:
     if not names:
         return numbers_only
     if len(names) > 16:
-        return f"{numbers_only} and the names that `var-deploy inspect --json` lists"
+        return f"{numbers_only} and the names that `var-deploy labels` lists"
     return f"{numbers_only} and {', '.join(names)}"
 
 
@@ -169,6 +169,62 @@ def _synonyms(name: str) -> list[str]:
     """What else a name is matched by: each part between commas, with and without its note."""
     parts = [_fold(part) for part in name.split(",") if part.strip()]
     return [*parts, *(re.sub(r" \([^()]*\)$", "", part) for part in parts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassNames:
+    """What a class is called.
+
+    Attributes:
+        number: the label.
+        name: "" where the classes have no names.
+        synonyms: what else it is searched by.
+    """
+
+    number: int
+    name: str
+    synonyms: tuple[str, ...] = ()
+
+
+def search_classes(word: str, classes: Sequence[ClassNames]) -> list[ClassNames]:
+    """The classes that `word` may mean, the best first.
+
+    First come those with that number, name or synonym, then those with it as words of a name or
+    synonym, then those with it anywhere in one; of each the lower numbers first.
+    """
+    wanted, found = _fold(word), list[tuple[int, ClassNames]]()
+    for each in classes:
+        texts = [_fold(text) for text in (each.name, *each.synonyms)]
+        texts += [synonym for text in texts[:1] for synonym in _synonyms(text)]
+        if wanted == str(each.number) or wanted in texts:
+            found.append((0, each))
+        elif wanted and any(_has_words(text, wanted) for text in texts):
+            found.append((1, each))
+        elif any(wanted in text for text in texts):
+            found.append((2, each))
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+
+def close_names(word: str, names: Sequence[str]) -> list[str]:
+    """Up to four of the class names that are spelled much like `word`."""
+    return _close(_fold(word), _spellings(tuple(names)))
+
+
+def label_words(names: Sequence[str], classes: int) -> list[tuple[str, str]]:
+    """(label, name) of every class, the label without anything that a shell takes apart.
+
+    It is the name in small letters, or its first synonym, with underscores for spaces; and the
+    number where that would not be plain or would mean several classes.
+    """
+    if not names:
+        return [(str(n), "") for n in range(classes)]
+    words, texts = _spellings(tuple(names)), list[tuple[str, str]]()
+    for n, name in enumerate(names):
+        short = next(iter(_synonyms(name)), "")
+        meant = words.whole.get(short) or words.synonyms.get(short, ())
+        plain = re.fullmatch(r"[\w -]*[^\W\d][\w -]*", short) and list(meant) == [n]
+        texts.append((short.replace(" ", "_") if plain else str(n), name))
+    return texts
 
 
 def resolve_labels_or_none(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from var_deploy.labels import imagenet
+from var_deploy.labels import ClassNames, imagenet
 
 _WORDNET = """
 0: Tinca tinca; 1: Carassius auratus; 2: white shark, man-eater, man-eating shark, Carcharodon
@@ -163,6 +163,16 @@ def class_synonyms(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [
         (*(part.strip() for part in name.split(",")[1:] if part.strip()), *wordnet.get(n, ()))
         for n, name in enumerate(names)
+    ]
+
+
+def all_classes(names: Sequence[str], classes: int) -> list[ClassNames]:
+    """Every class of a model, in the order of the labels; `names` is empty where there are none."""
+    if not names:
+        return [ClassNames(number=n, name="") for n in range(classes)]
+    return [
+        ClassNames(number=n, name=name, synonyms=others)
+        for n, (name, others) in enumerate(zip(names, class_synonyms(names), strict=True))
     ]
 
 

@@ -46,13 +46,11 @@ def label_name(manifest: Manifest, number: int) -> str | int | None:
 def about(manifest: Manifest, precision: str, work: Work, images: Sequence[int]) -> dict[str, str]:
     """What a PNG of some of the images says of itself, in the words of `var-deploy generate`."""
     request = work.request
-    streams = [request.rng_keys[n] for n in images]
-    seeds = list(dict.fromkeys(seed for seed, _ in streams))
+    seeds = [request.rng_keys[n][0] for n in images]
     labels = [label_text(label_of(manifest, request.labels[n]), manifest) for n in images]
     return {
         **settings_text(manifest, precision, request.sampling, seeds),
         "labels": ", ".join(labels),
-        "image": ",".join(str(number) for _, number in streams),
     }
 
 

@@ -345,7 +345,7 @@ def _previews(done: ScaleDone) -> schemas.ScaleDoneEvent:
 
 
 def _headers(work: Work, drawn: Drawn) -> dict[str, str]:
-    seeds = dict.fromkeys(seed for seed, _ in work.request.rng_keys)
+    seeds = [seed for seed, _ in work.request.rng_keys]
     return {
         "X-Seed": ",".join(map(str, seeds)),
         "X-Scales-Done": ",".join(map(str, drawn.scales_done)),

@@ -271,7 +271,7 @@ def _bounded(name: str, item: Any, long: dict[str, EncodedText], most: int) -> A
         if isinstance(one, list):
             raise UsageError(f"{_short(name)}: expected values or one list, found {_kind(one)}")
         # among labels null is the image without a class
-        if items is item and one is None and name != "labels":
+        if items is item and one is None and name not in ("label", "labels"):
             raise UsageError(f"{_short(name)}: the list holds null, which is no value of its own")
         if isinstance(one, str) and one in long:
             raise UsageError(

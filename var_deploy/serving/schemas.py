@@ -24,7 +24,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     seed: int | list[int] = Field(
-        0, description="0 … 2⁶⁴-1; several: one an image, each as if it were asked for alone"
+        0, description="0 … 2⁶⁴-1; image i has seed + i, or one of several seeds"
     )
     cfg: Setting = Field(None, description="strength of guidance, 0 = off; a list: one a scale")
     top_k: int | list[int] | None = Field(None, description="keep the k likeliest codes, 0 = all")
@@ -44,8 +44,11 @@ class ImagesBody(Body):
 
     labels: list[Label | None] | None = Field(
         None,
-        description="names or numbers, repeated to fill count; null, alone or among them, draws "
-        "without a class",
+        description="names or numbers, repeated to fill count, which must leave none out; null, "
+        "alone or among them, stands for no class",
+    )
+    label: Label | list[Label | None] | None = Field(
+        None, description="labels under another name, or one of them"
     )
     count: int | None = Field(None, description="images; without it one a label or one a seed")
 
@@ -58,6 +61,7 @@ class EditBody(Body):
     box: list[int] | None = Field(None, description="x0, y0, x1, y1 in pixels of the picture")
     outside: bool = Field(False, description="draw what lies outside of mask or box instead")
     label: Label | None = Field(None, description="what to put there; null lets the rest decide")
+    labels: list[Label | None] | None = Field(None, description="label as a list of one")
     count: int | None = Field(None, description="images; without it one a seed")
     keep_pixels: bool = Field(
         False, description="outside, put the picture's own pixels back, with a feathered seam"
@@ -72,6 +76,7 @@ class VaryBody(Body):
         description="the first scale that is new, 0 … K: few keep the composition, many the detail"
     )
     label: Label | None = Field(None, description="what it shows; null lets the picture decide")
+    labels: list[Label | None] | None = Field(None, description="label as a list of one")
     count: int | None = Field(None, description="images; without it one a seed")
 
 
@@ -79,7 +84,7 @@ class DrawnImage(BaseModel):
     png: str = Field(description="base64")
     label: Label | None = Field(description="name, or number where the bundle has no names")
     seed: int
-    number: int = Field(description="of the image among those of its seed, from 0")
+    number: int = Field(description="always 0: seed alone says which image it is")
     scales_done: int = Field(description="less than all of them where the deadline came first")
 
 

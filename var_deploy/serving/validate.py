@@ -13,10 +13,11 @@ from var_deploy.errors import UsageError
 from var_deploy.image.editing import Edit, Variation, box_mask
 from var_deploy.image.pictures import Mask, read_edit, read_pictures, upright
 from var_deploy.manifest import Manifest
-from var_deploy.runtime.request import Request, label_numbers, rng_keys
+from var_deploy.runtime.request import Request, label_numbers
+from var_deploy.sampling import call_keys, series
 from var_deploy.serving.backend import Work
 from var_deploy.serving.bodies import EncodedText
-from var_deploy.serving.schemas import Body, EditBody, ImagesBody, VaryBody
+from var_deploy.serving.schemas import Body, EditBody, ImagesBody, Label, VaryBody
 from var_deploy.serving.settings import Settings
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -30,14 +31,7 @@ def ask_images(
     body: ImagesBody, manifest: Manifest, limits: Settings, previews: bool = False
 ) -> Work:
     """Raises UsageError for labels, seeds, counts or settings out of range."""
-    if body.labels is not None and not body.labels:
-        raise UsageError("labels is empty: name some, or leave it out to draw without a class")
-    count = _count(body, max(len(body.labels or ()), len(_seeds(body))), limits)
-    numbers = [manifest.model.transformer.classes]
-    if body.labels is not None:
-        numbers = label_numbers(manifest, body.labels[:count])
-    labels = [numbers[n % len(numbers)] for n in range(count)]
-    return _work(body, manifest, labels, rng_keys(body.seed, count), previews)
+    return _work(body, manifest, _labels(body), limits, previews)
 
 
 def ask_edit(
@@ -82,14 +76,10 @@ def _from_picture(
     """What all requests with a picture have in common, without the picture."""
     if not can_edit(manifest, precision):
         raise UsageError("the bundle has no encoder, so it cannot edit; export it again")
-    seeds = _seeds(body)
-    count = _count(body, len(seeds), limits)
-    if len(seeds) == 1:  # each image can be made again by itself: as `var-deploy edit` counts
-        seeds = [seeds[0] + n for n in range(count)]
-    numbers = [manifest.model.transformer.classes]
-    if body.label is not None:
-        numbers = label_numbers(manifest, [body.label])
-    return _work(body, manifest, numbers * count, rng_keys(seeds, count), previews)
+    labels = _labels(body)
+    if len(labels) > 1:
+        raise UsageError(f"label takes one class here, found {len(labels)}: send several requests")
+    return _work(body, manifest, labels, limits, previews)
 
 
 def can_edit(manifest: Manifest, precision: str) -> bool:
@@ -135,30 +125,35 @@ def open_picture(text: EncodedText, what: str, pixels: int) -> Image.Image:
     return image
 
 
-def _seeds(body: Body) -> list[int]:
-    if body.seed == []:
-        raise UsageError("seed is empty: give one number, or one an image")
-    return body.seed if isinstance(body.seed, list) else [body.seed]
-
-
-def _count(body: ImagesBody | EditBody | VaryBody, default: int, limits: Settings) -> int:
-    count = default if body.count is None else body.count
-    if not 1 <= count <= limits.count:
-        raise UsageError(f"count must lie between 1 and {limits.count}, found {count}")
-    return count
+def _labels(body: ImagesBody | EditBody | VaryBody) -> list[Label | None]:
+    """The classes that a body asks for, by either name of the field; [None] stands for none."""
+    if {"label", "labels"} <= body.model_fields_set:
+        raise UsageError("label and labels are two names of one field: send one of them")
+    given = body.labels if body.label is None else body.label
+    if given == []:
+        raise UsageError("labels is empty: name some, or leave it out to draw without a class")
+    if given is None or isinstance(given, list):
+        return given or [None]
+    return [given]
 
 
 def _work(
-    body: Body,
+    body: ImagesBody | EditBody | VaryBody,
     manifest: Manifest,
-    labels: Sequence[int],
-    drawn: Sequence[tuple[int, int]],
+    labels: Sequence[Label | None],
+    limits: Settings,
     previews: bool,
 ) -> Work:
+    seeds = len(body.seed) if isinstance(body.seed, list) else 1
+    count = max(len(labels), seeds) if body.count is None else body.count
+    if not 1 <= count <= limits.count:
+        raise UsageError(f"count must lie between 1 and {limits.count}, found {count}")
+    wanted, each = series(labels, body.seed, count)
+    numbers = label_numbers(manifest, wanted)
     sampling = manifest.sampling(
         cfg=body.cfg, top_k=body.top_k, top_p=body.top_p, temperature=body.temperature
     )
-    request = Request(labels=labels, rng_keys=drawn, sampling=sampling)
+    request = Request(labels=numbers, rng_keys=call_keys(each), sampling=sampling)
     return Work(request=request, previews=previews, deadline=_deadline(body))
 
 
