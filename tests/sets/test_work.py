@@ -13,7 +13,8 @@ from cli_steps import tree
 from var_deploy.errors import BackendError
 from var_deploy.sets.folder import SetFolder
 from var_deploy.sets.spec import SetSpec
-from var_deploy.sets.work import make_missing, span
+from var_deploy.progress import span
+from var_deploy.sets.work import make_missing
 
 
 def silent(message: str, fraction: float) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, table
-from var_deploy.cli.options import report_options
+from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, table, wrapped
+from var_deploy.cli.options import report_options, verbose_option
 
 if TYPE_CHECKING:
     from var_deploy.runtime.tensorrt.build import BuildReport
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-encoder", is_flag=True, help="Leave out what reads images and tokens.")
 @click.option("--force", is_flag=True, help="Build again what is finished.")
+@verbose_option()
 @report_options
 def build(
     bundle: Path,
@@ -120,10 +121,10 @@ def _as_text(report: BuildReport) -> str:
     kept = sum(engine.kept for engine in report.engines)
     size = human_bytes(sum(engine.size for engine in report.engines))
     lines = [
-        table(rows, right=(2, 3, 4)),
+        table(rows, right=(2, 3, 4), optional=(2, 4)),
         "",
         f"{report.folder}: {len(report.engines) - kept} built, {kept} kept, {size}",
-        f"for {report.target.describe()}; layout {report.layout} ({report.reason})",
-        *(f"note: {note}" for note in report.notes),
+        wrapped(f"for {report.target.describe()}; layout {report.layout} ({report.reason})"),
+        *(wrapped(f"note: {note}") for note in report.notes),
     ]
     return "\n".join(lines)

@@ -13,7 +13,9 @@ from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
     SamplingOptions,
     check_graphs,
+    count_option,
     load_pipeline,
+    out_option,
     report_options,
     runtime_options,
     sampling_options,
@@ -49,8 +51,7 @@ from var_deploy.sampling import check_seed, parse_seeds
 @click.option(
     "--seed", metavar="N[,N,…]", default="0", show_default=True, help="0 to 2⁶⁴-1; one an image."
 )
-@click.option(
-    "--count",
+@count_option(
     type=click.IntRange(1),
     show_default="one a seed",
     help="Images; those after the first take the seeds that follow.",
@@ -60,8 +61,7 @@ from var_deploy.sampling import check_seed, parse_seeds
     is_flag=True,
     help="Outside keep the pixels of IMAGE, not what the model sees in them.",
 )
-@click.option(
-    "--out",
+@out_option(
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
     help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
@@ -122,7 +122,7 @@ def edit(
                 seed=seeds,
                 sampling=settings,
                 keep_pixels=keep_pixels,
-                on_progress=progress.step,
+                on_progress=progress.images(len(seeds)),
             )
             how = pipe.describe()
     seconds = time.monotonic() - started

@@ -10,7 +10,13 @@ import click
 
 from var_deploy import names
 from var_deploy.cli.console import Progress, echo, say
-from var_deploy.cli.options import check_graphs, load_pipeline, report_options, runtime_options
+from var_deploy.cli.options import (
+    check_graphs,
+    load_pipeline,
+    out_option,
+    report_options,
+    runtime_options,
+)
 from var_deploy.cli.outputs import OUTPUT, output_file
 from var_deploy.cli.token_files import SUFFIX, save_tokens
 from var_deploy.config import RuntimeConfig
@@ -21,8 +27,7 @@ from var_deploy.pictures import read_pictures
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("image", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
+@out_option(
     type=OUTPUT,
     required=True,
     metavar="FILE.npz",

@@ -15,6 +15,7 @@ from var_deploy.cli.options import (
     MOST_ROUNDS,
     CheckpointOptions,
     checkpoint_options,
+    out_option,
     report_options,
 )
 from var_deploy.cli.outputs import OUTPUT
@@ -27,8 +28,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 
 @click.command(no_args_is_help=True)
 @click.argument("model", required=False)
-@click.option(
-    "--out",
+@out_option(
     type=OUTPUT,
     required=True,
     metavar="FOLDER",

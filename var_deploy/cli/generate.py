@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
     SamplingOptions,
+    count_option,
     load_pipeline,
+    out_option,
     report_options,
     runtime_options,
     sampling_options,
@@ -50,8 +52,8 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
     "order to fill --count.",
 )
-@click.option(
-    "--count", type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
+@count_option(
+    type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
 )
 @click.option(
     "--seed",
@@ -60,8 +62,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     show_default=True,
     help="0 to 2⁶⁴-1; several: one an image, each as if it were asked for alone.",
 )
-@click.option(
-    "--out",
+@out_option(
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
     help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
@@ -156,7 +157,7 @@ def generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,
                     seed=seeds if len(seeds) > 1 else seeds[0],
                     sampling=settings,
-                    on_progress=progress.step,
+                    on_progress=progress.images(count),
                     **watched,
                 )
             drawn = Drawn(
@@ -221,8 +222,9 @@ class _OneByOne:
         count, batch = len(self), self._pipe.manifest.batch
         labels = label_numbers(self._pipe.manifest, self._labels)
         drawn = streams(self._seeds if len(self._seeds) > 1 else self._seeds[0], count)
+        told = self._progress.images(count)
         for first in range(0, count, batch):
-            self._progress.update(f"image {first} of {count}", first / count)
+            told(first, count)
             rows = slice(first, first + batch)
             request = Request(labels=labels[rows], streams=drawn[rows], sampling=self._settings)
             yield from self._pipe.draw(request)

@@ -2,7 +2,8 @@
 
 Each decorator adds its options to a command. `sampling_options` hands them over as one argument
 `sampling`, `runtime_options` as one argument `config`, `checkpoint_options` as one argument
-`weights`, `report_options` as `quiet` and `as_json`.
+`weights`, `report_options` as `quiet` and `as_json`. `out_option`, `count_option`, `quiet_option`
+and `verbose_option` are `click.option` for the options that have a letter: -o, -n, -q and -v.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from var_deploy.cli.console import needs_extra
+from var_deploy.cli.console import VERBOSE, needs_extra
 from var_deploy.config import AUTO, BACKENDS, LAYOUT_CHOICES, PRECISIONS, RuntimeConfig
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling, parse_setting
@@ -26,6 +27,27 @@ if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
 
 Command = Callable[..., None]
+
+# every command that has the long form has the letter: a test looks
+out_option = functools.partial(click.option, "--out", "-o")
+count_option = functools.partial(click.option, "--count", "-n")
+quiet_option = functools.partial(click.option, "--quiet", "-q", is_flag=True)
+
+
+def _note_verbose(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+    if given:
+        ctx.meta[VERBOSE] = True
+
+
+verbose_option = functools.partial(  # read by `console.table`, so no command passes it on
+    click.option,
+    "--verbose",
+    "-v",
+    is_flag=True,
+    expose_value=False,
+    callback=_note_verbose,
+    help="Every column of the tables, however wide the terminal is.",
+)
 
 # far above what is of use; a slip of the finger ends before any work
 MOST_BATCH = 1024  # images a launch, clients of a service, processes of a model
@@ -203,7 +225,7 @@ def _patch_nums(
 def report_options(command: Command) -> Command:
     """--quiet and --json."""
     options = [
-        click.option("--quiet", is_flag=True, help="No progress and no closing line."),
+        quiet_option(help="No progress and no closing line."),
         click.option("--json", "as_json", is_flag=True, help="What was done, as JSON on stdout."),
     ]
     return _added(options, command)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
-from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table
-from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options
+from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table, wrapped
+from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options, verbose_option
 from var_deploy.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from var_deploy.planning.devices import Device
     from var_deploy.planning.plan import Plan
     from var_deploy.spec import ModelSpec
-
-WIDTH = 96
 
 
 def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -68,6 +65,7 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     show_default=True,
     help="One engine a scale, or one for all of them.",
 )
+@verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 @click.option(
     "--kubernetes",
@@ -232,10 +230,9 @@ def _as_text(found: Plan) -> str:
     if found.device.derived:
         notes.append(f"derived: {found.device.derived}")
     notes += [ESTIMATES[found.library], ASSUMPTION]
-    wrapped = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes]
-    return "\n".join(
-        [_facts(found), "", _memory(found), "", _verdict(found), "", _times(found), "", *wrapped]
-    )
+    times = ["", _times(found)] if found.fits else []  # of what cannot run there are none
+    parts = [_facts(found), "", _memory(found), "", _verdict(found), *times, ""]
+    return "\n".join([*parts, *map(wrapped, notes)])
 
 
 def _facts(found: Plan) -> str:
@@ -293,8 +290,7 @@ def _lacking(missing: int) -> str:
 
 
 def _verdict(found: Plan) -> str:
-    text = f"layout {found.layout}: {found.reason}"
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
+    return wrapped(f"layout {found.layout}: {found.reason}" if found.fits else found.reason)
 
 
 def _times(found: Plan) -> str:
@@ -316,4 +312,4 @@ def _times(found: Plan) -> str:
         )
     images = "one image" if found.workload.batch == 1 else f"{found.workload.batch} images"
     total = f"{images}: at least {found.seconds * 1e3:.1f} ms"
-    return table(rows, right=(1, 2, 3, 4, 5)) + f"\n\n{total}"
+    return table(rows, right=(1, 2, 3, 4, 5), optional=(2, 3, 4)) + f"\n\n{total}"

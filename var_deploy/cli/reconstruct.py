@@ -10,7 +10,13 @@ import numpy as np
 
 from var_deploy import names
 from var_deploy.cli.console import Progress
-from var_deploy.cli.options import check_graphs, load_pipeline, report_options, runtime_options
+from var_deploy.cli.options import (
+    check_graphs,
+    load_pipeline,
+    out_option,
+    report_options,
+    runtime_options,
+)
 from var_deploy.cli.outputs import check_at_once, png_target
 from var_deploy.cli.token_files import SUFFIX, read_tokens
 from var_deploy.config import RuntimeConfig
@@ -30,8 +36,7 @@ from var_deploy.pictures import read_pictures
     show_default=True,
     help="From how many scales: as in 3, 1,4,K or 2..5; K is all of them.",
 )
-@click.option(
-    "--out",
+@out_option(
     required=True,
     metavar="FILE.png",
     help="The images in a row; a row for each where a file of tokens holds several. -: standard "

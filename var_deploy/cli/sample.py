@@ -16,6 +16,7 @@ from var_deploy.cli.console import Progress, Terminated, echo, needs_extra, say
 from var_deploy.cli.options import (
     SamplingOptions,
     load_pipeline,
+    out_option,
     report_options,
     runtime_options,
     sampling_options,
@@ -59,8 +60,7 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     show_default="none",
     help="fid: the published one, 50 a class, cfg 1.5, top-k 900, top-p 0.96, and --npz.",
 )
-@click.option(
-    "--out",
+@out_option(
     type=OUTPUT,
     required=True,
     metavar="FOLDER",

@@ -8,11 +8,18 @@ from typing import Any
 
 import click
 
-from var_deploy.cli.console import Progress, echo, needs_extra, say
-from var_deploy.cli.options import MOST_ROUNDS, CheckpointOptions, checkpoint_options
+from var_deploy.cli.console import Progress, echo, needs_extra, say, table, wrapped
+from var_deploy.cli.options import (
+    MOST_ROUNDS,
+    CheckpointOptions,
+    checkpoint_options,
+    quiet_option,
+    verbose_option,
+)
 from var_deploy.errors import UsageError, VerificationError
 from var_deploy.sampling import MAX_SEED
 
+OPTIONAL = (2, 5, 1, 6, 3)  # abs error, logits, worst tensor, top-1, rel error
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
@@ -66,7 +73,8 @@ from var_deploy.sampling import MAX_SEED
     help="Compare with PyTorch modules of your own: a function that returns (transformer, "
     "tokenizer), whose own forward then gives the logits, tokens and images.",
 )
-@click.option("--quiet", is_flag=True, help="No progress and no table: the exit code tells.")
+@quiet_option(help="No progress and no table: the exit code tells.")
+@verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def verify(
     bundle: Path,
@@ -126,7 +134,9 @@ def verify(
                 **{name: value for name, value in asked.items() if value is not None},
             )
     if as_json or not quiet:
-        echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
+        rows = table(report.rows(), optional=OPTIONAL)
+        text = "\n".join([rows, *map(wrapped, report.remarks())])
+        echo(json.dumps(report.to_json(), indent=1) if as_json else text)
     if report.unstored:
         say(f"warning: the report could not be stored: {report.unstored}", err=True)
     if not report.passed:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from var_deploy.errors import VarDeployError
+from var_deploy.progress import span, speed
 from var_deploy.sets.folder import SetFolder
 from var_deploy.sets.shards import draw_shard
 from var_deploy.sets.spec import SetSpec
@@ -65,8 +66,8 @@ class Tally:
         took = max(time.monotonic() - self._started, 1e-9)
         still, rate = self._left - more, (self._drawn + more) / took
         done = self._wanted - still
-        left = f"{span(still / rate)} left" if rate else "nothing drawn yet"
-        self._tell(f"{done} of {self._wanted} images, {rate:.2f}/s, {left}", done / self._wanted)
+        pace = f"{speed(rate)}, {span(still / rate)} left" if rate else "nothing drawn yet"
+        self._tell(f"image {done} of {self._wanted}, {pace}", done / self._wanted)
 
     def _images(self, shards: Sequence[int]) -> int:
         return sum(len(self._spec.numbers(shard)) for shard in shards)
@@ -82,11 +83,3 @@ def listing(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
             folder.list_shards(spec)
         raise
     folder.list_shards(spec)
-
-
-def span(seconds: float) -> str:
-    """A time to wait, as roughly as it is known: "8 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
