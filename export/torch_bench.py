@@ -54,8 +54,8 @@ class TorchContender:
     Attributes:
         images: of the last generation, [N, side, side, channels] uint8.
 
-    Raises BundleError for what is no bundle, BackendError where PyTorch finds no C++ compiler that
-    it needs, UsageError for an unknown name or fewer than 0 threads.
+    Raises BundleError for what is not a bundle, BackendError where PyTorch finds no C++ compiler
+    that it needs, UsageError for an unknown name or fewer than 0 threads.
     """
 
     def __init__(

@@ -1,15 +1,20 @@
-"""Image files: grids, GIFs, and PNGs that carry the settings they were made with."""
+"""Image files: grids, GIFs, and PNG, JPEG and WebP files that carry the settings of their images.
+
+A PNG has the settings as text chunks. JPEG and WebP have them as JSON in EXIF's UserComment, where
+`exiftool` and galleries show them, and the program's name as EXIF's Software.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from var_deploy import __version__
@@ -20,6 +25,14 @@ from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling
 
 BACKGROUND = 255  # of a grid: white
+
+Format = Literal["PNG", "JPEG", "WebP"]
+FORMATS: Mapping[str, Format] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}
+MOST_SIDE: Mapping[Format, int] = {"PNG": 2**31 - 1, "JPEG": 65500, "WebP": 16383}  # pixels
+MOST_JPEG_TEXT = 60_000  # bytes of settings: its EXIF has at most 64 kB
+JPEG_QUALITY = 95
+SOFTWARE, EXIF, USER_COMMENT = 0x0131, 0x8769, 0x9286  # EXIF 2.32, section 4.6
+ASCII = b"ASCII\0\0\0"  # how a UserComment says what it is written in
 
 
 def grid(images: NDArray[np.uint8], columns: int | None = None, gap: int = 2) -> NDArray[np.uint8]:
@@ -48,6 +61,49 @@ def save_png(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> N
     """Write an image [H, W, 3] (or [H, W, 1]) with `text` as PNG text chunks; see `whole_file`."""
     with whole_file(path) as stream:
         write_png(stream, image, text)
+
+
+def image_format(path: Path) -> Format:
+    """What an image of this name is written as. Raises UsageError for another suffix, and where
+    this Pillow was built without WebP."""
+    found = FORMATS.get(path.suffix.lower())
+    if found is None:
+        *others, last = FORMATS
+        raise UsageError(
+            f"images are written as {', '.join(others)} or {last}, found {path.name}: choose "
+            "one of these suffixes"
+        )
+    if found == "WebP" and not features.check("webp"):
+        png = path.with_suffix(".png").name
+        raise UsageError(f"this Pillow cannot write WebP, found {path.name}: name {png} instead")
+    return found
+
+
+def save_image(path: Path, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+    """Write an image [H, W, 3] (or [H, W, 1]) with `text`, as its suffix says; see `image_format`
+    and `whole_file`.
+
+    PNG and WebP keep every pixel; JPEG has quality 95 without subsampling of colours.
+    """
+    form = image_format(path)
+    with whole_file(path) as stream:
+        if form == "PNG":
+            write_png(stream, image, text)
+        elif form == "JPEG":
+            _as_picture(image).save(
+                stream, format="jpeg", exif=_exif(text), quality=JPEG_QUALITY, subsampling=0
+            )
+        else:
+            _as_picture(image).save(stream, format="webp", exif=_exif(text), lossless=True)
+
+
+def _exif(text: Mapping[str, str]) -> bytes:
+    exif = Image.Exif()
+    if "Software" in text:
+        exif[SOFTWARE] = text["Software"]
+    told = json.dumps({key: _as_text(value) for key, value in text.items()})
+    exif[EXIF] = {USER_COMMENT: ASCII + told.encode()}
+    return exif.tobytes()
 
 
 def save_gif(path: Path, frames: NDArray[np.uint8], milliseconds: Sequence[int]) -> None:
@@ -107,18 +163,37 @@ def settings_text(
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """The text that `save_png` stored. Raises UsageError where `path` is no PNG."""
+    """The text that `save_png` or `save_image` stored; empty where an image has none.
+
+    Raises UsageError where `path` is not a PNG, JPEG or WebP image.
+    """
     try:
         with Image.open(path) as image:
-            if not isinstance(image, PngImageFile):
-                raise UsageError(f"{path} is {image.format}, not PNG: it holds no settings")
-            return {key: str(value) for key, value in image.text.items()}
+            if isinstance(image, PngImageFile):
+                return {key: str(value) for key, value in image.text.items()}
+            if image.format not in ("JPEG", "WEBP"):
+                raise UsageError(
+                    f"{path} is {image.format}, not PNG, JPEG or WebP: it holds no settings"
+                )
+            return _from_exif(image.getexif())
     except (UnidentifiedImageError, SyntaxError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{path} is not a PNG image") from None
+        raise UsageError(f"{path} is not a PNG, JPEG or WebP image") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _from_exif(exif: Image.Exif) -> dict[str, str]:
+    """The text of `_exif`; empty where a comment is somebody else's."""
+    comment = exif.get_ifd(EXIF).get(USER_COMMENT, b"")
+    if not isinstance(comment, bytes) or not comment.startswith(ASCII):
+        return {}
+    try:
+        found = json.loads(comment.removeprefix(ASCII))
+    except (ValueError, RecursionError):
+        return {}
+    return {k: str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def label_text(label: int | None, manifest: Manifest) -> str:
@@ -134,10 +209,14 @@ def write_png(
     """An image [H, W, 3] (or [H, W, 1]) as PNG; `quick` takes more bytes and less time."""
     chunks = PngInfo()
     for key, value in text.items():
-        # a file's name may hold bytes that are no text
-        chunks.add_text(key, value.encode("utf-8", "replace").decode())
+        chunks.add_text(key, _as_text(value))
     level = 1 if quick else 6  # zlib's own default
     _as_picture(image).save(stream, format="png", pnginfo=chunks, compress_level=level)
+
+
+def _as_text(value: str) -> str:
+    """A value in characters: the name of a file may hold bytes that are not text."""
+    return value.encode("utf-8", "replace").decode()
 
 
 def _as_picture(image: NDArray[np.uint8]) -> Image.Image:

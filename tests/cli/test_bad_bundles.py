@@ -48,7 +48,7 @@ def _escape(bundle: Path) -> None:
         (_flip_a_bit, ("weights.bin does not match its hash", "export the bundle again")),
         (_escape, ("'fp32/../../weights.bin', which leaves the bundle",)),
         (lambda b: (b / "fp32" / "decoder.onnx").unlink(), ("decoder.onnx is missing",)),
-        (lambda b: (b / "manifest.json").unlink(), ("is no bundle",)),
+        (lambda b: (b / "manifest.json").unlink(), ("is not a bundle",)),
         (lambda b: (b / "manifest.json").write_text("{"), ("manifest.json cannot be read",)),
         (
             lambda b: edit(b, lambda data: data.update(schema_version=99)),

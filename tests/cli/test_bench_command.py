@@ -113,7 +113,7 @@ def test_bad_usage(
 def test_what_cannot_be_done_is_known_first(
     made: Path, tmp_path: Path, no_rounds: list[Comparison], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(1, "bench", tmp_path, parts=("is no bundle",))
+    refused(1, "bench", tmp_path, parts=("is not a bundle",))
     refused(1, "bench", made, "--precision", "fp16", parts=("has no fp16 graphs", "export it"))
     refused(2, "bench", made, "--json", tmp_path, parts=("is a folder",))
     (tmp_path / "file").write_text("x")

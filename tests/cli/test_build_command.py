@@ -117,7 +117,7 @@ def test_failures_are_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(1, "build", bundle, parts=("could not build decoder", "ForeignNode"))
     monkeypatch.delenv(fake.PLANT)
     refused(1, "build", bundle, "--precision", "fp32", parts=("no fp32 graphs",))
-    refused(1, "build", bundle / "nowhere", parts=("is no bundle",))
+    refused(1, "build", bundle / "nowhere", parts=("does not exist",))
     edit(bundle, lambda data: data["files"]["fp16/weights.bin"].update(sha256="0" * 64))
     refused(1, "build", bundle, parts=("weights.bin does not match its hash",))
 

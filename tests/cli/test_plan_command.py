@@ -120,9 +120,9 @@ def test_bad_usage(tmp_path: Path) -> None:
     refused(2, "plan", "var-d63", parts=("neither the folder of a bundle", "did you mean var-d36?"))
     refused(2, "plan", "pocket", "--device", "orin", parts=("unknown device 'orin'", "thor"))
     refused(2, "plan", "pocket", "--batch", 0, parts=("--batch",))
-    refused(1, "plan", tmp_path, parts=("is no bundle",))
+    refused(1, "plan", tmp_path, parts=("is not a bundle",))
     (tmp_path / "file").write_text("x")
-    refused(1, "plan", tmp_path / "file", parts=("is no bundle",))
+    refused(1, "plan", tmp_path / "file", parts=("is not a bundle",))
 
 
 def test_of_a_bundle_it_is_what_generate_takes(

@@ -42,4 +42,4 @@ def test_an_address_where_no_ray_runs(pocket_bundle: Path) -> None:
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
-    refused(1, "serve", tmp_path, "--ray", "local", parts=("is no bundle",))
+    refused(1, "serve", tmp_path, "--ray", "local", parts=("is not a bundle",))

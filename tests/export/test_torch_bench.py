@@ -224,7 +224,7 @@ def test_the_gpt2_form_runs_on_our_modules(tmp_path: Path) -> None:
 
 
 def test_what_it_refuses(family_member: Family, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         TorchContender(tmp_path, "torch", 1)
     folder = bundle(tmp_path, family_member())
     with pytest.raises(UsageError, match="contender must be one of torch, torch-bf16"):

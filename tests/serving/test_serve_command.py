@@ -65,7 +65,7 @@ def test_from_the_first_line_to_the_end(
 def test_what_is_wrong_is_said_before_anything_is_loaded(
     small_bundle: Path, tmp_path: Path
 ) -> None:
-    refused(1, "serve", tmp_path, parts=("is no bundle",))
+    refused(1, "serve", tmp_path, parts=("is not a bundle",))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         parts = (f"cannot listen on 127.0.0.1 port {port}", "--port")

@@ -270,7 +270,7 @@ def test_the_command_refuses_what_is_no_bundle(tmp_path: Path) -> None:
     result = CliRunner().invoke(evaluation.main, [str(tmp_path)])
     assert result.exit_code == 1
     assert result.output.count("\n") == 1
-    assert "is no bundle" in result.output
+    assert "is not a bundle" in result.output
 
 
 def test_the_command_prints_the_report(

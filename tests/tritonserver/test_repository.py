@@ -225,7 +225,7 @@ def test_a_folder_that_is_not_empty(small: Path, tmp_path: Path) -> None:
     refused(2, "triton", small, "--out", tmp_path / "a", parts=parts)
     refused(2, "triton", small, "--out", tmp_path / "a" / "model", parts=("is a file",))
     refused(2, "triton", small, "--out", small, parts=("is not empty",))
-    refused(1, "triton", tmp_path, "--out", tmp_path / "b", parts=("is no bundle",))
+    refused(1, "triton", tmp_path, "--out", tmp_path / "b", parts=("is not a bundle",))
     assert tree(tmp_path) == before
 
 

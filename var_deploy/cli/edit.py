@@ -20,7 +20,7 @@ from var_deploy.cli.options import (
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels
+from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels, runtime_json
 from var_deploy.config import RuntimeConfig
 from var_deploy.editing import box_mask
 from var_deploy.errors import UsageError
@@ -64,7 +64,7 @@ from var_deploy.sampling import check_seed, parse_seeds
 @out_option(
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
-    help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
+    help="x.png, x.jpg or x.webp: one image, or a grid; a folder: single PNGs; -: standard output.",
 )
 @sampling_options
 @runtime_options
@@ -110,6 +110,7 @@ def edit(
     picture = upright(image, tokenizer.image_channels)
     prepared = read_edit(picture, _mask(picture, mask, box), tokenizer, outside=outside)
     check_graphs(manifest, config, names.ENCODER)
+    target.check_sheet(manifest, len(seeds), labels=[chosen] * len(seeds))
 
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
@@ -139,7 +140,8 @@ def edit(
 
     if as_json:
         done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
-        target.tell_json({**done, "settings": written, "runtime": how.to_json()})
+        settled = drawn.settings(written)
+        target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
 

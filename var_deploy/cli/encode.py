@@ -17,7 +17,7 @@ from var_deploy.cli.options import (
     report_options,
     runtime_options,
 )
-from var_deploy.cli.outputs import OUTPUT, output_file
+from var_deploy.cli.outputs import OUTPUT, output_file, runtime_json
 from var_deploy.cli.token_files import SUFFIX, save_tokens
 from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import read_manifest
@@ -74,7 +74,7 @@ def encode(
     lengths = [found.shape[1] for found in tokens]
     if as_json:
         done = {"out": str(out), "tokens": lengths, "seconds": round(seconds, 3)}
-        echo(json.dumps({**done, "runtime": how.to_json()}, indent=1))
+        echo(json.dumps({**done, "runtime": runtime_json(how)}, indent=1))
     elif not quiet:
         what = f"{sum(lengths)} tokens of {len(lengths)} scales"
         say(f"wrote {out} ({what}, {seconds:.1f} s)")

@@ -26,10 +26,12 @@ from var_deploy.cli.outputs import (
     Drawn,
     check_at_once,
     check_files,
+    image_file,
     image_target,
     known_labels,
     most_at_once,
     output_file,
+    runtime_json,
 )
 from var_deploy.cli.story import MOST_IMAGES, Story
 from var_deploy.config import RuntimeConfig
@@ -65,12 +67,12 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 @out_option(
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
-    help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
+    help="x.png, x.jpg or x.webp: one image, or a grid; a folder: single PNGs; -: standard output.",
 )
 @click.option(
     "--preview",
     type=OUTPUT,
-    metavar="FILE.png",
+    metavar="FILE",
     help="How they appear: a row an image, a column a scale.",
 )
 @click.option(
@@ -102,8 +104,9 @@ def generate(
 ) -> None:
     """Generate images from BUNDLE. The same seed gives the same images.
 
-    The PNGs carry settings, seed, labels and the bundle's digest as text. With --deadline an
-    image is made of the scales that were done in time, one at least, and it is said how many.
+    The files carry settings, seed, labels and the bundle's digest: PNG as text, JPEG and WebP in
+    EXIF's UserComment. WebP keeps every pixel, as PNG does. With --deadline an image is made of
+    the scales that were done in time, one at least, and it is said how many.
 
     \b
     A SETTING is one number, or a value for each of the K scales, coarse to fine:
@@ -138,12 +141,13 @@ def generate(
     if len(seeds) not in (1, count):
         raise UsageError(f"{len(seeds)} seeds for {count} images: give one, or one an image")
     wanted = [chosen[n % len(chosen)] for n in range(count)]
+    columns = _columns(len(chosen), count)
+    target.check_sheet(manifest, count, columns, wanted)
     story = _story(manifest, count, target.path, preview, gif)
     watched: dict[str, Any] = {} if story is None else {"on_scale": story.see}
     if deadline is not None:
         watched["deadline"] = _deadline(deadline)
 
-    columns = _columns(len(chosen), count)
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
@@ -186,7 +190,8 @@ def generate(
         done: dict[str, Any] = {**files, "count": count, "seconds": round(seconds, 3)}
         if drawn.scales_done is not None:
             done["scales_done"] = drawn.scales_done
-        target.tell_json({**done, "settings": written, "runtime": how.to_json()})
+        settled = drawn.settings(written)
+        target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:
@@ -235,9 +240,10 @@ def _story(
 ) -> Story | None:
     """What is remembered for --preview and --gif, where they are given and can be written."""
     paths = [out]
-    for path, suffix in ((preview, ".png"), (gif, ".gif")):
-        if path is not None:
-            paths.append(output_file(path, suffix))
+    if preview is not None:
+        paths.append(image_file(preview))
+    if gif is not None:
+        paths.append(output_file(gif, ".gif"))
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("--out, --preview and --gif must be different files")
     if len(paths) == 1:

@@ -158,7 +158,7 @@ def _workload(
 
     if path.is_file():
         raise BundleError(
-            f"{path} is no bundle but a file: give checkpoints with --checkpoint and --tokenizer"
+            f"{path} is not a bundle but a file: give checkpoints with --checkpoint and --tokenizer"
         )
     manifest = read_manifest(path)
     _check_guidance(guidance, manifest.model.transformer.conditional)

@@ -21,7 +21,7 @@ from var_deploy.cli.options import (
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import OUTPUT
+from var_deploy.cli.outputs import OUTPUT, runtime_json
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.manifest import Manifest, read_manifest
@@ -229,7 +229,7 @@ def sample(
             "npz": str(out / NPZ_FILE) if wants_npz and complete else None,
             "seconds": round(seconds, 3),
             "settings": spec.to_json(),
-            "runtime": how.to_json() if how else {},
+            "runtime": runtime_json(how) if how else {},
             "ray": ray,
         }
         echo(json.dumps(report, indent=1))
