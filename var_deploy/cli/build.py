@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, table, wrapped
+from var_deploy.cli.console import Progress, echo, fitted, human_bytes, needs_extra, table
 from var_deploy.cli.options import report_options, verbose_option
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _as_text(report: BuildReport) -> str:
         table(rows, right=(2, 3, 4), optional=(2, 4)),
         "",
         f"{report.folder}: {len(report.engines) - kept} built, {kept} kept, {size}",
-        wrapped(f"for {report.target.describe()}; layout {report.layout} ({report.reason})"),
-        *(wrapped(f"note: {note}") for note in report.notes),
+        fitted(f"for {report.target.describe()}; layout {report.layout} ({report.reason})"),
+        *(fitted(f"note: {note}") for note in report.notes),
     ]
     return "\n".join(lines)

@@ -362,6 +362,15 @@ def wrapped(text: str, head: str = "", indent: str = "  ") -> str:
     return textwrap.fill(head + text, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
+def fitted(text: str) -> str:
+    """A line as it is in a pipe or a file, where somebody may search for it, and wrapped on a
+    terminal."""
+    width = fitted_width()
+    return text if width is None else textwrap.fill(
+        text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+
+
 def _columns(stream: TextIO | None) -> int | None:
     """Of the terminal behind a stream; COLUMNS goes first, as for other programs."""
     given = os.environ.get("COLUMNS", "")

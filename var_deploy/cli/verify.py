@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from var_deploy.cli.console import Progress, echo, needs_extra, say, table, wrapped
+from var_deploy.cli.console import Progress, echo, fitted, needs_extra, say, table
 from var_deploy.cli.options import (
     MOST_ROUNDS,
     CheckpointOptions,
@@ -135,7 +135,7 @@ def verify(
             )
     if as_json or not quiet:
         rows = table(report.rows(), optional=OPTIONAL)
-        text = "\n".join([rows, *map(wrapped, report.remarks())])
+        text = "\n".join([rows, *map(fitted, report.remarks())])
         echo(json.dumps(report.to_json(), indent=1) if as_json else text)
     if report.unstored:
         say(f"warning: the report could not be stored: {report.unstored}", err=True)
