@@ -167,6 +167,26 @@ def test_bad_usage_names_the_help() -> None:
     assert "did you mean" in line.lower()
 
 
+# lists
+
+
+def test_precisions_of_export_are_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = main.commands["export"]
+
+    def chosen(*words: str) -> tuple[str, ...]:
+        context = export.make_context("export", ["pocket", "--out", "b", *words])
+        found: tuple[str, ...] = context.params["precision"]
+        return found
+
+    assert chosen() == ("fp32",)
+    assert chosen("--precision", "fp16,int8") == ("fp16", "int8")
+    assert chosen("--precision", "fp16, fp32", "--precision", "fp16") == ("fp16", "fp32")
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("fp16,fp8", "", "fp16,"):
+        words = ("export", "pocket", "--out", "b", "--precision", wrong)
+        refused(2, *words, parts=("expected fp32, fp16 and int8", repr(wrong.split(",")[-1])))
+
+
 # errors as JSON
 
 
@@ -252,6 +272,7 @@ def test_completion_scripts(shell: str) -> None:
         ("var-deploy plan var-d16 --dev", "plain,--device"),
         ("var-deploy plan var-d16 --device thor", "plain,thor"),
         ("var-deploy plan var-d16 --layout sh", "plain,shared"),
+        ("var-deploy export pocket --precision fp16,i", "plain,fp16,int8"),
         ("var-deploy generate build/p", "dir,build/p"),
         ("var-deploy inspect build/p", "file,build/p"),
     ],

@@ -209,5 +209,5 @@ def test_bad_usage() -> None:
         refused(2, "plan", *SHIPPED, "--kubernetes", "--image", image, parts=("--image must be",))
     refused(
         *(1, "plan", "var-d36", "--device", "orin-nano-4gb", "--kubernetes"),
-        parts=("var-d36 does not fit Jetson Orin Nano 4GB", "GB are missing", "larger device"),
+        parts=("var-d36 does not fit Jetson Orin Nano 4GB", "GB are missing", "no layout fits"),
     )

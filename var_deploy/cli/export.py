@@ -14,6 +14,7 @@ from var_deploy.cli.options import (
     MOST_BATCH,
     MOST_ROUNDS,
     CheckpointOptions,
+    ChoiceList,
     checkpoint_options,
     out_option,
     report_options,
@@ -43,11 +44,14 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8"]),
+    type=ChoiceList(["fp32", "fp16", "int8"]),
     multiple=True,
+    callback=ChoiceList.flattened,
     default=("fp32",),
-    show_default=True,
-    help="May be given several times; int8 is for ONNX Runtime on CPUs.",
+    show_default="fp32",
+    metavar="LIST",
+    help="fp32, fp16 and int8, as in fp16,int8, or the option several times; int8 is for ONNX "
+    "Runtime on CPUs.",
 )
 @click.option(
     "--batch",
@@ -123,7 +127,7 @@ def export(
         from var_deploy.export.checkpoint import load_model
 
         options = ExportOptions(
-            precisions=tuple(dict.fromkeys(precision)),
+            precisions=precision,
             batch=batch,
             guidance=guidance,
             more_smooth=more_smooth,
@@ -145,7 +149,7 @@ def export(
                 from var_deploy.export.calibrate import calibrate
 
                 warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
-    if warning:
+    if warning and not as_json:  # where it is told as well
         say(f"warning: {warning}", err=True)
     size = sum(file.size for file in manifest.files.values())
     if as_json:

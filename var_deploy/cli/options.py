@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from var_deploy.cli.console import VERBOSE, needs_extra
 from var_deploy.config import AUTO, BACKENDS, LAYOUT_CHOICES, PRECISIONS, RuntimeConfig
@@ -27,11 +29,69 @@ if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
 
 Command = Callable[..., None]
+OLDEST_CAPABILITY = 75  # 7.5, the first that TensorRT for RTX builds for
 
 # every command that has the long form has the letter: a test looks
 out_option = functools.partial(click.option, "--out", "-o")
 count_option = functools.partial(click.option, "--count", "-n")
 quiet_option = functools.partial(click.option, "--quiet", "-q", is_flag=True)
+
+
+class ChoiceList(click.ParamType):
+    """Words of a known few, with commas between them, as in "fp16,int8"; a tuple. With
+    `multiple=True` the option may be repeated as well: `flattened` makes one tuple of all."""
+
+    name = "list"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.choices = tuple(choices)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+        for word in words:
+            if word not in self.choices:
+                known = f"{', '.join(self.choices[:-1])} and {self.choices[-1]}"
+                self.fail(f"expected {known}, with commas between, found {word!r}", param, ctx)
+        return tuple(words)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        *before, last = incomplete.split(",")
+        start = "".join(f"{word}," for word in before)
+        left = [word for word in self.choices if word.startswith(last) and word not in before]
+        return [CompletionItem(start + word) for word in left]
+
+    @staticmethod
+    def flattened(
+        ctx: click.Context, param: click.Parameter, value: Sequence[Sequence[str]]
+    ) -> tuple[str, ...]:
+        """A callback: every word once, in order."""
+        return tuple(dict.fromkeys(word for words in value for word in words))
+
+
+class ComputeCapability(click.ParamType):
+    """A GPU's compute capability, as NVIDIA writes it (8.6) or as one number (86): 86."""
+
+    name = "compute capability"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        text = str(value).strip()
+        found = re.fullmatch(r"([0-9]{1,2})\.([0-9])|([0-9]{2,3})", text)
+        number = int(text.replace(".", "")) if found else 0
+        if number < OLDEST_CAPABILITY:
+            oldest = f"{OLDEST_CAPABILITY // 10}.{OLDEST_CAPABILITY % 10}"
+            self.fail(
+                f"expected a compute capability of at least {oldest}, such as 8.6 or 86, found "
+                f"{text[:80]!r}",
+                param,
+                ctx,
+            )
+        return number
 
 
 def _note_verbose(ctx: click.Context, option: click.Parameter, given: bool) -> None:

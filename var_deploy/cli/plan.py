@@ -11,7 +11,7 @@ import click
 
 from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table, wrapped
 from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options, verbose_option
-from var_deploy.errors import BundleError, UsageError
+from var_deploy.errors import BackendError, BundleError, UsageError
 
 if TYPE_CHECKING:
     from var_deploy.config import Precision
@@ -95,7 +95,7 @@ def plan(
 
     Nothing is built or run. MODEL is a preset such as var-d16, or the folder of a bundle, which
     settles batch and guidance; without it, --checkpoint and --tokenizer are needed, whose sizes are
-    recognised.
+    recognised. Ends with 1, without times, where the model does not fit the device.
 
     \b
     Example:
@@ -128,6 +128,8 @@ def plan(
         echo(_as_manifest(found, image))
     else:
         echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
+        if not found.fits:
+            raise BackendError(found.misfit)
 
 
 def _workload(
@@ -229,7 +231,7 @@ def _as_text(found: Plan) -> str:
     notes = [f"numbers of the device: {found.device.source}"]
     if found.device.derived:
         notes.append(f"derived: {found.device.derived}")
-    notes += [ESTIMATES[found.library], ASSUMPTION]
+    notes += [ESTIMATES[found.library], *([ASSUMPTION] if found.fits else [])]
     times = ["", _times(found)] if found.fits else []  # of what cannot run there are none
     parts = [_facts(found), "", _memory(found), "", _verdict(found), *times, ""]
     return "\n".join([*parts, *map(wrapped, notes)])
@@ -290,7 +292,7 @@ def _lacking(missing: int) -> str:
 
 
 def _verdict(found: Plan) -> str:
-    return wrapped(f"layout {found.layout}: {found.reason}" if found.fits else found.reason)
+    return wrapped(f"layout {found.layout}: {found.reason}")
 
 
 def _times(found: Plan) -> str:

@@ -136,8 +136,9 @@ def verify(
     if as_json or not quiet:
         rows = table(report.rows(), optional=OPTIONAL)
         text = "\n".join([rows, *map(fitted, report.remarks())])
-        echo(json.dumps(report.to_json(), indent=1) if as_json else text)
-    if report.unstored:
+        data = {**report.to_json(), "unstored": report.unstored}
+        echo(json.dumps(data, indent=1) if as_json else text)
+    if report.unstored and not as_json:
         say(f"warning: the report could not be stored: {report.unstored}", err=True)
     if not report.passed:
         raise VerificationError(report.failure or f"{bundle} does not compute what the model does")

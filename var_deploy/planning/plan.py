@@ -88,6 +88,8 @@ class Plan:
     Attributes:
         name: preset or bundle.
         layout: the one that is taken, and `reason` why.
+        held: the layouts that can be taken: those of the bundle, or both of a model that is yet to
+            be exported.
         bundle: bytes of the bundle; `measured` where they were read from its manifest.
         launches: the least time of each launch of B images.
     """
@@ -99,6 +101,7 @@ class Plan:
     layouts: Mapping[Layout, LayoutPlan]
     layout: Layout
     reason: str
+    held: tuple[Layout, ...] = LAYOUTS
     bundle: int
     measured: bool
     launches: tuple[LaunchTime, ...]
@@ -113,8 +116,23 @@ class Plan:
         """Whether the device can generate in the layout that is taken."""
         return self.layouts[self.layout].missing == 0
 
+    @property
+    def misfit(self) -> str:
+        """Why it does not fit, and what to do, in one line; "" where it fits."""
+        if self.fits:
+            return ""
+        lacks = {name: plan.missing for name, plan in self.layouts.items()}
+        said = f"{self.name} does not fit {self.device.title} in layout {self.layout}"
+        said += f": {lacks[self.layout] / 1e9:.2f} GB are missing; "
+        for other, missing in lacks.items():
+            if not missing:
+                again = "" if other in self.held else ", once exported with --layout both"
+                return f"{said}layout {other} fits: give --layout {other}{again}"
+        batch = ", a smaller --batch" if self.workload.batch > 1 else ""
+        return f"{said}take a larger device{batch} or a smaller model: no layout fits"
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; bytes, operations and seconds."""
+        """Plain JSON values; bytes, operations and seconds, None for what does not fit."""
         w = self.workload
         layouts = {}
         for name, layout in self.layouts.items():
@@ -139,7 +157,7 @@ class Plan:
             "fits": self.fits,
             "upload_bytes": upload_bytes(w),
             "launches": [launch.to_json() for launch in self.launches],
-            "seconds": self.seconds,
+            "seconds": self.seconds if self.fits else None,
             "assumptions": [ASSUMPTION, ESTIMATES[self.library]],
         }
 
@@ -182,6 +200,7 @@ def make_plan(
         layouts=plans,
         layout=chosen,
         reason=reason,
+        held=tuple(held or LAYOUTS),
         bundle=bundle,
         measured=measured,
         launches=launch_times(workload, device),
