@@ -174,6 +174,8 @@ def test_int8_is_not_for_engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_without_tensorrt_it_says_what_to_install(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    here = FakeMachine(cuda=Driver(cuda="12.8", gpus=(H100_GPU,)))
+    monkeypatch.setattr(build_module, "Machine", lambda: here)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     words = ("JetPack", 'pip install "tensorrt>=')
     refused(1, "build", bundle, "--library", "tensorrt", parts=words)

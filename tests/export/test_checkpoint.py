@@ -292,7 +292,12 @@ def test_a_hub_out_of_reach_is_not_asked_again(
 def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = threading.Event()
     monkeypatch.setattr(hub, "PATIENCE", 0.05)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: waiting.wait(60))
+
+    def never(*_: object, **__: object) -> None:
+        waiting.wait(60)
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", never)
     assert hub._out_of_reach("http://hub.invalid") == "hub.invalid does not answer within 0 s"
     waiting.set()
 

@@ -195,7 +195,7 @@ def sample(
     how: Loaded | None = None
     ray: dict[str, Any] | None = None
     started = time.monotonic()
-    with _telling_what_is_kept(folder, spec), Progress(quiet=quiet) as progress:
+    with _telling_what_is_kept(folder, spec, as_json), Progress(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
             if cluster is not None:
@@ -240,11 +240,13 @@ def sample(
 
 
 @contextlib.contextmanager
-def _telling_what_is_kept(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
-    """Says what an interrupted run leaves, and how it goes on."""
+def _telling_what_is_kept(folder: SetFolder, spec: SetSpec, as_json: bool) -> Iterator[None]:
+    """Says what an interrupted run leaves, and how it goes on; not beside an error that is JSON."""
     try:
         yield
     except (KeyboardInterrupt, Terminated):
+        if as_json:
+            raise
         there = spec.shards - len(folder.missing(spec, range(spec.shards)))
         say(
             f"{folder.path} keeps {there} of {_shards(spec.shards)}; the same command goes on from "
