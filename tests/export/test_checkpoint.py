@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import subprocess
 import sys
@@ -287,6 +288,22 @@ def test_a_hub_out_of_reach_is_not_asked_again(
         hub.fetch("a/b", "x.pth", option="--checkpoint")
     assert "(127.0.0.1 cannot be reached: " in str(caught.value)
     assert str(caught.value).endswith("give it with --checkpoint")
+
+
+def test_export_looks_for_the_hub_before_it_imports_torch(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from var_deploy.cli import main; main(sys.argv[1:])"
+    )
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{closed}", "HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, "-c", code, "export", "var-d16", "--out", str(tmp_path / "b")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert "127.0.0.1 cannot be reached" in ended.stderr and "--tokenizer" in ended.stderr
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

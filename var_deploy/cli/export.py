@@ -119,10 +119,15 @@ def export(
     utf8_path(out.absolute(), "the library of ONNX")
 
     with needs_extra("export", "export"):
-        from var_deploy.export.presets import find_preset
+        from var_deploy.export.presets import find_preset, own_file
 
-        if model is not None:
-            find_preset(model)  # a wrong name is told before torch is imported
+        if model is not None:  # a wrong name, or no network, is told before torch is imported
+            preset = find_preset(model)
+            if random_weights is None:
+                with Progress(quiet=quiet) as progress:
+                    for part, given in weights.files().items():
+                        if given is None:
+                            own_file(preset, part, lambda message: progress.update(message, 0.0))
         from var_deploy.export.bundle import ExportOptions, export_bundle
         from var_deploy.export.checkpoint import load_model
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.shell_completion import CompletionItem
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from var_deploy.export.hints import Hints
     from var_deploy.pipeline import Pipeline
 
+    ParamType = click.ParamType[Any]  # generic since click 8.4, and only for type checkers
+else:
+    ParamType = click.ParamType
+
 Command = Callable[..., None]
 OLDEST_CAPABILITY = 75  # 7.5, the first that TensorRT for RTX builds for
 
@@ -37,7 +41,7 @@ count_option = functools.partial(click.option, "--count", "-n")
 quiet_option = functools.partial(click.option, "--quiet", "-q", is_flag=True)
 
 
-class ChoiceList(click.ParamType):
+class ChoiceList(ParamType):
     """Words of a known few, with commas between them, as in "fp16,int8"; a tuple. With
     `multiple=True` the option may be repeated as well: `flattened` makes one tuple of all."""
 
@@ -72,7 +76,7 @@ class ChoiceList(click.ParamType):
         return tuple(dict.fromkeys(word for words in value for word in words))
 
 
-class ComputeCapability(click.ParamType):
+class ComputeCapability(ParamType):
     """A GPU's compute capability, as NVIDIA writes it (8.6) or as one number (86): 86."""
 
     name = "compute capability"
@@ -219,6 +223,10 @@ class CheckpointOptions:
     def given(self) -> bool:
         """Whether any of them was."""
         return any(value is not None for value in dataclasses.astuple(self))
+
+    def files(self) -> dict[Literal["tokenizer", "transformer"], Path | None]:
+        """The file of each part, None where it was not given."""
+        return {"tokenizer": self.tokenizer, "transformer": self.checkpoint}
 
     def hints(self) -> Hints:
         """The same for the half that reads the files."""
