@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,7 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
             path if folder is None else Path(names.MANIFEST), MANIFEST_BYTES, folder=folder
         )
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{bundle} is not a bundle: it has no {names.MANIFEST}") from None
+        raise BundleError(_no_bundle(bundle, looked=folder is None)) from None
     except (OSError, ValueError) as error:
         words = getattr(error, "strerror", None) or one_line(error)
         raise BundleError(f"{path} cannot be read ({words}); export the bundle again") from None
@@ -197,6 +198,16 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
     except (DamagedError, UsageError) as error:
         words = str(error)[:LONGEST_COMPLAINT]
         raise BundleError(f"{path} is damaged ({words}); export the bundle again") from None
+
+
+def _no_bundle(bundle: Path, *, looked: bool) -> str:
+    """What to say of a path without a manifest; `looked` where it was not held open before."""
+    if not looked or os.path.exists(bundle):
+        return f"{bundle} is not a bundle: it has no {names.MANIFEST}"
+    if str(bundle) in names.PRESETS:
+        made = Path("build", bundle)
+        return f"{bundle} is a preset: export it first (var-deploy export {bundle} --out {made})"
+    return f"{bundle} does not exist; give the folder of a bundle, which var-deploy export writes"
 
 
 def check_files(

@@ -15,6 +15,9 @@ ACCUMULATE = "accumulate"  # tokens of all scales → f_hat
 # the graphs that are not one of the K static ones
 FIXED_GRAPHS = (CONDITION, STEP, DECODER, ENCODER, ACCUMULATE)
 
+# models known by name, see `export/presets.py`, which the half without PyTorch may lack
+PRESETS = ("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36")
+
 
 def scale_graph(scale: int) -> str:
     """Name of the static graph of one scale."""

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from var_deploy.errors import CheckpointError
 from var_deploy.host.installation import pip_install
+
+PATIENCE = 3.0  # seconds until a Hub that does not answer counts as out of reach
 
 
 def fetch(
@@ -37,6 +43,10 @@ def fetch(
         return Path(cached)
     if progress:
         progress(f"fetching {filename} from {repo}")
+    constants = huggingface_hub.constants
+    # the library would try again and again, for half a minute
+    if not constants.HF_HUB_OFFLINE and (problem := _out_of_reach(constants.ENDPOINT)):
+        raise CheckpointError(f"{filename} could not be fetched from {repo} ({problem}); {by_hand}")
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     try:
@@ -48,6 +58,32 @@ def fetch(
         ) from None
     finally:
         logger.setLevel(level)
+
+
+def _out_of_reach(endpoint: str) -> str:
+    """Why the server behind a URL, or the proxy on the way, takes no connection; "" where it does.
+
+    Takes no longer than PATIENCE, whatever the resolver of names does.
+    """
+    url = urllib.parse.urlsplit(endpoint)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
+        url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    said = [f"{host} does not answer within {PATIENCE:.0f} s"]
+
+    def connect() -> None:
+        try:
+            with socket.create_connection((host, port), timeout=PATIENCE):
+                said[0] = ""
+        except OSError as error:
+            said[0] = f"{host} cannot be reached: {error.strerror or error}"
+
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(PATIENCE)
+    return said[0]
 
 
 def _root(error: BaseException) -> str:

@@ -189,16 +189,25 @@ class VerifyReport:
         }
 
     def table(self) -> str:
-        """Return a text table with one line per graph, and the sample study."""
-        rows = [HEADER, *(_row(check) for check in self.checks)]
+        """Return a text table with one line per graph, the sample study, and the verdict."""
+        rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        return "\n".join(line.rstrip() for line in [*lines, *self.remarks()])
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """HEADER, and a row for every check."""
+        return [HEADER, *(_row(check) for check in self.checks)]
+
+    def remarks(self) -> list[str]:
+        """The lines below the table; the last ones are the verdict."""
+        lines: list[str] = []
         if any(check.precision == "int8" for check in self.checks):
             lines += ["", INT8_REMARK]
         if self.samples:
-            lines += ["", self.samples.text()]
-        return "\n".join(line.rstrip() for line in [*lines, "", *self.verdict()])
+            lines += ["", *self.samples.text().splitlines()]
+        return [*lines, "", *self.verdict()]
 
     def verdict(self) -> list[str]:
         """Say what was shown, one line per precision; one line of failure where a check fails."""

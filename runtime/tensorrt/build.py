@@ -18,6 +18,8 @@ from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
 from var_deploy.bundle.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.errors import BackendError, BundleError, UsageError
+from var_deploy.host.doctor import gpu_problem
+from var_deploy.host.machine import Machine
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.precisions import check_gpu_precision, gpu_precision
 from var_deploy.planning.selection import choose_layout
@@ -190,31 +192,41 @@ def _settle(
     find_device: FindDevice | None,
 ) -> tuple[Library, BuildOptions, Target]:
     """Resolve library, options and target, so that they fit each other."""
-    ahead = options.compute_capability
-    if not isinstance(library, Library):
-        library = load_library(library or (RTX if ahead is not None else None))
+    ahead, device, sm = options.compute_capability, ANY_DEVICE, options.compute_capability or 0
+    try:
+        if not isinstance(library, Library):
+            library = load_library(library or (RTX if ahead is not None else None))
+        if ahead is None:
+            device, sm = (find_device or _this_device)()
+    except BackendError:
+        # without a GPU it does not matter which library is missing
+        if ahead is None and find_device is None and (problem := gpu_problem(Machine())):
+            raise BackendError(
+                f"{problem}; engines for another machine are built with {RTX} and "
+                "--compute-capability"
+            ) from None
+        raise
     if ahead is not None and not library.is_rtx:
         raise UsageError(
             f"--compute-capability is for {RTX} alone: {TENSORRT} builds for the device it runs on"
         )
-    device = ANY_DEVICE
-    if ahead is None:
-        if find_device is None:
-            from var_deploy.runtime.backends.cuda import device_name_and_sm
-
-            find_device = device_name_and_sm
-        device, ahead = find_device()
     if library.is_rtx:
         device = ANY_DEVICE
-        options = dataclasses.replace(options, compute_capability=ahead)
+        options = dataclasses.replace(options, compute_capability=sm)
     target = Target(
         library=library.name,
         version=library.version,
         device=device,
-        sm=ahead,
+        sm=sm,
         precision=precision,
     )
     return library, options, target
+
+
+def _this_device() -> tuple[str, int]:
+    from var_deploy.runtime.backends.cuda import device_name_and_sm
+
+    return device_name_and_sm()
 
 
 def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Progress) -> None:

@@ -14,8 +14,12 @@ import pytest
 
 import fake_tensorrt
 from cli_steps import assert_one_line, done, edit, export, refused, run
+from fake_machine import H100_GPU, FakeMachine
 from fake_tensorrt import builder as fake
+from var_deploy.errors import BackendError
+from var_deploy.machine import Driver
 from var_deploy.manifest import read_manifest
+from var_deploy.runtime.tensorrt import build as build_module
 
 NAME = "tensorrt-10.3.0-sm87-fp16"
 
@@ -90,8 +94,38 @@ def test_a_relative_path_works_in_a_process_of_its_own(
     assert ": 3 built, 0 kept, " in result.stdout
 
 
-def test_engines_for_another_machine(bundle: Path) -> None:
-    result = done("build", bundle, "--compute-capability", 86)
+@pytest.mark.parametrize("library", ["tensorrt", "var_deploy.runtime.cuda"])
+def test_a_missing_driver_is_named_first(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    """Whichever library is missing besides."""
+    monkeypatch.setattr(build_module, "Machine", FakeMachine)
+    if library == "tensorrt":
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    else:
+
+        def fail() -> None:
+            raise BackendError("cudaGetDeviceProperties failed: cudaErrorInsufficientDriver")
+
+        monkeypatch.setattr(sys.modules[library], "device_name_and_sm", fail)
+    parts = ("no CUDA driver is installed; install NVIDIA's", "doctor", "--compute-capability")
+    refused(1, "build", bundle, parts=parts)
+    here = FakeMachine(cuda=Driver(cuda="12.8", gpus=(H100_GPU,)))
+    monkeypatch.setattr(build_module, "Machine", lambda: here)
+    own = "neither tensorrt nor" if library == "tensorrt" else "cudaErrorInsufficientDriver"
+    assert own in refused(1, "build", bundle)
+
+
+@pytest.mark.parametrize("typed", ["5.9", "7.4", "74", "8", "8.65", "sm86", "8,6", "", "1000"])
+def test_what_is_no_compute_capability(bundle: Path, typed: str) -> None:
+    parts = ("at least 7.5, such as 8.6 or 86", repr(typed))
+    refused(2, "build", bundle, "--compute-capability", typed, parts=parts)
+
+
+@pytest.mark.parametrize("typed", ["86", "8.6"])
+def test_engines_for_another_machine(bundle: Path, typed: str) -> None:
+    result = done("build", bundle, "--compute-capability", typed)
     assert "for tensorrt_rtx 1.7.0 on any GPU (sm86), fp16" in result.stdout
     assert "note:" not in result.stdout
     refused(
@@ -117,7 +151,7 @@ def test_failures_are_one_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(1, "build", bundle, parts=("could not build decoder", "ForeignNode"))
     monkeypatch.delenv(fake.PLANT)
     refused(1, "build", bundle, "--precision", "fp32", parts=("no fp32 graphs",))
-    refused(1, "build", bundle / "nowhere", parts=("is not a bundle",))
+    refused(1, "build", bundle / "nowhere", parts=("does not exist",))
     edit(bundle, lambda data: data["files"]["fp16/weights.bin"].update(sha256="0" * 64))
     refused(1, "build", bundle, parts=("weights.bin does not match its hash",))
 
@@ -140,6 +174,8 @@ def test_int8_is_not_for_engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_without_tensorrt_it_says_what_to_install(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    here = FakeMachine(cuda=Driver(cuda="12.8", gpus=(H100_GPU,)))
+    monkeypatch.setattr(build_module, "Machine", lambda: here)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     words = ("JetPack", 'pip install "tensorrt>=')
     refused(1, "build", bundle, "--library", "tensorrt", parts=words)

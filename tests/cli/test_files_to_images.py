@@ -186,15 +186,24 @@ def test_real_processes(named: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     made = process("generate", named, "--labels", "0", "--out", out, "--threads", 1, "--json")
     assert (made.returncode, made.stderr) == (0, "")
-    assert json.loads(made.stdout)["runtime"]["threads"] == "1"
-    assert json.loads(made.stdout)["settings"] == read_settings(out)
+    report = json.loads(made.stdout)
+    assert report["runtime"]["threads"] == 1
+    assert report["settings"]["labels"] == [0] and report["settings"]["seed"] == 0
+    assert report["settings"]["label_names"] == [read_manifest(named).labels[0]]
+    text = read_settings(out)
+    assert [str(report["settings"][k]) for k in ("precision", "top_k", "bundle")] == [
+        text[k] for k in ("precision", "top_k", "bundle")
+    ]
     failed = process("generate", named, "--labels", "0", "--out", out / "y.png")
     assert failed.returncode == 2
     assert failed.stdout == ""
     assert failed.stderr == f"error: {out}/y.png cannot be written: {out} is not a folder\n"
     missing = process("inspect", tmp_path / "none")
     assert (missing.returncode, missing.stdout) == (1, "")
-    assert missing.stderr == f"error: {tmp_path}/none is not a bundle: it has no manifest.json\n"
+    assert missing.stderr == (
+        f"error: {tmp_path}/none does not exist; give the folder of a bundle, which var-deploy "
+        "export writes\n"
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
@@ -218,8 +227,8 @@ def test_progress_over_scales_and_batches_on_a_terminal(made: Path, tmp_path: Pa
             pass
         os.close(ours)
         assert child.wait(60) == 0
-    steps = re.findall(rb"step (\d+) of (\d+)", seen)
-    assert steps == [(b"%d" % n, b"8") for n in range(1, 9)], "two batches of 3 scales, a decoder"
+    told = re.findall(rb"(image \d) of 3, [\d.]+(?:/s| s each), \d+ s left", seen)
+    assert list(dict.fromkeys(told)) == [b"image 1", b"image 2", b"image 3"]
     assert seen.endswith(b"\r\x1b[K"), "the bar is wiped at the end"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -21,7 +22,9 @@ from var_deploy import files as module
 from var_deploy import names
 from var_deploy.bench.rounds import Comparison
 from var_deploy.cli import main
-from var_deploy.errors import BundleError
+from var_deploy.cli.outputs import file_target
+from var_deploy.errors import BundleError, UsageError
+from var_deploy.images import read_settings
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineRecord
@@ -96,6 +99,42 @@ def test_one_png_on_standard_output(made: Path, tmp_path: Path) -> None:
         else:
             told = "" if options else "wrote standard output (2 images of 8 × 8, "
             assert result.stderr.startswith(told) and bool(result.stderr) is not bool(options)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_other_formats_have_the_same_settings(made: Path, tmp_path: Path, suffix: str) -> None:
+    picture, row = tmp_path / "x.png", tmp_path / f"row.{suffix}"
+    for form in ("png", suffix):
+        out = tmp_path / f"x.{form}"
+        done("generate", made, "--labels", "0,1", "-o", out, "--preview", tmp_path / f"p.{form}")
+        done("edit", made, picture, "--box", "6,0,12,8", "-n", 2, "-o", tmp_path / f"e.{form}")
+        done("reconstruct", made, picture, "-o", tmp_path / f"r.{form}", "-q")
+    for name in ("x", "p", "e", "r"):
+        same, other = tmp_path / f"{name}.png", tmp_path / f"{name}.{suffix}"
+        assert read_settings(other) == read_settings(same)
+        assert pixels(other).shape == pixels(same).shape
+        if suffix == "webp":
+            np.testing.assert_array_equal(pixels(other), pixels(same))
+    done("reconstruct", made, tmp_path / f"x.{suffix}", "--scales", "K", "-o", row)
+
+
+def test_a_grid_too_large_for_its_format(made: Path, tmp_path: Path) -> None:
+    out = ("--labels", 0, "-o")
+    many = ("generate", made, "--labels", 0, "-n", 5000, "-o")
+    refused(2, *many, tmp_path / "x.jpg", parts=("a JPEG file holds", "name x.png instead"))
+    row = ("reconstruct", made, tmp_path / "none.png", *out)
+    assert "No such option" in run(*row, "x.webp").stderr
+    wide = file_target(str(tmp_path / "x.webp"))
+    with pytest.raises(UsageError, match=r"at most 16383 pixels a side.*19998 × 8: name x\.png"):
+        wide.check_sheet(read_manifest(made), 2000, 2000)
+    wide.check_sheet(read_manifest(made), 2000)
+    file_target(str(tmp_path / "x.png")).check_sheet(read_manifest(made), 2000, 2000)
+
+
+def test_a_suffix_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    known = "images are written as .png, .jpg, .jpeg or .webp, found x.gif"
+    for words in (("generate", "none"), ("edit", "none", "p"), ("reconstruct", "none", "p")):
+        refused(2, *words, "--out", tmp_path / "x.gif", parts=(known,))
 
 
 def test_edits_and_reconstructions_on_standard_output(made: Path, tmp_path: Path) -> None:

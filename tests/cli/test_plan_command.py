@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cli_steps import done, process, refused, tree
+from cli_steps import done, process, refused, run, tree
 from fake_machine import FakeMachine, jetson
 from var_deploy.manifest import read_manifest
 from var_deploy.planning import devices
@@ -68,10 +68,24 @@ def test_int8_is_for_processors() -> None:
     )
 
 
-def test_what_does_not_fit_is_still_done() -> None:
-    text = done("plan", "var-d36", "--device", "orin-nano-4gb").stdout
+def test_what_does_not_fit_ends_with_1_and_has_no_times() -> None:
+    words = ("plan", "var-d36", "--device", "orin-nano-4gb")
+    said = refused(1, *words, parts=("does not fit Jetson Orin Nano 4GB", "larger device"))
+    assert "no layout fits" in said and "--layout" not in said and "--batch" not in said
+    text = run(*words).stdout
     assert "no, lacks" in text and "neither fits" in text
-    assert plan("var-d36", "--device", "orin-nano-4gb")["fits"] is False
+    assert "at least" not in text and " ms" not in text and "A floor" not in text
+    result = run(*words, "--json")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["fits"], report["seconds"]) == (1, False, None)
+    assert json.loads(result.stderr)["error"] == said.removeprefix("error: ").rstrip()
+    refused(1, *words, "--batch", 2, parts=("a smaller --batch",))
+
+
+def test_a_layout_is_advised_where_it_fits() -> None:
+    words = ("plan", "var-d24", "--device", "orin-nano-8gb")
+    refused(1, *words, "--layout", "per-scale", parts=("layout shared fits: give --layout shared",))
+    assert "no, lacks" in done(*words).stdout, "shared is taken"
 
 
 def test_a_bundle_settles_its_options(made: Path) -> None:
@@ -122,7 +136,7 @@ def test_bad_usage(tmp_path: Path) -> None:
     refused(2, "plan", "pocket", "--batch", 0, parts=("--batch",))
     refused(1, "plan", tmp_path, parts=("is not a bundle",))
     (tmp_path / "file").write_text("x")
-    refused(1, "plan", tmp_path / "file", parts=("is no bundle",))
+    refused(1, "plan", tmp_path / "file", parts=("is not a bundle",))
 
 
 def test_of_a_bundle_it_is_what_generate_takes(

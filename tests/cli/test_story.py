@@ -141,7 +141,7 @@ def test_images_that_came_unequally_far(made: Path, tmp_path: Path) -> None:
     [
         (("--preview", "x.png"), "must be different files"),
         (("--preview", "sub/../x.png"), "must be different files"),
-        (("--preview", "s.gif"), "images are written as .png, found s.gif"),
+        (("--preview", "s.gif"), "written as .png, .jpg, .jpeg or .webp, found s.gif"),
         (("--gif", "s.png"), "images are written as .gif, found s.png"),
         (("--gif", "folder.gif"), "folder.gif is not an ordinary file"),
         (("--gif", "/proc/self/s.gif"), "/proc/self/s.gif cannot be written"),

@@ -108,7 +108,7 @@ def test_no_command_shows_the_help() -> None:
 @pytest.mark.parametrize("command", [("generate", "--out", "x.png"), ("inspect",)])
 def test_a_folder_that_is_no_bundle(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert_one_line(run(command[0], tmp_path, *command[1:]), 1, "is not a bundle")
-    assert_one_line(run(command[0], tmp_path / "none", *command[1:]), 1, "is not a bundle")
+    assert_one_line(run(command[0], tmp_path / "none", *command[1:]), 1, "none does not exist")
 
 
 # generate
@@ -178,7 +178,7 @@ def test_json_says_what_was_done(bundle: Path, pipeline: type[FakePipeline]) -> 
     assert done["out"] == str(out)
     assert done["count"] == 3
     assert done["runtime"]["backend"] == "fake"
-    assert done["settings"]["cfg"] == "2"
+    assert done["settings"]["cfg"] == 2
 
 
 def test_a_model_without_classes(
@@ -215,7 +215,7 @@ def test_many_classes_need_labels(
         (["--seed", "1,2"], "2 seeds for 3 images"),
         (["--cfg", "1,2,3"], "cfg has 3 values, but the model has 2 scales"),
         (["--top-k", "0:9"], "top_k '0:9': 0 keeps every code"),
-        (["--out", "x.jpg"], ".png"),
+        (["--out", "x.bmp"], ".png, .jpg, .jpeg or .webp"),
         (["--out", "/proc/self/x.png"], "/proc/self/x.png"),
     ],
 )

@@ -64,7 +64,7 @@ def test_export_tells_programs_and_is_quiet(tmp_path: Path, exporter: list[dict[
 def test_export_passes_on_its_options(tmp_path: Path, exporter: list[dict[str, Any]]) -> None:
     result = run(
         *("export", "var-d16", "--out", tmp_path / "b", "--random-weights", 0, "--batch", 2),
-        *("--precision", "fp16", "--precision", "fp32", "--precision", "fp16"),
+        *("--precision", "fp16,fp32", "--precision", "fp16"),
         *("--precision", "int8", "--no-guidance", "--layout", "shared", "--calibration", 2),
     )
     assert result.exit_code == 0, result.output
@@ -160,8 +160,11 @@ class FakeReport:
     def __init__(self, failure: str | None) -> None:
         self.failure, self.passed, self.unstored = failure, failure is None, ""
 
-    def table(self) -> str:
-        return "scale  error"
+    def rows(self) -> list[tuple[str, ...]]:
+        return [("scale", "tensor", "abs", "error", "bound", "logits", "top-1"), ("0",) * 7]
+
+    def remarks(self) -> list[str]:
+        return ["", "said"]
 
     def to_json(self) -> dict[str, Any]:
         return {"passed": self.passed}
@@ -180,13 +183,14 @@ def test_verify(bundle: Path, monkeypatch: pytest.MonkeyPatch, failure: str | No
     module.verify_bundle = verify_bundle  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "var_deploy.export.verify.bundle", module)
     result = run("verify", bundle, "--precision", "fp32")
-    assert result.stdout == "scale  error\n"
+    assert result.stdout.startswith("scale  tensor  abs  error")
+    assert result.stdout.endswith("\n\nsaid\n")
     assert calls[0]["folder"] == bundle
     assert calls[0]["precision"] == "fp32"
     as_json = run("verify", bundle, "--json")
-    assert json.loads(as_json.stdout) == {"passed": failure is None}
+    assert json.loads(as_json.stdout) == {"passed": failure is None, "unstored": ""}
     if failure:
         assert_one_line(result, 1, failure)
-        assert_one_line(as_json, 1, failure)
+        assert json.loads(as_json.stderr) == {"error": failure, "exit_code": 1}
     else:
         assert result.exit_code == as_json.exit_code == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from cli_steps import run
 from fake_machine import DPKG, H100_GPU, ORIN_GPU, FakeMachine, jetson, workstation
 from var_deploy.host import machine as machine_module
 from var_deploy.host.cuda_driver import describe
-from var_deploy.host.doctor import DoctorReport, Finding, examine
+from var_deploy.host.doctor import EXTRAS, DoctorReport, Finding, examine, gpu_problem
 from var_deploy.host.installation import pip, pip_command, pip_install
 from var_deploy.host.machine import NO_DRIVER, Answer, Driver, Gpu, Machine
 
@@ -111,6 +113,46 @@ def test_releases_of_jetpack(package: str, release: str, state: str, said: str) 
     assert bool(found.remedy) == (state == "problem")
 
 
+def test_extras_are_rows_and_abilities() -> None:
+    bare = examine(jetson())
+    lacks = able(bare)
+    for name, (packages, _, ability) in EXTRAS.items():
+        assert finding(bare, name).state == "missing"
+        assert all(package in finding(bare, name).remedy for package in packages)
+        assert lacks[ability] == (name,)
+    packages = {"fastapi": "0.115", "uvicorn": "0.30", "ray": "2.60", "pyarrow": "15"}
+    some = examine(changed(jetson(), packages=packages))
+    serve = finding(some, "serve")
+    assert (serve.state, serve.found) == (
+        "problem",
+        "fastapi 0.115, uvicorn 0.30, without prometheus-client",
+    )
+    assert "prometheus-client" in serve.remedy and "fastapi" not in serve.remedy
+    assert finding(some, "ray").found == "ray 2.60"
+    left = {name for name, lack in able(some).items() if {*lack} & {*EXTRAS}}
+    assert left == {"serve", "bench --plot"}
+    others = {"prometheus-client": "0.2", "matplotlib": "3.8"}
+    whole = changed(jetson(), packages={**packages, **others})
+    assert not {lack for lacks in able(examine(whole)).values() for lack in lacks} & {*EXTRAS}
+
+
+def test_extras_are_those_of_the_project() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    for name, (packages, _, _) in EXTRAS.items():
+        listed = re.search(rf"^{name} = \[(.*)\]$", text, re.M)
+        assert listed is not None
+        assert tuple(re.findall(r'"([\w-]+)', listed[1])) == packages
+
+
+def test_why_no_gpu_can_run_engines() -> None:
+    assert gpu_problem(jetson()) == ""
+    said = gpu_problem(FakeMachine())
+    assert "no CUDA driver is installed; install NVIDIA's driver" in said
+    pascal = dataclasses.replace(H100_GPU, sm=61)
+    old = changed(workstation(), cuda=Driver(cuda="12.8", gpus=(pascal,)))
+    assert "SM 6.1" in gpu_problem(old) and "generate on the CPU" in gpu_problem(old)
+
+
 def test_a_slow_power_mode_is_told() -> None:
     found = finding(examine(jetson(mode="15W")), "power mode")
     assert (found.state, found.found) == ("ok", "15W")
@@ -143,7 +185,9 @@ def test_a_workstation_without_tensorrt() -> None:
     assert finding(report, "onnxruntime").found == "1.23.2 (CUDA, CPU)"
     assert finding(report, "TensorRT").remedy == pip_install("tensorrt", "tensorrt")
     assert finding(report, "cuda-python").remedy == pip_command("cuda-python>=12.6,<13")
+    extras = {ability: (name,) for name, (_, _, ability) in EXTRAS.items()}
     assert able(report) == {
+        **extras,
         "export and verify": (),
         "generate on the CPU": (),
         "build engines": ("TensorRT", "cuda-python"),
@@ -241,7 +285,7 @@ def test_the_table_of_a_board(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(line.startswith("TensorRT") and "tensorrt 10.3.0" in line for line in lines)
     assert any(line.startswith("onnxruntime") and "missing" in line for line in lines)
     assert any(line.split() == ["generate", "with", "TensorRT", "yes"] for line in lines)
-    assert "generate on the CPU     no: onnxruntime" in lines
+    assert any(re.fullmatch("generate on the CPU +no: onnxruntime", line) for line in lines)
     remedies = lines[lines.index("What would change it:") :]
     assert any(line.split()[:2] == ["power", "mode"] for line in remedies)
     assert any('pip install "onnxruntime>=' in line for line in remedies)

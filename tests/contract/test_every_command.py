@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 from cli_steps import done, refused, run
 from var_deploy.cli import main
-from var_deploy.cli.console import paint, table, unpainted
+from var_deploy.cli.console import facts, paint, table, unpainted
 
 ORDER = ("demo", "export", "verify", "inspect", "labels", "generate")  # the way of a newcomer
 REPORTING = ("bench", "build", "demo", "doctor", "edit", "encode", "generate", "inspect", "plan")
@@ -92,6 +93,15 @@ def test_common_options_mean_the_same(command: click.Command) -> None:
         assert options["--threads"].type.min == 1
 
 
+LETTERS = {"--out": "-o", "--count": "-n", "--quiet": "-q", "--verbose": "-v", "--version": "-V"}
+
+
+def test_letters_go_with_their_long_forms(command: click.Command) -> None:
+    for option in (*command.params, *main.params):
+        for long, letter in LETTERS.items():
+            assert (long in option.opts) == (letter in option.opts), (option.name, letter)
+
+
 # bounded where their values meet: with the bundle's sizes, or with other options
 BOUNDED_LATER = {
     ("edit", "count"): "outputs.check_at_once",
@@ -157,6 +167,72 @@ def test_bad_usage_names_the_help() -> None:
     assert "did you mean" in line.lower()
 
 
+# lists
+
+
+def test_precisions_of_export_are_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = main.commands["export"]
+
+    def chosen(*words: str) -> tuple[str, ...]:
+        context = export.make_context("export", ["pocket", "--out", "b", *words])
+        found: tuple[str, ...] = context.params["precision"]
+        return found
+
+    assert chosen() == ("fp32",)
+    assert chosen("--precision", "fp16,int8") == ("fp16", "int8")
+    assert chosen("--precision", "fp16, fp32", "--precision", "fp16") == ("fp16", "fp32")
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("fp16,fp8", "", "fp16,"):
+        words = ("export", "pocket", "--out", "b", "--precision", wrong)
+        refused(2, *words, parts=("expected fp32, fp16 and int8", repr(wrong.split(",")[-1])))
+
+
+# errors as JSON
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("inspect none --json", 1, "none does not exist"),
+        ("generate none -o x.gif --json", 2, "found x.gif"),
+        ("generate none --json --sed 1", 2, "--sed"),
+        ("plan pocket --device abacus --json", 2, "unknown device 'abacus'"),
+        ("plan --json", 2, "give a preset"),
+        ("bench none --json -", 1, "none"),
+        ("bench none --json=-", 1, "none"),
+        ("nothing --json", 2, "No such command 'nothing'"),
+    ],
+)
+def test_with_json_an_error_is_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, code: int, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*words.split())
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.count("\n") == 1
+    data = json.loads(result.stderr)
+    assert set(data) == {"error", "exit_code"} and data["exit_code"] == code
+    assert said in data["error"]
+
+
+@pytest.mark.parametrize(
+    "words", ["bench none --json report.json", "plan -- --json", "serve none --json", "--json"]
+)
+def test_without_json_on_stdout_an_error_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stderr = run(*words.split()).stderr
+    assert stderr.startswith("error: ") == (words != "--json")
+    assert stderr.startswith("{") == (words == "--json")
+
+
+def test_json_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAR_DEPLOY_PLAN_AS_JSON", "1")
+    assert json.loads(done("plan", "pocket", "--device", "thor").stdout)["fits"] is True
+    assert json.loads(run("plan", "pocket", "--device", "abacus").stderr)["exit_code"] == 2
+
+
 # the environment
 
 
@@ -196,6 +272,7 @@ def test_completion_scripts(shell: str) -> None:
         ("var-deploy plan var-d16 --dev", "plain,--device"),
         ("var-deploy plan var-d16 --device thor", "plain,thor"),
         ("var-deploy plan var-d16 --layout sh", "plain,shared"),
+        ("var-deploy export pocket --precision fp16,i", "plain,fp16,int8"),
         ("var-deploy generate build/p", "dir,build/p"),
         ("var-deploy inspect build/p", "file,build/p"),
     ],
@@ -230,6 +307,62 @@ def test_colours_do_not_move_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     painted = [tuple(paint(cell, "red") for cell in row) for row in rows]
     assert table(painted) != table(rows)
     assert unpainted(table(painted, right=(1,))) == table(rows, right=(1,))
+
+
+# widths
+
+WIDE = [
+    ("name", "number", "words", "why"),
+    ("a", "1", "one two three four five six seven eight nine ten", "because of it"),
+    ("b", "22", "short", "because of a longer reason"),
+]
+
+
+def test_a_table_gives_up_columns_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = table(WIDE, right=(1,), optional=(3, 1))
+    assert max(map(len, whole.splitlines())) > 80, "in a pipe it has all of them"
+    monkeypatch.setenv("COLUMNS", "80")
+    first = table(WIDE, right=(1,), optional=(3, 1))
+    assert max(map(len, first.splitlines())) <= 80
+    assert "why" not in first.splitlines()[0] and "number" in first
+    assert first.endswith("\n(not shown: why; -v shows them)")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert "(not shown: number, why; -v" in table(WIDE, right=(1,), optional=(3, 1))
+
+
+def test_words_are_broken_where_no_column_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain = [row[:3] for row in WIDE]
+    painted = [(paint(a, "red"), b, paint("one", "red") + c[3:]) for a, b, c in plain]
+    painted[0], painted[2] = plain[0], plain[2]
+    for rows in (plain, painted):
+        lines = unpainted(table(rows, right=(1,))).splitlines()
+        assert max(map(len, lines)) <= 40
+        assert " ".join(line[14:].strip() for line in lines[2:5]).startswith("one two three four")
+    path = "/" + "x" * 60
+    assert path in table([("name", "file"), ("a", path)]), "can be copied"
+    assert facts([("name", path), ("more", "word " * 20)]).splitlines()[0] == f"name  {path}"
+    assert max(map(len, facts([("more", "word " * 20)]).splitlines())) <= 40
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["doctor", "plan var-d16 --device thor", "inspect BUNDLE", "inspect BUNDLE --graph step"],
+)
+def test_reports_fit_80_columns(
+    pocket_bundle: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(pocket_bundle.parent)
+    arguments = words.replace("BUNDLE", pocket_bundle.name).split()
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = run(*arguments).stdout.partition("\nWhat would change it")[0]
+    assert max(map(len, narrow.splitlines())) <= 80
+    monkeypatch.delenv("COLUMNS")
+    assert max(map(len, run(*arguments).stdout.splitlines())) > 80, "whole in a pipe"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "not shown" not in run(*arguments, "-v").stdout
 
 
 def test_nothing_is_painted_into_a_pipe(tmp_path: Path) -> None:

@@ -180,6 +180,51 @@ def test_a_folder_or_device_is_not_overwritten(tmp_path: Path, pictures: NDArray
     assert Path(os.devnull).is_char_device()
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp", ".png"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_suffix_chooses_the_format(
+    tmp_path: Path, pictures: NDArray[np.uint8], suffix: str, channels: int
+) -> None:
+    path = tmp_path / f"x{suffix}"
+    text = {"Software": "var-deploy", "labels": "3 étoile, 星", "n": "1"}
+    picture = np.repeat(np.repeat(pictures[0, ..., :channels], 8, 0), 8, 1)
+    images.save_image(path, picture, text)
+    assert images.read_settings(path) == text
+    with Image.open(path) as image:
+        assert image.format == {".jpg": "JPEG", ".jpeg": "JPEG"}.get(
+            suffix.lower(), suffix[1:].upper()
+        )
+        mode = "RGB" if channels == 3 else "L"
+        found = np.asarray(image.convert(mode)).reshape(picture.shape)
+        if image.format == "JPEG":
+            assert image.getexif()[0x0131] == "var-deploy"
+            assert np.abs(found.astype(int) - picture).mean() < 4
+        else:
+            np.testing.assert_array_equal(found, picture)
+
+
+def test_formats_that_cannot_be_written(
+    tmp_path: Path, pictures: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"\.png, \.jpg, \.jpeg or \.webp, found x\.bmp"):
+        images.save_image(tmp_path / "x.bmp", pictures[0], {})
+    monkeypatch.setattr(images.features, "check", lambda feature: False)
+    with pytest.raises(UsageError, match=r"cannot write WebP, found x\.webp: name x\.png"):
+        images.image_format(tmp_path / "x.webp")
+    assert images.image_format(tmp_path / "x.jpg") == "JPEG"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "comment", [b"", b"UNICODE\0{}", b"ASCII\0\0\0a holiday", b"ASCII\0\0\0[1]", 7]
+)
+def test_comments_of_other_programs_are_no_settings(tmp_path: Path, comment: object) -> None:
+    exif = Image.Exif()
+    exif[0x8769] = {0x9286: comment}
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=exif)
+    assert images.read_settings(tmp_path / "x.jpg") == {}
+
+
 def test_reading_settings_of_other_files(tmp_path: Path, pictures: NDArray[np.uint8]) -> None:
     (tmp_path / "x.png").write_bytes(b"no picture")
     Image.fromarray(pictures[0]).save(tmp_path / "x.bmp")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from var_deploy import files
+from var_deploy import files, names
 from var_deploy.errors import BundleError
 from var_deploy.manifest import (
     SCHEMA_VERSION,
@@ -157,7 +157,20 @@ def test_what_is_no_bundle(tmp_path: Path, place: str) -> None:
         path.write_text("x")
     elif place == "a folder":
         path.mkdir()
-    refusal(path, f"{path} is not a bundle")
+    refusal(path, f"{path} {'does not exist' if place == 'nothing' else 'is not a bundle'}")
+
+
+def test_a_preset_is_not_a_bundle_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from var_deploy.export.checkpoint.presets import PRESETS
+
+    monkeypatch.chdir(tmp_path)
+    assert tuple(PRESETS) == names.PRESETS
+    for name in names.PRESETS:
+        said = f"{name} is a preset: export it first"
+        refusal(Path(name), said, f"(var-deploy export {name} --out build/{name})")
+    Path("pocket").mkdir()
+    refusal(Path("pocket"), "pocket is not a bundle: it has no manifest.json")
+    refusal(Path("nope"), "nope does not exist; give the folder of a bundle")
 
 
 def _set(*keys: str, value: object) -> Callable[[dict[str, Any]], object]:

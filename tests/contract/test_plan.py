@@ -545,7 +545,11 @@ def test_what_fits_where() -> None:
     assert plan("var-d30", "agx-orin-64gb").fits
     asked = plan("var-d30", "agx-orin-64gb", layout="shared")
     assert (asked.layout, asked.reason) == ("shared", "as asked for")
-    assert not plan("var-d24", "orin-nano-8gb", layout="per-scale").fits
+    wide = plan("var-d24", "orin-nano-8gb", layout="per-scale")
+    assert not wide.fits and "layout shared fits: give --layout shared" in wide.misfit
+    alone = dataclasses.replace(wide, held=("per-scale",))
+    assert alone.misfit.endswith("give --layout shared, once exported with --layout both")
+    assert small.misfit == "" and large.misfit.endswith("smaller model: no layout fits")
 
 
 def test_building_on_a_card_leaves_the_hosts_copies_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from cli_steps import done, edit, refused
 from var_deploy.cli import main
-from var_deploy.cli.console import Progress, facts, table
+from var_deploy.cli.console import Progress, facts, image_pace, table
 from var_deploy.host.terminal import PLAIN_FORMS, is_terminal, visible, visible_json
 
 COMMANDS = list(main.commands)
@@ -234,6 +235,28 @@ def test_cells_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.update(HOSTILE, 0.5)
     assert SHOWN in terminal.getvalue()
     assert terminal.getvalue().count("\x1b") == 2  # both of the bar's own
+
+
+def test_progress_has_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert image_pace(12 / 64, 64, 4.0) == "image 13 of 64, 3.0/s, 17 s left"
+    assert image_pace(0.25, 1, 5.0) == "image 1 of 1, 20.0 s each, 15 s left"
+    assert image_pace(0.0, 64, 0.0) == "image 1 of 64"
+    assert image_pace(1.0, 64, 32.0) == "image 64 of 64, 2.0/s, 0 s left"
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress() as progress:
+        progress.images(4)(1, 8)
+    assert not terminal.getvalue(), "not in a pipe"
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setenv("COLUMNS", "50")
+    with Progress() as progress:
+        told = progress.images(4)
+        told(1, 8)
+        told(8, 8)
+    shown = terminal.getvalue().replace("\x1b[K", "").split("\r")
+    assert re.search(r"12% image 1 of 4, \d", shown[1])
+    assert "100% image 4 of 4, " in shown[2]
+    assert max(map(len, shown)) < 50, "one line, which the next one replaces"
 
 
 def test_commands_print_through_the_console() -> None:

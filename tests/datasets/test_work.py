@@ -12,8 +12,9 @@ import pytest
 from cli_steps import tree
 from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.spec import SetSpec
-from var_deploy.datasets.work import make_missing, span
+from var_deploy.datasets.work import make_missing
 from var_deploy.errors import BackendError
+from var_deploy.progress import span
 
 
 def silent(message: str, fraction: float) -> None:
@@ -91,7 +92,7 @@ def test_progress_counts_the_images_of_the_share(
     make_missing(pipe, folder, spec, [0], silent)
     seen: list[tuple[str, float]] = []
     make_missing(pipe, folder, spec, [0, 3], lambda *told: seen.append(told))
-    assert [message.partition(",")[0] for message, _ in seen] == ["6 of 7 images", "7 of 7 images"]
+    assert [message.partition(",")[0] for message, _ in seen] == ["image 6 of 7", "image 7 of 7"]
     assert [fraction for _, fraction in seen] == [6 / 7, 1]
     assert all("/s, " in message and message.endswith(" left") for message, _ in seen)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -241,6 +244,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         except ConnectionError as error:
             raise FileNotFoundError("An error happened while trying to locate it") from error
 
+    monkeypatch.setattr(hub, "_out_of_reach", lambda endpoint: "")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
 
@@ -258,6 +262,68 @@ def test_offline_says_what_to_download_and_which_option_takes_it() -> None:
     assert said == ["fetching vae_ch160v4096z32.pth from FoundationVision/var"]
     with pytest.raises(CheckpointError, match=r"var_d30\.pth.* give it with --checkpoint$"):
         hub.fetch("FoundationVision/var", "var_d30.pth", option="--checkpoint")
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_a_hub_out_of_reach_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, proxied: bool
+) -> None:
+    import huggingface_hub
+
+    def never(*_: object, **__: object) -> str:
+        raise AssertionError("its retries take half a minute")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"127.0.0.1:{server.getsockname()[1]}"
+    endpoint = "https://hub.invalid" if proxied else f"http://{closed}"
+    if proxied:
+        monkeypatch.setenv("https_proxy", closed)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", never)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    with pytest.raises(CheckpointError) as caught:
+        hub.fetch("a/b", "x.pth", option="--checkpoint")
+    assert "(127.0.0.1 cannot be reached: " in str(caught.value)
+    assert str(caught.value).endswith("give it with --checkpoint")
+
+
+def test_export_looks_for_the_hub_before_it_imports_torch(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from var_deploy.cli import main; main(sys.argv[1:])"
+    )
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{closed}", "HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, "-c", code, "export", "var-d16", "--out", str(tmp_path / "b")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+    assert "127.0.0.1 cannot be reached" in ended.stderr and "--tokenizer" in ended.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = threading.Event()
+    monkeypatch.setattr(hub, "PATIENCE", 0.05)
+
+    def never(*_: object, **__: object) -> None:
+        waiting.wait(60)
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", never)
+    assert hub._out_of_reach("http://hub.invalid") == "hub.invalid does not answer within 0 s"
+    waiting.set()
+
+
+def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert hub._out_of_reach(f"http://127.0.0.1:{server.getsockname()[1]}") == ""
 
 
 def test_a_cached_file_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_what_does_not_go_together(
 
 
 def test_a_file_is_no_bundle_to_plan(files: tuple[Path, Path]) -> None:
-    assert_one_line(run("plan", files[0]), 1, "is no bundle", "--checkpoint and --tokenizer")
+    assert_one_line(run("plan", files[0]), 1, "is not a bundle", "--checkpoint and --tokenizer")
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:

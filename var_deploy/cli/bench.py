@@ -6,15 +6,14 @@ import contextlib
 import importlib.util
 import json
 import os
-import textwrap
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from var_deploy.cli.console import Progress, echo, echo_json, human_bytes, table
-from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS
+from var_deploy.cli.console import Progress, echo, echo_json, human_bytes, table, wrapped
+from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS, quiet_option, verbose_option
 from var_deploy.cli.outputs import STDOUT, refusal
 from var_deploy.cli.services import SCHEME, load_text
 from var_deploy.config import BACKENDS, PRECISIONS, RuntimeConfig
@@ -26,7 +25,6 @@ from var_deploy.host.terminal import visible_json
 if TYPE_CHECKING:
     from var_deploy.bench.report import BenchReport, Result, Run
 
-WIDTH = 96
 LEGEND = (
     "ms: median; ratio: to the first; host: share of the time outside of the graphs; floor: the "
     "least time at the measured rates, as a share of the time taken; cold: from the start of the "
@@ -98,7 +96,8 @@ class BundleOrUrl(click.Path):
 )
 @click.option("--json", "json_out", metavar="FILE", help="The report as JSON; - is stdout.")
 @click.option("--plot", metavar="FILE.png", help="The report as a figure.")
-@click.option("--quiet", is_flag=True, help="No progress and no tables.")
+@quiet_option(help="No progress and no tables.")
+@verbose_option()
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -303,7 +302,7 @@ def _contenders(run: Run) -> str:
             rows.append(_row(result, run.images, first))
         else:
             rows.append((result.name, *["–"] * (len(rows[0]) - 1)))
-    return table(rows, right=range(1, len(rows[0])))
+    return table(rows, right=range(1, len(rows[0])), optional=(2, 10, 11, 3, 6, 8, 9))
 
 
 def _row(result: Result, images: int, first: Result) -> tuple[str, ...]:
@@ -364,7 +363,9 @@ def _launches(run: Run) -> str:
         if least:
             total = sum(floor.seconds for floor in least.values())
             last += [f"{1e3 * total:.2f}", _percent(result.reached)]
-    return table([*rows, tuple(last)], right=range(1, len(head)))
+    floors = [n for n, name in enumerate(head) if name in ("floor", "reached")]
+    others = [n for n in range(len(head) - 1, 1, -1) if n not in floors]
+    return table([*rows, tuple(last)], right=range(1, len(head)), optional=[*floors, *others])
 
 
 def _notes(run: Run) -> str:
@@ -386,8 +387,7 @@ def _notes(run: Run) -> str:
 
 
 def _wrapped(head: str, text: str) -> str:
-    indent = " " * (len(head) or 2)
-    return textwrap.fill(head + text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+    return wrapped(text, head, " " * (len(head) or 2))
 
 
 def _milliseconds(seconds: float) -> str:

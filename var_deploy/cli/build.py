@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, table
-from var_deploy.cli.options import report_options
+from var_deploy.cli.console import Progress, echo, fitted, human_bytes, needs_extra, table
+from var_deploy.cli.options import ComputeCapability, report_options, verbose_option
 
 if TYPE_CHECKING:
     from var_deploy.runtime.tensorrt.build import BuildReport
@@ -53,12 +53,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--compute-capability",
-    type=click.IntRange(75, 999),
-    metavar="NN",
-    help="tensorrt_rtx only: build ahead of time for this one, 86 for 8.6; no GPU is needed.",
+    type=ComputeCapability(),
+    metavar="N.N",
+    help="tensorrt_rtx only: build ahead of time for this one, as in 8.6 or 86; no GPU is needed.",
 )
 @click.option("--no-encoder", is_flag=True, help="Leave out what reads images and tokens.")
 @click.option("--force", is_flag=True, help="Build again what is finished.")
+@verbose_option()
 @report_options
 def build(
     bundle: Path,
@@ -84,7 +85,7 @@ def build(
     Example:
       var-deploy build build/d16
       var-deploy build build/d16 --low-memory --workspace 512
-      var-deploy build build/d16 --library tensorrt_rtx --compute-capability 86
+      var-deploy build build/d16 --library tensorrt_rtx --compute-capability 8.6
     """
     with needs_extra("tensorrt", "build"):
         from var_deploy.runtime.tensorrt.build import build_bundle
@@ -120,10 +121,10 @@ def _as_text(report: BuildReport) -> str:
     kept = sum(engine.kept for engine in report.engines)
     size = human_bytes(sum(engine.size for engine in report.engines))
     lines = [
-        table(rows, right=(2, 3, 4)),
+        table(rows, right=(2, 3, 4), optional=(2, 4)),
         "",
         f"{report.folder}: {len(report.engines) - kept} built, {kept} kept, {size}",
-        f"for {report.target.describe()}; layout {report.layout} ({report.reason})",
-        *(f"note: {note}" for note in report.notes),
+        fitted(f"for {report.target.describe()}; layout {report.layout} ({report.reason})"),
+        *(fitted(f"note: {note}") for note in report.notes),
     ]
     return "\n".join(lines)

@@ -8,17 +8,20 @@ steer it. Colours are ours, and are written as a mark that no such text can cont
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -31,12 +34,18 @@ from var_deploy.host.terminal import (
     visible,
     visible_json,
 )
+from var_deploy.progress import span, speed
 
 SIGNALLED = 128  # plus its number: what shells report for a program that a signal ended
 MARK = secrets.token_hex(8)  # stands for the escape character of our own colours
 COLOUR = re.compile(rf"<{MARK}:([a-z]*)>")
 LONGEST = 4000  # characters of an error
+TRUE = ("1", "true", "t", "yes", "y", "on")  # what click takes a flag's variable to mean
 WHOLE = 1000  # characters of a purpose, which click would else cut off at the end of a line
+VERBOSE = "var_deploy.verbose"  # in `Context.meta`: --verbose was given
+PROSE = 96  # columns of running text, where there is room
+NARROWEST = 40  # columns that a layout needs, whatever a terminal says of itself
+LEAST_CELL = 16  # columns of a cell that is broken into lines
 
 
 class Terminated(BaseException):
@@ -100,37 +109,53 @@ class Program(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         open_standard_streams()
+        in_json = self._asks_for_json(sys.argv[1:] if args is None else args)
+        fail = _fail_as_json if in_json else _fail
         try:
             with raising_on_signals():
                 code = super().main(args, prog_name, complete_var, False, **extra)
         except Terminated as end:
-            _fail(f"ended by {end.signal.name}", SIGNALLED + end.signal, prefix="")
+            fail(f"ended by {end.signal.name}", SIGNALLED + end.signal, prefix="")
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
         except click.UsageError as error:
             where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-            _fail(error.format_message().rstrip(".") + where, error.exit_code)
+            fail(error.format_message().rstrip(".") + where, error.exit_code)
         except click.ClickException as error:
-            _fail(error.format_message(), error.exit_code)
+            fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted", INTERRUPTED, prefix="")
+            fail("interrupted", INTERRUPTED, prefix="")
         except VarDeployError as error:
             if _traceback_wanted():
                 raise
-            _fail(str(error), error.exit_code)
+            fail(str(error), error.exit_code)
         except OSError as error:  # of a file that no command looked at by itself
             if _traceback_wanted():
                 raise
-            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+            fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
         except Exception as error:
             if _traceback_wanted():
                 raise
             if isinstance(error, ModuleNotFoundError) and (reason := shadowed(error)):
-                _fail(reason, 1)
+                fail(reason, 1)
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            _fail(f"{what} (unexpected; VAR_DEPLOY_TRACEBACK=1 shows where)", 1)
+            fail(f"{what} (unexpected; VAR_DEPLOY_TRACEBACK=1 shows where)", 1)
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _asks_for_json(self, words: Sequence[str]) -> bool:
+        """Whether a command line, which may be wrong in other ways, asks for JSON on stdout."""
+        words = list(itertools.takewhile(lambda word: word != "--", words))
+        command = next((self.commands[word] for word in words if word in self.commands), None)
+        if command is None:
+            return "--json" in words
+        option = next((p for p in command.params if "--json" in p.opts), None)
+        if not isinstance(option, click.Option):
+            return False
+        if not option.is_flag:  # of bench, which names a file
+            return "--json=-" in words or ("--json", "-") in itertools.pairwise(words)
+        variable = f"var_deploy_{command.name}_{option.name}".upper()
+        return "--json" in words or os.environ.get(variable, "").lower() in TRUE
 
     def invoke(self, ctx: click.Context) -> Any:
         with _noted_interrupts() as interrupted:
@@ -173,13 +198,26 @@ def _traceback_wanted() -> bool:
 
 
 def _fail(message: str, code: int, prefix: str = "error: ") -> None:
-    message = " ".join(message.split())
-    if len(message) > LONGEST:  # of an argument or a name that goes on and on
-        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+    """End with one line on stderr."""
     # where nobody can read it any more, the exit code still tells
     with contextlib.suppress(OSError, VarDeployError):
-        echo(paint(prefix, "red") + visible(message), err=True)
+        echo(paint(prefix, "red") + visible(_bounded(message)), err=True)
     sys.exit(code)
+
+
+def _fail_as_json(message: str, code: int, prefix: str = "") -> None:
+    """End with one JSON object on stderr, in one line."""
+    with contextlib.suppress(OSError, VarDeployError):
+        echo(json.dumps({"error": _bounded(message), "exit_code": code}), err=True)
+    sys.exit(code)
+
+
+def _bounded(message: str) -> str:
+    """A message on one line, without the middle of one that goes on and on."""
+    message = " ".join(message.split())
+    if len(message) > LONGEST:  # of an argument or a name
+        message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
+    return message
 
 
 def say(line: str, *, err: bool = False) -> None:
@@ -275,31 +313,127 @@ class Progress:
         """For `on_progress` of a pipeline."""
         self.update(f"step {done} of {steps}", done / max(steps, 1))
 
+    def images(self, count: int) -> Callable[[int, int], None]:
+        """For `on_progress` of a pipeline that generates `count` images: which image it is at, the
+        rate and the time left. The clock starts with this call."""
+        started = time.monotonic()
+
+        def step(done: int, steps: int) -> None:
+            fraction = done / max(steps, 1)
+            self.update(image_pace(fraction, count, time.monotonic() - started), fraction)
+
+        return step
+
     def update(self, message: str, fraction: float) -> None:
         now = time.monotonic()
-        fresh = message != self._message or fraction >= 1
+        fresh = message.partition(",")[0] != self._message or fraction >= 1
         if not self._shown or (now - self._drawn_at < 0.1 and not fresh):
             return
-        self._drawn_at, self._message = now, message
+        self._drawn_at, self._message = now, message.partition(",")[0]
         done = round(min(max(fraction, 0.0), 1.0) * self.WIDTH)
         bar = "█" * done + "·" * (self.WIDTH - done)
-        click.echo(f"\r\x1b[K{bar} {fraction:4.0%} {visible(message)[:60]}", nl=False, err=True)
+        room = max((_columns(sys.stderr) or PROSE) - self.WIDTH - 7, 0)  # in one line, to wipe it
+        click.echo(f"\r\x1b[K{bar} {fraction:4.0%} {visible(message)[:room]}", nl=False, err=True)
 
 
-def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Columns aligned by two spaces; those in `right` are flush right. The first row is a head."""
+def image_pace(fraction: float, count: int, seconds: float) -> str:
+    """How far `count` images are: "image 12 of 64, 3.1/s, 17 s left"."""
+    where = f"image {min(int(fraction * count) + 1, count)} of {count}"
+    if fraction <= 0 or seconds <= 0:
+        return where
+    left = span(seconds * (1 - fraction) / fraction)
+    return f"{where}, {speed(fraction * count / seconds)}, {left} left"
+
+
+# text that fits
+
+
+def fitted_width() -> int | None:
+    """Columns that a table may take: those of the terminal, or of the variable COLUMNS; None, which
+    is no limit, in a pipe or a file, whose readers search it, and with --verbose."""
+    context = click.get_current_context(silent=True)
+    return None if context and context.meta.get(VERBOSE) else _columns(sys.stdout)
+
+
+def wrapped(text: str, head: str = "", indent: str = "  ") -> str:
+    """Running text behind `head`, in lines of at most PROSE columns that fit the terminal; all but
+    the first start with `indent`."""
+    width = min(PROSE, _columns(sys.stdout) or PROSE)
+    return textwrap.fill(head + text, width, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def fitted(text: str) -> str:
+    """A line as it is in a pipe or a file, where somebody may search for it, and wrapped on a
+    terminal."""
+    width = fitted_width()
+    return text if width is None else textwrap.fill(
+        text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+
+
+def _columns(stream: TextIO | None) -> int | None:
+    """Of the terminal behind a stream; COLUMNS goes first, as for other programs."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isascii() and given.isdigit() and 0 < len(given) < 6:
+        return max(int(given), NARROWEST)
+    if stream is None or not is_terminal(stream):
+        return None
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0  # as of some terminals in editors
+    return max(columns or shutil.get_terminal_size().columns, NARROWEST)
+
+
+def table(
+    rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), optional: Sequence[int] = ()
+) -> str:
+    """Columns aligned by two spaces; those in `right` are flush right. The first row is a head.
+
+    Where the lines are wider than `fitted_width`, the columns in `optional` are left out, the first
+    of them first, and a last line says which; then the widest column of words is broken into lines.
+    """
     rows = [[visible(cell) for cell in row] for row in rows]
-    columns = zip(*rows, strict=True)
+    columns = list(zip(*rows, strict=True))
     widths = [max(len(unpainted(cell)) for cell in column) for column in columns]
-    lines = [
-        "  ".join(
-            _padding(cell, width) + cell if n in right else cell + _padding(cell, width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    limit, shown = fitted_width() or sys.maxsize, list(range(len(columns)))
+
+    def total() -> int:
+        return sum(widths[n] for n in shown) + 2 * (len(shown) - 1)
+
+    for column in optional:
+        if total() > limit:
+            shown.remove(column)
+    words = max((n for n in shown if n not in right), key=lambda n: widths[n], default=None)
+    if words is not None and total() > limit:
+        widths[words] = max(widths[words] - (total() - limit), min(LEAST_CELL, widths[words]))
+    lines = []
+    for row in rows:
+        cells = [_broken(row[n], widths[n]) if n == words else [row[n]] for n in shown]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            aligned = (
+                _padding(part, widths[n]) + part if n in right else part + _padding(part, widths[n])
+                for n, part in zip(shown, parts, strict=True)
+            )
+            lines.append("  ".join(aligned).rstrip())
+        if row is rows[0]:
+            lines.append("  ".join("-" * widths[n] for n in shown))
+    if left_out := [rows[0][n] or "notes" for n in range(len(columns)) if n not in shown]:
+        lines.append(f"(not shown: {', '.join(left_out)}; -v shows them)")
     return "\n".join(lines)
+
+
+def _broken(cell: str, width: int) -> list[str]:
+    """The lines of a cell, whose words may be painted. A longer word, such as a path, stays whole,
+    so that it can be copied."""
+    if len(unpainted(cell)) <= width:
+        return [cell]
+    lines = [""]
+    for word in cell.split(" "):
+        if lines[-1] and len(unpainted(f"{lines[-1]} {word}")) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
+    return lines
 
 
 def _padding(cell: str, width: int) -> str:
@@ -309,7 +443,13 @@ def _padding(cell: str, width: int) -> str:
 def facts(rows: Sequence[tuple[str, str]]) -> str:
     """A line each: a name, and what there is to say, all of it from one column on."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {visible(value)}" for name, value in rows)
+    room = (fitted_width() or sys.maxsize) - width - 2
+    lines = []
+    for name, value in rows:
+        first, *others = _broken(visible(value), max(room, LEAST_CELL))
+        lines.append(f"{name.ljust(width)}  {first}")
+        lines += [f"{'':{width}}  {line}" for line in others]
+    return "\n".join(lines)
 
 
 def human_bytes(size: int) -> str:

@@ -11,7 +11,7 @@ import click
 from var_deploy import names
 from var_deploy.cli.console import echo, human_bytes, say
 from var_deploy.cli.generate import generate
-from var_deploy.cli.options import report_options
+from var_deploy.cli.options import out_option, report_options
 from var_deploy.demo import PRESET, write_demo_bundle
 from var_deploy.errors import UsageError
 from var_deploy.host.installation import PROGRAM, activation, pip_install, program
@@ -23,8 +23,7 @@ ADDRESS = "http://127.0.0.1:8000"  # of `serve`, unless it is told otherwise
 
 
 @click.command()
-@click.option(
-    "--out",
+@out_option(
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("build"),
     show_default=True,

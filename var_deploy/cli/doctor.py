@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from var_deploy.cli.console import Progress, echo, paint, table
+from var_deploy.cli.console import Progress, echo, facts, paint, table
+from var_deploy.cli.options import verbose_option
 
 if TYPE_CHECKING:
     from var_deploy.host.doctor import DoctorReport
 
 
 @click.command()
+@verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 def doctor(as_json: bool) -> None:
     """Show what this machine can do, what it lacks, and how to get that.
@@ -56,12 +58,14 @@ def _as_text(report: DoctorReport) -> str:
         rows.append((finding.name, found, finding.purpose))
         if finding.remedy:
             steps.append((finding.name, finding.remedy))
-    lines = [table(rows), ""]
+    lines = [table(rows, optional=(2,)), ""]
+    answers = []
     for ability in report.abilities:
         answer = paint("yes", "green") if ability.here else f"no: {', '.join(ability.lacks)}"
-        lines.append(f"{ability.name.ljust(24)}{answer}")
+        answers.append((ability.name, answer))
+    lines.append(facts(answers))
     if steps:
         width = max(len(name) for name, _ in steps)
-        lines += ["", "What would change it:"]
+        lines += ["", "What would change it:"]  # commands stay on one line, to be copied
         lines += [f"  {name.ljust(width)}  {remedy}" for name, remedy in steps]
     return "\n".join(lines)

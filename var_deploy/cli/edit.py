@@ -13,13 +13,15 @@ from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
     SamplingOptions,
     check_graphs,
+    count_option,
     label_option,
     load_pipeline,
+    out_option,
     report_options,
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels
+from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels, runtime_json
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.image.editing import box_mask
@@ -56,8 +58,7 @@ from var_deploy.sampling import image_seeds, parse_seeds
     show_default=True,
     help="0 to 2⁶⁴-1; image i has seed + i, or one of several seeds.",
 )
-@click.option(
-    "--count",
+@count_option(
     type=click.IntRange(1),
     show_default="one a seed",
     help="Images.",
@@ -67,11 +68,10 @@ from var_deploy.sampling import image_seeds, parse_seeds
     is_flag=True,
     help="Outside keep the pixels of IMAGE, not what the model sees in them.",
 )
-@click.option(
-    "--out",
+@out_option(
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
-    help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
+    help="x.png, x.jpg or x.webp: one image, or a grid; a folder: single PNGs; -: standard output.",
 )
 @sampling_options
 @runtime_options
@@ -118,6 +118,7 @@ def edit(
     picture = upright(image, tokenizer.image_channels)
     prepared = read_edit(picture, _mask(picture, mask, box), tokenizer, outside=outside)
     check_graphs(manifest, config, names.ENCODER)
+    target.check_sheet(manifest, len(seeds), labels=[chosen] * len(seeds))
 
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
@@ -130,7 +131,7 @@ def edit(
                 seed=seeds,
                 sampling=settings,
                 keep_pixels=keep_pixels,
-                on_progress=progress.step,
+                on_progress=progress.images(len(seeds)),
             )
             how = pipe.describe()
     seconds = time.monotonic() - started
@@ -147,7 +148,8 @@ def edit(
 
     if as_json:
         done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
-        target.tell_json({**done, "settings": written, "runtime": how.to_json()})
+        settled = drawn.settings(written)
+        target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
 

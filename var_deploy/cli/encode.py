@@ -10,8 +10,14 @@ import click
 
 from var_deploy import names
 from var_deploy.cli.console import Progress, echo, say
-from var_deploy.cli.options import check_graphs, load_pipeline, report_options, runtime_options
-from var_deploy.cli.outputs import OUTPUT, output_file
+from var_deploy.cli.options import (
+    check_graphs,
+    load_pipeline,
+    out_option,
+    report_options,
+    runtime_options,
+)
+from var_deploy.cli.outputs import OUTPUT, output_file, runtime_json
 from var_deploy.cli.token_files import SUFFIX, save_tokens
 from var_deploy.config import RuntimeConfig
 from var_deploy.image.pictures import read_pictures
@@ -21,8 +27,7 @@ from var_deploy.manifest import read_manifest
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @click.argument("image", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
+@out_option(
     type=OUTPUT,
     required=True,
     metavar="FILE.npz",
@@ -69,7 +74,7 @@ def encode(
     lengths = [found.shape[1] for found in tokens]
     if as_json:
         done = {"out": str(out), "tokens": lengths, "seconds": round(seconds, 3)}
-        echo(json.dumps({**done, "runtime": how.to_json()}, indent=1))
+        echo(json.dumps({**done, "runtime": runtime_json(how)}, indent=1))
     elif not quiet:
         what = f"{sum(lengths)} tokens of {len(lengths)} scales"
         say(f"wrote {out} ({what}, {seconds:.1f} s)")

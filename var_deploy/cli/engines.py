@@ -67,7 +67,8 @@ class Engines:
             state = self.states[graph]
             size, seconds = human_bytes(record.size), f"{record.seconds:.1f} s"
             rows.append((graph, size, str(record.profiles), seconds, paint(state, COLOURS[state])))
-        lines = [f"engines for {self.folder.target.describe()}", table(rows, right=(1, 2, 3))]
+        shown = table(rows, right=(1, 2, 3), optional=(2, 3))
+        lines = [f"engines for {self.folder.target.describe()}", shown]
         if self.stale:
             lines.append(f"stale: the bundle has changed since; run {self.again}")
         return "\n".join(lines)

@@ -14,7 +14,9 @@ from var_deploy.cli.options import (
     MOST_BATCH,
     MOST_ROUNDS,
     CheckpointOptions,
+    ChoiceList,
     checkpoint_options,
+    out_option,
     report_options,
 )
 from var_deploy.cli.outputs import OUTPUT
@@ -28,8 +30,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 
 @click.command(no_args_is_help=True)
 @click.argument("model", required=False)
-@click.option(
-    "--out",
+@out_option(
     type=OUTPUT,
     required=True,
     metavar="FOLDER",
@@ -44,11 +45,14 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8"]),
+    type=ChoiceList(["fp32", "fp16", "int8"]),
     multiple=True,
+    callback=ChoiceList.flattened,
     default=("fp32",),
-    show_default=True,
-    help="May be given several times; int8 is for ONNX Runtime on CPUs.",
+    show_default="fp32",
+    metavar="LIST",
+    help="fp32, fp16 and int8, as in fp16,int8, or the option several times; int8 is for ONNX "
+    "Runtime on CPUs.",
 )
 @click.option(
     "--batch",
@@ -124,15 +128,20 @@ def export(
     utf8_path(out.absolute(), "the library of ONNX")
 
     with needs_extra("export", "export"):
-        from var_deploy.export.checkpoint.presets import find_preset
+        from var_deploy.export.checkpoint.presets import find_preset, own_file
 
-        if model is not None:
-            find_preset(model)  # a wrong name is told before torch is imported
+        if model is not None:  # a wrong name, or no network, is told before torch is imported
+            preset = find_preset(model)
+            if random_weights is None:
+                with Progress(quiet=quiet) as progress:
+                    for part, given in weights.files().items():
+                        if given is None:
+                            own_file(preset, part, lambda message: progress.update(message, 0.0))
         from var_deploy.export.bundle import ExportOptions, export_bundle
         from var_deploy.export.checkpoint.assemble import load_model
 
         options = ExportOptions(
-            precisions=tuple(dict.fromkeys(precision)),
+            precisions=precision,
             batch=batch,
             guidance=guidance,
             more_smooth=more_smooth,
@@ -158,7 +167,7 @@ def export(
                 from var_deploy.export.debug.fp16_overflow import calibrate
 
                 warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
-    if warning:
+    if warning and not as_json:  # where it is told as well
         say(f"warning: {warning}", err=True)
     size = sum(file.size for file in manifest.files.values())
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.image.images import BACKGROUND, grid, save_gif, save_png
+from var_deploy.image.images import BACKGROUND, grid, save_gif, save_image
 from var_deploy.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Story:
         rows = self._frames.swapaxes(0, 1).copy()  # [N, K, H, W, C]
         scales = rows.shape[1]
         rows[np.arange(scales) >= self._done[:, None]] = BACKGROUND
-        save_png(path, grid(rows.reshape(-1, *rows.shape[2:]), columns=scales), text)
+        save_image(path, grid(rows.reshape(-1, *rows.shape[2:]), columns=scales), text)
 
     def save_gif(self, path: Path, columns: int | None = None) -> None:
         """A frame a scale, in each the grid of all images."""

@@ -15,8 +15,10 @@ from var_deploy.cli.console import Progress
 from var_deploy.cli.filmstrip import MOST_IMAGES, Story
 from var_deploy.cli.options import (
     SamplingOptions,
+    count_option,
     label_option,
     load_pipeline,
+    out_option,
     report_options,
     runtime_options,
     sampling_options,
@@ -26,10 +28,12 @@ from var_deploy.cli.outputs import (
     Drawn,
     check_at_once,
     check_files,
+    image_file,
     image_target,
     known_labels,
     most_at_once,
     output_file,
+    runtime_json,
 )
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -53,8 +57,8 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
     "order to fill --count, which must leave none out.",
 )
-@click.option(
-    "--count", type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
+@count_option(
+    type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
 )
 @click.option(
     "--seed",
@@ -63,16 +67,15 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     show_default=True,
     help="0 to 2⁶⁴-1; image i has seed + i, or one of several seeds.",
 )
-@click.option(
-    "--out",
+@out_option(
     type=str,  # a trailing slash, which a Path would drop, asks for a folder
     required=True,
-    help="x.png: one image, or a grid of several; a folder: single images; -: standard output.",
+    help="x.png, x.jpg or x.webp: one image, or a grid; a folder: single PNGs; -: standard output.",
 )
 @click.option(
     "--preview",
     type=OUTPUT,
-    metavar="FILE.png",
+    metavar="FILE",
     help="How they appear: a row an image, a column a scale.",
 )
 @click.option(
@@ -104,9 +107,10 @@ def generate(
 ) -> None:
     """Generate images from BUNDLE. The same seed gives the same images.
 
-    Image i has seed + i: that seed with --count 1 makes it again. The PNGs carry settings, seed,
-    labels and the bundle's digest as text. With --deadline an image is made of the scales that
-    were done in time, one at least, and it is said how many.
+    Image i has seed + i: that seed with --count 1 makes it again. The files carry settings, seed,
+    labels and the bundle's digest: PNG as text, JPEG and WebP in EXIF's UserComment. WebP keeps
+    every pixel, as PNG does. With --deadline an image is made of the scales that were done in
+    time, one at least, and it is said how many.
 
     \b
     A SETTING is one number, or a value for each of the K scales, coarse to fine:
@@ -140,12 +144,13 @@ def generate(
         raise UsageError(f"--deadline is for at most {at_once:,} images, found {count:,}")
     given = chosen if labels is not None else chosen[:count]
     wanted, seeds = series(given, seeds if len(seeds) > 1 else seeds[0], count)
+    columns = grid_columns(len(chosen), count)
+    target.check_sheet(manifest, count, columns, wanted)
     story = _story(manifest, count, target.path, preview, gif)
     watched: dict[str, Any] = {} if story is None else {"on_scale": story.see}
     if deadline is not None:
         watched["deadline"] = _deadline(deadline)
 
-    columns = grid_columns(len(chosen), count)
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
@@ -159,7 +164,7 @@ def generate(
                     wanted if manifest.model.transformer.conditional else [0] * count,
                     seed=seeds,
                     sampling=settings,
-                    on_progress=progress.step,
+                    on_progress=progress.images(count),
                     **watched,
                 )
             drawn = Drawn(
@@ -188,7 +193,8 @@ def generate(
         done: dict[str, Any] = {**files, "count": count, "seconds": round(seconds, 3)}
         if drawn.scales_done is not None:
             done["scales_done"] = drawn.scales_done
-        target.tell_json({**done, "settings": written, "runtime": how.to_json()})
+        settled = drawn.settings(written)
+        target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:
@@ -224,8 +230,9 @@ class _OneByOne:
         count, batch = len(self), self._pipe.manifest.batch
         labels = label_numbers(self._pipe.manifest, self._labels)
         drawn = call_keys(self._seeds)
+        told = self._progress.images(count)
         for first in range(0, count, batch):
-            self._progress.update(f"image {first} of {count}", first / count)
+            told(first, count)
             rows = slice(first, first + batch)
             request = Request(labels=labels[rows], rng_keys=drawn[rows], sampling=self._settings)
             yield from self._pipe.draw(request)
@@ -236,9 +243,10 @@ def _story(
 ) -> Story | None:
     """What is remembered for --preview and --gif, where they are given and can be written."""
     paths = [out]
-    for path, suffix in ((preview, ".png"), (gif, ".gif")):
-        if path is not None:
-            paths.append(output_file(path, suffix))
+    if preview is not None:
+        paths.append(image_file(preview))
+    if gif is not None:
+        paths.append(output_file(gif, ".gif"))
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("--out, --preview and --gif must be different files")
     if len(paths) == 1:

@@ -20,7 +20,12 @@ from var_deploy.cli.console import (
     table,
 )
 from var_deploy.cli.engines import Engines, read_all
-from var_deploy.cli.options import CheckpointOptions, checkpoint_options
+from var_deploy.cli.options import (
+    CheckpointOptions,
+    checkpoint_options,
+    quiet_option,
+    verbose_option,
+)
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.spec import ModelSpec
@@ -39,7 +44,8 @@ MAX_ORIGIN = 300  # characters: they may come from a stranger
     show_default="the first that has it",
     help="With --graph: of which graph.",
 )
-@click.option("--quiet", is_flag=True, help="Check alone: the exit code tells.")
+@quiet_option(help="Check alone: the exit code tells.")
+@verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 def inspect(
     bundle: Path | None,
@@ -233,7 +239,7 @@ def _graphs(manifest: Manifest) -> str:
         for name, graph in by_name.items():
             size = human_bytes(manifest.files[graph.file].size)
             rows.append((name, graph.file, size, human_bytes(graph.weight_bytes)))
-    return table(rows, right=(2, 3))
+    return table(rows, right=(2, 3), optional=(3,))
 
 
 def _parity(manifest: Manifest, *, intact: bool) -> list[tuple[str, str]]:
@@ -282,7 +288,7 @@ def _parity_table(report: Mapping[str, Any]) -> str:
                 paint("ok", "green") if check["passed"] else paint("FAIL", "red"),
             )
         )
-    return table(rows, right=(2, 3, 4))
+    return table(rows, right=(2, 3, 4), optional=(1, 3))
 
 
 def _number(value: float | None) -> str:

@@ -2,22 +2,24 @@
 
 Each decorator adds its options to a command. `sampling_options` hands them over as one argument
 `sampling`, `runtime_options` as one argument `config`, `checkpoint_options` as one argument
-`weights`, `report_options` as `quiet` and `as_json`.
+`weights`, `report_options` as `quiet` and `as_json`. `out_option`, `count_option`, `quiet_option`
+and `verbose_option` are `click.option` for the options that have a letter: -o, -n, -q and -v.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.shell_completion import CompletionItem
 
-from var_deploy.cli.console import needs_extra
+from var_deploy.cli.console import VERBOSE, needs_extra
 from var_deploy.config import AUTO, BACKENDS, LAYOUT_CHOICES, PRECISIONS, RuntimeConfig
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.labels import label_words
@@ -28,7 +30,90 @@ if TYPE_CHECKING:
     from var_deploy.export.checkpoint.hints import Hints
     from var_deploy.pipeline import Pipeline
 
+    ParamType = click.ParamType[Any]  # generic since click 8.4, and only for type checkers
+else:
+    ParamType = click.ParamType
+
 Command = Callable[..., None]
+OLDEST_CAPABILITY = 75  # 7.5, the first that TensorRT for RTX builds for
+
+# every command that has the long form has the letter: a test looks
+out_option = functools.partial(click.option, "--out", "-o")
+count_option = functools.partial(click.option, "--count", "-n")
+quiet_option = functools.partial(click.option, "--quiet", "-q", is_flag=True)
+
+
+class ChoiceList(ParamType):
+    """Words of a known few, with commas between them, as in "fp16,int8"; a tuple. With
+    `multiple=True` the option may be repeated as well: `flattened` makes one tuple of all."""
+
+    name = "list"
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.choices = tuple(choices)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+        for word in words:
+            if word not in self.choices:
+                known = f"{', '.join(self.choices[:-1])} and {self.choices[-1]}"
+                self.fail(f"expected {known}, with commas between, found {word!r}", param, ctx)
+        return tuple(words)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        *before, last = incomplete.split(",")
+        start = "".join(f"{word}," for word in before)
+        left = [word for word in self.choices if word.startswith(last) and word not in before]
+        return [CompletionItem(start + word) for word in left]
+
+    @staticmethod
+    def flattened(
+        ctx: click.Context, param: click.Parameter, value: Sequence[Sequence[str]]
+    ) -> tuple[str, ...]:
+        """A callback: every word once, in order."""
+        return tuple(dict.fromkeys(word for words in value for word in words))
+
+
+class ComputeCapability(ParamType):
+    """A GPU's compute capability, as NVIDIA writes it (8.6) or as one number (86): 86."""
+
+    name = "compute capability"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        text = str(value).strip()
+        found = re.fullmatch(r"([0-9]{1,2})\.([0-9])|([0-9]{2,3})", text)
+        number = int(text.replace(".", "")) if found else 0
+        if number < OLDEST_CAPABILITY:
+            oldest = f"{OLDEST_CAPABILITY // 10}.{OLDEST_CAPABILITY % 10}"
+            self.fail(
+                f"expected a compute capability of at least {oldest}, such as 8.6 or 86, found "
+                f"{text[:80]!r}",
+                param,
+                ctx,
+            )
+        return number
+
+
+def _note_verbose(ctx: click.Context, option: click.Parameter, given: bool) -> None:
+    if given:
+        ctx.meta[VERBOSE] = True
+
+
+verbose_option = functools.partial(  # read by `console.table`, so no command passes it on
+    click.option,
+    "--verbose",
+    "-v",
+    is_flag=True,
+    expose_value=False,
+    callback=_note_verbose,
+    help="Every column of the tables, however wide the terminal is.",
+)
 
 # far above what is of use; a slip of the finger ends before any work
 MOST_BATCH = 1024  # images a launch, clients of a service, processes of a model
@@ -140,6 +225,10 @@ class CheckpointOptions:
     def given(self) -> bool:
         """Whether any of them was."""
         return any(value is not None for value in dataclasses.astuple(self))
+
+    def files(self) -> dict[Literal["tokenizer", "transformer"], Path | None]:
+        """The file of each part, None where it was not given."""
+        return {"tokenizer": self.tokenizer, "transformer": self.checkpoint}
 
     def hints(self) -> Hints:
         """The same for the half that reads the files."""
@@ -260,7 +349,7 @@ def complete_labels(
 def report_options(command: Command) -> Command:
     """--quiet and --json."""
     options = [
-        click.option("--quiet", is_flag=True, help="No progress and no closing line."),
+        quiet_option(help="No progress and no closing line."),
         click.option("--json", "as_json", is_flag=True, help="What was done, as JSON on stdout."),
     ]
     return _added(options, command)

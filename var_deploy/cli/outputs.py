@@ -1,7 +1,7 @@
 """Where a command's results go: files and folders that are checked before anything is computed.
 
-Images go into one PNG, a grid of several, or a folder of single ones. One PNG may go to standard
-output, written as "-"; what a command tells otherwise goes to stderr then.
+Images go into one PNG, JPEG or WebP file, a grid of several, or a folder of single PNGs. One PNG
+may go to standard output, written as "-"; what a command tells otherwise goes to stderr then.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -22,9 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.cli.console import echo, say
+from var_deploy.config import Loaded
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.files import check_ordinary, check_writable
-from var_deploy.image.images import grid, label_text, save_folder, save_png, write_png
+from var_deploy.image.images import (
+    MOST_JPEG_TEXT,
+    MOST_SIDE,
+    grid,
+    image_format,
+    label_text,
+    save_folder,
+    save_image,
+    write_png,
+)
 from var_deploy.image.pictures import MAX_PIXELS
 from var_deploy.labels import resolve_labels_or_none
 from var_deploy.manifest import Manifest
@@ -32,6 +43,8 @@ from var_deploy.manifest import Manifest
 MOST_FILES = 100_000  # that `generate` writes into a folder
 
 STDOUT = "-"
+# of the text of an image, what has another type than text in JSON
+TYPED = ("seed", "cfg", "top_k", "top_p", "temperature", "box", "outside", "keep_pixels")
 
 
 class OutputPath(click.Path):
@@ -64,16 +77,44 @@ def refusal(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What --out asks for; `folder` for single images, `stdout` for one PNG on standard output."""
+    """What --out asks for; `folder` for single PNGs, `stdout` for one PNG on standard output, else
+    one PNG, JPEG or WebP file."""
 
     path: Path
     folder: bool = False
     stdout: bool = False
 
-    def save_png(self, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+    def check_sheet(
+        self,
+        manifest: Manifest,
+        count: int,
+        columns: int | None = None,
+        labels: Sequence[int | None] = (),
+    ) -> None:
+        """Raise UsageError where a grid of `count` images, with what is told of them, does not fit
+        the format of the file."""
+        if self.folder or self.stdout:
+            return
+        form, side = image_format(self.path), manifest.model.tokenizer.image_side + 2
+        columns = min(columns or math.ceil(math.sqrt(count)), count)
+        width, height = columns * side - 2, math.ceil(count / columns) * side - 2
+        instead = f"name {self.path.with_suffix('.png').name} instead"
+        if max(width, height) > MOST_SIDE[form]:
+            raise UsageError(
+                f"a {form} file has at most {MOST_SIDE[form]} pixels a side, this grid would have "
+                f"{width} × {height}: {instead}"
+            )
+        told = sum(len(json.dumps(label_text(label, manifest))) + 24 for label in labels)
+        if form == "JPEG" and told > MOST_JPEG_TEXT:  # 24: separators, and the digits of a seed
+            raise UsageError(
+                f"a JPEG file holds the labels and seeds of some {MOST_JPEG_TEXT // 30} images, "
+                f"found {count:,}: {instead}"
+            )
+
+    def save(self, image: NDArray[np.uint8], text: Mapping[str, str]) -> None:
         """Write one image [H, W, C]. Raises VarDeployError where the disk or the pipe refuses."""
         if not self.stdout:
-            save_png(self.path, image, text)
+            save_image(self.path, image, text)
             return
         whole = io.BytesIO()
         write_png(whole, image, text)
@@ -128,8 +169,19 @@ class Drawn:
             save_folder(target.path, [self._file_name(n) for n in indices], self.images, texts)
         else:
             sheet = self.images[0] if len(self.images) == 1 else grid(self.images, columns)
-            target.save_png(sheet, whole)
+            target.save(sheet, whole)
         return whole
+
+    def settings(self, text: Mapping[str, str]) -> dict[str, Any]:
+        """`text`, which `save` returned, as JSON values: labels as a list of numbers, None for an
+        image without a class, and label_names where the classes have names."""
+        data = json_settings(text)
+        data["labels"] = list(self.labels)
+        if names := self.manifest.labels:
+            data["label_names"] = [None if n is None else names[n] for n in self.labels]
+        if self.scales_done is not None:
+            data["scales_done"] = list(self.scales_done)
+        return data
 
     def __str__(self) -> str:
         """What was drawn, in a few words."""
@@ -175,30 +227,48 @@ def image_target(out: str) -> Target:
     standard output.
     """
     if out == STDOUT:
-        return png_target(out)
+        return file_target(out)
     if not out:
         raise UsageError(f"--out: {refusal(out)}")
     path = Path(out)
     check_writable(path)  # first, because looking at a name that is too long is an error
     if path.is_dir() or out.endswith(("/", "\\")) or not path.suffix:
         if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file; name a .png file or a folder")
+            raise UsageError(f"{path} is a file; name a .png, .jpg or .webp file, or a folder")
         return Target(path=path, folder=True)
-    return Target(path=output_file(path, ".png"))
+    return Target(path=image_file(path))
 
 
-def png_target(out: str) -> Target:
-    """One PNG, as a file or on standard output. Raises UsageError as `image_target`."""
+def file_target(out: str) -> Target:
+    """One image, as a file or on standard output. Raises UsageError as `image_target`."""
     if not out:
         raise UsageError(f"--out: {refusal(out)}")
     if out != STDOUT:
-        return Target(path=output_file(Path(out), ".png"))
+        return Target(path=image_file(Path(out)))
     if sys.stdout is None or sys.stdout.isatty():
         raise UsageError(
             "--out - writes a PNG to standard output, which is a terminal or closed: redirect it "
             "to a file or a program, or name a file"
         )
     return Target(path=Path(out), stdout=True)
+
+
+def json_settings(text: Mapping[str, str]) -> dict[str, Any]:
+    """The text of an image as JSON values: what is a number, or a list of them with commas, as
+    numbers, "yes" as true."""
+    return {k: _value(v) if k in TYPED else v for k, v in text.items()}
+
+
+def _value(text: str) -> Any:
+    if text == "yes":
+        return True
+    numbers = [float(part) if re.search("[.e]", part) else int(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def runtime_json(how: Loaded) -> dict[str, Any]:
+    """What ran the bundle, as JSON values."""
+    return {**how.to_json(), **({} if how.threads is None else {"threads": how.threads})}
 
 
 def most_at_once(side: int) -> int:
@@ -226,13 +296,26 @@ def check_files(count: int) -> None:
 
 
 def output_file(path: Path, suffix: str) -> Path:
-    """The same path, once it is sure that a file of this kind can be written there.
+    """Return `path` after checking that a file with this suffix can be written there.
 
     Raises UsageError.
     """
     if path.suffix.lower() != suffix:
         what = "tokens" if suffix == ".npz" else "images"
         raise UsageError(f"{what} are written as {suffix}, found {path.name}")
+    return _writable(path)
+
+
+def image_file(path: Path) -> Path:
+    """Return `path` after checking that a PNG, JPEG or WebP file can be written there.
+
+    Raises UsageError.
+    """
+    image_format(path)
+    return _writable(path)
+
+
+def _writable(path: Path) -> Path:
     check_writable(path)
     check_ordinary(path)
     return path

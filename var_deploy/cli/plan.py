@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
-from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table
-from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options
-from var_deploy.errors import BundleError, UsageError
+from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table, wrapped
+from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options, verbose_option
+from var_deploy.errors import BackendError, BundleError, UsageError
 
 if TYPE_CHECKING:
     from var_deploy.config import Precision
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from var_deploy.planning.devices import Device
     from var_deploy.planning.plan import Plan
     from var_deploy.spec import ModelSpec
-
-WIDTH = 96
 
 
 def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -68,6 +65,7 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     show_default=True,
     help="One engine a scale, or one for all of them.",
 )
+@verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 @click.option(
     "--kubernetes",
@@ -97,7 +95,7 @@ def plan(
 
     Nothing is built or run. MODEL is a preset such as var-d16, or the folder of a bundle, which
     settles batch and guidance; without it, --checkpoint and --tokenizer are needed, whose sizes are
-    recognised.
+    recognised. Ends with 1, without times, where the model does not fit the device.
 
     \b
     Example:
@@ -130,6 +128,8 @@ def plan(
         echo(_as_manifest(found, image))
     else:
         echo(json.dumps(found.to_json(), indent=1) if as_json else _as_text(found))
+        if not found.fits:
+            raise BackendError(found.misfit)
 
 
 def _workload(
@@ -160,7 +160,7 @@ def _workload(
 
     if path.is_file():
         raise BundleError(
-            f"{path} is no bundle but a file: give checkpoints with --checkpoint and --tokenizer"
+            f"{path} is not a bundle but a file: give checkpoints with --checkpoint and --tokenizer"
         )
     manifest = read_manifest(path)
     _check_guidance(guidance, manifest.model.transformer.conditional)
@@ -231,11 +231,10 @@ def _as_text(found: Plan) -> str:
     notes = [f"numbers of the device: {found.device.source}"]
     if found.device.derived:
         notes.append(f"derived: {found.device.derived}")
-    notes += [ESTIMATES[found.library], ASSUMPTION]
-    wrapped = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes]
-    return "\n".join(
-        [_facts(found), "", _memory(found), "", _verdict(found), "", _times(found), "", *wrapped]
-    )
+    notes += [ESTIMATES[found.library], *([ASSUMPTION] if found.fits else [])]
+    times = ["", _times(found)] if found.fits else []  # of what cannot run there are none
+    parts = [_facts(found), "", _memory(found), "", _verdict(found), *times, ""]
+    return "\n".join([*parts, *map(wrapped, notes)])
 
 
 def _facts(found: Plan) -> str:
@@ -293,8 +292,7 @@ def _lacking(missing: int) -> str:
 
 
 def _verdict(found: Plan) -> str:
-    text = f"layout {found.layout}: {found.reason}"
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
+    return wrapped(f"layout {found.layout}: {found.reason}")
 
 
 def _times(found: Plan) -> str:
@@ -316,4 +314,4 @@ def _times(found: Plan) -> str:
         )
     images = "one image" if found.workload.batch == 1 else f"{found.workload.batch} images"
     total = f"{images}: at least {found.seconds * 1e3:.1f} ms"
-    return table(rows, right=(1, 2, 3, 4, 5)) + f"\n\n{total}"
+    return table(rows, right=(1, 2, 3, 4, 5), optional=(2, 3, 4)) + f"\n\n{total}"

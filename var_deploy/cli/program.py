@@ -34,7 +34,9 @@ CONTEXT = {
 
 
 @click.group(cls=Program, context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="var-deploy", allow_from_autoenv=False)
+@click.version_option(
+    __version__, "--version", "-V", prog_name="var-deploy", allow_from_autoenv=False
+)
 def main() -> None:
     """Deploy VAR image generators: export a checkpoint once, run it without PyTorch.
 
@@ -51,7 +53,8 @@ def main() -> None:
     Environment:
       VAR_DEPLOY_COMMAND_OPTION  an option that is not typed, as in VAR_DEPLOY_GENERATE_SEED=7
       VAR_DEPLOY_TRACEBACK=1     shows where an error came from
-      NO_COLOR=1                 no colours; there are none where the output is no terminal
+      NO_COLOR=1                 no colours; there are none where the output is not a terminal
+      COLUMNS=80                 width of tables; that of the terminal, and any in a pipe or file
 
     \b
     Completion, for bash, zsh or fish:

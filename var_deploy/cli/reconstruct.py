@@ -10,8 +10,14 @@ import numpy as np
 
 from var_deploy import names
 from var_deploy.cli.console import Progress
-from var_deploy.cli.options import check_graphs, load_pipeline, report_options, runtime_options
-from var_deploy.cli.outputs import check_at_once, png_target
+from var_deploy.cli.options import (
+    check_graphs,
+    load_pipeline,
+    out_option,
+    report_options,
+    runtime_options,
+)
+from var_deploy.cli.outputs import check_at_once, file_target, runtime_json
 from var_deploy.cli.token_files import SUFFIX, read_tokens
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -30,10 +36,9 @@ from var_deploy.manifest import read_manifest
     show_default=True,
     help="From how many scales: as in 3, 1,4,K or 2..5; K is all of them.",
 )
-@click.option(
-    "--out",
+@out_option(
     required=True,
-    metavar="FILE.png",
+    metavar="FILE",
     help="The images in a row; a row for each where a file of tokens holds several. -: standard "
     "output.",
 )
@@ -59,7 +64,7 @@ def reconstruct(
       var-deploy reconstruct build/pocket tokens.npz --scales 1,3,K --out three.png
     """
     # everything that can be wrong is looked at before the weights are loaded
-    target = png_target(out)
+    target = file_target(out)
     manifest = read_manifest(bundle)
     tokenizer, most = manifest.model.tokenizer, manifest.model.scales
     counts = _counts(scales, most)
@@ -73,6 +78,7 @@ def reconstruct(
         check_graphs(manifest, config, names.ENCODER)
     shown = len(counts) * (1 if tokens is None else len(tokens[0]))
     check_at_once(shown, tokenizer.image_side)
+    target.check_sheet(manifest, shown, len(counts))
     check_graphs(manifest, config, names.ACCUMULATE)
 
     started = time.monotonic()
@@ -97,11 +103,11 @@ def reconstruct(
         "picture": image.name,
         "scales": f"{','.join(map(str, counts))} of {most}",
     }
-    target.save_png(sheet, settings)
+    target.save(sheet, settings)
 
     if as_json:
         done = {"out": str(target.path), "scales": counts, "seconds": round(seconds, 3)}
-        target.tell_json({**done, "settings": settings, "runtime": how.to_json()})
+        target.tell_json({**done, "settings": settings, "runtime": runtime_json(how)})
     elif not quiet:
         target.tell(f"wrote {target} (from {settings['scales']} scales, {seconds:.1f} s)")
 

@@ -16,11 +16,12 @@ from var_deploy.cli.console import Progress, Terminated, echo, needs_extra, say
 from var_deploy.cli.options import (
     SamplingOptions,
     load_pipeline,
+    out_option,
     report_options,
     runtime_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import OUTPUT
+from var_deploy.cli.outputs import OUTPUT, runtime_json
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.folder import NPZ_FILE, SetFolder, damage
 from var_deploy.datasets.spec import (
@@ -59,8 +60,7 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     show_default="none",
     help="fid: the published one, 50 a class, cfg 1.5, top-k 900, top-p 0.96, and --npz.",
 )
-@click.option(
-    "--out",
+@out_option(
     type=OUTPUT,
     required=True,
     metavar="FOLDER",
@@ -195,7 +195,7 @@ def sample(
     how: Loaded | None = None
     ray: dict[str, Any] | None = None
     started = time.monotonic()
-    with _telling_what_is_kept(folder, spec), Progress(quiet=quiet) as progress:
+    with _telling_what_is_kept(folder, spec, as_json), Progress(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
             if cluster is not None:
@@ -229,7 +229,7 @@ def sample(
             "npz": str(out / NPZ_FILE) if wants_npz and complete else None,
             "seconds": round(seconds, 3),
             "settings": spec.to_json(),
-            "runtime": how.to_json() if how else {},
+            "runtime": runtime_json(how) if how else {},
             "ray": ray,
         }
         echo(json.dumps(report, indent=1))
@@ -240,11 +240,13 @@ def sample(
 
 
 @contextlib.contextmanager
-def _telling_what_is_kept(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
-    """Says what an interrupted run leaves, and how it goes on."""
+def _telling_what_is_kept(folder: SetFolder, spec: SetSpec, as_json: bool) -> Iterator[None]:
+    """Says what an interrupted run leaves, and how it goes on; not beside an error that is JSON."""
     try:
         yield
     except (KeyboardInterrupt, Terminated):
+        if as_json:
+            raise
         there = spec.shards - len(folder.missing(spec, range(spec.shards)))
         say(
             f"{folder.path} keeps {there} of {_shards(spec.shards)}; the same command goes on from "

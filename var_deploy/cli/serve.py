@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from var_deploy.cli.console import Progress, needs_extra, say
-from var_deploy.cli.options import load_pipeline, runtime_options
+from var_deploy.cli.options import load_pipeline, quiet_option, runtime_options
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -111,8 +111,9 @@ FORMATS = ("text", "json")
     help="With --ray: pipelines that draw; MIN:MAX lets their number follow the load.",
 )
 @runtime_options
-@click.option(
-    "--quiet", is_flag=True, help="Do not say where the service is, and log no requests."
+@click.option("--verbose", "-v", is_flag=True, help="As --log-level debug.")
+@quiet_option(
+    help="Do not say where the service is, and log no requests."
 )
 def serve(
     bundle: Path,
@@ -130,6 +131,7 @@ def serve(
     address: str | None,
     replicas: str | None,
     config: RuntimeConfig,
+    verbose: bool,
     quiet: bool,
 ) -> None:
     """Serve BUNDLE over HTTP, with a page to draw and edit in the browser.
@@ -171,6 +173,7 @@ def serve(
         for name, value in (
             ("--max-connections", max_connections),
             ("--log-level", log_level),
+            ("--verbose", verbose or None),
             ("--log-format", log_format),
         ):
             if value is not None:
@@ -188,7 +191,7 @@ def serve(
             if not quiet:
                 say(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
             server = Server(create_app(pipe, settings, name=bundle.resolve().name))
-            level = log_level or ("warning" if quiet else "info")
+            level = log_level or ("debug" if verbose else "warning" if quiet else "info")
             with logging_to_stderr(level, log_format or "text"):
                 server.run([listening])
 

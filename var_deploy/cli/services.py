@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
-from var_deploy.cli.console import facts, table
+from var_deploy.cli.console import facts, table, wrapped
 
 if TYPE_CHECKING:
     from var_deploy.bench.load import LoadReport
 
 SCHEME = "http://"
-WIDTH = 96
 TOLD = ("backend", "precision", "threads", "instances", "batch")
 LEGEND = (
     "img/s: median of the rounds; ratio: of that to the first service; p50, p95: ms from a "
@@ -45,5 +43,5 @@ def load_text(report: LoadReport) -> str:
                     str(latency.count),
                 )
             )
-    parts = [facts(about), table(rows, right=(0, 2, 3, 4, 5, 6)), textwrap.fill(LEGEND, WIDTH)]
-    return "\n\n".join(parts)
+    levels = table(rows, right=(0, 2, 3, 4, 5, 6), optional=(6, 3))
+    return "\n\n".join([facts(about), levels, wrapped(LEGEND, indent="")])

@@ -122,7 +122,7 @@ def _tensors(graph: GraphInfo) -> str:
             if len(alike) > 1:
                 label = f"{_family(first.name)} × {len(alike)}"
             rows.append((side, label, first.dtype, shape, role(first.name)))
-    return table(rows)
+    return table(rows, optional=(0,))
 
 
 def _gathered(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:

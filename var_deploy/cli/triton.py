@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from var_deploy.cli.console import Progress, echo, human_bytes, say
-from var_deploy.cli.options import MOST_BATCH, report_options, runtime_options
+from var_deploy.cli.options import MOST_BATCH, out_option, report_options, runtime_options
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import read_manifest
@@ -18,8 +18,7 @@ MAX_DELAY = 60_000  # milliseconds
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--out",
+@out_option(
     type=OUTPUT,
     required=True,
     metavar="FOLDER",

@@ -8,16 +8,19 @@ from typing import Any
 
 import click
 
-from var_deploy.cli.console import Progress, echo, needs_extra, say
+from var_deploy.cli.console import Progress, echo, fitted, needs_extra, say, table
 from var_deploy.cli.options import (
     MOST_ROUNDS,
     CheckpointOptions,
     checkpoint_options,
     label_option,
+    quiet_option,
+    verbose_option,
 )
 from var_deploy.errors import UsageError, VerificationError
 from var_deploy.sampling import MAX_SEED
 
+OPTIONAL = (2, 5, 1, 6, 3)  # abs error, logits, worst tensor, top-1, rel error
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
@@ -73,7 +76,8 @@ from var_deploy.sampling import MAX_SEED
     help="Compare with PyTorch modules of your own: a function that returns (transformer, "
     "tokenizer), whose own forward then gives the logits, tokens and images.",
 )
-@click.option("--quiet", is_flag=True, help="No progress and no table: the exit code tells.")
+@quiet_option(help="No progress and no table: the exit code tells.")
+@verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def verify(
     bundle: Path,
@@ -133,8 +137,11 @@ def verify(
                 **{name: value for name, value in asked.items() if value is not None},
             )
     if as_json or not quiet:
-        echo(json.dumps(report.to_json(), indent=1) if as_json else report.table())
-    if report.unstored:
+        rows = table(report.rows(), optional=OPTIONAL)
+        text = "\n".join([rows, *map(fitted, report.remarks())])
+        data = {**report.to_json(), "unstored": report.unstored}
+        echo(json.dumps(data, indent=1) if as_json else text)
+    if report.unstored and not as_json:
         say(f"warning: the report could not be stored: {report.unstored}", err=True)
     if not report.passed:
         raise VerificationError(report.failure or f"{bundle} does not compute what the model does")

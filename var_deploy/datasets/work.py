@@ -11,7 +11,7 @@ from var_deploy.datasets.folder import SetFolder
 from var_deploy.datasets.shards import draw_shard
 from var_deploy.datasets.spec import SetSpec
 from var_deploy.errors import VarDeployError
-from var_deploy.progress import Progress
+from var_deploy.progress import Progress, span, speed
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
@@ -64,9 +64,8 @@ class SetProgress:
         took = max(time.monotonic() - self._started, 1e-9)
         still, rate = self._left - more, (self._drawn + more) / took
         done = self._wanted - still
-        left = f"{span(still / rate)} left" if rate else "no image yet"
-        message = f"{done} of {self._wanted} images, {rate:.2f}/s, {left}"
-        self._progress(message, done / self._wanted)
+        pace = f"{speed(rate)}, {span(still / rate)} left" if rate else "no image yet"
+        self._progress(f"image {done} of {self._wanted}, {pace}", done / self._wanted)
 
     def _images(self, shards: Sequence[int]) -> int:
         return sum(len(self._spec.numbers(shard)) for shard in shards)
@@ -82,12 +81,3 @@ def listing(folder: SetFolder, spec: SetSpec) -> Iterator[None]:
             folder.list_shards(spec)
         raise
     folder.list_shards(spec)
-
-
-def span(seconds: float) -> str:
-    """Return a waiting time in words, rounded as its uncertainty allows: "8 s", "12 min", "3 h 20
-    min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

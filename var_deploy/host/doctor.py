@@ -36,6 +36,13 @@ SYSTEM_PYTHON = "python3 -m venv --system-site-packages .venv"
 FLASH = "flash JetPack 6.1 or newer"
 FASTER = "grep POWER_MODEL /etc/nvpmodel.conf; sudo nvpmodel -m ID; sudo jetson_clocks"
 TRAINING = ("torch", "onnx", "safetensors")
+# extra → its packages, what they are for, and the ability
+EXTRAS = {
+    "serve": (("fastapi", "uvicorn", "prometheus-client"), "images over HTTP", "serve"),
+    "ray": (("ray",), "sample and serve on a Ray cluster", "sample and serve --ray"),
+    "parquet": (("pyarrow",), "image sets as Parquet", "sample --format parquet"),
+    "bench": (("matplotlib",), "figures of bench", "bench --plot"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,9 @@ def examine(machine: Machine) -> DoctorReport:
         _package(machine, "huggingface_hub", hub, pip_install("export", "huggingface_hub")),
         _package(machine, "polygraphy", "look into graphs and engines", pip_command("polygraphy")),
     ]
-    findings += [cuda, *gpus, onnxruntime, *int8, tensorrt, bindings, *training, *optional]
+    extras = {name: _extra(machine, name) for name in EXTRAS}
+    findings += [cuda, *gpus, onnxruntime, *int8, tensorrt, bindings, *training]
+    findings += [*extras.values(), *optional]
     engines = _lacking([tensorrt, bindings, cuda, *gpus[:1]])
     return DoctorReport(
         findings=tuple(findings),
@@ -111,6 +120,10 @@ def examine(machine: Machine) -> DoctorReport:
             Ability(name="generate on the CPU", lacks=_lacking([onnxruntime]), generates=True),
             Ability(name="build engines", lacks=engines),
             Ability(name="generate with TensorRT", lacks=engines, generates=True),
+            *(
+                Ability(name=EXTRAS[name][2], lacks=_lacking([finding]))
+                for name, finding in extras.items()
+            ),
         ),
     )
 
@@ -300,6 +313,31 @@ def _bindings(machine: Machine, driver: Driver) -> Finding:
 def _package(machine: Machine, name: str, purpose: str, remedy: str) -> Finding:
     version = machine.distribution(name)
     return _missing(name, purpose, remedy) if version is None else _ok(name, version, purpose)
+
+
+def _extra(machine: Machine, name: str) -> Finding:
+    """The packages of an optional extra, on one line."""
+    packages, purpose, _ = EXTRAS[name]
+    versions = {package: machine.distribution(package) for package in packages}
+    found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    absent = [package for package, version in versions.items() if version is None]
+    if not absent:
+        return _ok(name, found, purpose)
+    remedy = pip_install(name, *absent)
+    if not found:
+        return _missing(name, purpose, remedy)
+    return _problem(name, f"{found}, without {', '.join(absent)}", purpose, remedy)
+
+
+def gpu_problem(machine: Machine) -> str:
+    """Why no GPU of this machine can run engines, and what to do, in one line; "" where nothing is
+    wrong with driver and GPU."""
+    driver, jetson = machine.driver(), jetson_model(machine) is not None
+    for finding in (_driver(machine, driver, jetson), *_gpus(driver)[:1]):
+        if finding.state != "ok":
+            found = finding.found or driver.problem
+            return f"no GPU for engines: {found}; {finding.remedy} (var-deploy doctor shows more)"
+    return ""
 
 
 def _two_lines(answer: Answer) -> tuple[str, str]:

@@ -44,12 +44,8 @@ def manifest(plan: Plan, *, cpus: int, image: str | None = None) -> str:
     Raises UsageError for an invalid image name, BackendError where the model does not fit the GPU.
     """
     gpu = plan.device.sm is not None
-    missing = plan.layouts[plan.layout].missing
-    if gpu and missing:
-        raise BackendError(
-            f"{plan.name} does not fit {plan.device.title}: {missing / 1e9:.2f} GB are missing; "
-            "take a larger device, a smaller model or --layout shared"
-        )
+    if gpu and plan.misfit:
+        raise BackendError(plan.misfit)
     if image is None:
         kind = "cpu" if not gpu else "jetson" if plan.device.one_memory else "gpu"
         image = f"var-deploy:{kind}"

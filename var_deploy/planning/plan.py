@@ -89,6 +89,8 @@ class Plan:
     Attributes:
         name: name of the preset or bundle.
         layout: the chosen layout; `reason`: why it was chosen.
+        held: the layouts that can be chosen: those of the bundle, or both of a model that is yet to
+            be exported.
         bundle: bytes of the bundle; `measured`: whether they were read from its manifest.
         launches: the least time of each launch of B images.
     """
@@ -100,6 +102,7 @@ class Plan:
     layouts: Mapping[Layout, LayoutPlan]
     layout: Layout
     reason: str
+    held: tuple[Layout, ...] = LAYOUTS
     bundle: int
     measured: bool
     launches: tuple[LaunchTime, ...]
@@ -114,8 +117,23 @@ class Plan:
         """Whether the device has memory to generate in the chosen layout."""
         return self.layouts[self.layout].missing == 0
 
+    @property
+    def misfit(self) -> str:
+        """Why it does not fit, and what to do, in one line; "" where it fits."""
+        if self.fits:
+            return ""
+        lacks = {name: plan.missing for name, plan in self.layouts.items()}
+        said = f"{self.name} does not fit {self.device.title} in layout {self.layout}"
+        said += f": {lacks[self.layout] / 1e9:.2f} GB are missing; "
+        for other, missing in lacks.items():
+            if not missing:
+                again = "" if other in self.held else ", once exported with --layout both"
+                return f"{said}layout {other} fits: give --layout {other}{again}"
+        batch = ", a smaller --batch" if self.workload.batch > 1 else ""
+        return f"{said}take a larger device{batch} or a smaller model: no layout fits"
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; bytes, operations and seconds."""
+        """Plain JSON values; bytes, operations and seconds, None for what does not fit."""
         w = self.workload
         layouts = {}
         for name, layout in self.layouts.items():
@@ -140,7 +158,7 @@ class Plan:
             "fits": self.fits,
             "upload_bytes": upload_bytes(w),
             "launches": [launch.to_json() for launch in self.launches],
-            "seconds": self.seconds,
+            "seconds": self.seconds if self.fits else None,
             "assumptions": [ASSUMPTION, ESTIMATES[self.library]],
         }
 
@@ -186,6 +204,7 @@ def make_plan(
         layouts=plans,
         layout=chosen,
         reason=reason,
+        held=tuple(held or LAYOUTS),
         bundle=bundle,
         measured=measured,
         launches=launch_times(workload, device),

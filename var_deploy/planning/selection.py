@@ -259,6 +259,8 @@ def layout_that_fits(
         return "per-scale", f"it fits and is the faster one: {said}"
     if needs["shared"] <= memory:
         return "shared", f"per-scale would not leave a tenth free: {said}"
+    if needs["per-scale"] <= memory:
+        return "per-scale", f"shared does not fit: {said}"
     return "shared", f"neither fits: {said}"
 
 
