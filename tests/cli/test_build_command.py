@@ -167,7 +167,7 @@ def test_int8_is_not_for_engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
     for module in ("build", "job"):
         name = f"var_deploy.runtime.tensorrt.{module}.read_manifest"
         monkeypatch.setattr(name, lambda bundle: alone)
-    refused(1, "build", bundle, parts=("has int8 graphs alone", "--precision fp16"))
+    refused(1, "build", bundle, parts=("has only int8 graphs", "--precision fp16"))
     assert not (bundle / "engines").exists()
 
 

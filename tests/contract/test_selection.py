@@ -125,7 +125,7 @@ def test_reasons(holds: HoldsType) -> None:
     [
         (UsageError, {"backend": CUDA, "threads": 2}, ALL, GPU, f"threads are for {CPU}"),
         (UsageError, {"backend": "tensorrt", "precision": "int8"}, ALL, GPU, "int8 is for"),
-        (BackendError, {"backend": CUDA}, ("int8",), GPU, "has int8 graphs alone"),
+        (BackendError, {"backend": CUDA}, ("int8",), GPU, "has only int8 graphs"),
         (BackendError, {"backend": "tensorrt"}, ("int8",), GPU, "not for tensorrt; export"),
         (BackendError, {"precision": "int8"}, ALL, Facts(int8_problem=WRONG), WRONG),
         (BackendError, {"backend": CUDA}, ALL, Facts(failed={CUDA: "no memory"}), "no memory"),

@@ -157,7 +157,7 @@ def test_an_answer_that_is_no_image(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("/v2/models/other", "no model that var-deploy triton wrote"),
+        ("/v2/models/other", "not a model of var-deploy triton"),
         ("/elsewhere", "is not a service of var-deploy"),
     ],
 )

@@ -201,7 +201,7 @@ def test_a_gpu_without_engines(
     ("code", "options", "parts"),
     [
         (2, ("--name", "a b"), ("'a b' is not a name for a model", "--name")),
-        (2, ("--name", "../up"), ("'../up' is no name",)),
+        (2, ("--name", "../up"), ("'../up' is not a name",)),
         (2, ("--instances", 0), ("--instances",)),
         (2, ("--queue-delay", -1), ("--queue-delay",)),
         (2, ("--backend", "tensorrt", "--threads", 2), ("threads are for onnxruntime-cpu",)),
