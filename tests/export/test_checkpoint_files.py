@@ -58,7 +58,7 @@ def test_a_plain_pickle_that_wants_to_run_code(protocol: int) -> None:
     file = Path("evil.pth")
     file.write_bytes(pickle.dumps(RunsCode(), protocol))
     message = refusal(file)
-    assert "refused" in message or "no checkpoint" in message
+    assert "refused" in message or "not a checkpoint" in message
     assert not Path("EXECUTED").exists()
 
 
@@ -97,7 +97,7 @@ def test_files_that_are_no_checkpoint(suffix: str) -> None:
     assert "is empty" in refusal(file)
     for text in (b"once upon a time " * 9, b"<!DOCTYPE html><html></html>", b"\x00\xff" * 99, b"."):
         file.write_bytes(text)
-        assert "is no " in refusal(file)
+        assert "is not a " in refusal(file)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "Git LFS pointer" in refusal(file)
 
