@@ -74,10 +74,10 @@ def asked(scenario: Callable[..., Coroutine[Any, Any, None]], *scripts: Script) 
 
 
 def work(**options: Any) -> Any:
-    from var_deploy.serving.backend import Work
+    from var_deploy.serving.backend import GenerationRequest
 
     request = Request(labels=[1], rng_keys=[(7, 0)], sampling=Sampling())
-    return Work(request=request, **options)
+    return GenerationRequest(request=request, **options)
 
 
 def drawn() -> Script:

@@ -1,4 +1,4 @@
-"""What draws can be anything that takes a `Work` and gives events; it need be no pipeline."""
+"""A backend can be anything that takes a `GenerationRequest` and gives events, pipeline or not."""
 
 from __future__ import annotations
 

@@ -10,22 +10,22 @@ import pytest
 
 from var_deploy.runtime.request import Request
 from var_deploy.sampling import Sampling, numbered
-from var_deploy.serving.backend import Drawn, Work
-from var_deploy.serving.batches import Job, gather
+from var_deploy.serving.backend import Drawn, GenerationRequest
+from var_deploy.serving.batches import PendingRequest, gather
 
 COUNT = 200
 
 
-def work(count: int, cfg: float = 1.0) -> Work:
+def work(count: int, cfg: float = 1.0) -> GenerationRequest:
     request = Request(
         labels=[0] * count, rng_keys=numbered(0, 0, count), sampling=Sampling(cfg=cfg)
     )
-    return Work(request=request)
+    return GenerationRequest(request=request)
 
 
 def test_every_image_is_taken_once_and_comes_back_in_its_place() -> None:
     async def run() -> Drawn:
-        job = Job(work(COUNT))
+        job = PendingRequest(work(COUNT))
         assert not job.begun and job.left == COUNT
 
         def draw() -> None:
@@ -51,7 +51,11 @@ def test_every_image_is_taken_once_and_comes_back_in_its_place() -> None:
 
 def test_a_batch_is_filled_up_with_jobs_of_equal_settings() -> None:
     async def run() -> None:
-        first, other, same = Job(work(5)), Job(work(2, cfg=2.0)), Job(work(2))
+        first, other, same = (
+            PendingRequest(work(5)),
+            PendingRequest(work(2, cfg=2.0)),
+            PendingRequest(work(2)),
+        )
         shares = gather([first, other, same], 4)
         assert [(s.job, s.rows, s.place) for s in shares] == [(first, range(4), 0)]
         shares = gather([first, other, same], 4)

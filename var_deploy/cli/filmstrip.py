@@ -19,7 +19,7 @@ MOST_IMAGES = 32  # every one is kept K times
 SCALE_MS, LAST_MS = 350, 1800  # how long a GIF shows a scale, and the image
 
 
-class Story:
+class Filmstrip:
     """Remembers N images after each scale; `see` is for `on_scale`."""
 
     def __init__(self, manifest: Manifest, count: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.cli.console import Progress
-from var_deploy.cli.filmstrip import MOST_IMAGES, Story
+from var_deploy.cli.filmstrip import MOST_IMAGES, Filmstrip
 from var_deploy.cli.options import (
     SamplingOptions,
     count_option,
@@ -240,7 +240,7 @@ class _OneByOne:
 
 def _story(
     manifest: Manifest, count: int, out: Path, preview: Path | None, gif: Path | None
-) -> Story | None:
+) -> Filmstrip | None:
     """What is remembered for --preview and --gif, where they are given and can be written."""
     paths = [out]
     if preview is not None:
@@ -255,7 +255,7 @@ def _story(
         raise UsageError(
             f"--preview and --gif show at most {MOST_IMAGES} images, found {count}: ask for fewer"
         )
-    return Story(manifest, count)
+    return Filmstrip(manifest, count)
 
 
 def _deadline(seconds: float) -> float:

@@ -13,10 +13,10 @@ from ray.serve.handle import DeploymentHandle
 from var_deploy.cluster.replica import Batch, Begun, Item
 from var_deploy.config import Loaded
 from var_deploy.manifest import Manifest
-from var_deploy.serving.backend import Drawn, Queued, RefusedError, Work
-from var_deploy.serving.batches import Job
+from var_deploy.serving.backend import Drawn, GenerationRequest, Queued, RefusedError
+from var_deploy.serving.batches import PendingRequest
 from var_deploy.serving.metrics import Metrics
-from var_deploy.serving.request_queue import Line
+from var_deploy.serving.request_queue import RequestQueue
 
 PROMPT = 0.05  # seconds in which Ray refuses a request when its queue is full
 
@@ -25,7 +25,7 @@ class LostError(RefusedError):
     """Two replicas died, one after the other, while they generated the images of a request."""
 
 
-class RayBackend(Line):
+class RayBackend(RequestQueue):
     """Sends works to the replicas of a deployment.
 
     Ray queues the requests and does not tell their positions. This class counts requests that
@@ -46,8 +46,8 @@ class RayBackend(Line):
         super().__init__(metrics)
         self.manifest, self._how = manifest, how
         self._replicas: Any = replica.draw.options(stream=True)
-        self._followers: dict[Job, asyncio.Task[None]] = {}
-        self._announcements: dict[Job, asyncio.TimerHandle] = {}
+        self._followers: dict[PendingRequest, asyncio.Task[None]] = {}
+        self._announcements: dict[PendingRequest, asyncio.TimerHandle] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._seconds = 1.0  # moving average of the seconds from a request to its images
@@ -60,34 +60,34 @@ class RayBackend(Line):
         self._stopping = True
         await self._idle.wait()
 
-    def _accept(self, work: Work) -> Job:
-        job, loop = Job(work), asyncio.get_running_loop()
+    def _accept(self, work: GenerationRequest) -> PendingRequest:
+        job, loop = PendingRequest(work), asyncio.get_running_loop()
         self._followers[job] = loop.create_task(self._follow(job))
         self._announcements[job] = loop.call_later(PROMPT, self._announce, job)
         self._idle.clear()
         return job
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: PendingRequest) -> None:
         super()._leave(job)
         self._followers.pop(job).cancel()
         self._withdraw(job)
         if not self._jobs:
             self._idle.set()
 
-    def _announce(self, job: Job) -> None:
+    def _announce(self, job: PendingRequest) -> None:
         """Send the position in the queue, once Ray has not refused the request."""
         self._withdraw(job)
         if job in self._waiting:
             job.tell(Queued(position=self._waiting.index(job)))
 
-    def _withdraw(self, job: Job) -> bool:
+    def _withdraw(self, job: PendingRequest) -> bool:
         """Cancel the announcement of a position; return whether it was still pending."""
         timer = self._announcements.pop(job, None)
         if timer is not None:
             timer.cancel()
         return timer is not None
 
-    async def _follow(self, job: Job) -> None:
+    async def _follow(self, job: PendingRequest) -> None:
         try:
             try:
                 await self._ask(job)
@@ -102,7 +102,7 @@ class RayBackend(Line):
         except Exception as error:
             job.tell(error)
 
-    async def _ask(self, job: Job) -> None:
+    async def _ask(self, job: PendingRequest) -> None:
         end = None if job.end is None else time.time() + job.end - time.perf_counter()
         told = self._replicas.remote(job.work, end)
         try:
@@ -112,7 +112,7 @@ class RayBackend(Line):
             told.cancel()
             raise
 
-    def _take(self, job: Job, item: Item) -> None:
+    def _take(self, job: PendingRequest, item: Item) -> None:
         if isinstance(item, Begun):
             if job in self._waiting:
                 job.take(job.work.count)

@@ -15,8 +15,8 @@ from var_deploy.cluster.place import BundleSource
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import CancelledError, VarDeployError
 from var_deploy.pipeline import Pipeline
-from var_deploy.serving.backend import Drawn, Event, Work
-from var_deploy.serving.batches import BatchDrawer, Job, gather
+from var_deploy.serving.backend import Drawn, Event, GenerationRequest
+from var_deploy.serving.batches import BatchRunner, PendingRequest, gather
 
 SOON = 1e-3  # seconds that a request keeps when its deadline passed in transit
 
@@ -37,10 +37,10 @@ class Batch:
 Item = Event | Begun | Batch | VarDeployError
 
 
-class RemoteRequest(Job):
+class RemoteRequest(PendingRequest):
     """A request from the ingress, in another process, to which its events are streamed."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: GenerationRequest) -> None:
         super().__init__(work)
         self._items: asyncio.Queue[Item | Exception] = asyncio.Queue()
 
@@ -67,7 +67,7 @@ class Replica:
 
     def __init__(self, source: BundleSource, config: RuntimeConfig, cores: int) -> None:
         self._pipeline = Pipeline.open(source.path(), config, digest=source.digest, cores=cores)
-        self._batches = BatchDrawer(self._pipeline)
+        self._batches = BatchRunner(self._pipeline)
         self._requests: list[RemoteRequest] = []  # in order of arrival
         turn: Any = self._turn  # its types lack the methods that `serve.batch` adds
         turn.set_max_batch_size(self._pipeline.manifest.batch)
@@ -75,7 +75,7 @@ class Replica:
     def describe(self) -> Loaded:
         return self._pipeline.describe()
 
-    async def draw(self, work: Work, end: float | None) -> AsyncGenerator[Item, None]:
+    async def draw(self, work: GenerationRequest, end: float | None) -> AsyncGenerator[Item, None]:
         """Generate the images of a request: yields Begun, Batch and events, then Drawn or an error.
 
         `end` is the deadline on the clock of `time.time`, which the nodes share, so that the time

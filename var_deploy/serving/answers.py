@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from var_deploy.image.images import grid, label_text, settings_text, write_png
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling
-from var_deploy.serving.backend import Drawn, Work
+from var_deploy.serving.backend import Drawn, GenerationRequest
 from var_deploy.serving.schemas import Answer, DrawnImage
 
 
@@ -43,7 +43,9 @@ def label_name(manifest: Manifest, number: int) -> str | int | None:
     return label if label is None or not manifest.labels else manifest.labels[label]
 
 
-def about(manifest: Manifest, precision: str, work: Work, images: Sequence[int]) -> dict[str, str]:
+def about(
+    manifest: Manifest, precision: str, work: GenerationRequest, images: Sequence[int]
+) -> dict[str, str]:
     """What a PNG of some of the images says of itself, in the words of `var-deploy generate`."""
     request = work.request
     seeds = [request.rng_keys[n][0] for n in images]
@@ -54,14 +56,14 @@ def about(manifest: Manifest, precision: str, work: Work, images: Sequence[int])
     }
 
 
-def as_png(manifest: Manifest, precision: str, work: Work, drawn: Drawn) -> bytes:
+def as_png(manifest: Manifest, precision: str, work: GenerationRequest, drawn: Drawn) -> bytes:
     """One PNG, a grid where there are several images."""
     text = about(manifest, precision, work, range(work.count))
     return png(drawn.images[0] if work.count == 1 else grid(drawn.images), text)
 
 
 def as_json(
-    manifest: Manifest, precision: str, work: Work, drawn: Drawn, seconds: float
+    manifest: Manifest, precision: str, work: GenerationRequest, drawn: Drawn, seconds: float
 ) -> Answer:
     images = [
         DrawnImage(

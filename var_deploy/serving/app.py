@@ -31,10 +31,10 @@ from var_deploy.serving.backend import (
     Backend,
     Drawn,
     Event,
+    GenerationRequest,
     Queued,
     RefusedError,
     ScaleDone,
-    Work,
 )
 from var_deploy.serving.bodies import (
     Body,
@@ -48,7 +48,7 @@ from var_deploy.serving.guard import GONE, IMAGES, Guard, body_limit
 from var_deploy.serving.metrics import MEDIA_TYPE, Metrics
 from var_deploy.serving.queue import LocalQueue
 from var_deploy.serving.settings import Settings
-from var_deploy.serving.validate import ask_edit, ask_images, ask_vary, can_edit
+from var_deploy.serving.validate import can_edit, validate_edit, validate_images, validate_vary
 
 PAGE = Path(__file__).parent / "page"
 FAILED: dict[int | str, dict[str, Any]] = {
@@ -223,10 +223,10 @@ class Service:
 
     async def _asked_images(
         self, request: Request, previews: bool = False
-    ) -> tuple[schemas.ImagesBody, Work]:
-        def ask(data: Body) -> tuple[schemas.ImagesBody, Work]:
+    ) -> tuple[schemas.ImagesBody, GenerationRequest]:
+        def ask(data: Body) -> tuple[schemas.ImagesBody, GenerationRequest]:
             body = _validated(schemas.ImagesBody, data, self._settings)
-            return body, ask_images(body, self._manifest, self._settings, previews)
+            return body, validate_images(body, self._manifest, self._settings, previews)
 
         limit = body_limit(request.scope, self._settings)
         async with self._memory.read(request.receive, limit) as data:
@@ -234,34 +234,34 @@ class Service:
 
     async def _asked_edit(
         self, request: Request, previews: bool = False
-    ) -> tuple[str | None, Work]:
-        def ask(data: Body) -> tuple[str | None, Work]:
+    ) -> tuple[str | None, GenerationRequest]:
+        def ask(data: Body) -> tuple[str | None, GenerationRequest]:
             body = _validated(schemas.EditBody, data, self._settings)
             how = (self._precision, previews)
-            return body.format, ask_edit(body, self._manifest, self._settings, *how)
+            return body.format, validate_edit(body, self._manifest, self._settings, *how)
 
         return await self._asked_picture(request, ask)
 
     async def _asked_vary(
         self, request: Request, previews: bool = False
-    ) -> tuple[str | None, Work]:
-        def ask(data: Body) -> tuple[str | None, Work]:
+    ) -> tuple[str | None, GenerationRequest]:
+        def ask(data: Body) -> tuple[str | None, GenerationRequest]:
             body = _validated(schemas.VaryBody, data, self._settings)
             how = (self._precision, previews)
-            return body.format, ask_vary(body, self._manifest, self._settings, *how)
+            return body.format, validate_vary(body, self._manifest, self._settings, *how)
 
         return await self._asked_picture(request, ask)
 
     async def _asked_picture(
-        self, request: Request, ask: Callable[[Body], tuple[str | None, Work]]
-    ) -> tuple[str | None, Work]:
+        self, request: Request, ask: Callable[[Body], tuple[str | None, GenerationRequest]]
+    ) -> tuple[str | None, GenerationRequest]:
         """The format of the answer, and the work: the body itself is large, and goes."""
         limit = body_limit(request.scope, self._settings)
         async with self._memory.read(request.receive, limit) as data, self._unpacking:
             return await asyncio.to_thread(ask, data)
 
     async def _answer(
-        self, request: Request, answer_format: str | None, work: Work, came: float
+        self, request: Request, answer_format: str | None, work: GenerationRequest, came: float
     ) -> Response:
         try:
             drawn = await while_wanted(request.receive, self._drawn(work))
@@ -278,7 +278,7 @@ class Service:
         answer = await asyncio.to_thread(self._answered, work, drawn, came)
         return Response(answer, media_type="application/json")
 
-    async def _stream(self, request: Request, work: Work, came: float) -> Response:
+    async def _stream(self, request: Request, work: GenerationRequest, came: float) -> Response:
         events = self.backend.draw(work)
         try:
             first = await anext(events)  # a refusal is an answer of its own, with its status
@@ -289,7 +289,11 @@ class Service:
         return EventStream(self._told(first, events, work, came))
 
     async def _told(
-        self, first: Event, events: AsyncGenerator[Event, None], work: Work, came: float
+        self,
+        first: Event,
+        events: AsyncGenerator[Event, None],
+        work: GenerationRequest,
+        came: float,
     ) -> AsyncGenerator[bytes, None]:
         async with contextlib.aclosing(events):
             try:
@@ -304,7 +308,7 @@ class Service:
                 yield event("error", schemas.ErrorAnswer(error=BROKEN).model_dump_json())
                 raise  # for the log
 
-    def _event(self, one: Event, work: Work, came: float) -> bytes:
+    def _event(self, one: Event, work: GenerationRequest, came: float) -> bytes:
         """Makes PNGs, which takes a while: not for the event loop, but for Queued."""
         if isinstance(one, Queued):
             queued = schemas.QueuedEvent(position=one.position, seconds=self._expected(work))
@@ -313,18 +317,18 @@ class Service:
             return event("scale", _previews(one).model_dump_json())
         return event("done", self._answered(work, one, came))
 
-    def _expected(self, work: Work) -> float | None:
+    def _expected(self, work: GenerationRequest) -> float | None:
         """Seconds that drawing these images will take; None before the first batch."""
         batch = self._metrics.batch_seconds
         batches = math.ceil(work.count / self._manifest.batch)
         return None if batch is None else round(batches * batch, 3)
 
-    def _answered(self, work: Work, drawn: Drawn, came: float) -> str:
+    def _answered(self, work: GenerationRequest, drawn: Drawn, came: float) -> str:
         """JSON of an `Answer`."""
         seconds = time.perf_counter() - came
         return as_json(self._manifest, self._precision, work, drawn, seconds).model_dump_json()
 
-    async def _drawn(self, work: Work) -> Drawn:
+    async def _drawn(self, work: GenerationRequest) -> Drawn:
         async with contextlib.aclosing(self.backend.draw(work)) as events:
             async for one in events:
                 if isinstance(one, Drawn):
@@ -344,7 +348,7 @@ def _previews(done: ScaleDone) -> schemas.ScaleDoneEvent:
     return schemas.ScaleDoneEvent(scale=done.scale, scales=done.scales, images=images)
 
 
-def _headers(work: Work, drawn: Drawn) -> dict[str, str]:
+def _headers(work: GenerationRequest, drawn: Drawn) -> dict[str, str]:
     seeds = [seed for seed, _ in work.request.rng_keys]
     return {
         "X-Seed": ",".join(map(str, seeds)),

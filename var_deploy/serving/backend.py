@@ -1,4 +1,4 @@
-"""Between the HTTP side and what draws: a `Work` goes in, events come out.
+"""Between the HTTP side and what generates: a `GenerationRequest` goes in, events come out.
 
     VarDeployError
     └── RefusedError      not drawn, for a reason that lies in the service; carries the HTTP status
@@ -50,7 +50,7 @@ class LateError(RefusedError):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Work:
+class GenerationRequest:
     """Images that somebody waits for. Plain data: it can travel to another process.
 
     Attributes:
@@ -115,7 +115,7 @@ class Backend(Protocol):
         """As `Pipeline.describe`."""
         ...
 
-    def draw(self, work: Work) -> AsyncGenerator[Event, None]:
+    def draw(self, work: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Queued, then ScaleDone where `work.previews`, then Drawn.
 
         Closing the generator gives the place back; what is drawn for nobody else is stopped.

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from var_deploy.image.editing import Kept
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import Images, Request, ScaleEvent
-from var_deploy.serving.backend import Drawn, Event, ScaleDone, Work
+from var_deploy.serving.backend import Drawn, Event, GenerationRequest, ScaleDone
 
 T = TypeVar("T")
 
 
-class Job:
-    """A `Work` that somebody waits for.
+class PendingRequest:
+    """A `GenerationRequest` whose client waits for it.
 
     Who waits and who draws are two threads: what changes is behind one lock.
 
@@ -36,7 +36,7 @@ class Job:
         end: by when it is to be done, None without a deadline.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: GenerationRequest) -> None:
         self.work = work
         self.came = time.perf_counter()
         self.end = None if work.deadline is None else self.came + work.deadline
@@ -128,7 +128,7 @@ class Job:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self._loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    def shares_batches_with(self, other: Job) -> bool:
+    def shares_batches_with(self, other: PendingRequest) -> bool:
         """Previews slow a batch down, and a deadline may end it early: such do it to no other."""
         mine, theirs = self.work, other.work
         return (
@@ -138,11 +138,11 @@ class Job:
         )
 
 
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=PendingRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share(Generic[J]):
+class BatchSlice(Generic[J]):
     """The images `rows` of a job, at `place` in a batch."""
 
     job: J
@@ -160,7 +160,7 @@ class Share(Generic[J]):
         return images if edit is None else edit.finish(images)
 
 
-def gather(waiting: Sequence[J], batch: int) -> list[Share[J]]:
+def gather(waiting: Sequence[J], batch: int) -> list[BatchSlice[J]]:
     """The next batch: images of the first job that waits, then of those that may share with it.
 
     Counts them as begun.
@@ -172,19 +172,19 @@ def gather(waiting: Sequence[J], batch: int) -> list[Share[J]]:
             rows = job.take(batch - place)
             if not rows:
                 break
-            shares.append(Share(job=job, rows=rows, place=place))
+            shares.append(BatchSlice(job=job, rows=rows, place=place))
             place += len(rows)
     return shares
 
 
-class BatchDrawer:
+class BatchRunner:
     """Draws batches with a pipeline, which nobody else may use meanwhile."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._manifest = pipeline, pipeline.manifest
         self._nothing = Kept.nothing(self._manifest.model.scale_lengths)
 
-    def draw(self, shares: Sequence[Share[J]]) -> Images:
+    def draw(self, shares: Sequence[BatchSlice[J]]) -> Images:
         """The images of a batch; previews are told on the way. Raises what `Pipeline.draw` does."""
         for share in shares:
             share.job.keep(self._pipeline.encode)
@@ -201,7 +201,7 @@ class BatchDrawer:
             unwanted=lambda: all(share.job.gone for share in shares),
         )
 
-    def hand_over(self, shares: Sequence[Share[J]], images: Images) -> None:
+    def hand_over(self, shares: Sequence[BatchSlice[J]], images: Images) -> None:
         """Tell everyone whose images are in a batch."""
         scales = self._manifest.model.scales
         if shares[0].job.work.previews and images.scales_done[0] == scales:
@@ -210,13 +210,13 @@ class BatchDrawer:
             own, place = share.of(np.asarray(images)), share.place
             share.job.deliver(share.rows, own, images.scales_done[place : place + len(own)])
 
-    def _tell(self, shares: Sequence[Share[J]], scale: int, images: NDArray[np.uint8]) -> None:
+    def _tell(self, shares: Sequence[BatchSlice[J]], scale: int, images: NDArray[np.uint8]) -> None:
         scales = self._manifest.model.scales
         for share in shares:
             own, first = share.of(images), share.rows.start
             share.job.tell(ScaleDone(scale=scale, scales=scales, first=first, images=own))
 
-    def _join(self, shares: Sequence[Share[J]]) -> Request:
+    def _join(self, shares: Sequence[BatchSlice[J]]) -> Request:
         rows = [(share.job, n) for share in shares for n in share.rows]
         kept = [job.kept for job, _ in rows]
         together = None
@@ -229,7 +229,7 @@ class BatchDrawer:
             kept=together,
         )
 
-    def _deadline(self, share: Share[J]) -> float | None:
+    def _deadline(self, share: BatchSlice[J]) -> float | None:
         """Seconds for this batch: its part of what a job has left. One scale is always drawn."""
         end = share.job.end
         if end is None:

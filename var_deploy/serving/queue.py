@@ -16,13 +16,13 @@ from var_deploy.config import Loaded
 from var_deploy.errors import CancelledError
 from var_deploy.manifest import Manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.serving.backend import Queued, Work
-from var_deploy.serving.batches import BatchDrawer, Job, Share, gather
+from var_deploy.serving.backend import GenerationRequest, Queued
+from var_deploy.serving.batches import BatchRunner, BatchSlice, PendingRequest, gather
 from var_deploy.serving.metrics import Metrics
-from var_deploy.serving.request_queue import Line
+from var_deploy.serving.request_queue import RequestQueue
 
 
-class LocalQueue(Line):
+class LocalQueue(RequestQueue):
     """Draws with a pipeline, which nobody else may use meanwhile.
 
     Args:
@@ -32,7 +32,7 @@ class LocalQueue(Line):
     def __init__(self, pipeline: Pipeline, size: int, metrics: Metrics) -> None:
         super().__init__(metrics)
         self._pipeline, self._size = pipeline, size
-        self._drawer = BatchDrawer(pipeline)
+        self._drawer = BatchRunner(pipeline)
         self._pace = 0.0  # seconds of a batch, the last ones counting most
         self._thread: threading.Thread | None = None
 
@@ -51,10 +51,10 @@ class LocalQueue(Line):
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _accept(self, work: Work) -> Job:
+    def _accept(self, work: GenerationRequest) -> PendingRequest:
         if len(self._waiting) >= self._size:
             raise self._busy(self._wait())
-        job = Job(work)
+        job = PendingRequest(work)
         job.tell(Queued(position=len(self._waiting)))
         if self._thread is None:
             # a daemon: a process that ends without `stop` does not hang on it
@@ -81,7 +81,7 @@ class LocalQueue(Line):
                         share.job.tell(error)
                         self._waiting = [job for job in self._waiting if job is not share.job]
 
-    def _next(self) -> list[Share[Job]]:
+    def _next(self) -> list[BatchSlice[PendingRequest]]:
         """What to draw next; empty once there is nothing left and the service stops."""
         with self._lock:
             self._drop_late()
@@ -98,7 +98,7 @@ class LocalQueue(Line):
             self._tell_positions()
             return shares
 
-    def _draw(self, shares: Sequence[Share[Job]]) -> None:
+    def _draw(self, shares: Sequence[BatchSlice[PendingRequest]]) -> None:
         """Draw a batch and tell everyone whose images are in it."""
         started = time.perf_counter()
         images = self._drawer.draw(shares)

@@ -13,25 +13,25 @@ from var_deploy.serving.backend import (
     BusyError,
     Drawn,
     Event,
+    GenerationRequest,
     LateError,
     Queued,
     StoppingError,
-    Work,
 )
-from var_deploy.serving.batches import Job
+from var_deploy.serving.batches import PendingRequest
 from var_deploy.serving.metrics import Metrics
 
 LONGEST_RETRY = 60  # seconds
 
 
-class Line(ABC):
+class RequestQueue(ABC):
     """The half of a `backend.Backend` that faces who waits. The other half begins jobs."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._lock = threading.Condition()
-        self._waiting: list[Job] = []  # until all of their images have begun
-        self._jobs: set[Job] = set()  # until nobody waits any more
+        self._waiting: list[PendingRequest] = []  # until all of their images have begun
+        self._jobs: set[PendingRequest] = set()  # until nobody waits any more
         self._stopping = False
         metrics.watch_queue(lambda: len(self._waiting))
 
@@ -39,7 +39,7 @@ class Line(ABC):
     def stopping(self) -> bool:
         return self._stopping
 
-    async def draw(self, work: Work) -> AsyncGenerator[Event, None]:
+    async def draw(self, work: GenerationRequest) -> AsyncGenerator[Event, None]:
         """See `backend.Backend`."""
         with self._lock:
             if self._stopping:
@@ -73,7 +73,7 @@ class Line(ABC):
             self._lock.notify_all()
 
     @abstractmethod
-    def _accept(self, work: Work) -> Job:
+    def _accept(self, work: GenerationRequest) -> PendingRequest:
         """A job for this work, under the lock. Raises RefusedError."""
 
     def _busy(self, retry_after: float) -> BusyError:
@@ -82,7 +82,7 @@ class Line(ABC):
             min(max(math.ceil(retry_after), 1), LONGEST_RETRY),
         )
 
-    def _patience(self, job: Job) -> float | None:
+    def _patience(self, job: PendingRequest) -> float | None:
         """Seconds until a job is too late to be begun; None where it no longer can be."""
         if job.end is None or job.begun or job not in self._waiting:
             return None
@@ -96,11 +96,11 @@ class Line(ABC):
             self._waiting.remove(job)
             job.tell(LateError("the deadline came before this request's turn; nothing was drawn"))
 
-    def _begins(self, job: Job) -> None:
+    def _begins(self, job: PendingRequest) -> None:
         """The first images of a job are about to be drawn."""
         self._metrics.waiting.observe(time.perf_counter() - job.came)
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: PendingRequest) -> None:
         """Nobody waits for this job any more."""
         with self._lock:
             job.leave()

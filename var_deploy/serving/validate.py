@@ -1,4 +1,4 @@
-"""What a body asks for, as a `Work`. Everything that can be wrong with it is found here."""
+"""Turns the body of a request into a `GenerationRequest`, or refuses it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from var_deploy.image.pictures import Mask, read_edit, read_pictures, upright
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.request import Request, label_numbers
 from var_deploy.sampling import call_keys, series
-from var_deploy.serving.backend import Work
+from var_deploy.serving.backend import GenerationRequest
 from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody, Label, VaryBody
 from var_deploy.serving.settings import Settings
@@ -27,17 +27,17 @@ class TooLargeError(UsageError):
     """A picture has more pixels than the service takes."""
 
 
-def ask_images(
+def validate_images(
     body: ImagesBody, manifest: Manifest, limits: Settings, previews: bool = False
-) -> Work:
+) -> GenerationRequest:
     """Raises UsageError for labels, seeds, counts or settings out of range."""
     return _work(body, manifest, _labels(body), limits, previews)
 
 
-def ask_edit(
+def validate_edit(
     body: EditBody, manifest: Manifest, limits: Settings, precision: str, previews: bool = False
-) -> Work:
-    """Raises UsageError as `ask_images` does, and for what is no picture or no mask of it.
+) -> GenerationRequest:
+    """Raises UsageError as `validate_images` does, and for what is no picture or no mask of it.
 
     Unpacks the picture, which takes a while and much memory: not for an event loop, nor for two
     threads at a time.
@@ -49,12 +49,12 @@ def ask_edit(
     return dataclasses.replace(work, edit=_edit(body, manifest, limits))
 
 
-def ask_vary(
+def validate_vary(
     body: VaryBody, manifest: Manifest, limits: Settings, precision: str, previews: bool = False
-) -> Work:
-    """Raises UsageError as `ask_edit` does, and for a scale that the model does not have.
+) -> GenerationRequest:
+    """Raises UsageError as `validate_edit` does, and for a scale that the model does not have.
 
-    Unpacks the picture, see `ask_edit`.
+    Unpacks the picture, see `validate_edit`.
     """
     scales = manifest.model.scales
     if not 0 <= body.from_scale <= scales:
@@ -72,7 +72,7 @@ def _from_picture(
     limits: Settings,
     precision: str,
     previews: bool,
-) -> Work:
+) -> GenerationRequest:
     """What all requests with a picture have in common, without the picture."""
     if not can_edit(manifest, precision):
         raise UsageError("the bundle has no encoder, so it cannot edit; export it again")
@@ -143,7 +143,7 @@ def _work(
     labels: Sequence[Label | None],
     limits: Settings,
     previews: bool,
-) -> Work:
+) -> GenerationRequest:
     seeds = len(body.seed) if isinstance(body.seed, list) else 1
     count = max(len(labels), seeds) if body.count is None else body.count
     if not 1 <= count <= limits.count:
@@ -154,7 +154,7 @@ def _work(
         cfg=body.cfg, top_k=body.top_k, top_p=body.top_p, temperature=body.temperature
     )
     request = Request(labels=numbers, rng_keys=call_keys(each), sampling=sampling)
-    return Work(request=request, previews=previews, deadline=_deadline(body))
+    return GenerationRequest(request=request, previews=previews, deadline=_deadline(body))
 
 
 def _deadline(body: Body) -> float | None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from cli_steps import SIDE, done, pixels, refused, run
-from var_deploy.cli.filmstrip import LAST_MS, SCALE_MS, Story
+from var_deploy.cli.filmstrip import LAST_MS, SCALE_MS, Filmstrip
 from var_deploy.cli.outputs import Drawn
 from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
@@ -99,7 +99,7 @@ def test_a_deadline_that_leaves_time_for_all(made: Path, tmp_path: Path) -> None
 def test_images_that_came_unequally_far(made: Path, tmp_path: Path) -> None:
     """The strip is white where an image had stopped; the GIF goes on showing it."""
     manifest = read_manifest(made)
-    story = Story(manifest, 3)
+    story = Filmstrip(manifest, 3)
     images = np.stack([np.full((SIDE, SIDE, 3), 100 * n, np.uint8) for n in range(3)])
     for first, count, stopped in ((0, 2, 2), (2, 1, 3)):
         for scale in range(stopped):
@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_nothing_half_written(
             stream.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Story if at == "see" else Image.Image, at, interrupt)
+    monkeypatch.setattr(Filmstrip if at == "see" else Image.Image, at, interrupt)
     unchanged()
     files = ("--out", tmp_path / "x.png", "--gif", tmp_path / "s.gif")
     result = run("generate", made, *REQUEST, *files)
