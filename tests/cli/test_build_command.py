@@ -17,7 +17,7 @@ from cli_steps import assert_one_line, done, edit, export, refused, run
 from fake_machine import H100_GPU, FakeMachine
 from fake_tensorrt import builder as fake
 from var_deploy.errors import BackendError
-from var_deploy.machine import Driver
+from var_deploy.host.machine import Driver
 from var_deploy.manifest import read_manifest
 from var_deploy.runtime.tensorrt import build as build_module
 

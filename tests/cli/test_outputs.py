@@ -24,7 +24,7 @@ from var_deploy.bench.rounds import Comparison
 from var_deploy.cli import main
 from var_deploy.cli.outputs import file_target
 from var_deploy.errors import BundleError, UsageError
-from var_deploy.images import read_settings
+from var_deploy.image.images import read_settings
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineRecord
