@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 
-from cli_steps import done
+from cli_steps import run
 from var_deploy import __version__
 from var_deploy.cli import main
 from var_deploy.device_check.agreement import FORCED_PSNR, MARGIN, SAME_PSNR
@@ -29,7 +29,7 @@ CHECK = "python -m var_deploy.device_check"
 
 @cache
 def planned(model: str, board: str) -> Mapping[str, Any]:
-    found: dict[str, Any] = json.loads(done("plan", model, "--device", board, "--json").stdout)
+    found: dict[str, Any] = json.loads(run("plan", model, "--device", board, "--json").stdout)
     return found
 
 
@@ -44,9 +44,9 @@ def memory(model: str, board: str) -> str:
 
 def milliseconds(model: str, board: str) -> str:
     plan = planned(model, board)
-    time = plan["seconds"] * 1e3
     if not plan["fits"]:
         return "–"
+    time = plan["seconds"] * 1e3
     return f"{time:.0f}" if time >= 10 else f"{time:.2g}"
 
 

@@ -101,8 +101,8 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         for path in (ROOT / top).rglob("*.py")
     }
     weights = {f"var_deploy/export/pocket/{name}" for name in (*WEIGHTS, "bundle.zip")}
-    probes = {f"var_deploy/runtime/bench/{name}.onnx" for name in PROBES}
-    probes.add("var_deploy/runtime/int8_probe.onnx")
+    probes = {f"var_deploy/bench/{name}.onnx" for name in PROBES}
+    probes.add("var_deploy/runtime/backends/int8_probe.onnx")
     page = {str(path.relative_to(ROOT)) for path in PAGE.iterdir() if path.suffix in PAGE_FILES}
     assert len(page) > 5
     assert names == modules | weights | probes | page | {"var_deploy/py.typed"}

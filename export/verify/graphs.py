@@ -35,6 +35,7 @@ from var_deploy.image.images import psnr
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.sampling import numbered
 
 # number of the first image that is generated to test the decoder on: far from the images that an
 # int8 decoder was calibrated with
@@ -254,7 +255,9 @@ class GraphVerifier:
         reference, found = self._references[0], list[Check]()
         manifest, seed = self._manifest, reference.seed
         for first in range(0, self._tolerance.drawn, manifest.batch):
-            image = self._generate(loop, generation_inputs(manifest, seed, FIRST_DRAWN + first))
+            image = self._generate(loop, generation_inputs(
+                manifest, seed, FIRST_DRAWN + first, numbered(seed, FIRST_DRAWN + first, manifest.batch)
+            ))
             found.append(self._image(check, reference.decode(loop.f_hat()), image))
         worst = min(found, key=lambda check: check.psnr or 0.0)
         count = len(found) * manifest.batch

@@ -187,9 +187,15 @@ def trace_reference(
     )
 
 
-def generation_inputs(manifest: Manifest, seed: int, first: int) -> GenerationInputs:
+def generation_inputs(
+    manifest: Manifest,
+    seed: int,
+    first: int,
+    keys: Sequence[tuple[int, int]] | None = None,
+) -> GenerationInputs:
     """Return labels, uniforms and noise of the images `first` … of a call with this seed."""
-    spec, rng_keys = manifest.model, call_keys(seed + first, manifest.batch)
+    spec = manifest.model
+    rng_keys = keys or call_keys(seed + first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
     noise = []
     if manifest.more_smooth:

@@ -176,7 +176,7 @@ def test_requests_out_of_range(
     part: str,
 ) -> None:
     unchanged()
-    asked = ("--labels", "0", *options)
+    asked = options if options[0] == "--labels" else ("--labels", "0", *options)
     refused(2, "generate", named, *asked, "--out", tmp_path / "x.png", parts=(part,))
 
 

@@ -48,7 +48,7 @@ def test_from_files_to_verified_images(
     assert report["checks"]
 
     text = done("inspect", out).stdout
-    for part in ("agrees with the PyTorch model", "all intact", "8 × 8 pixels", "batch", "step"):
+    for part in ("equal the PyTorch model's", "all intact", "8 × 8 pixels", "batch", "step"):
         assert part in text
     data = json.loads(done("inspect", out, "--json").stdout)
     assert (data["intact"], data["damage"], data["batch"]) == (True, [], 2)
@@ -108,7 +108,7 @@ def options_of(text: dict[str, str]) -> list[str]:
 def test_a_picture_can_be_made_again_from_its_text(made: Path, tmp_path: Path) -> None:
     odd = ("--cfg", 1.23456789, "--top-p", 0.8765432101, "--temperature", 1.0000001, "--top-k", 40)
     first, again = tmp_path / "first.png", tmp_path / "again.png"
-    done("generate", made, "--labels", "3,0", "--seed", 2**64 - 1, *odd, "--out", first)
+    done("generate", made, "--labels", "3,0", "--seed", 2**64 - 2, *odd, "--out", first)
     text = read_settings(first)
     assert text["bundle"] == read_manifest(made).digest()
     done("generate", made, *options_of(text), "--out", again)
@@ -156,7 +156,7 @@ def test_images_without_a_class_among_others(named: Path, tmp_path: Path) -> Non
         "003.png",
     ]
     text = read_settings(out / "001.png")
-    assert (text["labels"], text["image"]) == ("none", "1 of 4")
+    assert (text["labels"], text["seed"]) == ("none", "3")
     with Pipeline.load(named) as pipe:
         mixed = pipe.generate([3, None, name, None], seed=2)
         np.testing.assert_array_equal(pipe.generate(None, seed=[2])[0], pipe.generate([None], 2)[0])

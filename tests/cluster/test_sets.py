@@ -49,7 +49,7 @@ def test_the_same_set(sample: list[Any], alone: Files, tmp_path: Path) -> None:
     assert tree(tmp_path / "set") == alone
     assert report["made"] == list(range(20))
     assert (report["ray"]["workers"], report["ray"]["lost"]) == (2, 0)
-    assert report["runtime"]["threads"] == "1"
+    assert report["runtime"]["threads"] == 1
 
 
 def test_a_worker_and_all_nodes_are_lost_and_one_joins(

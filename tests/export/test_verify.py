@@ -335,7 +335,9 @@ def test_the_command_ends_with_1_and_one_line(bundle: Path, checkpoint: dict[str
     result = run_cli(bundle, "--precision", "fp32", "--json", *options(checkpoint))
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"error: fp32/{SCALE_1}: {names.new_key(1)} is off by ")
+    assert json.loads(result.stderr)["error"].startswith(
+        f"fp32/{SCALE_1}: {names.new_key(1)} is off by "
+    )
     listed = json.loads(result.stdout)
     assert listed["passed"] is False
     assert listed == read_manifest(bundle).parity
