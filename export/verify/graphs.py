@@ -255,9 +255,9 @@ class GraphVerifier:
         reference, found = self._references[0], list[Check]()
         manifest, seed = self._manifest, reference.seed
         for first in range(0, self._tolerance.drawn, manifest.batch):
-            image = self._generate(loop, generation_inputs(
-                manifest, seed, FIRST_DRAWN + first, numbered(seed, FIRST_DRAWN + first, manifest.batch)
-            ))
+            keys = numbered(seed, FIRST_DRAWN + first, manifest.batch)
+            inputs = generation_inputs(manifest, seed, FIRST_DRAWN + first, keys)
+            image = self._generate(loop, inputs)
             found.append(self._image(check, reference.decode(loop.f_hat()), image))
         worst = min(found, key=lambda check: check.psnr or 0.0)
         count = len(found) * manifest.batch
