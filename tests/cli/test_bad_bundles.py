@@ -206,7 +206,7 @@ def test_a_precision_that_the_bundle_lacks(
         ("{tmp}/file", "is a file"),
         ("/proc/self/x.png", "cannot be written"),
         ("/dev/null/x.png", "cannot be written"),
-        ("{tmp}/x.jpg", "written as .png"),
+        ("{tmp}/x.gif", "images are written as .png, .jpg, .jpeg or .webp, found x.gif"),
     ],
 )
 def test_generate_to_where_nothing_can_be_written(
