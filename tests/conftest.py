@@ -30,17 +30,12 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# pytest-xdist tells its workers how wide the terminal is; tables would be fitted to that, where
-# they stay whole in a pipe
+# pytest-xdist tells its workers how wide the terminal is, and tables would be fitted to that
 os.environ.pop("COLUMNS", None)
 
 GOLDEN = Path(__file__).parent / "golden"
 # the larger cases hold weights and lie beside the repository, where they are at hand at all
-SHARED_# pytest-xdist tells its workers how wide the terminal is; tables would be fitted to that, where
-# they stay whole in a pipe
-os.environ.pop("COLUMNS", None)
-
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 SEEDS = {"seeded-adaln": 1000, "seeded-shared-aln": 2000}
 TINY = ("tiny-adaln", "tiny-shared-aln")
 
