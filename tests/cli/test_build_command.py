@@ -94,7 +94,7 @@ def test_a_relative_path_works_in_a_process_of_its_own(
     assert ": 3 built, 0 kept, " in result.stdout
 
 
-@pytest.mark.parametrize("library", ["tensorrt", "var_deploy.runtime.cuda"])
+@pytest.mark.parametrize("library", ["tensorrt", "var_deploy.runtime.backends.cuda"])
 def test_a_missing_driver_is_named_first(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:

@@ -140,7 +140,7 @@ def test_export_failures(tmp_path: Path, exporter: list[dict[str, Any]]) -> None
     assert_one_line(run("export", "pocket", "--out", out, "--batch", 99), 1, "disk full")
 
 
-@pytest.mark.parametrize(("command", "module"), [("export", "bundle"), ("verify", "verify")])
+@pytest.mark.parametrize(("command", "module"), [("export", "bundle"), ("verify", "verify.bundle")])
 def test_without_torch_it_says_what_to_install(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: str
 ) -> None:

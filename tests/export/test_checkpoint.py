@@ -20,15 +20,14 @@ from safetensors.torch import save_file
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint import assemble as checkpoints
+from var_deploy.export.checkpoint import hub, presets
 from var_deploy.export.checkpoint.assemble import (
     build_modules,
     check_state,
     empty_modules,
-    hub,
     load_into,
     load_model,
     open_checkpoint,
-    presets,
 )
 from var_deploy.export.checkpoint.presets import PRESETS
 from var_deploy.spec import ModelSpec
