@@ -193,7 +193,7 @@ def test_pocket_is_judged_through_its_bundle(pocket: Path) -> None:
     """Its fp32 images come from graphs that are exported for the purpose."""
     told: list[tuple[str, float]] = []
     report = verify_bundle(
-        pocket, samples=20, images=1, seed=2**64 - 1, progress=lambda *step: told.append(step)
+        pocket, samples=20, images=1, seed=2**64 - 4, progress=lambda *step: told.append(step)
     )
     # its decoder is no matter of samples, and has a test of its own
     assert all(c.passed for c in report.checks if not c.graph.startswith("decoder"))
@@ -201,9 +201,9 @@ def test_pocket_is_judged_through_its_bundle(pocket: Path) -> None:
     assert isinstance(found, SampleStudy)
     assert (found.judge, found.count, found.bound) == ("pocket", 20, None)
     assert [(s.precision, s.seed) for s in (found.fp32, found.int8, found.noise)] == [
-        ("fp32", 2**64 - 1),
-        ("int8", 2**64 - 1),
-        ("fp32", 0),
+        ("fp32", 2**64 - 4),
+        ("int8", 2**64 - 4),
+        ("fp32", 2**64 - 3),
     ]
     for images in (found.fp32, found.int8, found.noise):
         assert images.accuracy >= 0.8
