@@ -35,7 +35,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         left = list(steps)
 
         def update(self: Progress, message: str, fraction: float) -> None:
-            found = re.match(r"(\d+) of \d+ images", message)
+            found = re.match(r"image (\d+) of \d+", message)
             while found and left and int(found[1]) >= left[0][0]:
                 left.pop(0)[1]()
 

@@ -215,7 +215,7 @@ def test_pocket_is_judged_through_its_bundle(pocket: Path) -> None:
     assert stored == report.to_json() and stored["samples"]["count"] == 20
     fractions = [fraction for _, fraction in told]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
-    assert len([f for message, f in told if message == "samples"]) > 20
+    assert len([f for message, f in told if message == "samples"]) > 10
     assert {path.name for path in pocket.iterdir()} == {"int8", names.MANIFEST}
 
 

@@ -13,6 +13,7 @@ import pytest
 from serving.browser import Visit, accessibility_faults, finished, focused
 from serving.client import Client, running
 
+from var_deploy.config import Loaded
 from var_deploy.pipeline import Pipeline
 
 SCALES = 3
@@ -35,8 +36,8 @@ class Paced:
     def step(self) -> None:
         self._steps.release()
 
-    def describe(self) -> dict[str, str]:
-        return {"backend": "paced", "precision": "fp32"}
+    def describe(self) -> Loaded:
+        return Loaded(precision="fp32", backend="paced", layout="shared")
 
     async def draw(self, work: Any) -> AsyncGenerator[Any, None]:
         from var_deploy.serving.backend import Drawn, Queued, ScaleDone
