@@ -52,6 +52,25 @@ def test_the_same_set(sample: list[Any], alone: Files, tmp_path: Path) -> None:
     assert report["runtime"]["threads"] == 1
 
 
+def test_results_may_be_seen_in_any_order(
+    sample: list[Any], alone: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls of one worker can both be done when Ray is asked, and the later be named first."""
+    import ray
+
+    real, turned = ray.wait, []
+
+    def newest_first(calls: list[Any], **_: object) -> tuple[list[Any], list[Any]]:
+        done, _ = real(calls, num_returns=len(calls), timeout=2)
+        turned.append(len(done) > 1)
+        return done[-1:], [call for call in calls if call not in done[-1:]]
+
+    monkeypatch.setattr(ray, "wait", newest_first)
+    done(*sample, "--workers", 1)
+    assert any(turned)
+    assert tree(tmp_path / "set") == alone
+
+
 def test_a_worker_and_all_nodes_are_lost_and_one_joins(
     sample: list[Any],
     alone: Files,

@@ -132,7 +132,9 @@ class _Run:
         self._shards = shards
         self._device, self._new_actor, self._most = device, hire, most
         self._workers: list[_Worker] = []
-        self._pending: dict[Any, _Worker] = {}  # the calls that have not come back
+        # The calls that have not come back, each with its shard (None: loading). The results of two
+        # calls of one worker may be seen in either order, so their order does not tell the shard.
+        self._pending: dict[Any, tuple[_Worker, int | None]] = {}
         self._todo: deque[int] = deque(folder.missing(spec, shards))
         self._losses: Counter[int | None] = Counter()  # None: while a bundle was loaded
         self._looked = self._placed = float("-inf")
@@ -181,7 +183,7 @@ class _Run:
         for _ in range(len(self._workers), wanted):
             worker = _Worker(self._new_actor(), self.made.spec)
             self._workers.append(worker)
-            self._pending[worker.loading] = worker
+            self._pending[worker.loading] = worker, None
 
     def _hand_out(self) -> None:
         """Give a shard to each worker without one; then, while enough shards are left, a second
@@ -197,13 +199,13 @@ class _Run:
                         continue
                     call = worker.actor.draw.remote(self.made.spec, shard)
                     worker.calls.append(shard)
-                    self._pending[call] = worker
+                    self._pending[call] = worker, shard
 
     def _take(self, call: Any) -> None:
         """Process the result of a call, or the loss of its worker."""
         if call not in self._pending:  # its worker was lost with another call
             return
-        worker = self._pending.pop(call)
+        worker, shard = self._pending.pop(call)
         started = time.monotonic()
         try:
             result = ray.get(call)
@@ -212,7 +214,7 @@ class _Run:
             return
         except RayTaskError as error:
             raise _raised(error) from None
-        shard = worker.calls.popleft()
+        worker.calls.remove(shard)
         if shard is None:
             self._welcome(worker, cast(Loaded, result))
         else:
@@ -242,7 +244,9 @@ class _Run:
     def _lose(self, worker: _Worker, error: Exception) -> None:
         """Requeue the shards of a lost worker. It was working on the first of them."""
         self._workers.remove(worker)
-        self._pending = {call: w for call, w in self._pending.items() if w is not worker}
+        self._pending = {
+            call: (w, shard) for call, (w, shard) in self._pending.items() if w is not worker
+        }
         ray.kill(worker.actor)  # it may only be unreachable
         self._todo.extendleft(shard for shard in reversed(worker.calls) if shard is not None)
         at = worker.calls[0]
