@@ -17,7 +17,7 @@ PORTABLE := build/portable/pocket
 EXPORTER := $(wildcard export/*.py export/*/*.py export/pocket/*.safetensors var_deploy/*.py \
 	var_deploy/bundle/*.py var_deploy/families/*.py var_deploy/files/*.py)
 
-.PHONY: demo bundle test test-pythons test-arm64 test-gpu fuzz lint types wheel train clean
+.PHONY: demo bundle test test-pythons test-arm64 test-gpu test-fast fuzz lint types wheel train clean
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/manifest.json
@@ -40,6 +40,10 @@ test: $(CHECKS) $(TRITON_READY)
 # `make test` runs these tests as well, and skips them in the same way.
 test-gpu: $(CHECKS)
 	$(BIN)/python -m pytest tests/gpu
+
+# What fits into two minutes: all but the files of tests/slow_files.py
+test-fast: $(CHECKS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The damaged inputs of tests/fuzz, twenty times as many as in the tests; prints what became of them
 fuzz: $(CHECKS)

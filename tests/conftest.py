@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from slow_files import FILES
 
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
@@ -38,6 +39,13 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 SEEDS = {"seeded-adaln": 1000, "seeded-shared-aln": 2000}
 TINY = ("tiny-adaln", "tiny-shared-aln")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow files, so that `-m "not slow"` is a quick run."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix() in FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 class SeededWeights:

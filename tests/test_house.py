@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_files import FILES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -133,6 +134,11 @@ def test_modules_are_short_and_named_for_what_they_do() -> None:
     long = {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 600}
     assert not long
     assert not [p for p in modules() if p.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_slow_files_are_there() -> None:
+    assert FILES
+    assert not [name for name in FILES if not (ROOT / "tests" / name).is_file()]
 
 
 # aliases of types are for annotations: from NumPy 2.5 on Python 3.12 on, NDArray is no class

@@ -1,0 +1,35 @@
+"""Test files that take more than some three seconds: `make test-fast` leaves them out."""
+
+from __future__ import annotations
+
+# folder of tests/ → test_NAME.py
+SLOW = {
+    "": "guide make wheel",
+    "cli": (
+        "bad_bundles bad_checkpoints bench_command demo editing_commands "
+        "export_cut_short files_to_images int8 labels_command linked_bundle outputs"
+    ),
+    "cluster": "connect place service sets",
+    "contract": "every_command files installation interfaces onnx_file plan terminal",
+    "datasets": "readers",
+    "deploy": "steps",
+    "export": (
+        "bisect bundle checkpoint gpt2_bundle gpt2_files int8_bundle int8_probe lint "
+        "modules more_smooth one_scale sample_study sampler torch_bench torch_graph "
+        "torch_peers verify verify_golden verify_int8"
+    ),
+    "fuzz": "bundles checkpoints harness requests",
+    "runtime": (
+        "backends bench_rounds device_check editing engine_build one_copy "
+        "onnxruntime_cuda openvino_peer pipeline plan_against_cpu replaced_bundles "
+        "sampler_statistics tensorrt_rtx tensorrt_session"
+    ),
+    "serving": "bodies connections load page page_classes page_states serve_command",
+    "tools": "fp16_study growth pocket training",
+    "tritonserver": "server",
+}
+FILES = {
+    f"{folder}/test_{name}.py".lstrip("/")
+    for folder, names in SLOW.items()
+    for name in names.split()
+}
