@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 # (message, fraction of the work that is done, 0 to 1)
-Progress = Callable[[str, float], None]
+Progress = Callable[[str, float], object]
 
 
 def speed(rate: float) -> str:

@@ -54,7 +54,7 @@ def decoder_ranges(
     folder: Path,
     manifest: Manifest,
     images: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Ranges:
     """Generate `images` images with the int8 graphs in `folder`, and measure the decoder's ranges.
 

@@ -23,11 +23,11 @@ from var_deploy.host.machine import Machine
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.planning.precisions import check_gpu_precision, gpu_precision
 from var_deploy.planning.selection import choose_layout
+from var_deploy.progress import Progress
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
 from var_deploy.runtime.tensorrt.job import Job, open_folder, run_in_child, run_job
 from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, Library, load_library
-from var_deploy.runtime.tensorrt.monitor import Progress
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
 from var_deploy.runtime.weights_check import check_weights
 

@@ -26,10 +26,11 @@ from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import BackendError, BundleChangedError, VarDeployError
 from var_deploy.host.installation import module_command
 from var_deploy.manifest import read_manifest
+from var_deploy.progress import Progress
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
 from var_deploy.runtime.tensorrt.library import Library
-from var_deploy.runtime.tensorrt.monitor import Progress, held_interrupt
+from var_deploy.runtime.tensorrt.monitor import held_interrupt
 from var_deploy.runtime.tensorrt.network import build_engine
 from var_deploy.runtime.tensorrt.target import BuildOptions, Target
 

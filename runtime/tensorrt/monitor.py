@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-Progress = Callable[[str, float], None]
+from var_deploy.progress import Progress
 
 
 class Interrupt:

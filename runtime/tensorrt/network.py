@@ -15,8 +15,9 @@ from typing import Any
 
 from var_deploy.errors import BackendError, one_line
 from var_deploy.files.paths import utf8_path
+from var_deploy.progress import Progress
 from var_deploy.runtime.tensorrt.library import Library
-from var_deploy.runtime.tensorrt.monitor import Progress, build_monitor, held_interrupt
+from var_deploy.runtime.tensorrt.monitor import build_monitor, held_interrupt
 from var_deploy.runtime.tensorrt.target import BuildOptions
 
 Profile = Mapping[str, tuple[int, ...]]

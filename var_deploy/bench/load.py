@@ -12,19 +12,18 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
 from var_deploy import __version__
 from var_deploy.bench.service import Connection, Question, Service
+from var_deploy.progress import Progress
 from var_deploy.runtime.measure import LatencyStats
 
 SCHEMA_VERSION = 1
 EACH = 4  # images per client and round
-
-Progress = Callable[[str, float], object]
 
 
 @dataclass(frozen=True, kw_only=True)

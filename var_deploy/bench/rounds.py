@@ -20,6 +20,7 @@ from var_deploy.bench.process import MemoryWatch, WorkerProcess
 from var_deploy.bench.report import Result
 from var_deploy.bench.worker import About, Sample
 from var_deploy.errors import BackendError
+from var_deploy.progress import Progress
 
 ALONE = 2  # generations while memory is watched
 # Seconds between two workers. Threads of a library spin for a moment after their work and would
@@ -28,8 +29,6 @@ PAUSE = 0.05
 ENERGY_SECONDS = 5.0
 SETTLE_SECONDS = 1.5  # before energy is measured: NVIDIA cards report the mean of the last second
 PROC = Path("/proc")
-
-Progress = Callable[[str, float], object]
 Start = Callable[[Sequence[str]], WorkerProcess]
 
 

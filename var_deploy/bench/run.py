@@ -15,7 +15,7 @@ from var_deploy.bench.power import find_meters
 from var_deploy.bench.rates import Rates
 from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
 from var_deploy.bench.roofline import Roofline, rooflines
-from var_deploy.bench.rounds import Comparison, Entry, Progress, Rated, Rounds
+from var_deploy.bench.rounds import Comparison, Entry, Rated, Rounds
 from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
@@ -24,6 +24,7 @@ from var_deploy.host.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.planning.costs import graph_weights, workload_of
 from var_deploy.planning.devices import Device, find_device
+from var_deploy.progress import Progress
 
 OURS, RATES = "var_deploy.bench.ours", "var_deploy.bench.rates"
 
