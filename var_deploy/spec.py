@@ -3,6 +3,9 @@
 Notation (the whole project uses it): B images in a batch, G = 2B rows with guidance and B without,
 K scales of side lengths `patch_nums`, L_k = patch_nums[k]², P_k the tokens before scale k, T their
 sum, V codes, Cv code width, C model width, H heads, D = C / H.
+
+A text-to-image model has token grids of h_k × w_k, so L_k = h_k · w_k, and bits instead of codes: d
+of a latent position, e of a token, S text tokens of width Ct.
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 
 from var_deploy.errors import UsageError
 from var_deploy.families import FAMILIES, family_of
+
+MAX_TOKEN_BITS = 64
+
+
+Grid = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,21 @@ class TokenizerSpec:
         return int(2 ** (len(self.width_multipliers) - 1))
 
     @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Token grid of every scale."""
+        return tuple((side, side) for side in self.patch_nums)
+
+    @property
+    def latent_grid(self) -> Grid:
+        """Rows and columns of f_hat."""
+        return (self.latent_side, self.latent_side)
+
+    @property
+    def image_size(self) -> Grid:
+        """Height and width of the image in pixels."""
+        return (self.image_side, self.image_side)
+
+    @property
     def latent_side(self) -> int:
         """Side of f_hat, p_K."""
         return self.patch_nums[-1]
@@ -95,6 +118,88 @@ class TokenizerSpec:
         margin = 1 / 3 / count if count == 4 else 1 / 2 / count
         ticks = np.linspace(margin, 1 - margin, count)
         return int(np.argmin(np.abs(ticks - scale / last)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitTokenizerSpec:
+    """Sizes of a multi-scale bitwise tokenizer (Infinity, arXiv 2412.04431, section 3.2).
+
+    Attributes:
+        grids: rows and columns of each scale's token grid, growing from 1 × 1.
+        bits: d, the bits of a latent position and the channels of f_hat.
+        patch: latent positions along each side of a token: 1, or 2 where tokens are patches.
+        base_width: channels of the first level.
+        width_multipliers: one factor a level; each level but the last halves the image.
+        res_blocks: residual blocks a level in the encoder; the decoder has one more.
+        image_channels: channels of the image.
+    """
+
+    grids: tuple[Grid, ...]
+    bits: int
+    patch: int = 1
+    base_width: int
+    width_multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)
+    res_blocks: int = 2
+    image_channels: int = 3
+
+    def __post_init__(self) -> None:
+        sizes = [rows * columns for rows, columns in self.grids]
+        grows = all(a <= b and c <= d for (a, c), (b, d) in pairwise(self.grids))
+        if not sizes or sizes[0] != 1 or sizes != sorted(set(sizes)) or not grows:
+            raise UsageError(f"grids must grow from 1 × 1, found {self.grids}")
+        for name in ("bits", "base_width", "res_blocks", "image_channels"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.token_bits > MAX_TOKEN_BITS:
+            raise UsageError(f"a token has at most {MAX_TOKEN_BITS} bits, found {self.token_bits}")
+        if self.patch not in (1, 2):
+            raise UsageError(f"patch must be 1 or 2, found {self.patch}")
+        for multiplier in self.width_multipliers:
+            norm_groups(self.base_width * multiplier)
+
+    @property
+    def token_bits(self) -> int:
+        """e, the bits of one token."""
+        return self.bits * self.patch**2
+
+    @property
+    def code_width(self) -> int:
+        """Channels of f_hat, d."""
+        return self.bits
+
+    @property
+    def latent_grids(self) -> tuple[Grid, ...]:
+        """Grid of latent positions of every scale, `patch` times the token grid."""
+        return tuple((self.patch * rows, self.patch * columns) for rows, columns in self.grids)
+
+    @property
+    def latent_grid(self) -> Grid:
+        """Rows and columns of f_hat."""
+        return self.latent_grids[-1]
+
+    @property
+    def downsample(self) -> int:
+        """Pixels along each side of a latent position."""
+        return int(2 ** (len(self.width_multipliers) - 1))
+
+    @property
+    def image_size(self) -> Grid:
+        """Height and width of the image in pixels."""
+        rows, columns = self.latent_grid
+        return (self.downsample * rows, self.downsample * columns)
+
+
+def norm_groups(channels: int) -> int:
+    """Return the groups of a bitwise tokenizer's GroupNorm: 32, or 24 where 32 do not divide.
+
+    Raises UsageError where neither divides the channels.
+    """
+    for groups in (32, 24):
+        if channels % groups == 0:
+            return groups
+    raise UsageError(
+        f"a level of {channels} channels has no GroupNorm: expected a multiple of 32 or 24"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +256,112 @@ class TransformerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """A tokenizer and the transformer that predicts its tokens."""
+class TextTransformerSpec:
+    """Sizes of the text-to-image transformer of Infinity (arXiv 2412.04431).
+
+    Attributes:
+        depth: number of blocks N.
+        width: C.
+        heads: H; must divide the width, and D = C / H must be a multiple of 4 (RoPE in two axes).
+        ffn_width: inner width of the feed-forward part.
+        text_width: Ct, of the text features.
+        text_length: S, text tokens that the graphs take; a longer prompt is truncated.
+        pool_heads: heads of the attention that pools the text.
+        rope_grid: the last token grid of the list that rules RoPE: positions of every scale are
+            those of this grid.
+        levels: rows of the level embedding, of which the scales use the first K.
+        unconditional_length: rows of the trained text features that stand for "no prompt".
+        norm_eps: eps of every norm.
+    """
+
+    family: ClassVar[str] = "infinity"
+    depth: int
+    width: int
+    heads: int
+    ffn_width: int
+    text_width: int
+    text_length: int
+    pool_heads: int
+    rope_grid: Grid
+    levels: int = 15
+    unconditional_length: int = 512
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("depth", "width", "heads", "ffn_width", "text_width", "text_length"),
+            *("pool_heads", "levels", "unconditional_length"),
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.width % (4 * self.heads):
+            raise UsageError(
+                f"width {self.width} must be a multiple of 4 in each of {self.heads} heads"
+            )
+        if self.width % self.pool_heads:
+            raise UsageError(
+                f"width {self.width} is not divisible by {self.pool_heads} pooling heads"
+            )
+        if self.text_length > self.unconditional_length:
+            raise UsageError(
+                f"text_length must be at most {self.unconditional_length}, the length that the "
+                f"model was trained with, found {self.text_length}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """D, the width of one attention head."""
+        return self.width // self.heads
+
+
+class NextScaleSpec:
+    """The sizes that every model of next-scale prediction has; a base of the two kinds of model.
+
+    Attributes:
+        tokenizer, transformer: their sizes.
+    """
+
+    tokenizer: TokenizerSpec | BitTokenizerSpec
+    transformer: TransformerSpec | TextTransformerSpec
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Rows and columns of every scale's token grid."""
+        return self.tokenizer.grids
+
+    @property
+    def scales(self) -> int:
+        """K, the number of scales."""
+        return len(self.grids)
+
+    @property
+    def scale_lengths(self) -> tuple[int, ...]:
+        """L_k for every scale."""
+        return tuple(rows * columns for rows, columns in self.grids)
+
+    @property
+    def prefix_lengths(self) -> tuple[int, ...]:
+        """P_k for every scale, and T at the end (K + 1 numbers)."""
+        return (0, *accumulate(self.scale_lengths))
+
+    @property
+    def total_tokens(self) -> int:
+        """T, the number of tokens of an image over all scales."""
+        return self.prefix_lengths[-1]
+
+    @property
+    def draws_per_token(self) -> int:
+        """Random numbers that one token takes: 1, or one for each of its e bits."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(NextScaleSpec):
+    """A tokenizer with codebooks and the transformer that predicts its tokens."""
 
     tokenizer: TokenizerSpec
     transformer: TransformerSpec
@@ -166,29 +375,13 @@ class ModelSpec:
         return self.tokenizer.patch_nums
 
     @property
-    def scales(self) -> int:
-        """K, the number of scales."""
-        return len(self.patch_nums)
-
-    @property
-    def scale_lengths(self) -> tuple[int, ...]:
-        """L_k for every scale."""
-        return tuple(side * side for side in self.patch_nums)
-
-    @property
-    def prefix_lengths(self) -> tuple[int, ...]:
-        """P_k for every scale, and T at the end (K + 1 numbers)."""
-        return (0, *accumulate(self.scale_lengths))
-
-    @property
-    def total_tokens(self) -> int:
-        """T, the number of tokens of an image over all scales."""
-        return self.prefix_lengths[-1]
-
-    @property
     def input_width(self) -> int:
         """Width of the next-scale input: Cv, or C where the transformer embeds tokens itself."""
         return family_of(self.transformer).input_width(self)
+
+    @property
+    def draws_per_token(self) -> int:
+        return 1
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -210,3 +403,65 @@ class ModelSpec:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"not a model description: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelSpec(NextScaleSpec):
+    """A bitwise tokenizer and the text-to-image transformer that predicts its bits."""
+
+    tokenizer: BitTokenizerSpec
+    transformer: TextTransformerSpec
+
+    def __post_init__(self) -> None:
+        if self.scales > self.transformer.levels:
+            raise UsageError(
+                f"the model has level embeddings for {self.transformer.levels} scales, found "
+                f"{self.scales}"
+            )
+
+    @property
+    def input_width(self) -> int:
+        """Width of the next-scale input: e."""
+        return self.tokenizer.token_bits
+
+    @property
+    def draws_per_token(self) -> int:
+        return self.tokenizer.token_bits
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["transformer"]["family"] = self.transformer.family
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSpec:
+    """Sizes of a T5 encoder (v1.1 form: RMS norm, gated GELU, relative position bias).
+
+    Attributes:
+        width: Ct, of the features.
+        depth, heads, head_width, ffn_width: of its blocks; heads · head_width need not be the
+            width.
+        vocab_size: rows of the embedding.
+        length: S, tokens that the graph takes.
+        buckets: rows of the table of relative position biases.
+        max_distance: distance from which on all positions share a bucket.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    head_width: int
+    ffn_width: int
+    vocab_size: int
+    length: int
+    buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name != "norm_eps" and getattr(self, field.name) < 1:
+                raise UsageError(
+                    f"{field.name} must be at least 1, found {getattr(self, field.name)}"
+                )
