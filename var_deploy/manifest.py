@@ -63,6 +63,7 @@ class GraphInfo:
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
     """Size and hash of a file of the bundle."""
+
     size: int
     sha256: str
 

@@ -12,8 +12,9 @@ STEP = "step"  # one graph with symbolic L and P that serves every scale
 DECODER = "decoder"
 ENCODER = "encoder"
 ACCUMULATE = "accumulate"  # tokens of all scales → f_hat
+UNCONDITIONAL = "unconditional"  # what `condition` makes, for "no prompt"; text-to-image only
 # the graphs that are not one of the K static ones
-FIXED_GRAPHS = (CONDITION, STEP, DECODER, ENCODER, ACCUMULATE)
+FIXED_GRAPHS = (CONDITION, UNCONDITIONAL, STEP, DECODER, ENCODER, ACCUMULATE)
 
 # models known by name, see `export/presets.py`, which the half without PyTorch may lack
 PRESETS = ("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36")
@@ -54,6 +55,16 @@ NEXT_MATRIX = "next_matrix"  # [p_{k+1}, p_K] fp32, area (any one row at the las
 # L_{k+1}, p_k, p_{k+1}; at the last scale, which feeds no next one, the last two are 1
 LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE = "L", "P", "N", "p", "q"
 
+# text-to-image: `condition` takes features and mask of B prompts and makes rows for them, which are
+# then either half of the G rows that the scales read; `unconditional` makes the second half
+TEXT_FEATURES = "text_features"  # [B, S, Ct] fp32
+TEXT_MASK = "text_mask"  # [B, S] bool ([G, S] in scale graphs), True at the prompt's tokens
+UP_ROWS, UP_COLUMNS = "up_rows", "up_columns"  # [h_K, h_k], [w_K, w_k] fp32, linear; `step` alone
+NEXT_ROWS, NEXT_COLUMNS = "next_rows", "next_columns"  # [h_{k+1}, h_K], [w_{k+1}, w_K]; the same
+ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"  # [L_k, D/2] fp32; the same
+# symbolic sizes of these: latent rows and columns of this scale and of the next
+ROWS, COLUMNS, NEXT_ROW_COUNT, NEXT_COLUMN_COUNT = "h", "w", "m", "n"
+
 # inside the scale graphs, not an output: guided logits before temperature [B, L_k, V] fp32
 LOGITS = "logits"
 # inside too: unnormalised probabilities after top-k and top-p, 0 where dropped [B, L_k, V] fp32
@@ -87,6 +98,16 @@ def new_key(layer: int) -> str:
 def new_value(layer: int) -> str:
     """Name of the values of this scale, [L_k, G, H, D]; absent at the last scale."""
     return f"new_key_values.{layer}.value"
+
+
+def text_key(layer: int) -> str:
+    """Name of a block's keys of the text, [G, H, D, S]."""
+    return f"text_key_values.{layer}.key"
+
+
+def text_value(layer: int) -> str:
+    """Name of a block's values of the text, [G, H, S, D]."""
+    return f"text_key_values.{layer}.value"
 
 
 def encoder_tokens(scale: int) -> str:

@@ -153,18 +153,29 @@ class GraphBuilder:
         return self.cast(value, np.float32) if self.half else value
 
     def linear(
-        self, x: str, key: str, width_in: int, width_out: int, bias: str | None, full: bool = False
+        self,
+        x: str,
+        key: str,
+        width_in: int,
+        width_out: int,
+        bias: str | None,
+        full: bool = False,
+        rows: Callable[[NDArray[Any]], NDArray[Any]] = lambda weight: weight,
     ) -> str:
         """x [..., in] → [..., out] with the checkpoint's `key` [out, in], in the compute type.
 
         `bias` names a weight made with the compute type; `full` keeps the product in fp32 where
-        the model asks for it.
+        the model asks for it; `rows` changes the rows of the checkpoint's matrix.
         """
+
+        def matrix(read: ReadKey) -> NDArray[Any]:
+            return rows(read(key))
+
         if self.rounded and not full:
-            y = dynamic_linear(self, x, key, width_in, width_out)
+            y = dynamic_linear(self, x, key, matrix, width_in, width_out)
         else:
             dtype = np.dtype(np.float32) if full else self.compute
-            name = self.weight(key, (width_in, width_out), lambda read: read(key).T, dtype)
+            name = self.weight(key, (width_in, width_out), lambda read: matrix(read).T, dtype)
             y = self.op("MatMul", x, name)
         return self.op("Add", y, bias) if bias else y
 

@@ -96,19 +96,27 @@ def kernel_rows(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows
 
 
-def dynamic_linear(b: GraphBuilder, x: str, key: str, width_in: int, width_out: int) -> str:
-    """Multiply x [..., G, in] → [..., G, out] with the checkpoint's `key` [out, in] in int8.
+def dynamic_linear(
+    b: GraphBuilder,
+    x: str,
+    key: str,
+    rows: Callable[[ReadKey], NDArray[Any]],
+    width_in: int,
+    width_out: int,
+) -> str:
+    """Multiply x [..., G, in] → [..., G, out] in int8 with the matrix [out, in] that `rows` makes,
+    stored as `key`.
 
     x is quantised at run time, each image by itself: an image must not depend on the others in its
     batch.
     """
 
     def matrix(read: ReadKey) -> NDArray[Any]:
-        rounded: NDArray[Any] = round_rows(read(key)).T
+        rounded: NDArray[Any] = round_rows(rows(read)).T
         return rounded
 
     def scales(read: ReadKey) -> NDArray[Any]:
-        return weight_scale(read(key))
+        return weight_scale(rows(read))
 
     weight = b.weight(key, (width_in, width_out), matrix, np.int8)
     scale = b.weight(f"{key}.scale", (width_out,), scales)

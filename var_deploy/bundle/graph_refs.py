@@ -52,9 +52,7 @@ def scale_graphs(model: ModelSpec, layout: Layout, precision: str = "") -> tuple
     """Return the graph that computes each scale: K of them; in layout "shared" one graph K
     times."""
     shared = layout == "shared"
-    return tuple(
-        _step(precision) if shared else _scale(k, precision) for k in range(model.scales)
-    )
+    return tuple(_step(precision) if shared else _scale(k, precision) for k in range(model.scales))
 
 
 def tokenizer_graphs(precision: str = "") -> tuple[GraphRef, ...]:

@@ -123,8 +123,7 @@ def _model(data: Value) -> ModelSpec:
     given.only(*TOKENIZER_SIZES, *flags, "patch_nums", "width_multipliers", "phi_ratio")
     other = data.member("transformer")
     transformer: dict[str, Any] = {
-        name: other.member(name).whole(low, high)
-        for name, (low, high) in TRANSFORMER_SIZES.items()
+        name: other.member(name).whole(low, high) for name, (low, high) in TRANSFORMER_SIZES.items()
     }
     kinds = {name: other.member(name).flag() for name in ("shared_adaln", "qk_l2_norm")}
     family = other.member("family").one_of("var", "gpt2")

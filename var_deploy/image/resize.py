@@ -1,6 +1,6 @@
-"""Image resizing as constant matrices, so that it exports anywhere: Y = M · X · Mᵀ.
+"""Image resizing as constant matrices, so that it exports anywhere: Y = M_rows · X · M_columnsᵀ.
 
-Both kinds equal PyTorch's `interpolate` at the same sizes, without antialiasing.
+All kinds equal PyTorch's `interpolate` at the same sizes, without antialiasing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,21 @@ def area_matrix(source: int, target: int) -> NDArray[np.float32]:
     for row in range(target):
         start, stop = row * source // target, -(-(row + 1) * source // target)
         matrix[row, start:stop] = 1.0 / (stop - start)
+    return matrix
+
+
+def linear_matrix(source: int, target: int) -> NDArray[np.float32]:
+    """[target, source] linear interpolation with half-pixel centres, also where it shrinks.
+
+    At equal sizes it is exactly the identity.
+    """
+    matrix = np.zeros((target, source), np.float32)
+    for row in range(target):
+        centre = max((row + 0.5) * source / target - 0.5, 0.0)
+        first = min(int(centre), source - 1)
+        second = min(first + 1, source - 1)
+        matrix[row, first] += np.float32(1 - (centre - first))
+        matrix[row, second] += np.float32(centre - first)
     return matrix
 
 
