@@ -1,7 +1,7 @@
 """The build machine's half of var-deploy: models, graphs, bundle writer, verification.
 
-from var_deploy.export import export_modules, verify_bundle
-from var_deploy.export import var as VAR
+    from var_deploy.export import export_modules, verify_bundle
+    from var_deploy.export import var as VAR
 """
 
 from __future__ import annotations

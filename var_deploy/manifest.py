@@ -21,12 +21,14 @@ from var_deploy.bundle.json_values import DamagedError, Value, read_json, shown
 from var_deploy.errors import BundleError, UsageError, one_line
 from var_deploy.files import whole_file
 from var_deploy.files.held_files import HeldFile
-from var_deploy.sampling import Sampling
-from var_deploy.spec import ModelSpec
+from var_deploy.sampling import BitSampling, Sampling
+from var_deploy.spec import ModelSpec, TextModelSpec
 
 # Version 2 may hold `more_smooth`, whose graphs take an input that a reader of version 1 does not
 # know. Bundles without it are still written as version 1, byte for byte as before.
-SCHEMA_VERSION = 2
+# Version 3 is a text-to-image model.
+SCHEMA_VERSION = 3
+SMOOTH_VERSION = 2
 PLAIN_VERSION = 1
 MANIFEST_BYTES = 16 << 20  # a released model's manifest has a quarter of a MiB
 HASH_CHUNK = 1 << 22
@@ -69,6 +71,19 @@ class FileInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextEncoderRef:
+    """The text encoder that a text-to-image bundle takes its features from.
+
+    Attributes:
+        digest: of the text encoder's bundle, which several image bundles may share.
+        folder: name of its folder, in this bundle or beside it.
+    """
+
+    digest: str
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of manifest.json.
 
@@ -85,9 +100,10 @@ class Manifest:
         defaults: sampling settings used where a call gives none.
         labels: class names, index = label; empty where they are not known.
         parity: the last `verify` report, None before the first.
+        text_encoder: the text encoder whose features a text-to-image model was made for.
     """
 
-    model: ModelSpec
+    model: ModelSpec | TextModelSpec
     preset: str
     batch: int
     guidance: bool
@@ -98,12 +114,15 @@ class Manifest:
     defaults: Sampling
     labels: tuple[str, ...] = ()
     parity: Mapping[str, Any] | None = None
+    text_encoder: TextEncoderRef | None = None
     more_smooth: bool = False
     schema_version: int = field(default=PLAIN_VERSION)
 
     def __post_init__(self) -> None:
-        if self.more_smooth:
+        if isinstance(self.model, TextModelSpec):
             object.__setattr__(self, "schema_version", SCHEMA_VERSION)
+        elif self.more_smooth:
+            object.__setattr__(self, "schema_version", SMOOTH_VERSION)
 
     @property
     def rows(self) -> int:
@@ -126,16 +145,39 @@ class Manifest:
 
         Raises UsageError for a value that is out of range or that the bundle does not support.
         """
-        sampling = (base or self.defaults).replace(**changes)
+        base = base or self.defaults
+        if isinstance(base, BitSampling) != self.takes_text:
+            # settings of the other kind of model: the values that were given count
+            kind = BitSampling if self.takes_text else Sampling
+            base = kind(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+        sampling = base.replace(**changes)
         sampling.check(self.model.scales)
-        if sampling.guides and not self.guidance and self.model.transformer.conditional:
-            raise UsageError("this bundle was exported with --no-guidance: cfg must be 0")
+        if sampling.guides and not self.guidance and self.model.transformer.guidable:
+            none = 1 if self.takes_text else 0
+            raise UsageError(f"this bundle was exported with --no-guidance: cfg must be {none}")
         return sampling
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the model makes images of prompts; else of class labels, or of nothing."""
+        return isinstance(self.model, TextModelSpec)
+
+    def code_model(self, what: str) -> ModelSpec:
+        """Return the sizes of a model whose tokens are codes.
+
+        Raises UsageError where the model is of another kind, which `what` does not know.
+        """
+        if isinstance(self.model, TextModelSpec):
+            raise UsageError(f"{what} does not know text-to-image bundles yet")
+        return self.model
 
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
+        data["model"] = self.model.to_json()
         if not self.more_smooth:
             del data["more_smooth"]
+        if self.text_encoder is None:
+            del data["text_encoder"]
         return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:

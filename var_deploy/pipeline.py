@@ -453,9 +453,13 @@ class Pipeline:
         given = {name: cast(Any, options.get(name)) for name in SETTINGS}
         return self.manifest.sampling(options.get("sampling"), **given)
 
-    def _generate(self, request: Request, options: GenerationOptions, end: float | None) -> Images:
+    def _generate(
+        self, request: Request, options: GenerationOptions, end: float | None
+    ) -> Images:
         """Images of a request, with the callbacks of `options`, by `end`."""
-        return self._batches.draw(request, options.get("on_progress"), options.get("on_scale"), end)
+        return self._batches.draw(
+            request, options.get("on_progress"), options.get("on_scale"), end
+        )
 
     def _signed(
         self,

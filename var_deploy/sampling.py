@@ -122,6 +122,40 @@ class Sampling:
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
 
+@dataclass(frozen=True, kw_only=True)
+class BitSampling(Sampling):
+    """Settings of a text-to-image call (Infinity, arXiv 2412.04431), whose tokens are bits.
+
+    Attributes:
+        cfg: guidance of every scale in cfg · conditional + (1 - cfg) · unconditional: 1 is none.
+        top_p: a bit's less likely value is dropped where its probability is at most 1 - top_p; 0
+            keeps it. Up to 0.5 every bit takes its likelier value.
+        top_k: always 0: a bit has two values.
+        temperature: divides the logits before guidance, which is the same.
+    """
+
+    cfg: float | tuple[float, ...] = 3.0
+    top_k: int | tuple[int, ...] = 0
+    top_p: float | tuple[float, ...] = 0.97
+    temperature: float | tuple[float, ...] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k != 0:
+            raise UsageError(
+                f"top_k must be 0 for this model, whose tokens are bits, found {self.top_k}; "
+                "top_p filters them"
+            )
+
+    def guidance(self, scale: int, scales: int) -> float:
+        """Return cfg at `scale`: logits = cfg · conditional + (1 - cfg) · unconditional."""
+        return self.cfg[scale] if isinstance(self.cfg, tuple) else self.cfg
+
+    @property
+    def guides(self) -> bool:
+        return any(c != 1 for c in (self.cfg if isinstance(self.cfg, tuple) else (self.cfg,)))
+
+
 LIMITS = {"cfg": (0.0, 1000.0), "top_p": (0.0, 1.0), "temperature": (1e-3, 1000.0)}
 
 

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -89,6 +90,11 @@ class TokenizerSpec:
         return (self.image_side, self.image_side)
 
     @property
+    def token_values(self) -> int:
+        """How many values a token can have, V."""
+        return self.vocab_size
+
+    @property
     def latent_side(self) -> int:
         """Side of f_hat, p_K."""
         return self.patch_nums[-1]
@@ -161,6 +167,11 @@ class BitTokenizerSpec:
     def token_bits(self) -> int:
         """e, the bits of one token."""
         return self.bits * self.patch**2
+
+    @property
+    def token_values(self) -> int:
+        """How many values each entry of a token can have: those of a bit."""
+        return 2
 
     @property
     def code_width(self) -> int:
@@ -251,8 +262,13 @@ class TransformerSpec:
 
     @property
     def conditional(self) -> bool:
-        """Whether the model takes a class label (and can be guided)."""
+        """Whether the model takes a class label."""
         return family_of(self).conditional
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the model can be guided: it has a condition, and was trained without it too."""
+        return self.conditional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +291,9 @@ class TextTransformerSpec:
     """
 
     family: ClassVar[str] = "infinity"
+    classes: ClassVar[int] = 0
+    conditional: ClassVar[bool] = False  # takes no class label
+    guidable: ClassVar[bool] = True
     depth: int
     width: int
     heads: int
@@ -350,8 +369,18 @@ class NextScaleSpec:
         return self.prefix_lengths[-1]
 
     @property
-    def draws_per_token(self) -> int:
-        """Random numbers that one token takes: 1, or one for each of its e bits."""
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of one token: () for a code, [e] for bits. Each entry takes a random number."""
+        raise NotImplementedError
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that one image takes."""
+        return self.total_tokens * prod(self.token_shape)
+
+    @property
+    def input_width(self) -> int:
+        """Width of the rows that a scale takes as its input."""
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
@@ -380,8 +409,8 @@ class ModelSpec(NextScaleSpec):
         return family_of(self.transformer).input_width(self)
 
     @property
-    def draws_per_token(self) -> int:
-        return 1
+    def token_shape(self) -> tuple[int, ...]:
+        return ()
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -425,8 +454,8 @@ class TextModelSpec(NextScaleSpec):
         return self.tokenizer.token_bits
 
     @property
-    def draws_per_token(self) -> int:
-        return self.tokenizer.token_bits
+    def token_shape(self) -> tuple[int, ...]:
+        return (self.tokenizer.token_bits,)
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -28,7 +28,6 @@ Mark = Callable[[], None]
 
 class Generation(NamedTuple):
     """Result of the published path: images and tokens."""
-
     image: Tensor  # [B, channels, S, S] in [0, 1]
     tokens: list[Tensor]  # [B, L_k] a scale
 

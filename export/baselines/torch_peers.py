@@ -276,7 +276,9 @@ def _time_on_gpu(run: Callable[[], object], most: int, budget: float) -> list[fl
         run()
     seconds: list[float] = []
     started = time.perf_counter()
-    while len(seconds) < most and (len(seconds) < FEWEST or time.perf_counter() - started < budget):
+    while len(seconds) < most and (
+        len(seconds) < FEWEST or time.perf_counter() - started < budget
+    ):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         run()
@@ -289,7 +291,9 @@ def _time_on_gpu(run: Callable[[], object], most: int, budget: float) -> list[fl
 def _time_on_cpu(run: Callable[[], object], most: int, budget: float) -> list[float]:
     seconds: list[float] = []
     started = time.perf_counter()
-    while len(seconds) < most and (len(seconds) < FEWEST or time.perf_counter() - started < budget):
+    while len(seconds) < most and (
+        len(seconds) < FEWEST or time.perf_counter() - started < budget
+    ):
         before = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - before)

@@ -21,7 +21,6 @@ from var_deploy.spec import ModelSpec, TokenizerSpec
 
 class _Gpt2(ExportFamily):
     """The GPT-2 form of VAR on the build machine."""
-
     name: ClassVar[str] = "gpt2"
     marks: ClassVar[tuple[str, ...]] = (
         *("positions", "start", "levels.weight", "token_embed.0.weight"),

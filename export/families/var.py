@@ -21,7 +21,6 @@ from var_deploy.spec import ModelSpec, TokenizerSpec
 
 class _Var(ExportFamily):
     """The VAR family on the build machine."""
-
     name: ClassVar[str] = "var"
     marks: ClassVar[tuple[str, ...]] = (
         *("pos_1LC", "pos_start", "lvl_embed.weight", "word_embed.weight"),

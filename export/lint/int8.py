@@ -72,7 +72,9 @@ def _nodes(graph: onnx.GraphProto, folder: Path, checked: set[Rounded]) -> Itera
             yield f"{node.name}: MatMul with a weight runs in fp32, it should run in int8"
 
 
-def _weight(tensor: onnx.TensorProto, operator: str, folder: Path, checked: set[Rounded]) -> str:
+def _weight(
+    tensor: onnx.TensorProto, operator: str, folder: Path, checked: set[Rounded]
+) -> str:
     """Return the fault of a quantised weight, "" if there is none."""
     if tensor.data_type != TensorProto.INT8:
         return f"is {TensorProto.DataType.Name(tensor.data_type).lower()}, expected int8"

@@ -19,7 +19,6 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions with GroupNorm and SiLU, added to the input."""
-
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in)
@@ -56,7 +55,6 @@ class AttentionBlock(nn.Module):
 
 class Downsample(nn.Module):
     """3×3 convolution with stride 2 that halves the map."""
-
     key = "downsample"
 
     def __init__(self, channels: int) -> None:
@@ -71,7 +69,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Nearest-neighbour 2× up-sampling and a 3×3 convolution."""
-
     key = "upsample"
 
     def __init__(self, channels: int) -> None:
@@ -119,7 +116,6 @@ class Level(nn.Module):
 
 class Middle(nn.Module):
     """Residual block, attention and residual block at the lowest resolution."""
-
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels)

@@ -31,7 +31,6 @@ INIT_STD = 0.02  # GPT-2's
 
 class Gpt2Attention(nn.Module):
     """Multi-head attention of a GPT-2 block over [G, L, C]."""
-
     def __init__(self, spec: TransformerSpec, dropout: float) -> None:
         super().__init__()
         self.heads, self.scale, self.dropout = spec.heads, spec.attention_scale, dropout
@@ -55,7 +54,6 @@ class Gpt2Attention(nn.Module):
 
 class Gpt2Block(nn.Module):
     """Pre-LayerNorm block: attention, then feed-forward, each added to the stream."""
-
     def __init__(self, spec: TransformerSpec, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.width, eps=spec.norm_eps)

@@ -34,7 +34,6 @@ class Cache:
 
 class SelfAttention(nn.Module):
     """Multi-head attention over [G, L, C], with L2-normalised queries and keys in large models."""
-
     zero_k_bias: Tensor
 
     def __init__(self, width: int, heads: int, qk_l2_norm: bool) -> None:
@@ -67,7 +66,6 @@ class SelfAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """Two linear layers with tanh GELU between them."""
-
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, inner)
@@ -80,7 +78,6 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Transformer block whose LayerNorms and branches are modulated by the label (AdaLN)."""
-
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         t = spec.transformer
@@ -114,7 +111,6 @@ class Block(nn.Module):
 
 class HeadNorm(nn.Module):
     """The modulated LayerNorm before the head."""
-
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps

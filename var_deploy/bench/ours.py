@@ -1,6 +1,6 @@
 """The worker of this project: a `Pipeline` with a clock between its launches.
 
-python -m var_deploy.bench.ours BUNDLE --batch N --threads N --precision fp32
+    python -m var_deploy.bench.ours BUNDLE --batch N --threads N --precision fp32
 """
 
 from __future__ import annotations
@@ -56,14 +56,18 @@ class Ours:
         started = time.perf_counter()
         self._pipeline.generate(self._labels)
         seconds = time.perf_counter() - started
-        return Sample(seconds=seconds, launches=add_launches(self._clock.laps(), self._launches))
+        return Sample(
+            seconds=seconds, launches=add_launches(self._clock.laps(), self._launches)
+        )
 
     def close(self) -> None:
         self._pipeline.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = worker_parser("var_deploy.bench.ours", threads="what the pipeline takes")
+    parser = worker_parser(
+        "var_deploy.bench.ours", threads="what the pipeline takes"
+    )
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--backend", default="auto")
     given: Any = parser.parse_args(arguments)

@@ -198,7 +198,9 @@ def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: M
                 result.roofline_problem = str(error)
                 continue
             result.rooflines = generation_rooflines(manifest, precision, images, device)
-    return Run(images=images, results=comparison.results, rates=found, rates_problem=rated.problem)
+    return Run(
+        images=images, results=comparison.results, rates=found, rates_problem=rated.problem
+    )
 
 
 def weights_used(manifest: Manifest, precision: str) -> int:

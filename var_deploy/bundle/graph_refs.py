@@ -12,9 +12,11 @@ from typing import Literal
 
 from var_deploy import names
 from var_deploy.config import LAYOUTS, Layout
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, NextScaleSpec, TextModelSpec
 
-Kind = Literal["condition", "scale", "step", "decoder", "encoder", "accumulate", "other"]
+Kind = Literal[
+    "condition", "unconditional", "scale", "step", "decoder", "encoder", "accumulate", "other"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +37,40 @@ class GraphRef:
 
 
 def generation_graphs(
-    model: ModelSpec, layout: Layout | Literal["both"], precision: str = ""
+    model: NextScaleSpec,
+    layout: Layout | Literal["both"],
+    precision: str = "",
+    *,
+    guidance: bool = True,
 ) -> tuple[GraphRef, ...]:
-    """Return the graphs that generate images, each once, in the order of their first launch."""
+    """Return the graphs that generate images, each once, in the order of their first launch.
+
+    A text-to-image model has a graph for the rows without a prompt, which needs `guidance`.
+    """
     scales: list[GraphRef] = []
     if layout != "per-scale":
         scales.append(_step(precision))
     if layout != "shared":
         scales += [_scale(k, precision) for k in range(model.scales)]
-    condition = GraphRef(name=names.CONDITION, kind="condition", precision=precision)
+    conditions: list[GraphRef] = []
+    if not isinstance(model, ModelSpec) or model.transformer.conditional:
+        conditions.append(GraphRef(name=names.CONDITION, kind="condition", precision=precision))
+    if isinstance(model, TextModelSpec) and guidance:
+        unconditional = GraphRef(
+            name=names.UNCONDITIONAL, kind="unconditional", precision=precision
+        )
+        conditions.append(unconditional)
     decoder = GraphRef(name=names.DECODER, kind="decoder", precision=precision)
-    return (*([condition] if model.transformer.conditional else []), *scales, decoder)
+    return (*conditions, *scales, decoder)
 
 
-def scale_graphs(model: ModelSpec, layout: Layout, precision: str = "") -> tuple[GraphRef, ...]:
+def scale_graphs(model: NextScaleSpec, layout: Layout, precision: str = "") -> tuple[GraphRef, ...]:
     """Return the graph that computes each scale: K of them; in layout "shared" one graph K
     times."""
     shared = layout == "shared"
-    return tuple(_step(precision) if shared else _scale(k, precision) for k in range(model.scales))
+    return tuple(
+        _step(precision) if shared else _scale(k, precision) for k in range(model.scales)
+    )
 
 
 def tokenizer_graphs(precision: str = "") -> tuple[GraphRef, ...]:
@@ -63,12 +81,12 @@ def tokenizer_graphs(precision: str = "") -> tuple[GraphRef, ...]:
     )
 
 
-def bundle_graphs(model: ModelSpec, precision: str = "") -> tuple[GraphRef, ...]:
+def bundle_graphs(model: NextScaleSpec, precision: str = "") -> tuple[GraphRef, ...]:
     """Return every graph that a bundle may hold."""
     return (*generation_graphs(model, "both", precision), *tokenizer_graphs(precision))
 
 
-def graph_ref(model: ModelSpec, precision: str, name: str) -> GraphRef:
+def graph_ref(model: NextScaleSpec, precision: str, name: str) -> GraphRef:
     """Return the graph of this name. Raises KeyError for a name that no bundle of the model has."""
     return {ref.name: ref for ref in bundle_graphs(model, precision)}[name]
 

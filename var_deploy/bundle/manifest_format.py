@@ -12,11 +12,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from var_deploy import names
-from var_deploy.bundle.interfaces import Interfaces, Tensor
+from var_deploy.bundle.interfaces import Interfaces, Tensor, interfaces_of
 from var_deploy.bundle.json_values import DamagedError, Value, shown
-from var_deploy.manifest import FileInfo, GraphInfo, LeavesError, Manifest, TensorInfo
-from var_deploy.sampling import Sampling
-from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
+from var_deploy.manifest import (
+    FileInfo,
+    GraphInfo,
+    LeavesError,
+    Manifest,
+    TensorInfo,
+    TextEncoderRef,
+)
+from var_deploy.sampling import BitSampling, Sampling
+from var_deploy.spec import (
+    BitTokenizerSpec,
+    Grid,
+    ModelSpec,
+    TextModelSpec,
+    TextTransformerSpec,
+    TokenizerSpec,
+    TransformerSpec,
+)
 
 PRECISIONS = ("fp32", "fp16", "int8")
 # Far above every released model, and small enough that nothing below takes long or overflows.
@@ -38,6 +53,19 @@ TRANSFORMER_SIZES = {
     "classes": (0, MAX_CLASSES),
     "ffn_width": (1, 1 << 18),
 }
+BIT_TOKENIZER_SIZES = {
+    "bits": (1, 64),
+    "patch": (1, 2),
+    **{name: TOKENIZER_SIZES[name] for name in ("base_width", "res_blocks", "image_channels")},
+}
+TEXT_TRANSFORMER_SIZES = {
+    **{name: TRANSFORMER_SIZES[name] for name in ("depth", "width", "heads", "ffn_width")},
+    "text_width": (1, 1 << 16),
+    "text_length": (1, 1 << 12),
+    "pool_heads": (1, 1 << 12),
+    "levels": (1, MAX_SCALES),
+    "unconditional_length": (1, 1 << 12),
+}
 SHA256 = "[0-9a-f]{64}"
 # a part of a path: no separator or drive of any system, nothing that a terminal would act on
 _PART = re.compile(r"[^\\/:\x00-\x1f\x7f]{1,255}")
@@ -55,7 +83,7 @@ def parse_manifest(data: Value) -> Manifest:
     guidance = data.member("guidance").flag()
     members = data.members()
     more_smooth = "more_smooth" in members and members["more_smooth"].flag()
-    if guidance and not model.transformer.conditional:
+    if guidance and not model.transformer.guidable:
         raise DamagedError("guidance is true, expected false of a model without classes")
     files = {
         _normal(name): FileInfo(
@@ -70,8 +98,8 @@ def parse_manifest(data: Value) -> Manifest:
             raise DamagedError(
                 f"graphs.{shown(precision)} is unknown, expected {', '.join(PRECISIONS)}"
             )
-        interfaces = Interfaces(
-            model=model,
+        interfaces = interfaces_of(
+            model,
             precision=precision,
             batch=batch,
             guidance=guidance,
@@ -85,7 +113,8 @@ def parse_manifest(data: Value) -> Manifest:
         graphs[precision] = _graphs(listed, interfaces, files)
     if not graphs:
         raise DamagedError("graphs is empty, expected those of one precision or more")
-    defaults = Sampling(**_settings(data.member("defaults")))
+    settings = BitSampling if isinstance(model, TextModelSpec) else Sampling
+    defaults = settings(**_settings(data.member("defaults")))
     defaults.check(model.scales)
     labels = tuple(label.text() for label in data.member("labels").items(MAX_CLASSES))
     if len(labels) not in (0, model.transformer.classes):
@@ -103,28 +132,73 @@ def parse_manifest(data: Value) -> Manifest:
         defaults=defaults,
         labels=labels,
         parity=_parity(data.member("parity")),
+        text_encoder=_text_encoder(members["text_encoder"]) if "text_encoder" in members else None,
         more_smooth=more_smooth,
         schema_version=data.member("schema_version").raw,
     )
 
 
-def _model(data: Value) -> ModelSpec:
+def _model(data: Value) -> ModelSpec | TextModelSpec:
     """Parse the sizes. Raises UsageError as well, as the spec classes do."""
-    given = data.only("tokenizer", "transformer").member("tokenizer")
-    tokenizer: dict[str, Any] = {
-        name: given.member(name).whole(low, high) for name, (low, high) in TOKENIZER_SIZES.items()
-    }
-    sides = [n.whole(1, MAX_SIDE) for n in given.member("patch_nums").items(MAX_SCALES)]
+    family = data.only("tokenizer", "transformer").member("transformer").member("family")
+    if family.one_of("var", "gpt2", "infinity") == "infinity":
+        return _text_model(data)
+    return _code_model(data)
+
+
+def _text_model(data: Value) -> TextModelSpec:
+    given, other = data.member("tokenizer"), data.member("transformer")
+    tokenizer: dict[str, Any] = _sizes(given, BIT_TOKENIZER_SIZES)
+    grids = tuple(_grid(grid) for grid in given.member("grids").items(MAX_SCALES))
+    multipliers = _multipliers(given)
+    given.only(*BIT_TOKENIZER_SIZES, "grids", "width_multipliers")
+    transformer: dict[str, Any] = _sizes(other, TEXT_TRANSFORMER_SIZES)
+    rope_grid = _grid(other.member("rope_grid"))
+    eps = other.member("norm_eps").number(0, 1)
+    other.only(*TEXT_TRANSFORMER_SIZES, "family", "rope_grid", "norm_eps")
+    return TextModelSpec(
+        tokenizer=BitTokenizerSpec(**tokenizer, grids=grids, width_multipliers=multipliers),
+        transformer=TextTransformerSpec(**transformer, rope_grid=rope_grid, norm_eps=eps),
+    )
+
+
+def _sizes(given: Value, bounds: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    return {name: given.member(name).whole(low, high) for name, (low, high) in bounds.items()}
+
+
+def _grid(given: Value) -> Grid:
+    sizes = [size.whole(1, MAX_SIDE) for size in given.items(2)]
+    if len(sizes) != 2:
+        raise given.refuse("rows and columns")
+    return (sizes[0], sizes[1])
+
+
+def _multipliers(given: Value) -> tuple[int, ...]:
     levels = [n.whole(1, 64) for n in given.member("width_multipliers").items(MAX_LEVELS)]
     if not levels:
         raise DamagedError("model.tokenizer.width_multipliers is empty")
+    return tuple(levels)
+
+
+def _text_encoder(given: Value) -> TextEncoderRef:
+    folder = given.only("digest", "folder").member("folder").text()
+    if not _PART.fullmatch(folder) or folder in (".", ".."):
+        raise LeavesError(f"names the text encoder {shown(folder)}, expected a plain folder name")
+    return TextEncoderRef(
+        digest=given.member("digest").text(SHA256, "64 hexadecimal digits"), folder=folder
+    )
+
+
+def _code_model(data: Value) -> ModelSpec:
+    given = data.member("tokenizer")
+    tokenizer: dict[str, Any] = _sizes(given, TOKENIZER_SIZES)
+    sides = [n.whole(1, MAX_SIDE) for n in given.member("patch_nums").items(MAX_SCALES)]
+    multipliers = _multipliers(given)
     flags = {"codebook_per_scale": given.member("codebook_per_scale").flag()}
     ratio = given.member("phi_ratio").number(-1e3, 1e3)
     given.only(*TOKENIZER_SIZES, *flags, "patch_nums", "width_multipliers", "phi_ratio")
     other = data.member("transformer")
-    transformer: dict[str, Any] = {
-        name: other.member(name).whole(low, high) for name, (low, high) in TRANSFORMER_SIZES.items()
-    }
+    transformer: dict[str, Any] = _sizes(other, TRANSFORMER_SIZES)
     kinds = {name: other.member(name).flag() for name in ("shared_adaln", "qk_l2_norm")}
     family = other.member("family").one_of("var", "gpt2")
     eps = other.member("norm_eps").number(0, 1)
@@ -134,7 +208,7 @@ def _model(data: Value) -> ModelSpec:
             **tokenizer,
             **flags,
             patch_nums=tuple(sides),
-            width_multipliers=tuple(levels),
+            width_multipliers=multipliers,
             phi_ratio=ratio,
         ),
         transformer=TransformerSpec(

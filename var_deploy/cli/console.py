@@ -366,12 +366,8 @@ def fitted(text: str) -> str:
     """A line as it is in a pipe or a file, where somebody may search for it, and wrapped on a
     terminal."""
     width = fitted_width()
-    return (
-        text
-        if width is None
-        else textwrap.fill(
-            text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-        )
+    return text if width is None else textwrap.fill(
+        text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
     )
 
 

@@ -57,7 +57,9 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
     "order to fill --count, which must leave none out.",
 )
-@count_option(type=click.IntRange(1), show_default="one a label or one a seed", help="Images.")
+@count_option(
+    type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
+)
 @click.option(
     "--seed",
     metavar="N[,N,…]",
@@ -76,7 +78,9 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     metavar="FILE",
     help="How they appear: a row an image, a column a scale.",
 )
-@click.option("--gif", type=OUTPUT, metavar="FILE.gif", help="The same, moving.")
+@click.option(
+    "--gif", type=OUTPUT, metavar="FILE.gif", help="The same, moving."
+)
 @click.option(
     "--deadline",
     type=float,

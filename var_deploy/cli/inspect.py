@@ -34,7 +34,6 @@ AGREES = "verified"
 FILES = {"transformer": "checkpoint", "tokenizer": "tokenizer file"}
 MAX_ORIGIN = 300  # characters: they may come from a stranger
 
-
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @checkpoint_options

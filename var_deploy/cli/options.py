@@ -83,7 +83,9 @@ class ComputeCapability(ParamType):
 
     name = "compute capability"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
         text = str(value).strip()
         found = re.fullmatch(r"([0-9]{1,2})\.([0-9])|([0-9]{2,3})", text)
         number = int(text.replace(".", "")) if found else 0

@@ -57,7 +57,9 @@ class OutputPath(click.Path):
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
         if value in ("", STDOUT):
             self.fail(refusal(value), param, ctx)
         return super().convert(value, param, ctx)

@@ -112,7 +112,9 @@ FORMATS = ("text", "json")
 )
 @runtime_options
 @click.option("--verbose", "-v", is_flag=True, help="As --log-level debug.")
-@quiet_option(help="Do not say where the service is, and log no requests.")
+@quiet_option(
+    help="Do not say where the service is, and log no requests."
+)
 def serve(
     bundle: Path,
     host: str,

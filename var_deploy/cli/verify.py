@@ -22,7 +22,6 @@ from var_deploy.sampling import MAX_SEED
 
 OPTIONAL = (2, 5, 1, 6, 3)  # abs error, logits, worst tensor, top-1, rel error
 
-
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @checkpoint_options
@@ -60,7 +59,9 @@ OPTIONAL = (2, 5, 1, 6, 3)  # abs error, logits, worst tensor, top-1, rel error
     metavar="N",
     help="Images to generate and compare, rounded up to whole batches.",
 )
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), show_default="0", help="Of these images.")
+@click.option(
+    "--seed", type=click.IntRange(0, MAX_SEED), show_default="0", help="Of these images."
+)
 @label_option(
     "--labels",
     "--label",

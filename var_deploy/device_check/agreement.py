@@ -250,7 +250,9 @@ def _all_psnr(found: Sequence[Image], expected: Sequence[Image]) -> list[float]:
 
 def _share(one: Sequence[Sequence[Tokens]], other: Sequence[Sequence[Tokens]]) -> tuple[int, int]:
     """(number of equal tokens, number of all tokens)."""
-    pairs = [pair for case in zip(one, other, strict=True) for pair in zip(*case, strict=True)]
+    pairs = [
+        pair for case in zip(one, other, strict=True) for pair in zip(*case, strict=True)
+    ]
     return sum(int((a == b).sum()) for a, b in pairs), sum(a.size for a, _ in pairs)
 
 

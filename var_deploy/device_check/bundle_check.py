@@ -166,7 +166,9 @@ class BundleCheck:
         if self._here.published is None:
             raise NotRunError("the rates of this machine are not known")
         workload = workload_of(self.manifest, cast(Precision, self.precision))
-        plan = make_plan(workload, self._here.published, name=self._name, manifest=self.manifest)
+        plan = make_plan(
+            workload, self._here.published, name=self._name, manifest=self.manifest
+        )
         peak = plan.layouts[plan.layout].footprint.peak
         return Found(
             result=plan.to_json(),
@@ -189,7 +191,9 @@ class BundleCheck:
         )
 
     def _open_reference(self) -> ScaleLoop:
-        return ScaleLoop(self._bundle, self.manifest, OrtCpuBackend(), "fp32", self._common_layout)
+        return ScaleLoop(
+            self._bundle, self.manifest, OrtCpuBackend(), "fp32", self._common_layout
+        )
 
     @property
     def _common_layout(self) -> Layout:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 class _Gpt2(Family):
     """The GPT-2 form of VAR."""
-
     name: ClassVar[str] = "gpt2"
     conditional: ClassVar[bool] = False
     mixes_codes: ClassVar[bool] = False  # the next input is made from tokens, not from f_hat

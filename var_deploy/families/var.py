@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 class _Var(Family):
     """The VAR family."""
-
     name: ClassVar[str] = "var"
     conditional: ClassVar[bool] = True
     mixes_codes: ClassVar[bool] = True

@@ -95,7 +95,9 @@ class HeldFile:
             pieces.append(piece)
         return b"".join(pieces)
 
-    def sha256(self, progress: Callable[[int], None] | None = None) -> tuple[str, Identity] | None:
+    def sha256(
+        self, progress: Callable[[int], None] | None = None
+    ) -> tuple[str, Identity] | None:
         """Return the hash of the content and its identity, None where the file changes meanwhile.
 
         A hash that this process knows is not computed again. `progress` is called with bytes read.

@@ -407,5 +407,6 @@ def _decoder_work(w: Workload, itemsize: int) -> Work:
         name=names.DECODER,
         compute_operations=compute,
         full_operations=full,
-        traffic=_autoencoder_weights(layers, w.precision).nbytes(itemsize) + w.batch * image * FULL,
+        traffic=_autoencoder_weights(layers, w.precision).nbytes(itemsize)
+        + w.batch * image * FULL,
     )

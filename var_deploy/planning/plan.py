@@ -183,8 +183,8 @@ def make_plan(
     if device.sm is not None:
         check_gpu_precision(workload.precision, f"TensorRT on {device.title}")
     plans = {each: _layout_plan(workload, device, each, library) for each in LAYOUTS}
-    held = (
-        LAYOUTS if manifest is None else held_layouts(manifest.graphs.get(workload.precision, {}))
+    held = LAYOUTS if manifest is None else held_layouts(
+        manifest.graphs.get(workload.precision, {})
     )
     chosen, reason = layout_that_fits(
         {each: plans[each].footprint for each in held or LAYOUTS}, device.available, library

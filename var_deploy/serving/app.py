@@ -75,6 +75,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 }
 
 
+
 def create_app(
     backend: Pipeline | Backend,
     settings: Settings | None = None,
@@ -132,7 +133,9 @@ def create_app(
     app.openapi = lambda: openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
     html, description = docs_page(openapi, settings.root_path), json.dumps(openapi)
     add("/docs", lambda: HTMLResponse(html), **hidden)
-    add("/openapi.json", lambda: Response(description, media_type="application/json"), **hidden)
+    add(
+        "/openapi.json", lambda: Response(description, media_type="application/json"), **hidden
+    )
     add("/", _index, **hidden)
     if PAGE.is_dir():
         app.mount("/page", StaticFiles(directory=PAGE))
@@ -143,7 +146,9 @@ def create_app(
 class Service:
     """The routes."""
 
-    def __init__(self, backend: Backend, settings: Settings, metrics: Metrics, name: str) -> None:
+    def __init__(
+        self, backend: Backend, settings: Settings, metrics: Metrics, name: str
+    ) -> None:
         self.backend, self._settings, self._metrics = backend, settings, metrics
         self._manifest, self._how = backend.manifest, backend.describe()
         self._name = self._manifest.preset or name or "model"

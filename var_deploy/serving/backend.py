@@ -1,10 +1,10 @@
 """Between the HTTP side and what generates: a `GenerationRequest` goes in, events come out.
 
-VarDeployError
-└── RefusedError      not drawn, for a reason that lies in the service; carries the HTTP status
-    ├── BusyError     429: the queue is full
-    ├── StoppingError 503: the service finishes what it has and takes nothing new
-    └── LateError     504: the deadline passed before anything could be drawn
+    VarDeployError
+    └── RefusedError      not drawn, for a reason that lies in the service; carries the HTTP status
+        ├── BusyError     429: the queue is full
+        ├── StoppingError 503: the service finishes what it has and takes nothing new
+        └── LateError     504: the deadline passed before anything could be drawn
 """
 
 from __future__ import annotations

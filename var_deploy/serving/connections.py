@@ -136,7 +136,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def _skips_body(self) -> bool:
         """Whether the client still sends what has been answered already."""
         return (
-            self._phase is h11.SEND_BODY and self.cycle is not None and self.cycle.response_complete
+            self._phase is h11.SEND_BODY
+            and self.cycle is not None
+            and self.cycle.response_complete
         )
 
     def _chunked(self) -> bool:

@@ -55,7 +55,9 @@ class EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         # the second header is nginx's, which would hold events back
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(
+            events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -133,7 +133,9 @@ def redirection(path: str, asked: str, method: str) -> str | None:
     return None
 
 
-async def _answer(send: Send, status: int, error: str, headers: list[tuple[bytes, bytes]]) -> None:
+async def _answer(
+    send: Send, status: int, error: str, headers: list[tuple[bytes, bytes]]
+) -> None:
     body = json.dumps({"error": error}).encode()
     answer = [(b"content-type", b"application/json")]
     answer.append((b"content-length", str(len(body)).encode()))

@@ -35,7 +35,9 @@ class Metrics:
             "var_deploy_rejected", "Requests not drawn, by reason.", ["reason"], registry=of
         )
         self.images = Counter("var_deploy_images", "Images drawn.", registry=of)
-        self.waiting = histogram("waiting_seconds", "From a request to its first launch.", SECONDS)
+        self.waiting = histogram(
+            "waiting_seconds", "From a request to its first launch.", SECONDS
+        )
         self.drawing = histogram("drawing_seconds", "All launches of one batch.", SECONDS)
         self.batch = histogram("batch_images", "Images of one batch.", IMAGES)
         self.batch_seconds: float | None = None  # the last ones counting most

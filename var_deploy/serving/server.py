@@ -78,7 +78,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         both = address[0] == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address[:2], family=family, backlog=2048, dualstack_ipv6=both)
+        return socket.create_server(
+            address[:2], family=family, backlog=2048, dualstack_ipv6=both
+        )
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(

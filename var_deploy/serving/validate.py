@@ -96,7 +96,9 @@ def _edit(body: EditBody, manifest: Manifest, limits: Settings) -> Edit:
     else:
         assert body.mask is not None  # or there is a box
         mask = open_picture(body.mask, "the mask", limits.pixels)
-    return read_edit(picture, mask, tokenizer, outside=body.outside, keep_pixels=body.keep_pixels)
+    return read_edit(
+        picture, mask, tokenizer, outside=body.outside, keep_pixels=body.keep_pixels
+    )
 
 
 def open_picture(text: EncodedText, what: str, pixels: int) -> Image.Image:

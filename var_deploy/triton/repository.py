@@ -118,7 +118,9 @@ def write_repository(
         (model / str(version) / MODEL).write_text(MODEL_TEXT, encoding="utf-8")
         text = config_text(manifest, serving, config)
         (model / CONFIG).write_text(text, encoding="utf-8")
-    return Written(folder=out / serving.name, version=version, size=written, copied=placed.copied)
+    return Written(
+        folder=out / serving.name, version=version, size=written, copied=placed.copied
+    )
 
 
 class _Placed:
