@@ -136,5 +136,5 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-		-e ".[export,cpu,serve,dev]"
+		-e ".[export,cpu,serve,text,dev]"
 	@touch $@

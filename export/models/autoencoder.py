@@ -1,6 +1,7 @@
-"""The convolutional autoencoder of the tokenizer: vq-f16 (Esser et al., arXiv 2012.09841).
+"""The convolutional autoencoder of the tokenizers: vq-f16 (Esser et al., arXiv 2012.09841).
 
-Module names are the keys of the released state dicts.
+VAR's has attention at the lowest resolution, Infinity's has none. Module names are the keys of the
+released state dicts of VAR.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_deploy.spec import TokenizerSpec
+from var_deploy.spec import BitTokenizerSpec, TokenizerSpec, norm_groups
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6, affine=True)
+    return nn.GroupNorm(norm_groups(channels), channels, eps=1e-6, affine=True)
 
 
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions with GroupNorm and SiLU, added to the input."""
+
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in)
@@ -55,6 +57,7 @@ class AttentionBlock(nn.Module):
 
 class Downsample(nn.Module):
     """3×3 convolution with stride 2 that halves the map."""
+
     key = "downsample"
 
     def __init__(self, channels: int) -> None:
@@ -69,6 +72,7 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Nearest-neighbour 2× up-sampling and a 3×3 convolution."""
+
     key = "upsample"
 
     def __init__(self, channels: int) -> None:
@@ -115,11 +119,13 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention and residual block at the lowest resolution."""
-    def __init__(self, channels: int) -> None:
+    """Residual block, attention (where there is one) and residual block at the lowest
+    resolution."""
+
+    def __init__(self, channels: int, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = AttentionBlock(channels)
+        self.attn_1 = AttentionBlock(channels) if attention else nn.Identity()
         self.block_2 = ResidualBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,9 +134,9 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image [B, 3, S, S] in [-1, 1] → latent [B, Cv, S/f, S/f]."""
+    """Image [B, 3, H, W] in [-1, 1] → latent [B, Cv, H/f, W/f]."""
 
-    def __init__(self, spec: TokenizerSpec) -> None:
+    def __init__(self, spec: TokenizerSpec | BitTokenizerSpec, attention: bool = True) -> None:
         super().__init__()
         widths = [spec.base_width * m for m in spec.width_multipliers]
         self.conv_in = nn.Conv2d(spec.image_channels, spec.base_width, 3, padding=1)
@@ -139,8 +145,8 @@ class Encoder(nn.Module):
             last = i == len(widths) - 1
             coming = widths[i - 1] if i else spec.base_width
             resample = None if last else Downsample
-            self.down.append(Level(coming, width, spec.res_blocks, last, resample))
-        self.mid = Middle(widths[-1])
+            self.down.append(Level(coming, width, spec.res_blocks, last and attention, resample))
+        self.mid = Middle(widths[-1], attention)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], spec.code_width, 3, padding=1)
 
@@ -153,19 +159,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [B, Cv, s, s] → image [B, 3, f·s, f·s], not yet clamped."""
+    """Latent [B, Cv, h, w] → image [B, 3, f·h, f·w], not yet clamped."""
 
-    def __init__(self, spec: TokenizerSpec) -> None:
+    def __init__(self, spec: TokenizerSpec | BitTokenizerSpec, attention: bool = True) -> None:
         super().__init__()
         widths = [spec.base_width * m for m in spec.width_multipliers]
         self.conv_in = nn.Conv2d(spec.code_width, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], attention)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             coming = widths[min(i + 1, len(widths) - 1)]
             resample = Upsample if i else None
-            self.up.append(Level(coming, width, spec.res_blocks + 1, last, resample))
+            self.up.append(Level(coming, width, spec.res_blocks + 1, last and attention, resample))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], spec.image_channels, 3, padding=1)
 

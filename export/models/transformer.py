@@ -7,6 +7,7 @@ behind both, `modulation`, which depends on the label alone and is computed once
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -33,7 +34,12 @@ class Cache:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over [G, L, C], with L2-normalised queries and keys in large models."""
+    """Multi-head attention over [G, L, C], with L2-normalised queries and keys in large models.
+
+    `turn`, where given, is applied to the queries and to the new keys, both [G, H, L, D], after
+    normalisation.
+    """
+
     zero_k_bias: Tensor
 
     def __init__(self, width: int, heads: int, qk_l2_norm: bool) -> None:
@@ -48,7 +54,14 @@ class SelfAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        turn: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         g, length, c = x.shape
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(g, length, 3, self.heads, -1)
@@ -56,6 +69,8 @@ class SelfAttention(nn.Module):
         if self.qk_l2_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_SCALE_LOG).exp()
             k = F.normalize(k, dim=-1)
+        if turn is not None:
+            q, k = turn(q), turn(k)
         if cache is not None:
             k_all, v_all = cache.extend(layer, k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3))
             k, v = k_all.permute(1, 2, 0, 3), v_all.permute(1, 2, 0, 3)
@@ -66,6 +81,7 @@ class SelfAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """Two linear layers with tanh GELU between them."""
+
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, inner)
@@ -78,6 +94,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Transformer block whose LayerNorms and branches are modulated by the label (AdaLN)."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         t = spec.transformer
@@ -111,6 +128,7 @@ class Block(nn.Module):
 
 class HeadNorm(nn.Module):
     """The modulated LayerNorm before the head."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps

@@ -130,8 +130,8 @@ def test_extras_are_rows_and_abilities() -> None:
     assert "prometheus-client" in serve.remedy and "fastapi" not in serve.remedy
     assert finding(some, "ray").found == "ray 2.60"
     left = {name for name, lack in able(some).items() if {*lack} & {*EXTRAS}}
-    assert left == {"serve", "bench --plot"}
-    others = {"prometheus-client": "0.2", "matplotlib": "3.8"}
+    assert left == {"serve", "bench --plot", "prompts to text features"}
+    others = {"prometheus-client": "0.2", "matplotlib": "3.8", "tokenizers": "0.21"}
     whole = changed(jetson(), packages={**packages, **others})
     assert not {lack for lacks in able(examine(whole)).values() for lack in lacks} & {*EXTRAS}
 

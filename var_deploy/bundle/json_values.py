@@ -41,6 +41,11 @@ def read_json(path: Path, most: int, *, folder: int | None = None) -> Any:
         data = stream.read(most + 1)
     if len(data) > most:
         raise ValueError(f"more than {most >> 20} MiB")
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON in which no member is there twice. Raises ValueError where it is not that."""
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
         if _SURROGATE.search(data):

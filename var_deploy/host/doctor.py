@@ -41,6 +41,7 @@ EXTRAS = {
     "serve": (("fastapi", "uvicorn", "prometheus-client"), "images over HTTP", "serve"),
     "ray": (("ray",), "sample and serve on a Ray cluster", "sample and serve --ray"),
     "parquet": (("pyarrow",), "image sets as Parquet", "sample --format parquet"),
+    "text": (("tokenizers",), "prompts of text-to-image models", "prompts to text features"),
     "bench": (("matplotlib",), "figures of bench", "bench --plot"),
 }
 

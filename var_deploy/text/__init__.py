@@ -1,0 +1,1 @@
+"""Text for text-to-image models: prompts become tokens, and files describe text encoders."""
