@@ -24,9 +24,16 @@ from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.families import export_family_of
 from var_deploy.export.graphs.accumulate import build_accumulate
+from var_deploy.export.graphs.bit_codec import (
+    build_bit_accumulate,
+    build_bit_decoder,
+    build_bit_encoder,
+)
 from var_deploy.export.graphs.builder import OPSET, GraphBuilder, ReadKey
 from var_deploy.export.graphs.codec import build_decoder, build_encoder
 from var_deploy.export.graphs.scale import build_scale, build_step
+from var_deploy.export.graphs.text_condition import build_text_condition, build_unconditional
+from var_deploy.export.graphs.text_scale import build_text_scale, build_text_step
 from var_deploy.export.graphs.weights_bin import (
     WeightLayout,
     check_weights,
@@ -39,7 +46,7 @@ from var_deploy.families import family_of
 from var_deploy.files.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.progress import Progress
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, TextModelSpec
 
 ExportLayout = Literal["both", "per-scale", "shared"]
 
@@ -90,7 +97,10 @@ class ExportOptions:
 
 
 def build_graphs(
-    spec: ModelSpec, precision: Precision, options: ExportOptions, ranges: Ranges | None = None
+    spec: ModelSpec | TextModelSpec,
+    precision: Precision,
+    options: ExportOptions,
+    ranges: Ranges | None = None,
 ) -> list[GraphBuilder]:
     """Build every graph of one precision, in the order in which a generation runs them.
 
@@ -98,8 +108,30 @@ def build_graphs(
     without `ranges` those convolutions stay in fp32.
     """
     form = options.form(precision)
-    wanted = (*generation_graphs(spec, options.layout, precision), *tokenizer_graphs(precision))
+    wanted = (
+        *generation_graphs(spec, options.layout, precision, guidance=form.guidance),
+        *tokenizer_graphs(precision),
+    )
+    if isinstance(spec, TextModelSpec):
+        return [_build_of_text(graph, spec, form) for graph in wanted]
     return [_build(graph, spec, form, ranges) for graph in wanted]
+
+
+def _build_of_text(graph: GraphRef, spec: TextModelSpec, form: GraphForm) -> GraphBuilder:
+    if graph.kind == "condition":
+        return build_text_condition(spec, form)
+    if graph.kind == "unconditional":
+        return build_unconditional(spec, form)
+    if graph.kind == "step":
+        return build_text_step(spec, form)
+    if graph.kind == "decoder":
+        return build_bit_decoder(spec.tokenizer, form)
+    if graph.kind == "encoder":
+        return build_bit_encoder(spec.tokenizer, form)
+    if graph.kind == "accumulate":
+        return build_bit_accumulate(spec.tokenizer, form)
+    assert graph.scale is not None
+    return build_text_scale(spec, graph.scale, form)
 
 
 def _build(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -12,12 +13,14 @@ from numpy.typing import DTypeLike, NDArray
 from var_deploy import names
 from var_deploy.families import family_of
 from var_deploy.image.editing import Kept
-from var_deploy.image.resize import bicubic_matrix
+from var_deploy.image.resize import bicubic_matrix, linear_matrix
 from var_deploy.manifest import Manifest
+from var_deploy.rope import rope_tables
 from var_deploy.runtime.backends.protocol import Array, Memory
 from var_deploy.runtime.blocks import Block, Fields, SharedBlock
+from var_deploy.runtime.prompts import PromptRows
 from var_deploy.sampling import Sampling
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, NextScaleSpec, TextModelSpec
 
 # the scalar inputs of a scale: its sampling settings
 _SETTINGS: dict[str, DTypeLike] = {
@@ -26,6 +29,20 @@ _SETTINGS: dict[str, DTypeLike] = {
     names.TOP_K: np.int64,
     names.TOP_P: np.float32,
 }
+
+
+# what the images of a batch are made of: B class numbers, or the features of B prompts
+Conditions: TypeAlias = Sequence[int] | PromptRows
+NEGATIVE = "negative"  # the launch of `condition` for the negative prompts, and their features
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionLaunch:
+    """A launch before the scales: its graph and the buffers that it reads and writes."""
+
+    graph: str
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
 
 
 class FHatPlace(Enum):
@@ -109,11 +126,14 @@ class LoopBuffers:
     def __init__(self, manifest: Manifest, cache_dtype: DTypeLike, memory: Memory) -> None:
         self._spec = spec = manifest.model
         self._batch, self._more_smooth = manifest.batch, manifest.more_smooth
+        self._text = manifest.takes_text
+        # launches of the condition graphs that the last `fill` asks for
+        self.wanted: tuple[str, ...] = ()
         self.arena = CacheArena(manifest, cache_dtype, memory)
         self.inputs = SharedBlock(memory, _input_fields(manifest))
         self.outputs = SharedBlock(memory, _output_fields(manifest))
         self.latent = SharedBlock(memory, _latent_fields(manifest))
-        self._intermediates = Block(memory, _intermediate_fields(manifest))
+        self._intermediates = Block(memory, _intermediate_fields(manifest, cache_dtype))
         geometry = {
             _at(name, k): value
             for k in range(spec.scales)
@@ -133,7 +153,7 @@ class LoopBuffers:
 
     def fill(
         self,
-        labels: Sequence[int],
+        conditions: Conditions,
         uniforms_BT: NDArray[np.float32],
         sampling: Sampling,
         forced: Sequence[NDArray[np.int64]] = (),
@@ -143,24 +163,27 @@ class LoopBuffers:
         """Write the inputs of one generation and copy them to the backend.
 
         Args:
-            labels: B class numbers.
-            uniforms_BT: one random number in [0, 1) per image and token.
-            forced: tokens [B, L_k] of the first scales, which are then not sampled.
+            conditions: B class numbers, or the features of B prompts.
+            uniforms_BT: [B, `NextScaleSpec.draws`] random numbers in [0, 1): one per token, or per
+                bit of it.
+            forced: tokens [B, L_k] (bits [B, L_k, e]) of the first scales, which are then not
+                sampled.
             keep: tokens of the other scales that are not sampled.
             noise: with `more_smooth`, the Gumbel noise of each image [T, V]; zeros where it is
                 left out.
         """
         spec, inputs = self._spec, self.inputs.host
-        inputs[names.LABELS][: self._batch] = labels
-        inputs[names.LABELS][self._batch :] = spec.transformer.classes
-        prefix = spec.prefix_lengths
+        self._fill_conditions(conditions)
+        prefix, token = spec.prefix_lengths, spec.token_shape
+        uniforms = uniforms_BT.reshape(self._batch, -1, *token)
         for k in range(spec.scales):
             chosen = sampling.at(k, spec.scales)
             inputs[_at(names.CFG, k)][...] = chosen.guidance
             inputs[_at(names.TEMPERATURE, k)][...] = chosen.temperature
-            inputs[_at(names.TOP_K, k)][...] = chosen.top_k
+            if not self._text:
+                inputs[_at(names.TOP_K, k)][...] = chosen.top_k
             inputs[_at(names.TOP_P, k)][...] = chosen.top_p
-            inputs[_at(names.UNIFORMS, k)][...] = uniforms_BT[:, prefix[k] : prefix[k + 1]]
+            inputs[_at(names.UNIFORMS, k)][...] = uniforms[:, prefix[k] : prefix[k + 1]]
             inputs[_at(names.KEEP_MASK, k)][...] = k < len(forced)
             if k < len(forced):
                 inputs[_at(names.KEEP_TOKENS, k)][...] = forced[k]
@@ -174,12 +197,32 @@ class LoopBuffers:
                     place[row] = numbers[prefix[k] : prefix[k + 1]]
         self.inputs.upload()
 
+    def _fill_conditions(self, conditions: Conditions) -> None:
+        inputs = self.inputs.host
+        if not isinstance(conditions, PromptRows):
+            inputs[names.LABELS][: self._batch] = conditions
+            inputs[names.LABELS][self._batch :] = self._spec.transformer.classes
+            self.wanted = (names.CONDITION,)
+            return
+        masks = inputs[names.TEXT_MASK]
+        inputs[names.TEXT_FEATURES][...] = conditions.features
+        masks[: self._batch] = conditions.mask
+        self.wanted = (names.CONDITION,)
+        if len(masks) == self._batch:
+            return
+        negative = conditions.negative
+        # without a prompt a row counts as many tokens as the prompt of its image
+        masks[self._batch :] = conditions.mask if negative is None else negative.mask
+        if negative is not None:
+            inputs[NEGATIVE][...] = negative.features
+        self.wanted += (names.UNCONDITIONAL if negative is None else NEGATIVE,)
+
     def image(self) -> NDArray[np.float32]:
-        """The images [B, side, side, channels] in [0, 1]; valid after `outputs.download()`."""
+        """The images [B, height, width, channels] in [0, 1]; valid after `outputs.download()`."""
         return self.outputs.host[names.IMAGE]
 
     def tokens(self, scale: int) -> NDArray[np.int64]:
-        """The tokens [B, L_k] of a scale; valid after `outputs.download()`."""
+        """The tokens [B, L_k] (bits [B, L_k, e]) of a scale; valid after `outputs.download()`."""
         return self.outputs.host[_at(names.TOKENS, scale)]
 
     def f_hat(self, scales: int) -> NDArray[np.float32]:
@@ -189,19 +232,47 @@ class LoopBuffers:
 
     def condition_inputs(self) -> dict[str, Array]:
         """The input buffers of the graph `condition`."""
-        return {names.LABELS: self.inputs[names.LABELS]}
+        return dict(self.condition_launches()[names.CONDITION].inputs)
 
     def condition_outputs(self) -> dict[str, Array]:
-        """The output buffers of the graph `condition`."""
-        return {name: self._intermediates[name] for name in (names.FIRST_INPUT, names.MODULATION)}
+        """The buffers that the scales read of what the condition graphs wrote."""
+        if not self._text:
+            outputs = (names.FIRST_INPUT, names.MODULATION)
+            return {name: self._intermediates[name] for name in outputs}
+        return {name: self._intermediates[name] for name in _text_rows(self._spec)}
+
+    def condition_launches(self) -> dict[str, ConditionLaunch]:
+        """The launches that may come before the scales, by name; `wanted` are those of a
+        generation."""
+        outputs = self.condition_outputs()
+        if not self._text:
+            labels = {names.LABELS: self.inputs[names.LABELS]}
+            launch = ConditionLaunch(graph=names.CONDITION, inputs=labels, outputs=outputs)
+            return {names.CONDITION: launch}
+        batch, mask = self._batch, self.inputs[names.TEXT_MASK]
+
+        def rows(graph: str, start: int, features: str | None) -> ConditionLaunch:
+            half = {name: a.rows(start, start + batch) for name, a in outputs.items()}
+            read = {names.TEXT_MASK: mask.rows(start, start + batch)}
+            if features is not None:
+                read[names.TEXT_FEATURES] = self.inputs[features]
+            return ConditionLaunch(graph=graph, inputs=read, outputs=half)
+
+        launches = {names.CONDITION: rows(names.CONDITION, 0, names.TEXT_FEATURES)}
+        if mask.shape[0] > batch:
+            launches[names.UNCONDITIONAL] = rows(names.UNCONDITIONAL, batch, None)
+            launches[NEGATIVE] = rows(names.CONDITION, batch, NEGATIVE)
+        return launches
 
     def scale_inputs(self, scale: int) -> dict[str, Array]:
         """All tensors that the static graph of a scale, or `step`, may declare as inputs."""
-        per_scale = [*_SETTINGS, names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
+        per_scale = [*_settings(self._text), names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
         if self._more_smooth:
             per_scale.append(names.NOISE)
-        fixed = (names.SCALE, names.UP_MATRIX, names.NEXT_MATRIX)
+        fixed = step_geometry(self._spec, scale)
+        masks = {names.TEXT_MASK: self.inputs[names.TEXT_MASK]} if self._text else {}
         return {
+            **masks,
             **self.condition_outputs(),
             **{n: self.inputs[_at(n, scale)] for n in per_scale},
             **{n: self._fixed[_at(n, scale)] for n in fixed},
@@ -238,17 +309,39 @@ class LoopBuffers:
         return self.latent[place.value]
 
 
-def step_geometry(spec: ModelSpec, scale: int) -> dict[str, NDArray[Any]]:
-    """The scale number and resizing matrices: inputs of `step`, constants of a static graph.
+def step_geometry(spec: NextScaleSpec, scale: int) -> dict[str, NDArray[Any]]:
+    """The scale number, resizing matrices and rotations: inputs of `step`, constants of a static
+    graph.
 
-    The last scale has no next scale: its `next_matrix` has one row, whose result is not read.
+    The last scale has no next scale: its matrices to the next one have one row (one token), whose
+    result is not read.
     """
+    if isinstance(spec, TextModelSpec):
+        return _text_geometry(spec, scale)
+    assert isinstance(spec, ModelSpec)
     side, patch = spec.tokenizer.latent_side, spec.patch_nums[scale]
     following = spec.patch_nums[scale + 1] if scale + 1 < spec.scales else 1
     return {
         names.SCALE: np.array(scale, np.int64),
         names.UP_MATRIX: bicubic_matrix(patch, side),
         names.NEXT_MATRIX: family_of(spec.transformer).next_matrix(spec, scale, following),
+    }
+
+
+def _text_geometry(spec: TextModelSpec, scale: int) -> dict[str, NDArray[Any]]:
+    tokenizer, t = spec.tokenizer, spec.transformer
+    whole, grid = tokenizer.latent_grid, tokenizer.latent_grids[scale]
+    last = scale + 1 == spec.scales
+    following = (tokenizer.patch,) * 2 if last else tokenizer.latent_grids[scale + 1]
+    cos, sin = rope_tables(spec.grids[scale], t.rope_grid, t.head_width)
+    return {
+        names.SCALE: np.array(scale, np.int64),
+        names.UP_ROWS: linear_matrix(grid[0], whole[0]),
+        names.UP_COLUMNS: linear_matrix(grid[1], whole[1]),
+        names.NEXT_ROWS: linear_matrix(whole[0], following[0]),
+        names.NEXT_COLUMNS: linear_matrix(whole[1], following[1]),
+        names.ROPE_COS: cos,
+        names.ROPE_SIN: sin,
     }
 
 
@@ -262,9 +355,15 @@ def step_shapes(manifest: Manifest, precision: str, scale: int) -> dict[str, tup
     sizes = {
         names.LENGTH: spec.scale_lengths[scale],
         names.PAST: max(spec.prefix_lengths[scale], 1),  # a placeholder at scale 0
-        names.SIDE: spec.patch_nums[scale],
-        names.NEXT_SIDE: 1 if last else spec.patch_nums[scale + 1],
     }
+    if isinstance(spec, TextModelSpec):
+        grids, patch = spec.tokenizer.latent_grids, spec.tokenizer.patch
+        following = (patch, patch) if last else grids[scale + 1]
+        sizes |= zip((names.ROWS, names.COLUMNS), grids[scale], strict=True)
+        sizes |= zip((names.NEXT_ROW_COUNT, names.NEXT_COLUMN_COUNT), following, strict=True)
+    else:
+        sizes[names.SIDE] = spec.patch_nums[scale]
+        sizes[names.NEXT_SIDE] = 1 if last else spec.patch_nums[scale + 1]
     return {
         tensor.name: tuple(sizes[n] if isinstance(n, str) else n for n in tensor.shape)
         for tensor in manifest.graph(precision, names.STEP).inputs
@@ -279,44 +378,74 @@ def _at(name: str, scale: int) -> str:
 def _input_fields(manifest: Manifest) -> Fields:
     """Inputs of all scales. Sampling settings have one buffer per scale, so that the host need not
     write anything between the launches of a generation."""
-    fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
-        names.LABELS: ((manifest.rows,), np.int64),
-    }
-    for k, length in enumerate(manifest.model.scale_lengths):
+    model = manifest.model
+    fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {}
+    if isinstance(model, TextModelSpec):
+        text = (model.transformer.text_length, model.transformer.text_width)
+        fields[names.TEXT_FEATURES] = ((manifest.batch, *text), np.float32)
+        fields[names.TEXT_MASK] = ((manifest.rows, text[0]), np.bool_)
+        if manifest.guidance:
+            fields[NEGATIVE] = ((manifest.batch, *text), np.float32)
+    else:
+        fields[names.LABELS] = ((manifest.rows,), np.int64)
+    for k, length in enumerate(model.scale_lengths):
         row = (manifest.batch, length)
-        for name, dtype in _SETTINGS.items():
+        token = (*row, *model.token_shape)
+        for name, dtype in _settings(manifest.takes_text).items():
             fields[_at(name, k)] = ((), dtype)
-        fields[_at(names.UNIFORMS, k)] = (row, np.float32)
+        fields[_at(names.UNIFORMS, k)] = (token, np.float32)
         fields[_at(names.KEEP_MASK, k)] = (row, np.bool_)
-        fields[_at(names.KEEP_TOKENS, k)] = (row, np.int64)
+        fields[_at(names.KEEP_TOKENS, k)] = (token, np.int64)
         if manifest.more_smooth:
-            codes = manifest.model.tokenizer.vocab_size
+            codes = manifest.model.tokenizer.token_values
             fields[_at(names.NOISE, k)] = ((*row, codes), np.float32)
     return fields
 
 
 def _output_fields(manifest: Manifest) -> Fields:
     t = manifest.model.tokenizer
-    image = (manifest.batch, t.image_side, t.image_side, t.image_channels)
+    image = (manifest.batch, *t.image_size, t.image_channels)
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {names.IMAGE: (image, np.float32)}
     for k, length in enumerate(manifest.model.scale_lengths):
-        fields[_at(names.TOKENS, k)] = ((manifest.batch, length), np.int64)
+        shape = (manifest.batch, length, *manifest.model.token_shape)
+        fields[_at(names.TOKENS, k)] = (shape, np.int64)
     return fields
 
 
 def _latent_fields(manifest: Manifest) -> Fields:
     t = manifest.model.tokenizer
-    shape = (manifest.batch, t.code_width, t.latent_side, t.latent_side)
+    shape = (manifest.batch, t.code_width, *t.latent_grid)
     return {place.value: (shape, np.float32) for place in FHatPlace}
 
 
-def _intermediate_fields(manifest: Manifest) -> Fields:
+def _settings(text: bool) -> dict[str, DTypeLike]:
+    """The scalar inputs of a scale: its sampling settings. Bits have no top-k."""
+    return {name: kind for name, kind in _SETTINGS.items() if not text or name != names.TOP_K}
+
+
+def _text_rows(spec: NextScaleSpec) -> list[str]:
+    """What the condition graphs of a text-to-image model write, all with the rows first."""
+    depth = range(spec.transformer.depth)
+    texts = [name(layer) for layer in depth for name in (names.text_key, names.text_value)]
+    return [names.FIRST_INPUT, names.MODULATION, *texts]
+
+
+def _intermediate_fields(manifest: Manifest, cache_dtype: DTypeLike) -> Fields:
     spec, batch, rows = manifest.model, manifest.batch, manifest.rows
     t = spec.transformer
+    table = 6 * t.depth + 2
     fields: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
         names.FIRST_INPUT: ((rows, 1, t.width), np.float32),
-        names.MODULATION: ((6 * t.depth + 2, rows, t.width), np.float32),
+        names.MODULATION: ((table, rows, t.width), np.float32),
     }
+    if isinstance(spec, TextModelSpec):
+        # rows first, so that a launch can write one half of them
+        fields[names.MODULATION] = ((rows, table, t.width), np.float32)
+        text = spec.transformer.text_length
+        for layer in range(t.depth):
+            key, value = (t.heads, t.head_width, text), (t.heads, text, t.head_width)
+            fields[names.text_key(layer)] = ((rows, *key), cache_dtype)
+            fields[names.text_value(layer)] = ((rows, *value), cache_dtype)
     for k, length in enumerate(spec.scale_lengths):
         fields[_at(names.INPUT, k)] = ((batch, length, spec.input_width), np.float32)
     return fields

@@ -21,6 +21,7 @@ from var_deploy.image.images import (
     grid,
     image_format,
     label_text,
+    prompt_text,
     save_image,
     settings_text,
 )
@@ -38,6 +39,7 @@ class Origin:
         source: of an edit or a variation, what is said of the image that it started from.
         scales_done: one per image where a deadline could stop it early, else None.
         columns: of the grid that they are saved as; None for one as square as N allows.
+        prompts: one per image of a text-to-image model; empty where features were given.
     """
 
     manifest: Manifest
@@ -48,6 +50,7 @@ class Origin:
     source: Mapping[str, str] = field(default_factory=dict)
     scales_done: tuple[int, ...] | None = None
     columns: int | None = None
+    prompts: tuple[str, ...] = ()
 
     def take(self, rows: Sequence[int]) -> Origin:
         """That of some of the images."""
@@ -58,13 +61,17 @@ class Origin:
             seeds=tuple(self.seeds[n] for n in rows),
             scales_done=None if done is None else tuple(done[n] for n in rows),
             columns=None,
+            prompts=tuple(self.prompts[n] for n in rows) if self.prompts else (),
         )
 
     def text(self) -> dict[str, str]:
         """What a file says of the images, in the words of `var-deploy generate`."""
         text = settings_text(self.manifest, self.precision, self.sampling, self.seeds)
         text |= self.source
-        text["labels"] = ", ".join(label_text(label, self.manifest) for label in self.labels)
+        if not self.manifest.takes_text:
+            text["labels"] = ", ".join(label_text(label, self.manifest) for label in self.labels)
+        elif self.prompts:
+            text["prompt"] = prompt_text(self.prompts)
         if self.scales_done is not None:
             done = ",".join(map(str, self.scales_done))
             text["scales_done"] = f"{done} of {self.manifest.model.scales}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -19,10 +20,12 @@ from var_deploy.errors import BackendError, CancelledError
 from var_deploy.image.editing import Kept
 from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.runtime.backends.protocol import Arrays, Backend, Clock, Launch, Session
-from var_deploy.runtime.buffers import FHatPlace, LoopBuffers
+from var_deploy.runtime.buffers import Conditions, FHatPlace, LoopBuffers
 from var_deploy.runtime.measure import clocked
 from var_deploy.runtime.plausible import check_f_hat, check_image, check_tokens
+from var_deploy.runtime.prompts import PromptRows
 from var_deploy.sampling import Sampling
+from var_deploy.spec import TextModelSpec
 
 
 class Answer(Enum):
@@ -77,7 +80,7 @@ class ScaleLoop:
         self._half = precision == "fp16"
         self._scale_names = [graph.name for graph in scale_graphs(self._spec, layout)]
         self._opened: dict[str, Session] = {}
-        self._condition: Launch | None = None
+        self._conditions: dict[str, Launch] = {}
         self._scales: list[Launch] = []
         self._decoders: dict[FHatPlace, Launch] = {}
         self._done = 0
@@ -97,10 +100,11 @@ class ScaleLoop:
                 self._opened[name] = backend.open(files.graph(name))
             bound = self._bind_all(graphs)
             # `prepare` may run every launch once, so the inputs hold a valid generation
-            draws = np.zeros((manifest.batch, self._spec.total_tokens), np.float32)
-            self._buffers.fill([0] * manifest.batch, draws, Sampling())
+            draws = np.zeros((manifest.batch, self._spec.draws), np.float32)
+            self._buffers.fill(_anything(manifest), draws, manifest.defaults)
             ready = dict(zip(bound, backend.prepare(list(bound.values())), strict=True))
-            self._condition = ready.get(names.CONDITION)
+            launches = self._buffers.condition_launches()
+            self._conditions = {name: ready[name] for name in launches if name in ready}
             self._scales = [ready[scale] for scale in range(self._spec.scales)]
             self._decoders = {place: ready[place] for place in FHatPlace if place in ready}
         except BaseException:
@@ -109,7 +113,7 @@ class ScaleLoop:
 
     def run(
         self,
-        labels: Sequence[int],
+        conditions: Conditions,
         uniforms_BT: NDArray[np.float32],
         sampling: Sampling,
         observer: Observer | None = None,
@@ -118,7 +122,8 @@ class ScaleLoop:
         cancelled: Callable[[], bool] | None = None,
         noise: Sequence[NDArray[np.float32]] = (),
     ) -> NDArray[np.float32]:
-        """Generate images [B, side, side, channels] in [0, 1] of B labels with uniforms [B, T].
+        """Generate images [B, height, width, channels] in [0, 1] of B labels, or B prompts, with
+        uniforms [B, `NextScaleSpec.draws`].
 
         The returned array is overwritten by the next `run`, `preview` or `decode`.
 
@@ -134,7 +139,7 @@ class ScaleLoop:
         CancelledError where `cancelled` returns True; the loop can be used again after both.
         """
         self._check_open()
-        self._buffers.fill(labels, uniforms_BT, sampling, forced, keep, noise)
+        self._buffers.fill(conditions, uniforms_BT, sampling, forced, keep, noise)
         with self._completed():
             self._run_scales(observer, cancelled)
             self._run_decoder(observer, cancelled)
@@ -144,14 +149,14 @@ class ScaleLoop:
         return self._checked_image(self._done)
 
     def generate_tokens(
-        self, labels: Sequence[int], uniforms_BT: NDArray[np.float32], sampling: Sampling
+        self, conditions: Conditions, uniforms_BT: NDArray[np.float32], sampling: Sampling
     ) -> list[NDArray[np.int64]]:
         """Generate the tokens [B, L_k] of every scale, as `run` does, without decoding an image.
 
         Raises BackendError where logits, tokens or f_hat are not what a model can give.
         """
         self._check_open()
-        self._buffers.fill(labels, uniforms_BT, sampling)
+        self._buffers.fill(conditions, uniforms_BT, sampling)
         with self._completed():
             self._run_scales(None, None)
             self._buffers.outputs.download()
@@ -164,9 +169,10 @@ class ScaleLoop:
     ) -> None:
         """Launch the scales in order, until the last one or until the observer answers DECODE."""
         self._done = 0
-        if self._condition is not None:
-            _refuse_cancelled(cancelled)
-            self._condition()
+        for name in self._buffers.wanted:
+            if name in self._conditions:
+                _refuse_cancelled(cancelled)
+                self._conditions[name]()
         for launch in self._scales:
             _refuse_cancelled(cancelled)
             launch()
@@ -275,11 +281,13 @@ class ScaleLoop:
         """
         if self._clock is None:
             self._clock = clock = self._backend.clock()
-            before = self._condition
-            if before is not None:
-                self._condition = clocked(before, clock, first=True)
+            before = self._conditions
+            self._conditions = {
+                name: clocked(launch, clock, first=name == names.CONDITION)
+                for name, launch in before.items()
+            }
             self._scales = [
-                clocked(launch, clock, first=before is None and scale == 0)
+                clocked(launch, clock, first=not before and scale == 0)
                 for scale, launch in enumerate(self._scales)
             ]
         return self._clock
@@ -292,7 +300,7 @@ class ScaleLoop:
         for session in self._opened.values():
             session.close()
         self._opened.clear()
-        self._condition, self._scales, self._decoders = None, [], {}
+        self._conditions, self._scales, self._decoders = {}, [], {}
         self._backend.close()
         if self._own_files is not None:
             self._own_files.close()
@@ -308,7 +316,7 @@ class ScaleLoop:
         self._check_f_hat()
 
     def _check_tokens(self, scale: int) -> None:
-        codes, graph = self._spec.tokenizer.vocab_size, self._scale_names[scale]
+        codes, graph = self._spec.tokenizer.token_values, self._scale_names[scale]
         check_tokens(self._buffers.tokens(scale), codes, scale, graph)
 
     def _check_f_hat(self) -> None:
@@ -321,21 +329,21 @@ class ScaleLoop:
         return image
 
     def _graphs(self, precision: str, layout: Layout, decoder: bool) -> dict[str, GraphInfo]:
-        wanted = generation_graphs(self._spec, layout)
+        wanted = generation_graphs(self._spec, layout, guidance=self._manifest.guidance)
         if not decoder:
             wanted = tuple(graph for graph in wanted if graph.kind != "decoder")
         return {graph.name: self._manifest.graph(precision, graph.name) for graph in wanted}
 
     def _bind_all(self, graphs: Mapping[str, GraphInfo]) -> dict[Hashable, Launch]:
-        """Bind all graphs, in the order of a generation: `condition`, each scale by its number, and
-        the decoder by `FHatPlace`. The decoder is bound to both buffers of f_hat, since a preview
-        may be decoded from either; the one that the last scale writes to comes last."""
+        """Bind all graphs, in the order of a generation: the condition graphs by the name of the
+        launch, each scale by its number, and the decoder by `FHatPlace`. The decoder is bound to
+        both buffers of f_hat, since a preview may be decoded from either; the one that the last
+        scale writes to comes last."""
         b, scales = self._buffers, self._spec.scales
         bound: dict[Hashable, Launch] = {}
-        if names.CONDITION in graphs:
-            bound[names.CONDITION] = self._bind(
-                graphs, names.CONDITION, b.condition_inputs(), b.condition_outputs()
-            )
+        for launch, how in b.condition_launches().items():
+            if how.graph in graphs:
+                bound[launch] = self._bind(graphs, how.graph, how.inputs, how.outputs)
         for scale, name in enumerate(self._scale_names):
             inputs, outputs = b.scale_inputs(scale), b.scale_outputs(scale)
             bound[scale] = self._bind(graphs, name, inputs, outputs)
@@ -352,6 +360,16 @@ class ScaleLoop:
         wanted = {t.name: inputs[t.name] for t in graphs[name].inputs}
         declared = {t.name for t in graphs[name].outputs}
         return self._opened[name].bind(wanted, {k: v for k, v in outputs.items() if k in declared})
+
+
+def _anything(manifest: Manifest) -> Conditions:
+    """Valid conditions of a batch."""
+    model = manifest.model
+    if isinstance(model, TextModelSpec):
+        t = model.transformer
+        rows = PromptRows.blank(manifest.batch, t.text_length, t.text_width)
+        return dataclasses.replace(rows, negative=rows if manifest.guidance else None)
+    return [0] * manifest.batch
 
 
 def _refuse_cancelled(cancelled: Callable[[], bool] | None) -> None:

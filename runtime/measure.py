@@ -102,4 +102,5 @@ def add_launches(laps: Sequence[float], launches: Sequence[str]) -> dict[str, fl
 
 def launch_names(manifest: Manifest) -> list[str]:
     """Names of the launches of a generation, in order; `step` counts as the static graphs."""
-    return [graph.name for graph in generation_graphs(manifest.model, "per-scale")]
+    graphs = generation_graphs(manifest.model, "per-scale", guidance=manifest.guidance)
+    return [graph.name for graph in graphs]

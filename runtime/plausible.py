@@ -84,11 +84,19 @@ def check_encoded(tokens: Sequence[NDArray[np.int64]], codes: int, half: bool) -
     """
     for scale, found in enumerate(tokens):
         check_tokens(found, codes, scale, names.ENCODER)
-    if half and codes > 1 and not np.any([found.any(axis=1) for found in tokens], axis=0).all():
+    if half and codes > 1 and not _not_all_zero(tokens).all():
         raise BackendError(
             f"graph {names.ENCODER} gave the first code alone at every scale, as fp16 leaves it "
             "where it overflows; try precision fp32, and var-deploy verify names the layer"
         )
+
+
+def _not_all_zero(tokens: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
+    """[B], whether any token of an image, at any scale, differs from 0."""
+    found: NDArray[np.bool_] = np.any(
+        [scale.reshape(len(scale), -1).any(axis=1) for scale in tokens], axis=0
+    )
+    return found
 
 
 def _all_clamped(image: NDArray[np.float32]) -> bool:

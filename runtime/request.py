@@ -15,8 +15,10 @@ from var_deploy.errors import UsageError
 from var_deploy.image.editing import Kept
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest
+from var_deploy.runtime.buffers import Conditions
 from var_deploy.runtime.generated import Images as Images
 from var_deploy.runtime.loop import Answer, ScaleLoop
+from var_deploy.runtime.prompts import PromptRows
 from var_deploy.sampling import Sampling, gumbel, stack_uniforms
 
 REMEMBERED = 3  # runs; the slowest of them is the time expected of the next one
@@ -27,7 +29,8 @@ class Request:
     """N images to generate.
 
     Attributes:
-        labels: one class number per image.
+        labels: one class number per image; 0 where the model has no classes.
+        prompts: features of one prompt per image, for a text-to-image model; else None.
         rng_keys: one (seed, number) per image, from which its uniforms are computed.
         forced: tokens [N, L_k] of the first scales, which are then not sampled.
         kept: tokens of any scale that are not sampled.
@@ -38,6 +41,13 @@ class Request:
     sampling: Sampling
     forced: tuple[NDArray[np.int64], ...] = ()
     kept: Kept | None = None
+    prompts: PromptRows | None = None
+
+    def conditions(self, rows: Sequence[int]) -> Conditions:
+        """What some of the images are made of."""
+        if self.prompts is not None:
+            return self.prompts.rows(rows)
+        return [self.labels[n] for n in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +134,8 @@ class Batches:
         Raises CancelledError, and BackendError where the runtime fails.
         """
         spec, batch, count = self._manifest.model, self._manifest.batch, len(request.labels)
-        side = spec.tokenizer.image_side
-        images = Images.blank((count, side, side, spec.tokenizer.image_channels), spec.scales)
+        shape = (count, *spec.tokenizer.image_size, spec.tokenizer.image_channels)
+        images = Images.blank(shape, spec.scales)
         starts = range(0, count, batch)
         shared = self._cancelled
         stop = shared if cancelled is None else lambda: shared() or cancelled()
@@ -149,15 +159,15 @@ class Batches:
         cancelled: Callable[[], bool],
     ) -> NDArray[np.float32]:
         padded = rows + rows[-1:] * (self._manifest.batch - len(rows))
-        total = self._manifest.model.total_tokens
+        model = self._manifest.model
         noise: list[NDArray[np.float32]] = []
         if self._manifest.more_smooth:
-            codes = self._manifest.model.tokenizer.vocab_size
-            noise = [gumbel(*request.rng_keys[n], total, codes) for n in rows]
+            sizes = model.total_tokens, model.tokenizer.token_values
+            noise = [gumbel(*request.rng_keys[n], *sizes) for n in rows]
             noise += noise[-1:] * (len(padded) - len(rows))
         return self._loop.run(
-            [request.labels[n] for n in padded],
-            stack_uniforms((request.rng_keys[n] for n in padded), total),
+            request.conditions(padded),
+            stack_uniforms((request.rng_keys[n] for n in padded), model.draws),
             request.sampling,
             watcher,
             forced=[tokens[padded] for tokens in request.forced],

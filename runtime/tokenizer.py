@@ -15,7 +15,7 @@ from var_deploy.manifest import Manifest
 from var_deploy.runtime.backends.protocol import Backend
 from var_deploy.runtime.blocks import Fields, SharedBlock
 from var_deploy.runtime.plausible import check_encoded, check_f_hat
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import NextScaleSpec
 
 
 class SingleGraph:
@@ -76,15 +76,18 @@ class TokenizerGraphs:
         self._opened: dict[str, SingleGraph] = {}
 
     def encode(self, images: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
-        """uint8 [N, side, side, channels] → tokens [N, L_k] of every scale.
+        """uint8 [N, height, width, channels] → tokens [N, L_k] (bits [N, L_k, e]) of every
+        scale.
 
         Raises BundleError where the bundle has no encoder, BackendError where the runtime fails or
         returns tokens that cannot come from an encoder.
         """
         scales = range(self._manifest.model.scales)
-        codes = self._manifest.model.tokenizer.vocab_size
-        lengths = self._manifest.model.scale_lengths
-        tokens = [np.empty((len(images), length), np.int64) for length in lengths]
+        model = self._manifest.model
+        codes, token = model.tokenizer.token_values, model.token_shape
+        tokens = [
+            np.empty((len(images), length, *token), np.int64) for length in model.scale_lengths
+        ]
         for rows, padded in self._batches(len(images)):
             pixels = images[padded].astype(np.float32) / 255
             found = self._graph(names.ENCODER)({names.IMAGE: pixels})
@@ -102,12 +105,13 @@ class TokenizerGraphs:
         `tokens` holds [N, L_k] for at least these scales. Raises BundleError where the bundle has
         no graph `accumulate`, BackendError where f_hat is not finite.
         """
-        lengths = self._manifest.model.scale_lengths
+        model = self._manifest.model
         for rows, padded in self._batches(len(tokens[0])):
             inputs: dict[str, NDArray[Any]] = {}
-            for k, length in enumerate(lengths):
+            for k, length in enumerate(model.scale_lengths):
                 # tokens of later scales do not change f_hat of the earlier ones
-                known = tokens[k][padded] if k < scales else np.zeros((len(padded), length))
+                shape = (len(padded), length, *model.token_shape)
+                known = tokens[k][padded] if k < scales else np.zeros(shape)
                 inputs[names.encoder_tokens(k)] = known
             f_hat = self._graph(names.ACCUMULATE)(inputs)[names.F_HATS][scales - 1]
             check_f_hat(f_hat, scales - 1, names.ACCUMULATE)
@@ -139,7 +143,7 @@ def _fields(tensors: Sequence[Any]) -> Fields:
 
 
 def check_tokens(
-    spec: ModelSpec, tokens: Sequence[NDArray[np.int64]], scales: int
+    spec: NextScaleSpec, tokens: Sequence[NDArray[np.int64]], scales: int
 ) -> list[NDArray[np.int64]]:
     """Validate the tokens [N, L_k] of the first `scales` scales and return them as int64.
 
@@ -148,10 +152,11 @@ def check_tokens(
     most = min(len(tokens), spec.scales)
     if isinstance(scales, bool) or not 1 <= scales <= most:
         raise UsageError(f"scales must lie between 1 and {most}, found {scales}")
-    vocab = spec.tokenizer.vocab_size
+    vocab = spec.tokenizer.token_values
     arrays = [np.asarray(tokens[k]) for k in range(scales)]
     for k, array in enumerate(arrays):
-        wanted = (len(arrays[0]) if arrays[0].ndim else 0, spec.scale_lengths[k])
+        count = len(arrays[0]) if arrays[0].ndim else 0
+        wanted = (count, spec.scale_lengths[k], *spec.token_shape)
         if array.shape != wanted or not np.issubdtype(array.dtype, np.integer):
             raise UsageError(
                 f"tokens of scale {k} must be whole numbers {list(wanted)}, found {array.dtype} "

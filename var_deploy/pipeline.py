@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from var_deploy.runtime.generation_options import (
     takes_generation_options,
 )
 from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.prompts import PromptEncoder, PromptRows
 from var_deploy.runtime.request import (
     Batches,
     Request,
@@ -42,6 +44,7 @@ from var_deploy.runtime.request import (
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
 from var_deploy.sampling import Sampling, call_keys, series
+from var_deploy.spec import TextModelSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,22 +55,42 @@ class Sizes:
     """The sizes of a model and its graphs.
 
     Attributes:
-        side: of the square images, in pixels.
+        height, width: of the images, in pixels.
         channels: of a pixel, 3 or 1.
-        scales: side length of the token map of each of the K scales, coarse to fine.
-        tokens: T, of an image: the sum of the squares of `scales`.
-        codes: of the codebook.
+        grids: rows and columns of the token grid of each of the K scales, coarse to fine.
+        tokens: T, of an image: of all scales together.
+        codes: of the codebook; of a text-to-image model the values of a bit, 2.
+        bits: of a token of a text-to-image model; 0 for a model with a codebook.
         classes: labels are 0 … classes - 1; 0 for a model without classes.
+        text_length: tokens of a prompt at most; 0 for a model that takes none.
         batch: images per launch; calls of more are cut into batches.
     """
 
-    side: int
+    height: int
+    width: int
     channels: int
-    scales: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
     tokens: int
     codes: int
+    bits: int
     classes: int
+    text_length: int
     batch: int
+
+    @property
+    def side(self) -> int:
+        """Side of square images, in pixels. Raises UsageError where they are not square."""
+        if self.height != self.width:
+            raise UsageError(f"images of {self.width} × {self.height} pixels have no one side")
+        return self.height
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Side length of the token map of each of the K scales. Raises UsageError where a map is
+        not square."""
+        if any(rows != columns for rows, columns in self.grids):
+            raise UsageError("the token grids of this model are not square: see `grids`")
+        return tuple(rows for rows, _ in self.grids)
 
 
 class Pipeline:
@@ -83,8 +106,9 @@ class Pipeline:
         loaded: Loaded,
         tokenizer: TokenizerGraphs | None = None,
         files: BundleFiles | None = None,
+        text: PromptEncoder | None = None,
     ) -> None:
-        self.manifest, self._files = manifest, files
+        self.manifest, self._files, self._text = manifest, files, text
         self._loop: ScaleLoop | None = loop
         self._graphs = tokenizer
         self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
@@ -228,15 +252,21 @@ class Pipeline:
         labels: Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] = 0,
         *,
+        prompts: str | Sequence[str] | PromptRows | None = None,
+        negative: str | None = None,
         count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
-        """Generate images, [N, side, side, channels] uint8; the array is the caller's.
+        """Generate images, [N, height, width, channels] uint8; the array is the caller's.
 
-        Image i has seed + i, and depends on that, its label and the settings alone, not on its
-        neighbours or the batch size: `generate([label], seed + i)` makes it again.
+        Image i has seed + i, and depends on that, its label or prompt and the settings alone, not
+        on its neighbours or the batch size: `generate([label], seed + i)` makes it again.
 
         Args:
+            prompts: of a text-to-image model, which takes these and no labels: one text or several,
+                repeated in order up to `count`; or the features of prompts.
+            negative: what the images are guided away from; None or "" for what the model learned
+                to take for "no prompt".
             labels: class numbers, names, or None for an image without a class; repeated in order
                 up to `count`. None instead of a list stands for images without a class. A model
                 without classes takes the count from the length alone.
@@ -249,11 +279,73 @@ class Pipeline:
         fails, CancelledError after `cancel`.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
+        if self.manifest.takes_text:
+            return self._generate_of_text(
+                labels, prompts, negative, seed, count, sampling, options, end
+            )
+        if prompts is not None or negative:
+            takes = "labels" if self.manifest.model.transformer.conditional else "no condition"
+            raise UsageError(f"this bundle takes {takes}, not prompts")
         request = self._request(labels, seed, count, sampling)
         given = 1 if labels is None else len(labels)
         with self._running():
             images = self._generate(request, options, end)
         return self._signed(images, request, options, columns=given)
+
+    def _generate_of_text(
+        self,
+        labels: object,
+        prompts: str | Sequence[str] | PromptRows | None,
+        negative: str | None,
+        seed: int | Sequence[int],
+        count: int | None,
+        sampling: Sampling,
+        options: GenerationOptions,
+        end: float | None,
+    ) -> Images:
+        if labels is not None:
+            raise UsageError("this bundle takes prompts, not labels: generate(prompts=[…])")
+        if prompts is None:
+            raise UsageError("this bundle takes prompts: generate(prompts=[…])")
+        texts: Sequence[str] = ()
+        if not isinstance(prompts, PromptRows):
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = len(prompts) if isinstance(prompts, PromptRows) else len(texts)
+        chosen, seeds = series(range(given), seed, count, what="prompt")
+        with self._running():
+            rows = prompts if isinstance(prompts, PromptRows) else self._features(texts, negative)
+            if negative and isinstance(prompts, PromptRows):
+                raise UsageError("a negative prompt of features is part of them")
+            request = Request(
+                labels=[0] * len(chosen),
+                rng_keys=call_keys(seeds),
+                sampling=sampling,
+                prompts=rows.rows(chosen),
+            )
+            images = self._generate(request, options, end)
+        told = {"negative": negative} if negative else {}
+        signed = self._signed(images, request, options, told, columns=given)
+        if texts and signed.origin is not None:
+            given_texts = tuple(texts[n] for n in chosen)
+            signed.origin = dataclasses.replace(signed.origin, prompts=given_texts)
+        return signed
+
+    def _features(self, prompts: Sequence[str], negative: str | None) -> PromptRows:
+        """The features of prompts, and of the negative prompt for each."""
+        if self._text is None:
+            raise UsageError(
+                "this bundle has no text encoder here: give its folder with text_encoder, or "
+                "features instead of texts"
+            )
+        wanted = [*prompts, *([negative] if negative else [])]
+        features, lengths = self._text.encode(wanted)
+        rows = PromptRows(features=features, lengths=lengths)
+        if not negative:
+            return rows
+        last = [len(prompts)] * len(prompts)
+        return dataclasses.replace(
+            rows.rows(range(len(prompts))), negative=rows.rows(last)
+        )
 
     def draw(
         self,
@@ -295,8 +387,8 @@ class Pipeline:
         scales = len(tokens) if scales is None else scales
         checked = check_tokens(self.manifest.model, tokens, scales)
         tokenizer = self.manifest.model.tokenizer
-        side = tokenizer.image_side
-        images = np.empty((len(checked[0]), side, side, tokenizer.image_channels), np.uint8)
+        shape = (len(checked[0]), *tokenizer.image_size, tokenizer.image_channels)
+        images = np.empty(shape, np.uint8)
         with self._running() as loop:
             for rows, f_hat in self._tokenizer.f_hats(checked, scales):
                 images[rows] = to_uint8(loop.decode(f_hat)[: len(rows)])
@@ -330,7 +422,8 @@ class Pipeline:
         The other arguments and errors are those of `generate`; image i has seed + i.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
-        edit = read_edit(image, mask, self.manifest.model.tokenizer, keep_pixels=keep_pixels)
+        tokenizer = self.manifest.code_model("edit").tokenizer
+        edit = read_edit(image, mask, tokenizer, keep_pixels=keep_pixels)
         request = self._request([label], seed, count, sampling)
         with self._running():
             kept = edit.kept(self._tokenizer.encode(edit.pixels))
@@ -390,13 +483,17 @@ class Pipeline:
     def sizes(self) -> Sizes:
         """How large images, tokens and batches of this model are."""
         model = self.manifest.model
+        text = model if isinstance(model, TextModelSpec) else None
         return Sizes(
-            side=model.tokenizer.image_side,
+            height=model.tokenizer.image_size[0],
+            width=model.tokenizer.image_size[1],
             channels=model.tokenizer.image_channels,
-            scales=tuple(model.patch_nums),
+            grids=model.grids,
             tokens=model.total_tokens,
-            codes=model.tokenizer.vocab_size,
+            codes=model.tokenizer.token_values,
+            bits=math.prod(model.token_shape) if model.token_shape else 0,
             classes=model.transformer.classes if model.transformer.conditional else 0,
+            text_length=text.transformer.text_length if text is not None else 0,
             batch=self.manifest.batch,
         )
 
@@ -416,6 +513,8 @@ class Pipeline:
             self._refuse_callback()
             if self._graphs is not None:
                 self._graphs.close()
+            if self._text is not None:
+                self._text.close()
             if self._loop is not None:
                 self._loop.close()
                 self._loop = None
@@ -510,7 +609,7 @@ class Pipeline:
         return Request(labels=numbers, rng_keys=call_keys(seeds), sampling=sampling)
 
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
-        tokenizer = self.manifest.model.tokenizer
+        tokenizer = self.manifest.code_model("encoding a picture").tokenizer
         return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)
 
 

@@ -275,18 +275,24 @@ def _several(seed: object) -> TypeGuard[Sequence[int]]:
 
 
 def series(
-    labels: Sequence[Label], seed: int | Sequence[int], count: int | None = None
+    labels: Sequence[Label],
+    seed: int | Sequence[int],
+    count: int | None = None,
+    *,
+    what: str = "label",
 ) -> tuple[list[Label], list[int]]:
-    """The label and the seed of each image of a call: generate, edit or vary.
+    """The label (or prompt) and the seed of each image of a call: generate, edit or vary.
 
     Labels are taken in their order, again and again up to `count`; for the seeds see `image_seeds`.
-    Without `count` there is one image per label or one per seed, whichever are more.
+    Without `count` there is one image per label or one per seed, whichever are more. `what` is what
+    a message calls them.
 
     Raises LabelError for a count that would leave labels out, and UsageError for one below 1, for
     an empty list, and as `image_seeds`.
     """
     if not labels:
-        raise LabelError("no label given: name some, or leave them out")
+        instead = ", or leave them out" if what == "label" else ""
+        raise LabelError(f"no {what} given: name some{instead}")
     seeds = len(seed) if _several(seed) else 1
     if count is None:
         count = max(len(labels), seeds)
@@ -294,8 +300,8 @@ def series(
         raise UsageError(f"count must be a whole number above 0, found {count!r}")
     if count < len(labels):
         raise LabelError(
-            f"{_count(len(labels), 'label')} for {_count(count, 'image')}: give a count of "
-            f"{len(labels)} or more, or fewer labels"
+            f"{_count(len(labels), what)} for {_count(count, 'image')}: give a count of "
+            f"{len(labels)} or more, or fewer {what}s"
         )
     return [labels[n % len(labels)] for n in range(count)], image_seeds(seed, count)
 

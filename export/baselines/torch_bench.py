@@ -26,7 +26,6 @@ from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.baselines.published_path import Mark, generate_as_published
 from var_deploy.export.baselines.torch_peers import Compiler, Peer, random_modules
-from var_deploy.export.families import export_family_of
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.host.machine import Machine, check_threads, usable_cores
 from var_deploy.labels import spread_labels
@@ -73,6 +72,7 @@ class TorchContender:
             raise UsageError(f"threads must be 0 (every core) or more, found {threads}")
         threads = check_threads(threads or None, machine=Machine()) or usable_cores() or 0
         self._manifest = manifest = read_manifest(bundle)
+        transformer = manifest.code_model("bench --against torch").transformer
         self._name, self._clock = name, WallClock(lambda: None)
         if threads:
             torch.set_num_threads(threads)
@@ -81,14 +81,14 @@ class TorchContender:
                 _check_compiler()
             path = "our modules, AdaLN once an image, compiled by inductor"
             self._path = _own(manifest, images, compiler)
-        elif not export_family_of(manifest.model.transformer).published_loop:
+        elif not export_family_of(transformer).published_loop:
             path = "our modules: this family has no published generation code"
             self._path = _own(manifest, images, None)
         else:
             path = "as published: AdaLN in every block at every scale, concatenated cache"
             self._path = _published(manifest)
         self._how = {"path": path, "images a launch": str(images)}
-        t = manifest.model.tokenizer
+        t = manifest.code_model("bench --against torch").tokenizer
         self.images = np.empty((images, t.image_side, t.image_side, t.image_channels), np.uint8)
 
     def describe(self) -> About:
@@ -109,7 +109,7 @@ class TorchContender:
 
     def generate(self) -> Sample:
         """Generate labels to uint8 images. The first call of `torch-compile` compiles."""
-        spec, count = self._manifest.model, len(self.images)
+        spec, count = self._manifest.code_model("bench --against torch"), len(self.images)
         self._clock.laps()  # marks of earlier calls are dropped
         started = time.perf_counter()
         draws = stack_uniforms(call_keys(SEED, count), spec.total_tokens)
@@ -138,7 +138,7 @@ class TorchContender:
 
 
 def _published(manifest: Manifest) -> Generate:
-    tokenizer, transformer = random_modules(manifest.model)
+    tokenizer, transformer = random_modules(manifest.code_model("bench --against torch"))
     assert isinstance(transformer, Transformer)  # the caller has checked the family
 
     def generate(labels: Tensor, draws: Tensor, mark: Mark) -> Tensor:
@@ -157,7 +157,7 @@ def _published(manifest: Manifest) -> Generate:
 
 def _own(manifest: Manifest, images: int, compiler: Compiler | None) -> Generate:
     peer = Peer(
-        manifest.model,
+        manifest.code_model("bench --against torch"),
         batch=images,
         guidance=manifest.guidance,
         sampling=manifest.defaults,

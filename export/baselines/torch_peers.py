@@ -352,7 +352,7 @@ def main(bundle: Path | None, rates: bool, batches: str, budget: float) -> None:
     except VarDeployError as error:
         raise click.ClickException(str(error)) from None
     rows = time_peers(
-        manifest.model,
+        manifest.code_model("this measurement"),
         guidance=manifest.guidance,
         sampling=manifest.defaults,
         batches=[int(batch) for batch in batches.split(",")],

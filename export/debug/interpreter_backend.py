@@ -55,7 +55,7 @@ def generate(
 
     Raises BackendError where the graphs give what is not finite, and what `watch` raises.
     """
-    spec = manifest.model
+    spec = manifest.code_model("this backend")
     scales, done = spec.scales, 0
 
     def announce(title: str) -> None:

@@ -196,7 +196,7 @@ def build_bit_encoder(spec: BitTokenizerSpec, form: GraphForm) -> GraphBuilder:
 
 
 def build_bit_accumulate(spec: BitTokenizerSpec, form: GraphForm) -> GraphBuilder:
-    """Build f_hats [K, B, d, h_K, w_K], f_hat after each scale, from the bits [B, L_k, e] of all."""
+    """Build f_hats [K, B, d, h_K, w_K], f_hat after each scale, of the bits [B, L_k, e] of all."""
     b = GraphBuilder(names.ACCUMULATE, form)
     f_hat, sums = "", []
     for scale, (rows, columns) in enumerate(spec.grids):

@@ -101,7 +101,7 @@ def verify_bundle(
         raise UsageError("modules have weights of their own: leave the checkpoint files out")
     else:
         model = model_of_modules(manifest, *modules)
-        own = OwnForward(*modules, manifest.model)
+        own = OwnForward(*modules, manifest.code_model("verify"))
     return verify_model(
         bundle,
         model,
@@ -208,7 +208,7 @@ def _requests(
 def _trace_bytes(manifest: Manifest) -> int:
     """Estimate the bytes of one batch's reference: logits, and keys and values, which every scale
     stores together with those of the scales before."""
-    spec = manifest.model
+    spec = manifest.code_model("verify")
     t, ends = spec.transformer, spec.prefix_lengths[1:]
     cache = 2 * t.depth * manifest.rows * t.width * (sum(ends) + spec.total_tokens)
     return 4 * (cache + manifest.batch * spec.total_tokens * spec.tokenizer.vocab_size)
@@ -223,7 +223,8 @@ def model_of_modules(
     model.
     """
     weights = ModuleWeights(tokenizer_of(tokenizer)), ModuleWeights(transformer)
-    return assemble(manifest.model, *weights, labels=manifest.labels, defaults=manifest.defaults)
+    spec = manifest.code_model("verify")
+    return assemble(spec, *weights, labels=manifest.labels, defaults=manifest.defaults)
 
 
 def _store(bundle: Path, manifest: Manifest, report: VerifyReport) -> str:
@@ -305,7 +306,7 @@ def load_bundle_model(
         fallback=Hints(
             key=places["transformer"],
             tokenizer_key=places["tokenizer"],
-            patch_nums=manifest.model.patch_nums,
+            patch_nums=manifest.code_model("verify").patch_nums,
             heads=manifest.model.transformer.heads,
         ),
     )

@@ -194,7 +194,7 @@ def generation_inputs(
     keys: Sequence[tuple[int, int]] | None = None,
 ) -> GenerationInputs:
     """Return labels, uniforms and noise of the images `first` … of a call with this seed."""
-    spec = manifest.model
+    spec = manifest.code_model("verify")
     rng_keys = keys or call_keys(seed + first, manifest.batch)
     classes, total = max(spec.transformer.classes, 1), spec.total_tokens
     noise = []

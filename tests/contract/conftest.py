@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from var_deploy.bundle.interfaces import Interfaces
+from var_deploy.bundle.interfaces import interfaces_of
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, TensorInfo
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
@@ -37,9 +37,7 @@ def write_bundle(folder: Path, *, family: str = "var", names: Sequence[str] = NA
         ),
     )
     guided = family == "var"
-    sizes = Interfaces(
-        model=model, precision="fp32", batch=1, guidance=guided, more_smooth=False
-    )
+    sizes = interfaces_of(model, precision="fp32", batch=1, guidance=guided)
     inputs, outputs = (
         tuple(TensorInfo(name=name, dtype=dtype, shape=shape) for name, dtype, shape in tensors)
         for tensors in (sizes.inputs("decoder"), sizes.outputs("decoder"))

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from var_deploy.bundle.interfaces import Interfaces
+from var_deploy.bundle.interfaces import Interfaces, interfaces_of
 from var_deploy.bundle.operators import FLOAT_OPERATORS, INT8_OPERATORS, OPERATORS
 from var_deploy.spec import ModelSpec
 
@@ -53,7 +53,7 @@ def built(spec: ModelSpec, precision: str) -> Iterator[tuple[Interfaces, Any]]:
             "more_smooth": more_smooth and conditional,
         }
         options = ExportOptions(precisions=(precision,), **how)  # type: ignore[arg-type]
-        sizes = Interfaces(model=spec, precision=precision, **how)  # type: ignore[arg-type]
+        sizes = interfaces_of(spec, precision=precision, **how)  # type: ignore[arg-type]
         graphs = build_graphs(spec, precision, options, ranges)  # type: ignore[arg-type]
         assert [graph.name for graph in graphs] == sizes.graphs()
         yield from ((sizes, graph) for graph in graphs)
@@ -87,8 +87,8 @@ def test_the_operators_are_exactly_those_that_are_written(
 
 
 def test_what_a_name_is_not() -> None:
-    sizes = Interfaces(
-        model=ModelSpec.from_json(
+    sizes = interfaces_of(
+        ModelSpec.from_json(
             {
                 "tokenizer": {
                     "patch_nums": [1, 2],

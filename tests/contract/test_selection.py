@@ -16,7 +16,7 @@ from var_deploy.bundle.graph_refs import (
     scale_graphs,
     tokenizer_graphs,
 )
-from var_deploy.bundle.interfaces import Interfaces
+from var_deploy.bundle.interfaces import interfaces_of
 from var_deploy.config import LAYOUTS, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.manifest import GraphInfo, Manifest
@@ -201,5 +201,5 @@ def test_layouts_list_their_graphs_in_order(family_member: Family) -> None:
     assert held_layouts(expected["both"]) == LAYOUTS
     assert held_layouts([g.name for g in tokenizer_graphs()]) == ()
     form = {"batch": 1, "guidance": True, "more_smooth": False}
-    interfaces = Interfaces(model=model, precision="fp32", **form)  # type: ignore[arg-type]
+    interfaces = interfaces_of(model, precision="fp32", **form)  # type: ignore[arg-type]
     assert interfaces.graphs() == [graph.name for graph in bundle_graphs(model)]

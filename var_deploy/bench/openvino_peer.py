@@ -171,7 +171,7 @@ class OpenVinoWorker:
         self._backend = OpenVinoBackend(hint, threads)
         self._layout, self._graphs = layout, precision
         t = manifest.model.tokenizer
-        self.images = Images.blank((images, t.image_side, t.image_side, t.image_channels), 0)
+        self.images = Images.blank((images, *t.image_size, t.image_channels), 0)
         self._loop = ScaleLoop(bundle, manifest, self._backend, precision, layout)
         self._clock = self._loop.start_clock()
         self._clock.each = True

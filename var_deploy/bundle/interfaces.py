@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,14 +38,15 @@ def interfaces_of(
     more_smooth: bool = False,
 ) -> Interfaces:
     """Return the interfaces of a bundle of this model."""
-    kind = TextInterfaces if isinstance(model, TextModelSpec) else CodeInterfaces
-    return kind(
-        model=model,
-        precision=precision,
-        batch=batch,
-        guidance=guidance,
-        more_smooth=more_smooth,
-    )
+    form: dict[str, Any] = {
+        "precision": precision,
+        "batch": batch,
+        "guidance": guidance,
+        "more_smooth": more_smooth,
+    }
+    if isinstance(model, TextModelSpec):
+        return TextInterfaces(model=model, **form)
+    return CodeInterfaces(model=model, **form)
 
 
 @dataclass(frozen=True, kw_only=True)

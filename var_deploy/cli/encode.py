@@ -57,7 +57,7 @@ def encode(
     # everything that can be wrong is looked at before the weights are loaded
     output_file(out, SUFFIX)
     manifest = read_manifest(bundle)
-    tokenizer = manifest.model.tokenizer
+    tokenizer = manifest.code_model("encode").tokenizer
     pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
     check_graphs(manifest, config, names.ENCODER)
 

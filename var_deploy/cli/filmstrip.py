@@ -24,8 +24,8 @@ class Filmstrip:
 
     def __init__(self, manifest: Manifest, count: int) -> None:
         tokenizer, scales = manifest.model.tokenizer, manifest.model.scales
-        side = tokenizer.image_side
-        shape = (scales, count, side, side, tokenizer.image_channels)
+        size = tokenizer.image_size
+        shape = (scales, count, *size, tokenizer.image_channels)
         self._frames = np.full(shape, BACKGROUND, np.uint8)
         self._done = np.zeros(count, np.int64)
 

@@ -28,7 +28,7 @@ from var_deploy.cli.options import (
 )
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.spec import ModelSpec
+from var_deploy.spec import ModelSpec, TextModelSpec
 
 AGREES = "verified"
 FILES = {"transformer": "checkpoint", "tokenizer": "tokenizer file"}
@@ -174,6 +174,8 @@ def _facts(
     spec = manifest.model
     transformer = spec.transformer
     labels = f"{transformer.classes} classes" if transformer.conditional else "unconditional"
+    if isinstance(spec, TextModelSpec):
+        labels = f"prompts of up to {spec.transformer.text_length} tokens"
     if manifest.labels:
         shown = ", ".join(manifest.labels[:16])
         labels += f": {shown}" + (", …" if len(manifest.labels) > 16 else "")
@@ -185,11 +187,12 @@ def _facts(
             ("bundle", f"{bundle} (digest {manifest.digest()[:16]})"),
             ("model", manifest.preset or "no preset"),
             *_sizes(spec),
-            ("labels", labels),
+            ("prompts" if manifest.takes_text else "labels", labels),
             *_origins(manifest),
             ("batch", f"{manifest.batch}, guidance {'on' if manifest.guidance else 'off'}"),
             ("defaults", str(manifest.defaults)),
             *([("codes", "mixed, more smooth")] if manifest.more_smooth else []),
+            *_text_encoder(manifest),
             ("precisions", ", ".join(manifest.graphs)),
             ("engines", ", ".join(folder.name for folder in engines) or "none built"),
             ("size", human_bytes(sum(file.size for file in manifest.files.values()))),
@@ -199,17 +202,28 @@ def _facts(
     )
 
 
-def _sizes(spec: ModelSpec) -> list[tuple[str, str]]:
+def _text_encoder(manifest: Manifest) -> list[tuple[str, str]]:
+    ref = manifest.text_encoder
+    return [] if ref is None else [("text", f"{ref.folder} (digest {ref.digest[:16]})")]
+
+
+def _sizes(spec: ModelSpec | TextModelSpec) -> list[tuple[str, str]]:
     transformer, tokenizer = spec.transformer, spec.tokenizer
-    sides = " ".join(map(str, spec.patch_nums))
+    if isinstance(spec, ModelSpec):
+        sides = " ".join(map(str, spec.patch_nums))
+        kind = f"{spec.tokenizer.vocab_size} codes of width {tokenizer.code_width}"
+    else:
+        sides = " ".join(f"{rows}×{columns}" for rows, columns in spec.grids)
+        kind = f"{spec.tokenizer.token_bits} bits a token"
+    height, width = tokenizer.image_size
     return [
-        ("image", f"{tokenizer.image_side} × {tokenizer.image_side} pixels"),
+        ("image", f"{width} × {height} pixels"),
         (
             "transformer",
             f"{transformer.family}, {transformer.depth} blocks, width {transformer.width}, "
             f"{transformer.heads} heads",
         ),
-        ("tokenizer", f"{tokenizer.vocab_size} codes of width {tokenizer.code_width}"),
+        ("tokenizer", kind),
         ("scales", f"{spec.scales}: {sides} ({spec.total_tokens} tokens)"),
     ]
 

@@ -95,9 +95,10 @@ class Target:
         the format of the file."""
         if self.folder or self.stdout:
             return
-        form, side = image_format(self.path), manifest.model.tokenizer.image_side + 2
+        form = image_format(self.path)
+        rows, wide = (size + 2 for size in manifest.model.tokenizer.image_size)
         columns = min(columns or math.ceil(math.sqrt(count)), count)
-        width, height = columns * side - 2, math.ceil(count / columns) * side - 2
+        width, height = columns * wide - 2, math.ceil(count / columns) * rows - 2
         instead = f"name {self.path.with_suffix('.png').name} instead"
         if max(width, height) > MOST_SIDE[form]:
             raise UsageError(

@@ -66,7 +66,7 @@ def reconstruct(
     # everything that can be wrong is looked at before the weights are loaded
     target = file_target(out)
     manifest = read_manifest(bundle)
-    tokenizer, most = manifest.model.tokenizer, manifest.model.scales
+    tokenizer, most = manifest.code_model("reconstruct").tokenizer, manifest.model.scales
     counts = _counts(scales, most)
     pixels = tokens = None
     if image.suffix.lower() == SUFFIX:

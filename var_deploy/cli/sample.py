@@ -176,7 +176,7 @@ def sample(
     if there is not None:
         folder.check_same(spec)
     else:
-        _check_shard_size(spec, manifest.model.tokenizer.image_side)
+        _check_shard_size(spec, manifest.code_model("sample").tokenizer.image_side)
     if check:
         if there is None:
             raise UsageError(f"{out} holds no set: there is nothing to check")

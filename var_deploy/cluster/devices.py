@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,7 +71,7 @@ def device_of(manifest: Manifest, config: RuntimeConfig, *, images: int) -> Devi
     library: Library = "tensorrt" if on_gpu else "onnxruntime-cpu"
     workload = workload_of(manifest, cast(Precision, chosen.precision))
     tokenizer = manifest.model.tokenizer
-    held = images * tokenizer.image_side**2 * tokenizer.image_channels
+    held = images * math.prod(tokenizer.image_size) * tokenizer.image_channels
     return Device(
         cpus=chosen.threads or 1,
         gpus=int(on_gpu),

@@ -204,6 +204,13 @@ def _from_exif(exif: Image.Exif) -> dict[str, str]:
     return {k: str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
+def prompt_text(prompts: Sequence[str]) -> str:
+    """What a file says of the prompts of its images: the prompt, or a JSON list of one per image
+    where they differ."""
+    same = len(set(prompts)) == 1
+    return prompts[0] if same else json.dumps(list(prompts), ensure_ascii=False)
+
+
 def label_text(label: int | None, manifest: Manifest) -> str:
     """ "3 tree", "3" where the classes have no names, "none" without a class."""
     if label is None:

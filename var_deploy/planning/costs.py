@@ -60,7 +60,7 @@ class Workload:
 def workload_of(manifest: Manifest, precision: Precision) -> Workload:
     """The workload of a bundle in a precision."""
     return Workload(
-        model=manifest.model,
+        model=manifest.code_model("plan"),
         batch=manifest.batch,
         guidance=manifest.guidance,
         precision=precision,

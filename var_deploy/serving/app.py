@@ -156,7 +156,7 @@ class Service:
         self._unpacking = asyncio.Semaphore(1)  # pictures are large once they are unpacked
 
     async def model(self) -> schemas.ModelAnswer:
-        manifest, spec = self._manifest, self._manifest.model
+        manifest, spec = self._manifest, self._manifest.code_model("serve")
         limits = {k: getattr(self._settings, k) for k in ("count", "pixels", "queue", "body")}
         return schemas.ModelAnswer(
             name=self._name,

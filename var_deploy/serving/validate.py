@@ -60,7 +60,7 @@ def validate_vary(
     if not 0 <= body.from_scale <= scales:
         raise UsageError(f"from_scale must lie between 0 and {scales}, found {body.from_scale}")
     work = _from_picture(body, manifest, limits, precision, previews)
-    tokenizer = manifest.model.tokenizer
+    tokenizer = manifest.code_model("serve").tokenizer
     picture = open_picture(body.image, "the picture", limits.pixels)
     pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)
     return dataclasses.replace(work, edit=Variation(pixels=pixels, from_scale=body.from_scale))
@@ -87,7 +87,7 @@ def can_edit(manifest: Manifest, precision: str) -> bool:
 
 
 def _edit(body: EditBody, manifest: Manifest, limits: Settings) -> Edit:
-    tokenizer = manifest.model.tokenizer
+    tokenizer = manifest.code_model("serve").tokenizer
     picture = open_picture(body.image, "the picture", limits.pixels)
     picture = upright(picture, tokenizer.image_channels)
     mask: Mask

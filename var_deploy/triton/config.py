@@ -89,7 +89,7 @@ def version_of(digest: str) -> int:
 
 def config_text(manifest: Manifest, serving: Serving, config: RuntimeConfig) -> str:
     """The text of config.pbtxt."""
-    tokenizer, batch = manifest.model.tokenizer, manifest.batch
+    tokenizer, batch = manifest.code_model("triton").tokenizer, manifest.batch
     side, digest = tokenizer.image_side, manifest.digest()
     parameters = {"digest": digest, "var_deploy": __version__, **parameters_of(config)}
     instances = f"count: {serving.instances} kind: "

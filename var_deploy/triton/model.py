@@ -95,7 +95,7 @@ class TritonPythonModel:
         self._pipe.close()
 
     def _blank(self, count: int) -> NDArray[np.uint8]:
-        tokenizer = self._pipe.manifest.model.tokenizer
+        tokenizer = self._pipe.manifest.code_model("triton").tokenizer
         side = tokenizer.image_side
         return np.empty((count, side, side, tokenizer.image_channels), np.uint8)
 
