@@ -10,15 +10,9 @@ import pytest
 import torch
 from golden_infinity import OWN
 
-from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.export.checkpoint.infinity_keys import tokenizer_names, transformer_names
-from var_deploy.export.checkpoint.presets import (
-    PRESETS,
-    TEXT_PRESETS,
-    find_preset,
-    find_text_preset,
-)
+from var_deploy.export.checkpoint.presets import TEXT_PRESETS, find_preset, find_text_preset
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.infinity import InfinityTransformer
 from var_deploy.scale_lists import scale_list, with_scales
@@ -60,7 +54,6 @@ def test_released_files_have_these_names_and_shapes(preset: str) -> None:
 
 def test_every_preset_is_compared() -> None:
     assert list(MODELS) == list(TEXT_PRESETS)
-    assert (*PRESETS, *TEXT_PRESETS) == names.PRESETS
 
 
 @pytest.mark.parametrize(
