@@ -17,7 +17,10 @@ UNCONDITIONAL = "unconditional"  # what `condition` makes, for "no prompt"; text
 FIXED_GRAPHS = (CONDITION, UNCONDITIONAL, STEP, DECODER, ENCODER, ACCUMULATE)
 
 # models known by name, see `export/presets.py`, which the half without PyTorch may lack
-PRESETS = ("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36")
+PRESETS = (
+    *("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36"),
+    *("infinity-125m", "infinity-1b", "infinity-2b", "infinity-8b", "infinity-8b-512"),
+)
 
 
 def scale_graph(scale: int) -> str:

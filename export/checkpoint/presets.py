@@ -1,4 +1,4 @@
-"""Models known by name: the released VAR checkpoints and pocket."""
+"""Models known by name: the released VAR and Infinity checkpoints, and pocket."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ from var_deploy.export.checkpoint import hub
 from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
 from var_deploy.labels import imagenet
 from var_deploy.sampling import Sampling
-from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
+from var_deploy.scale_lists import scale_list
+from var_deploy.spec import (
+    BitTokenizerSpec,
+    ModelSpec,
+    TextModelSpec,
+    TextTransformerSpec,
+    TokenizerSpec,
+    TransformerSpec,
+)
 
 RELEASED_REPO = "FoundationVision/var"
+INFINITY_REPO = "FoundationVision/Infinity"
 POCKET_FOLDER = Path(__file__).parents[1] / "pocket"
 
 
@@ -85,14 +94,148 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextPreset:
+    """A text-to-image model with a name.
+
+    Attributes:
+        spec: its sizes at the resolution that it was made for, at 1:1, with the longest text; see
+            `scale_lists.with_scales` for others.
+        resolution: that resolution, a name of `scale_lists.RESOLUTIONS`.
+        transformer_file: name of its checkpoint file, or of the folder of its shards; "" for a
+            model that was not released.
+        tokenizer_file, repo: name of the tokenizer's file, and the Hub repository of both.
+        defaults: sampling settings to use where none are given; `cfg` 1 is no guidance.
+    """
+
+    spec: TextModelSpec
+    resolution: str
+    transformer_file: str
+    tokenizer_file: str
+    repo: str = INFINITY_REPO
+    defaults: Sampling
+
+
+TEXT_WIDTH, TEXT_LENGTH = 2048, 512  # of flan-t5-xl, and the longest text in training
+
+
+def _infinity(
+    depth: int,
+    width: int,
+    heads: int,
+    *,
+    bits: int,
+    patch: int = 1,
+    resolution: str,
+    files: tuple[str, str],
+    cfg: float,
+    temperature: float,
+) -> TextPreset:
+    """Return the preset of an Infinity model (arXiv 2412.04431), with its published sizes.
+
+    The tokenizer of a model with patches halves the image three times, the others four times.
+    """
+    scales = scale_list(resolution)
+    return TextPreset(
+        spec=TextModelSpec(
+            tokenizer=BitTokenizerSpec(
+                grids=scales.grids,
+                bits=bits,
+                patch=patch,
+                base_width=128,
+                width_multipliers=(1, 2, 4, 4) if patch == 2 else (1, 2, 4, 4, 4),
+            ),
+            transformer=TextTransformerSpec(
+                depth=depth,
+                width=width,
+                heads=heads,
+                ffn_width=4 * width,
+                text_width=TEXT_WIDTH,
+                text_length=TEXT_LENGTH,
+                pool_heads=TEXT_WIDTH // 128,
+                rope_grid=scales.rope_grid,
+                unconditional_length=TEXT_LENGTH,
+            ),
+        ),
+        resolution=resolution,
+        transformer_file=files[0],
+        tokenizer_file=files[1],
+        # the published top-k of 900 does nothing to the two values of a bit
+        defaults=Sampling(cfg=cfg, temperature=temperature, top_k=0, top_p=0.97),
+    )
+
+
+def _infinity_8b(resolution: str, folder: str) -> TextPreset:
+    return _infinity(
+        *(40, 3584, 28),
+        bits=14,
+        patch=2,
+        resolution=resolution,
+        files=(folder, "infinity_vae_d56_f8_14_patchify.pth"),
+        cfg=3.0,
+        temperature=1.0,
+    )
+
+
+D32_TOKENIZER = "infinity_vae_d32reg.pth"
+
+# settings: of the published notebooks for 2b and 8b; of the inference script for the others
+TEXT_PRESETS: Mapping[str, TextPreset] = {
+    "infinity-125m": _infinity(
+        *(12, 768, 8),
+        bits=16,
+        resolution="0.06M",
+        files=("infinity_125M_256x256.pth", "infinity_vae_d16.pth"),
+        cfg=4.0,
+        temperature=0.5,
+    ),
+    "infinity-1b": _infinity(
+        *(24, 1536, 16),
+        bits=32,
+        resolution="0.06M",
+        files=("", D32_TOKENIZER),
+        cfg=4.0,
+        temperature=0.5,
+    ),
+    "infinity-2b": _infinity(
+        *(32, 2048, 16),
+        bits=32,
+        resolution="1M",
+        files=("infinity_2b_reg.pth", D32_TOKENIZER),
+        cfg=3.0,
+        temperature=0.5,
+    ),
+    "infinity-8b": _infinity_8b("1M", "infinity_8b_weights"),
+    "infinity-8b-512": _infinity_8b("0.25M", "infinity_8b_512x512_weights"),
+}
+
+
 def find_preset(name: str) -> Preset:
-    """Return the preset of this name. Raises UsageError that suggests the nearest names."""
+    """Return the class-conditional preset of this name. Raises UsageError that suggests the
+    nearest names."""
     if name in PRESETS:
         return PRESETS[name]
-    close = difflib.get_close_matches(name, PRESETS, n=1)
+    raise _unknown(name)
+
+
+def find_text_preset(name: str) -> TextPreset:
+    """Return the text-to-image preset of this name. Raises UsageError that suggests the nearest
+    names."""
+    if name in TEXT_PRESETS:
+        return TEXT_PRESETS[name]
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> UsageError:
+    if name in TEXT_PRESETS:
+        return UsageError(f"preset {name} makes images of text, expected one with classes")
+    if name in PRESETS:
+        return UsageError(f"preset {name} has no text condition, expected a text-to-image model")
+    known = (*PRESETS, *TEXT_PRESETS)
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(
-        f"unknown preset {name!r}; {hint}known are {', '.join(PRESETS)} (a model without "
+    return UsageError(
+        f"unknown preset {name!r}; {hint}known are {', '.join(known)} (a model without "
         "a preset is given by --checkpoint and --tokenizer alone)"
     )
 

@@ -161,10 +161,10 @@ def test_what_is_no_bundle(tmp_path: Path, place: str) -> None:
 
 
 def test_a_preset_is_not_a_bundle_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from var_deploy.export.checkpoint.presets import PRESETS
+    from var_deploy.export.checkpoint.presets import PRESETS, TEXT_PRESETS
 
     monkeypatch.chdir(tmp_path)
-    assert tuple(PRESETS) == names.PRESETS
+    assert (*PRESETS, *TEXT_PRESETS) == names.PRESETS
     for name in names.PRESETS:
         said = f"{name} is a preset: export it first"
         refusal(Path(name), said, f"(var-deploy export {name} --out build/{name})")
