@@ -46,6 +46,7 @@ from var_deploy.families import family_of
 from var_deploy.files.folders import whole_folder
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
 from var_deploy.progress import Progress
+from var_deploy.sampling import BitSampling, Sampling
 from var_deploy.spec import ModelSpec, TextModelSpec
 
 ExportLayout = Literal["both", "per-scale", "shared"]
@@ -172,9 +173,11 @@ def export_bundle(
     and ExportError where a weight cannot be stored or the disk is full.
     """
     if options.guidance is None:
-        options = dataclasses.replace(options, guidance=model.spec.transformer.conditional)
-    if options.guidance and not model.spec.transformer.conditional:
+        options = dataclasses.replace(options, guidance=model.spec.transformer.guidable)
+    if options.guidance and not model.spec.transformer.guidable:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
+    if options.more_smooth and isinstance(model.spec, TextModelSpec):
+        raise UsageError("bits are not mixed: a text-to-image model has no more-smooth sampling")
     if options.more_smooth and not family_of(model.spec.transformer).mixes_codes:
         raise UsageError(
             "the GPT-2 form feeds tokens to the next scale, not f_hat: it has no more-smooth "
@@ -196,12 +199,12 @@ def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Pro
     plans: dict[Precision, _Plan] = {}
     for precision in options.precisions:
         ranges = None
-        if precision == "int8":
+        if precision == "int8" and isinstance(model.spec, ModelSpec):
             ranges = _calibrate(model, folder, options, read, report)
         plans[precision] = _Plan.of(build_graphs(model.spec, precision, options, ranges))
     total = sum(plan.layout.size for plan in plans.values())
     _check_space(folder, total)
-    start = CALIBRATION if "int8" in plans else 0.0
+    start = CALIBRATION if "int8" in plans and isinstance(model.spec, ModelSpec) else 0.0
     done = 0
     manifest = _manifest(model, options)
     for precision, plan in plans.items():
@@ -275,9 +278,13 @@ def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
             "opset": str(OPSET),
         },
         # the default settings must be possible with these graphs
-        defaults=model.defaults if options.guidance else model.defaults.replace(cfg=0.0),
+        defaults=model.defaults if options.guidance else _unguided(model.defaults),
         labels=model.labels,
     )
+
+
+def _unguided(sampling: Sampling) -> Sampling:
+    return sampling.replace(cfg=1.0 if isinstance(sampling, BitSampling) else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
