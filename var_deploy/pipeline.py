@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from var_deploy.bundle.files import BundleFiles
 from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.image.images import grid_columns
-from var_deploy.image.pictures import Mask, Picture, read_edit, read_pictures
+from var_deploy.image.pictures import Mask, Picture, frame_of, read_edit, read_pictures
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.backends.choice import Choice, choose_backend
 from var_deploy.runtime.backends.protocol import Clock
@@ -93,6 +93,26 @@ class Sizes:
         return tuple(rows for rows, _ in self.grids)
 
 
+# texts, or their features
+Prompts: TypeAlias = str | Sequence[str] | PromptRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The images of a call.
+
+    Attributes:
+        given: labels or prompts of the call.
+        prompts: one per image, where texts were given.
+        negative: the negative prompt, "" where there is none.
+    """
+
+    request: Request
+    given: int
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
+
+
 class Pipeline:
     """A loaded bundle. Made by `load`; a context manager that releases everything on exit.
 
@@ -127,6 +147,7 @@ class Pipeline:
         cuda_graph: bool = True,
         check: Literal["hashes", "sizes"] = "hashes",
         digest: str | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
         """Check a bundle and load its graphs.
 
@@ -152,6 +173,8 @@ class Pipeline:
             check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
                 trusts files of the right size. Engines are always checked whole.
             digest: `Manifest.digest()` that the bundle must have; None takes any.
+            text_encoder: folder of the text encoder of a text-to-image bundle; None looks in the
+                bundle and beside it. Without one, `generate` takes features instead of texts.
 
         A bundle that is replaced meanwhile is loaded once more from the beginning. Afterwards the
         pipeline stays with the files that it has checked: a call that needs another graph of a
@@ -168,7 +191,7 @@ class Pipeline:
             cuda_graph=cuda_graph,
             check=check,
         )
-        return cls.open(bundle, config, digest=digest)
+        return cls.open(bundle, config, digest=digest, text_encoder=text_encoder)
 
     @classmethod
     def open(
@@ -178,8 +201,9 @@ class Pipeline:
         *,
         digest: str | None = None,
         cores: int | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
-        """`load` with all its options but the digest in one value.
+        """`load` with all its options but the digest and the text encoder in one value.
 
         `cores` is how many CPU threads are taken where `config` leaves that open, as in a process
         that shares the machine with others; None takes those that the process may use.
@@ -252,7 +276,7 @@ class Pipeline:
         labels: Sequence[int | str | None] | None = None,
         seed: int | Sequence[int] = 0,
         *,
-        prompts: str | Sequence[str] | PromptRows | None = None,
+        prompts: Prompts | None = None,
         negative: str | None = None,
         count: int | None = None,
         **options: Unpack[GenerationOptions],
@@ -279,73 +303,10 @@ class Pipeline:
         fails, CancelledError after `cancel`.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
-        if self.manifest.takes_text:
-            return self._generate_of_text(
-                labels, prompts, negative, seed, count, sampling, options, end
-            )
-        if prompts is not None or negative:
-            takes = "labels" if self.manifest.model.transformer.conditional else "no condition"
-            raise UsageError(f"this bundle takes {takes}, not prompts")
-        request = self._request(labels, seed, count, sampling)
-        given = 1 if labels is None else len(labels)
+        asked = self._asked(labels, prompts, negative, seed, count, sampling)
         with self._running():
-            images = self._generate(request, options, end)
-        return self._signed(images, request, options, columns=given)
-
-    def _generate_of_text(
-        self,
-        labels: object,
-        prompts: str | Sequence[str] | PromptRows | None,
-        negative: str | None,
-        seed: int | Sequence[int],
-        count: int | None,
-        sampling: Sampling,
-        options: GenerationOptions,
-        end: float | None,
-    ) -> Images:
-        if labels is not None:
-            raise UsageError("this bundle takes prompts, not labels: generate(prompts=[…])")
-        if prompts is None:
-            raise UsageError("this bundle takes prompts: generate(prompts=[…])")
-        texts: Sequence[str] = ()
-        if not isinstance(prompts, PromptRows):
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        given = len(prompts) if isinstance(prompts, PromptRows) else len(texts)
-        chosen, seeds = series(range(given), seed, count, what="prompt")
-        with self._running():
-            rows = prompts if isinstance(prompts, PromptRows) else self._features(texts, negative)
-            if negative and isinstance(prompts, PromptRows):
-                raise UsageError("a negative prompt of features is part of them")
-            request = Request(
-                labels=[0] * len(chosen),
-                rng_keys=call_keys(seeds),
-                sampling=sampling,
-                prompts=rows.rows(chosen),
-            )
-            images = self._generate(request, options, end)
-        told = {"negative": negative} if negative else {}
-        signed = self._signed(images, request, options, told, columns=given)
-        if texts and signed.origin is not None:
-            given_texts = tuple(texts[n] for n in chosen)
-            signed.origin = dataclasses.replace(signed.origin, prompts=given_texts)
-        return signed
-
-    def _features(self, prompts: Sequence[str], negative: str | None) -> PromptRows:
-        """The features of prompts, and of the negative prompt for each."""
-        if self._text is None:
-            raise UsageError(
-                "this bundle has no text encoder here: give its folder with text_encoder, or "
-                "features instead of texts"
-            )
-        wanted = [*prompts, *([negative] if negative else [])]
-        features, lengths = self._text.encode(wanted)
-        rows = PromptRows(features=features, lengths=lengths)
-        if not negative:
-            return rows
-        last = [len(prompts)] * len(prompts)
-        return dataclasses.replace(
-            rows.rows(range(len(prompts))), negative=rows.rows(last)
-        )
+            images = self._generate(asked.request, options, end)
+        return self._signed(images, asked, options)
 
     def draw(
         self,
@@ -402,6 +363,8 @@ class Pipeline:
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
         *,
+        prompt: str | PromptRows | None = None,
+        negative: str | None = None,
         keep_pixels: bool = False,
         count: int | None = None,
         **options: Unpack[GenerationOptions],
@@ -415,6 +378,7 @@ class Pipeline:
             image: see `encode`.
             mask: where the image is to be new: bool [H, W] or an image, see `pictures.read_mask`.
             label: what to put there; None lets the surroundings decide.
+            prompt: what to put there, for a text-to-image model; None is "".
             keep_pixels: outside the mask put the pixels back as they were; the seam is feathered,
                 within the mask.
             count: N; None makes one image per seed.
@@ -422,17 +386,17 @@ class Pipeline:
         The other arguments and errors are those of `generate`; image i has seed + i.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
-        tokenizer = self.manifest.code_model("edit").tokenizer
+        tokenizer = self.manifest.model.tokenizer
         edit = read_edit(image, mask, tokenizer, keep_pixels=keep_pixels)
-        request = self._request([label], seed, count, sampling)
+        asked = self._asked_anew(label, prompt, negative, seed, count, sampling)
+        rows = [0] * len(asked.request.labels)
         with self._running():
-            kept = edit.kept(self._tokenizer.encode(edit.pixels))
-            request = dataclasses.replace(request, kept=kept.rows([0] * len(request.labels)))
-            images = self._generate(request, options, end)
+            kept = edit.kept(self._tokenizer.encode(edit.pixels)).rows(rows)
+            images = self._generate(dataclasses.replace(asked.request, kept=kept), options, end)
         if keep_pixels:
             images[...] = edit.finish(images)
         told = {"keep_pixels": "yes"} if keep_pixels else {}
-        return self._signed(images, request, options, {**_file_name("picture", image), **told})
+        return self._signed(images, asked, options, {**_file_name("picture", image), **told})
 
     @takes_generation_options
     def vary(
@@ -442,6 +406,8 @@ class Pipeline:
         label: int | str | None = None,
         seed: int | Sequence[int] = 0,
         *,
+        prompt: str | PromptRows | None = None,
+        negative: str | None = None,
         count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
@@ -457,13 +423,14 @@ class Pipeline:
         pixels = self._pixels(image)
         if len(pixels) != 1:
             raise UsageError(f"vary takes one image, found {len(pixels)}")
-        request = self._request([label], seed, count, sampling)
+        asked = self._asked_anew(label, prompt, negative, seed, count, sampling)
+        rows = [0] * len(asked.request.labels)
         with self._running():
             tokens = self._tokenizer.encode(pixels)[:from_scale]
-            forced = tuple(np.tile(t, (len(request.labels), 1)) for t in tokens)
-            images = self._generate(dataclasses.replace(request, forced=forced), options, end)
+            request = dataclasses.replace(asked.request, forced=tuple(t[rows] for t in tokens))
+            images = self._generate(request, options, end)
         told = {**_file_name("picture", image), "from_scale": str(from_scale)}
-        return self._signed(images, request, options, told)
+        return self._signed(images, asked, options, told)
 
     def cancel(self) -> None:
         """Stop what is being drawn, from another thread or from a callback.
@@ -563,13 +530,12 @@ class Pipeline:
     def _signed(
         self,
         images: Images,
-        request: Request,
+        asked: _Asked,
         options: GenerationOptions,
         source: Mapping[str, str] | None = None,
-        *,
-        columns: int = 1,
     ) -> Images:
-        """The images, which now know what they were made from; `columns`: labels given."""
+        """The images, which now know what they were made from."""
+        request = asked.request
         transformer = self.manifest.model.transformer
         classes = transformer.classes if transformer.conditional else 0
         timed = options.get("deadline") is not None
@@ -579,9 +545,10 @@ class Pipeline:
             sampling=request.sampling,
             labels=tuple(n if n < classes else None for n in request.labels),
             seeds=tuple(seed for seed, _ in request.rng_keys),
-            source=source or {},
+            source={**(source or {}), **({"negative": asked.negative} if asked.negative else {})},
             scales_done=tuple(images.scales_done.tolist()) if timed else None,
-            columns=grid_columns(columns, len(images)),
+            columns=grid_columns(asked.given, len(images)),
+            prompts=asked.prompts,
         )
         return images
 
@@ -596,21 +563,93 @@ class Pipeline:
         if self._busy:
             raise UsageError("a callback of generate cannot use the pipeline that calls it")
 
-    def _request(
+    def _asked(
         self,
         labels: Sequence[int | str | None] | None,
+        prompts: Prompts | None,
+        negative: str | None,
         seed: int | Sequence[int],
         count: int | None,
         sampling: Sampling,
-    ) -> Request:
-        """The images of a call; no label is "no class"."""
+    ) -> _Asked:
+        """The images of a call. No label is "no class"; a text-to-image model needs prompts."""
+        if self.manifest.takes_text:
+            if labels is not None:
+                raise UsageError("this bundle takes prompts, not labels: give prompts=[…]")
+            if prompts is None:
+                raise UsageError("this bundle takes prompts: give prompts=[…]")
+            return self._asked_in_words(prompts, negative, seed, count, sampling)
+        if prompts is not None or negative:
+            takes = "labels" if self.manifest.model.transformer.conditional else "no condition"
+            raise UsageError(f"this bundle takes {takes}, not prompts")
         numbers = label_numbers(self.manifest, [None] if labels is None else labels)
         numbers, seeds = series(numbers, seed, count)
-        return Request(labels=numbers, rng_keys=call_keys(seeds), sampling=sampling)
+        request = Request(labels=numbers, rng_keys=call_keys(seeds), sampling=sampling)
+        return _Asked(request=request, given=1 if labels is None else len(labels))
+
+    def _asked_anew(
+        self,
+        label: int | str | None,
+        prompt: str | PromptRows | None,
+        negative: str | None,
+        seed: int | Sequence[int],
+        count: int | None,
+        sampling: Sampling,
+    ) -> _Asked:
+        """The images of an edit or a variation."""
+        words = self.manifest.takes_text
+        labels = None if words and label is None else [label]
+        prompts = "" if words and prompt is None else prompt
+        return self._asked(labels, prompts, negative, seed, count, sampling)
+
+    def _asked_in_words(
+        self,
+        prompts: Prompts,
+        negative: str | None,
+        seed: int | Sequence[int],
+        count: int | None,
+        sampling: Sampling,
+    ) -> _Asked:
+        texts: list[str] = []
+        if isinstance(prompts, PromptRows):
+            if negative:
+                raise UsageError("the negative prompt of features is part of them: leave it out")
+            rows = prompts
+        else:
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            rows = self._features(texts, negative)
+        chosen, seeds = series(range(len(rows)), seed, count, what="prompt")
+        request = Request(
+            labels=[0] * len(chosen),
+            rng_keys=call_keys(seeds),
+            sampling=sampling,
+            prompts=rows.rows(chosen),
+        )
+        return _Asked(
+            request=request,
+            given=len(rows),
+            prompts=tuple(texts[n] for n in chosen) if texts else (),
+            negative=negative or "",
+        )
+
+    def _features(self, prompts: Sequence[str], negative: str | None) -> PromptRows:
+        """The features of prompts, and of the negative prompt for each."""
+        if self._text is None:
+            raise UsageError(
+                "this bundle has no text encoder here: give its folder with text_encoder, or "
+                "features instead of texts"
+            )
+        with self._lock:
+            features, lengths = self._text.encode([*prompts, *([negative] if negative else [])])
+        rows = PromptRows(features=features, lengths=lengths)
+        if not negative:
+            return rows
+        last = [len(prompts)] * len(prompts)
+        return dataclasses.replace(rows.rows(range(len(prompts))), negative=rows.rows(last))
 
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
-        tokenizer = self.manifest.code_model("encoding a picture").tokenizer
-        return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)
+        tokenizer = self.manifest.model.tokenizer
+        return read_pictures(images, frame_of(tokenizer), tokenizer.image_channels)
 
 
 def _file_name(key: str, picture: Picture) -> dict[str, str]:

@@ -147,6 +147,11 @@ class BitSampling(Sampling):
                 "top_p filters them"
             )
 
+    def texts(self) -> dict[str, str]:
+        found = super().texts()
+        del found["top_k"]
+        return found
+
     def guidance(self, scale: int, scales: int) -> float:
         """Return cfg at `scale`: logits = cfg · conditional + (1 - cfg) · unconditional."""
         return self.cfg[scale] if isinstance(self.cfg, tuple) else self.cfg

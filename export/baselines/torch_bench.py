@@ -26,6 +26,7 @@ from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.baselines.published_path import Mark, generate_as_published
 from var_deploy.export.baselines.torch_peers import Compiler, Peer, random_modules
+from var_deploy.export.families import export_family_of
 from var_deploy.export.models.transformer import Transformer
 from var_deploy.host.machine import Machine, check_threads, usable_cores
 from var_deploy.labels import spread_labels

@@ -109,12 +109,12 @@ def edit(
     # everything that can be wrong is looked at before the weights are loaded
     target = image_target(out)
     manifest = read_manifest(bundle)
-    check_at_once(count or 1, manifest.code_model("edit").tokenizer.image_side)
+    check_at_once(count or 1, manifest.model.tokenizer.image_size)
     given = parse_seeds(seed)
     seeds = image_seeds(given if len(given) > 1 else given[0], count)
     settings = sampling.over(manifest)
     chosen = None if label is None else known_labels([label], manifest, "--label")[0]
-    tokenizer = manifest.code_model("edit").tokenizer
+    tokenizer = manifest.model.tokenizer
     picture = upright(image, tokenizer.image_channels)
     prepared = read_edit(picture, _mask(picture, mask, box), tokenizer, outside=outside)
     check_graphs(manifest, config, names.ENCODER)

@@ -20,7 +20,7 @@ from var_deploy.cli.options import (
 from var_deploy.cli.outputs import OUTPUT, output_file, runtime_json
 from var_deploy.cli.token_files import SUFFIX, save_tokens
 from var_deploy.config import RuntimeConfig
-from var_deploy.image.pictures import read_pictures
+from var_deploy.image.pictures import frame_of, read_pictures
 from var_deploy.manifest import read_manifest
 
 
@@ -57,8 +57,8 @@ def encode(
     # everything that can be wrong is looked at before the weights are loaded
     output_file(out, SUFFIX)
     manifest = read_manifest(bundle)
-    tokenizer = manifest.code_model("encode").tokenizer
-    pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
+    tokenizer = manifest.model.tokenizer
+    pixels = read_pictures(image, frame_of(tokenizer), tokenizer.image_channels)
     check_graphs(manifest, config, names.ENCODER)
 
     started = time.monotonic()

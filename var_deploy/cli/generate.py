@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,12 @@ from var_deploy.cli.outputs import (
     output_file,
     runtime_json,
 )
+from var_deploy.cli.prompts import PromptOptions, prompt_options
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.image.images import grid_columns, settings_text
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.sampling import Sampling, call_keys, parse_seeds, series
+from var_deploy.sampling import Sampling, parse_seeds, series
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
@@ -57,8 +58,9 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
     "order to fill --count, which must leave none out.",
 )
+@prompt_options
 @count_option(
-    type=click.IntRange(1), show_default="one a label or one a seed", help="Images."
+    type=click.IntRange(1), show_default="one a label, prompt or seed", help="Images."
 )
 @click.option(
     "--seed",
@@ -94,6 +96,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 def generate(
     bundle: Path,
     labels: str | None,
+    prompts: PromptOptions,
     count: int | None,
     seed: str,
     out: str,
@@ -107,7 +110,8 @@ def generate(
 ) -> None:
     """Generate images from BUNDLE. The same seed gives the same images.
 
-    Image i has seed + i: that seed with --count 1 makes it again. The files carry settings, seed,
+    A bundle takes either labels or prompts, as inspect tells. Image i has seed + i: that seed with
+    --count 1 makes it again. The files carry settings, seed,
     labels and the bundle's digest: PNG as text, JPEG and WebP in EXIF's UserComment. WebP keeps
     every pixel, as PNG does. With --deadline an image is made of the scales that were done in
     time, one at least, and it is said how many.
@@ -115,7 +119,8 @@ def generate(
     \b
     A SETTING is one number, or a value for each of the K scales, coarse to fine:
       --temperature 0.9  the same at every scale
-      --cfg 4            the published ramp: 4·k/(K-1) at scale k = 0 … K-1
+      --cfg 4            the published ramp: 4·k/(K-1) at scale k = 0 … K-1;
+                         with prompts 4 at every scale
       --cfg 1:4          a ramp of your own: 1 + (4 - 1)·k/(K-1)
       --cfg 0,1,1,2,4    a list, which must have K values
     Settings that are not given are the bundle's defaults, as inspect shows them.
@@ -126,26 +131,34 @@ def generate(
       var-deploy generate build/pocket --labels boat --count 4 --out boats/
       var-deploy generate build/pocket --labels tree --seed 3,8 --cfg 1:4 --out trees.png
       var-deploy generate build/pocket --labels sun --preview strip.png --gif sun.gif --out sun.png
+      var-deploy generate build/inf2b --prompt "a lighthouse at night" --count 4 --out night.png
     """
     # everything that can be wrong is looked at before the weights are loaded
     target = image_target(out)
     seeds = parse_seeds(seed)
     manifest = read_manifest(bundle)
     settings = sampling.over(manifest)
-    chosen = _labels(labels, manifest)
+    texts = prompts.read(manifest)
+    chosen: list[int | None] = [None] * len(texts) if texts else _labels(labels, manifest)
     count = count or max(len(chosen), len(seeds))
-    side = manifest.model.tokenizer.image_side
+    size = manifest.model.tokenizer.image_size
     if target.folder:
         check_files(count)
     else:
-        check_at_once(count, side, ", or name a folder")
-    at_once = most_at_once(side)
+        check_at_once(count, size, ", or name a folder")
+    at_once = most_at_once(size)
     if deadline is not None and count > at_once:
         raise UsageError(f"--deadline is for at most {at_once:,} images, found {count:,}")
     given = chosen if labels is not None else chosen[:count]
-    wanted, seeds = series(given, seeds if len(seeds) > 1 else seeds[0], count)
+    several = seeds if len(seeds) > 1 else seeds[0]
+    if texts:
+        wanted_texts, seeds = series(texts, several, count, what="prompt")
+        wanted: list[int | None] = [None] * count
+    else:
+        wanted_texts = []
+        wanted, seeds = series(given, several, count)
     columns = grid_columns(len(chosen), count)
-    target.check_sheet(manifest, count, columns, wanted)
+    target.check_sheet(manifest, count, columns, wanted, wanted_texts)
     story = _story(manifest, count, target.path, preview, gif)
     watched: dict[str, Any] = {} if story is None else {"on_scale": story.see}
     if deadline is not None:
@@ -154,14 +167,19 @@ def generate(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with load_pipeline(bundle, manifest, config) as pipe:
+        with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
             how = pipe.describe()
             images: Any
+            what: dict[str, Any] = {}
+            if texts:
+                what = {"prompts": wanted_texts, "negative": prompts.negative}
+            elif manifest.model.transformer.conditional:
+                what = {"labels": wanted}
             if count > at_once:
-                images = _OneByOne(pipe, wanted, seeds, settings, progress)
+                images = _OneByOne(pipe, what, seeds, settings, progress)
             else:
                 images = pipe.generate(
-                    wanted if manifest.model.transformer.conditional else [0] * count,
+                    **(what or {"labels": [0] * count}),
                     seed=seeds,
                     sampling=settings,
                     on_progress=progress.images(count),
@@ -172,7 +190,8 @@ def generate(
                 images=images,
                 labels=wanted,
                 seeds=seeds,
-                text=settings_text(manifest, how.precision, settings, seeds),
+                prompts=wanted_texts,
+                text=prompts.told(settings_text(manifest, how.precision, settings, seeds)),
                 scales_done=None if deadline is None else images.scales_done.tolist(),
             )
             seconds = time.monotonic() - started
@@ -210,32 +229,32 @@ class _OneByOne:
     def __init__(
         self,
         pipe: Pipeline,
-        labels: Sequence[int | None],
+        what: Mapping[str, Any],
         seeds: Sequence[int],
         settings: Sampling,
         progress: Progress,
     ) -> None:
         tokenizer = pipe.manifest.model.tokenizer
-        side = tokenizer.image_side
-        self.shape = (len(labels), side, side, tokenizer.image_channels)
-        self._pipe, self._labels, self._seeds = pipe, labels, seeds
+        self.shape = (len(seeds), *tokenizer.image_size, tokenizer.image_channels)
+        self._pipe, self._what, self._seeds = pipe, what, seeds
         self._settings, self._progress = settings, progress
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._seeds)
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        from var_deploy.runtime.request import Request, label_numbers
-
         count, batch = len(self), self._pipe.manifest.batch
-        labels = label_numbers(self._pipe.manifest, self._labels)
-        drawn = call_keys(self._seeds)
         told = self._progress.images(count)
         for first in range(0, count, batch):
             told(first, count)
             rows = slice(first, first + batch)
-            request = Request(labels=labels[rows], rng_keys=drawn[rows], sampling=self._settings)
-            yield from self._pipe.draw(request)
+            part = {
+                name: values if name == "negative" else values[rows]
+                for name, values in (self._what or {"labels": [0] * count}).items()
+            }
+            yield from self._pipe.generate(
+                **part, seed=self._seeds[rows], sampling=self._settings
+            )
 
 
 def _story(
@@ -269,6 +288,12 @@ def _deadline(seconds: float) -> float:
 def _labels(text: str | None, manifest: Manifest) -> list[int | None]:
     """Labels to cycle through. A model without classes takes none: one None stands in."""
     transformer = manifest.model.transformer
+    if manifest.takes_text:
+        raise UsageError(
+            'this bundle takes prompts, not labels: --prompt "…"'
+            if text is not None
+            else 'this bundle takes prompts: --prompt "…"'
+        )
     if text is not None:
         return known_labels(text, manifest, "--labels")
     if not transformer.conditional:

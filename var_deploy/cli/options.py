@@ -136,13 +136,17 @@ class SamplingOptions:
         return manifest.sampling(base, **parsed)
 
 
-def load_pipeline(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Pipeline:
+def load_pipeline(
+    bundle: Path, manifest: Manifest, config: RuntimeConfig, text_encoder: Path | None = None
+) -> Pipeline:
     """The pipeline of the bundle whose manifest was read before, and of no other that has taken
     its place. Where ONNX Runtime is missing, one line says what to install."""
     with needs_extra("cpu", click.get_current_context().info_name or "this"):
         from var_deploy.pipeline import Pipeline
 
-        return Pipeline.open(bundle, config, digest=manifest.digest())
+        return Pipeline.open(
+            bundle, config, digest=manifest.digest(), text_encoder=text_encoder
+        )
 
 
 def check_graphs(manifest: Manifest, config: RuntimeConfig, *graphs: str) -> None:
@@ -157,7 +161,7 @@ def check_graphs(manifest: Manifest, config: RuntimeConfig, *graphs: str) -> Non
 def sampling_options(command: Command) -> Command:
     """--cfg --top-k --top-p --temperature, as a `SamplingOptions`."""
     settings = {
-        "--cfg": "Strength of guidance, 0 = off.",
+        "--cfg": "Strength of guidance, 0 = off; of prompts 1 = off.",
         "--top-k": "Keep the k most likely codes, 0 = all.",
         "--top-p": "Keep the likeliest codes of this mass, 0 = all.",
         "--temperature": "Divides the logits.",
@@ -166,7 +170,7 @@ def sampling_options(command: Command) -> Command:
         click.option(name, metavar="SETTING", show_default="the bundle's", help=text)
         for name, text in settings.items()
     ]
-    return _added(options, _gathered(command, "sampling", SamplingOptions))
+    return added(options, gathered(command, "sampling", SamplingOptions))
 
 
 def runtime_options(command: Command) -> Command:
@@ -207,7 +211,7 @@ def runtime_options(command: Command) -> Command:
         ),
     ]
     names = ("precision", "layout", "backend", "threads", "cuda_graph")
-    return _added(options, _gathered(command, "config", RuntimeConfig, names))
+    return added(options, gathered(command, "config", RuntimeConfig, names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +276,7 @@ def checkpoint_options(command: Command) -> Command:
             help="Attention heads, for a model without L2 norm: its weights do not tell.",
         ),
     ]
-    return _added(options, _gathered(command, "weights", CheckpointOptions))
+    return added(options, gathered(command, "weights", CheckpointOptions))
 
 
 def _patch_nums(
@@ -352,10 +356,10 @@ def report_options(command: Command) -> Command:
         quiet_option(help="No progress and no closing line."),
         click.option("--json", "as_json", is_flag=True, help="What was done, as JSON on stdout."),
     ]
-    return _added(options, command)
+    return added(options, command)
 
 
-def _gathered(
+def gathered(
     command: Command, argument: str, kind: Any, names: Sequence[str] | None = None
 ) -> Command:
     """The command with options gathered into one argument, a dataclass: those called `names`, or
@@ -369,7 +373,7 @@ def _gathered(
     return gather
 
 
-def _added(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+def added(options: Sequence[Callable[[Command], Command]], command: Command) -> Command:
     """The command with options that its help lists in this order."""
     for option in reversed(options):
         command = option(command)

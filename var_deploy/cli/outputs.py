@@ -32,6 +32,7 @@ from var_deploy.image.images import (
     grid,
     image_format,
     label_text,
+    prompt_text,
     save_folder,
     save_image,
     write_png,
@@ -39,6 +40,7 @@ from var_deploy.image.images import (
 from var_deploy.image.pictures import MAX_PIXELS
 from var_deploy.labels import resolve_labels_or_none
 from var_deploy.manifest import Manifest
+from var_deploy.spec import Grid
 
 MOST_FILES = 100_000  # that `generate` writes into a folder
 
@@ -90,6 +92,7 @@ class Target:
         count: int,
         columns: int | None = None,
         labels: Sequence[int | None] = (),
+        prompts: Sequence[str] = (),
     ) -> None:
         """Raise UsageError where a grid of `count` images, with what is told of them, does not fit
         the format of the file."""
@@ -106,6 +109,7 @@ class Target:
                 f"{width} × {height}: {instead}"
             )
         told = sum(len(json.dumps(label_text(label, manifest))) + 24 for label in labels)
+        told += len(json.dumps(prompt_text(prompts))) if prompts else 0
         if form == "JPEG" and told > MOST_JPEG_TEXT:  # 24: separators, and the digits of a seed
             raise UsageError(
                 f"a JPEG file holds the labels and seeds of some {MOST_JPEG_TEXT // 30} images, "
@@ -149,6 +153,7 @@ class Drawn:
     Attributes:
         images: uint8 [N, H, W, C].
         labels: one an image, None where it has no class.
+        prompts: one an image of a text-to-image model; else none.
         seeds: one an image.
         text: what they have in common, for the text of their PNGs.
         scales_done: [N], scales that each is made of; None where nothing could stop it early.
@@ -160,6 +165,7 @@ class Drawn:
     seeds: Sequence[int]
     text: Mapping[str, str]
     scales_done: Sequence[int] | None = None
+    prompts: Sequence[str] = ()
 
     def save(self, target: Target, columns: int | None = None) -> dict[str, str]:
         """Write them; returns the text of all of them together."""
@@ -177,7 +183,10 @@ class Drawn:
         """`text`, which `save` returned, as JSON values: labels as a list of numbers, None for an
         image without a class, and label_names where the classes have names."""
         data = json_settings(text)
-        data["labels"] = list(self.labels)
+        if self.prompts:
+            data["prompt"] = list(self.prompts)
+        else:
+            data["labels"] = list(self.labels)
         if names := self.manifest.labels:
             data["label_names"] = [None if n is None else names[n] for n in self.labels]
         if self.scales_done is not None:
@@ -205,20 +214,27 @@ class Drawn:
     def _text(self, indices: Sequence[int]) -> dict[str, str]:
         text = dict(self.text)
         text["seed"] = ",".join(str(self.seeds[n]) for n in indices)
-        text["labels"] = ", ".join(label_text(self.labels[n], self.manifest) for n in indices)
+        if self.prompts:
+            text["prompt"] = prompt_text([self.prompts[n] for n in indices])
+        else:
+            text["labels"] = ", ".join(label_text(self.labels[n], self.manifest) for n in indices)
         if self.scales_done is not None:
             done = ",".join(str(self.scales_done[n]) for n in indices)
             text["scales_done"] = f"{done} of {self.manifest.model.scales}"
         return text
 
     def _file_name(self, image: int) -> str:
-        """000_star.png; without names 000_17.png, without a class 000.png."""
+        """000_star.png; without names 000_17.png, without a class 000.png; of a prompt its
+        beginning, 000_a-red-star.png."""
         label = self.labels[image]
-        if label is None:
-            return f"{image:03d}.png"
-        name = self.manifest.labels[label] if self.manifest.labels else str(label)
-        plain = re.sub(r"\W+", "-", name.split(",")[0]).strip("-")[:40] or str(label)
-        return f"{image:03d}_{plain}.png"
+        if self.prompts:
+            plain = re.sub(r"\W+", "-", self.prompts[image])[:40].strip("-")
+        elif label is None:
+            plain = ""
+        else:
+            name = self.manifest.labels[label] if self.manifest.labels else str(label)
+            plain = re.sub(r"\W+", "-", name.split(",")[0]).strip("-")[:40] or str(label)
+        return f"{image:03d}_{plain}.png" if plain else f"{image:03d}.png"
 
 
 def image_target(out: str) -> Target:
@@ -272,18 +288,19 @@ def runtime_json(how: Loaded) -> dict[str, Any]:
     return {**how.to_json(), **({} if how.threads is None else {"threads": how.threads})}
 
 
-def most_at_once(side: int) -> int:
-    """Images of side × side pixels that are kept in memory together, and that a grid may have."""
-    return max(1, MAX_PIXELS // side**2)
+def most_at_once(size: Grid) -> int:
+    """Images of this height and width that are kept in memory together, and that a grid may
+    have."""
+    return max(1, MAX_PIXELS // math.prod(size))
 
 
-def check_at_once(count: int, side: int, hint: str = "") -> None:
+def check_at_once(count: int, size: Grid, hint: str = "") -> None:
     """Raise UsageError for more images than are kept in memory together."""
-    if count > (most := most_at_once(side)):
+    if count > (most := most_at_once(size)):
         raise UsageError(
-            f"{count:,} images of {side} × {side} are too many for one grid or one request, which "
-            f"have at most {MAX_PIXELS // 10**6} million pixels, {most:,} images: ask for fewer"
-            f"{hint}"
+            f"{count:,} images of {size[1]} × {size[0]} are too many for one grid or one request, "
+            f"which have at most {MAX_PIXELS // 10**6} million pixels, {most:,} images: ask for "
+            f"fewer{hint}"
         )
 
 

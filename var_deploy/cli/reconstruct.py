@@ -22,7 +22,7 @@ from var_deploy.cli.token_files import SUFFIX, read_tokens
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.image.images import grid, origin_text
-from var_deploy.image.pictures import read_pictures
+from var_deploy.image.pictures import frame_of, read_pictures
 from var_deploy.manifest import read_manifest
 
 
@@ -66,7 +66,7 @@ def reconstruct(
     # everything that can be wrong is looked at before the weights are loaded
     target = file_target(out)
     manifest = read_manifest(bundle)
-    tokenizer, most = manifest.code_model("reconstruct").tokenizer, manifest.model.scales
+    tokenizer, most = manifest.model.tokenizer, manifest.model.scales
     counts = _counts(scales, most)
     pixels = tokens = None
     if image.suffix.lower() == SUFFIX:
@@ -74,10 +74,10 @@ def reconstruct(
 
         tokens = check_tokens(manifest.model, read_tokens(image, most), max(counts))
     else:
-        pixels = read_pictures(image, tokenizer.image_side, tokenizer.image_channels)
+        pixels = read_pictures(image, frame_of(tokenizer), tokenizer.image_channels)
         check_graphs(manifest, config, names.ENCODER)
     shown = len(counts) * (1 if tokens is None else len(tokens[0]))
-    check_at_once(shown, tokenizer.image_side)
+    check_at_once(shown, tokenizer.image_size)
     target.check_sheet(manifest, shown, len(counts))
     check_graphs(manifest, config, names.ACCUMULATE)
 

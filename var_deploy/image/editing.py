@@ -62,8 +62,8 @@ class Edit:
     """A picture and what of it is to be new, made by `pictures.read_edit`.
 
     Attributes:
-        pixels: the picture, uint8 [1, side, side, C].
-        new: bool [side, side], True where it is to be new.
+        pixels: the picture, uint8 [1, height, width, C].
+        new: bool [height, width], True where it is to be new.
         masks: one [L_k] bool a scale, True where the token stays, see `keep_masks`.
         keep_pixels: put the picture's own pixels back where it is not to be new.
     """
@@ -107,26 +107,30 @@ class Variation:
 
 
 def keep_masks(
-    new: NDArray[np.bool_], patch_nums: Sequence[int], threshold: float = THRESHOLD
+    new: NDArray[np.bool_],
+    grids: Sequence[int | tuple[int, int]],
+    threshold: float = THRESHOLD,
 ) -> list[NDArray[np.bool_]]:
     """[L_k] a scale, True where the token stays: at most `threshold` of its cell is new.
 
-    `new` is [side, side], True where the image is to be new. Scale 0 stays unless all is new.
+    `new` is [height, width], True where the image is to be new; `grids` are rows and columns of
+    each scale's tokens, or the side of a square one. Scale 0 stays unless all is new.
 
     Raises UnchangedError where every token stays, so that the edit would change nothing.
     """
     share = new.astype(np.float32)
     masks = []
-    for patch in patch_nums:
-        matrix = area_matrix(len(new), patch)
-        cells = matrix @ share @ matrix.T
+    height, width = new.shape
+    for grid in grids:
+        rows, columns = (grid, grid) if isinstance(grid, int) else grid
+        cells = area_matrix(height, rows) @ share @ area_matrix(width, columns).T
         masks.append(cells.reshape(-1) <= threshold + 1e-6)  # rounding must not decide
     masks[0][...] = not new.all()
     if all(mask.all() for mask in masks):
-        cell = len(new) / patch_nums[-1]
+        cell = height / rows
         raise UnchangedError(
             "the mask is too small to change anything: a token of the finest scale stands for "
-            f"{cell:g} × {cell:g} pixels of the model's {len(new)} × {len(new)}, and is drawn anew "
+            f"{cell:g} × {cell:g} pixels of the model's {width} × {height}, and is drawn anew "
             f"where more than {threshold:.0%} of them are marked; at most {cells.max():.0%} are"
         )
     return masks

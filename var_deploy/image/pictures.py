@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 
 from var_deploy.errors import UsageError
 from var_deploy.image.editing import Edit, keep_masks
-from var_deploy.spec import TokenizerSpec
+from var_deploy.spec import BitTokenizerSpec, TokenizerSpec
 
 # VAR's training resizes the short side to round(1.125 · side) with a Lanczos filter and crops.
 MARGIN = 1.125
@@ -23,12 +24,54 @@ Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 Mask = str | os.PathLike[str] | Image.Image | NDArray[np.bool_]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The pixels that a model takes of a picture, and how a picture is brought to them.
+
+    Attributes:
+        margin: see `fit`, for a square frame; 1 resizes a picture to cover the frame, as the
+            training of Infinity does.
+    """
+
+    height: int
+    width: int
+    margin: float = MARGIN
+
+    def fit(
+        self, image: Image.Image, resample: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Image.Image:
+        """height × width pixels of an image; one of this very size stays as it is."""
+        if self.margin != 1:
+            return fit(image, self.height, resample)
+        if image.size == (self.width, self.height):
+            return image
+        image = _strip(image, self.width / self.height)
+        factor = max(self.width / image.width, self.height / image.height)
+        size = (
+            max(round(image.width * factor), self.width),
+            max(round(image.height * factor), self.height),
+        )
+        return _centre(image.resize(size, resample), self.width, self.height)
+
+
+def frame_of(tokenizer: TokenizerSpec | BitTokenizerSpec) -> Frame:
+    """Return the frame of a tokenizer."""
+    height, width = tokenizer.image_size
+    margin = 1.0 if isinstance(tokenizer, BitTokenizerSpec) else MARGIN
+    return Frame(height=height, width=width, margin=margin)
+
+
+def _frame(side: int | Frame) -> Frame:
+    return side if isinstance(side, Frame) else Frame(height=side, width=side)
+
+
 def read_pictures(
-    pictures: Picture | Sequence[Picture], side: int, channels: int
+    pictures: Picture | Sequence[Picture], side: int | Frame, channels: int
 ) -> NDArray[np.uint8]:
-    """Pictures as the model takes them: uint8 [N, side, side, channels], see `fit`.
+    """Pictures as the model takes them: uint8 [N, height, width, channels], see `Frame.fit`.
 
     Args:
+        side: of a square frame, or a frame.
         pictures: a path, a PIL image, an array uint8 [H, W] or [H, W, 1, 3 or 4]; several of them
             as a sequence, or as an array [N, H, W, C].
 
@@ -43,9 +86,10 @@ def read_pictures(
         several = pictures
     if not len(several):
         raise UsageError("no picture given")
-    fitted = [fit(upright(one, channels), side) for one in several]
+    frame = _frame(side)
+    fitted = [frame.fit(upright(one, channels)) for one in several]
     stacked = np.stack([np.asarray(image, np.uint8) for image in fitted])
-    return stacked.reshape(len(fitted), side, side, channels)
+    return stacked.reshape(len(fitted), frame.height, frame.width, channels)
 
 
 def upright(picture: Picture, channels: int = 3) -> Image.Image:
@@ -64,16 +108,17 @@ def upright(picture: Picture, channels: int = 3) -> Image.Image:
 
 
 def read_mask(
-    mask: Mask, width: int, height: int, side: int, outside: bool = False
+    mask: Mask, width: int, height: int, side: int | Frame, outside: bool = False
 ) -> NDArray[np.bool_]:
-    """A mask as the model takes it: bool [side, side], True where the image is to be new.
+    """A mask as the model takes it: bool [height, width] of its frame, True where the image is to
+    be new.
 
     Args:
         mask: bool [H, W]; or an image, new where it is white (brighter than half), or, where parts
             of it are transparent, where it is transparent. Of an image whose pixels are 0 and one
             other number, such as 0 and 1, new where it is not 0.
         width, height: of the picture that it belongs to, upright. The mask has this size, or
-            already the side × side pixels of the model.
+            already the pixels of the model's frame.
         outside: turn it around, so that the image is to be new where the mask says it is not.
 
     Raises UsageError for another size, and for a mask that asks for nothing.
@@ -99,13 +144,14 @@ def read_mask(
                     "brighter than half, is what marks"
                 )
     rows, columns = new.shape
-    if (columns, rows) not in ((width, height), (side, side)):
+    frame = _frame(side)
+    if (columns, rows) not in ((width, height), (frame.width, frame.height)):
         raise UsageError(
             f"the mask has {columns} × {rows} pixels, expected those of the picture, "
             f"{width} × {height}"
         )
     new = ~new if outside else new
-    fitted = fit(Image.fromarray(255 * new.astype(np.uint8)), side, Image.Resampling.BOX)
+    fitted = frame.fit(Image.fromarray(255 * new.astype(np.uint8)), Image.Resampling.BOX)
     found: NDArray[np.bool_] = np.asarray(fitted) >= 128
     if not found.any():
         raise UsageError("the mask marks nothing that could be drawn anew")
@@ -115,7 +161,7 @@ def read_mask(
 def read_edit(
     picture: Picture,
     mask: Mask,
-    tokenizer: TokenizerSpec,
+    tokenizer: TokenizerSpec | BitTokenizerSpec,
     *,
     outside: bool = False,
     keep_pixels: bool = False,
@@ -125,12 +171,12 @@ def read_edit(
     Raises UsageError for what is no picture or no mask of it, and UnchangedError where the mask is
     too small to change a token.
     """
-    side, channels = tokenizer.image_side, tokenizer.image_channels
+    frame, channels = frame_of(tokenizer), tokenizer.image_channels
     image = upright(picture, channels)
-    new = read_mask(mask, image.width, image.height, side, outside)
-    masks = keep_masks(new, tokenizer.patch_nums)
+    new = read_mask(mask, image.width, image.height, frame, outside)
+    masks = keep_masks(new, tokenizer.grids)
     return Edit(
-        pixels=read_pictures(image, side, channels),
+        pixels=read_pictures(image, frame, channels),
         new=new,
         masks=tuple(masks),
         keep_pixels=keep_pixels,
@@ -191,11 +237,18 @@ def fit(
     if image.size == (side, side):
         return image
     short = min(image.size)
-    # of a long strip only the middle can be seen; all of it, resized, might fill the memory
-    image = _centre(image, min(image.width, 2 * short), min(image.height, 2 * short))
+    image = _strip(image, 1.0)
     target = round(MARGIN * side)
     size = [target if n == short else int(target * n / short) for n in image.size]
     return _centre(image.resize((size[0], size[1]), resample), side, side)
+
+
+def _strip(image: Image.Image, ratio: float) -> Image.Image:
+    """The middle of a long strip, of which no more can be seen in a frame of this width over
+    height; all of it, resized, might fill the memory."""
+    width = min(image.width, max(1, round(2 * image.height * ratio)))
+    height = min(image.height, max(1, round(2 * image.width / ratio)))
+    return _centre(image, width, height)
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:

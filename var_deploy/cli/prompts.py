@@ -1,0 +1,108 @@
+"""The options for prompts that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from var_deploy.cli.options import Command, added, gathered
+from var_deploy.errors import UsageError
+from var_deploy.manifest import Manifest
+
+MOST_PROMPTS = 100_000  # of a file; more of them than anybody means
+MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Prompts as they were given.
+
+    Attributes:
+        prompt: those of --prompt.
+        prompts: a file with one prompt a line; "-" is standard input.
+        negative: what images are guided away from.
+        text_encoder: folder of the text encoder, where the bundle does not hold it.
+    """
+
+    prompt: tuple[str, ...]
+    prompts: str | None
+    negative: str | None
+    text_encoder: Path | None
+
+    def read(self, manifest: Manifest) -> list[str]:
+        """Return the prompts, [] for a bundle that takes none.
+
+        Raises UsageError where the bundle takes none and some are given, or the file cannot be
+        read.
+        """
+        given = [*self.prompt, *self._from_file()]
+        if manifest.takes_text:
+            return given
+        if given or self.negative is not None or self.text_encoder is not None:
+            takes = "labels" if manifest.model.transformer.conditional else "no labels"
+            raise UsageError(f"this bundle takes {takes} and no prompts: leave --prompt out")
+        return []
+
+    def told(self, text: Mapping[str, str]) -> dict[str, str]:
+        """The text of an image with the negative prompt in it."""
+        return {**text, **({"negative": self.negative} if self.negative else {})}
+
+    def _from_file(self) -> list[str]:
+        if self.prompts is None:
+            return []
+        name = "standard input" if self.prompts == "-" else self.prompts
+        try:
+            if self.prompts == "-":
+                if sys.stdin is None:
+                    raise UsageError("--prompts - reads standard input, which is closed")
+                data = sys.stdin.buffer.read(MOST_BYTES + 1)
+            else:
+                with open(self.prompts, "rb") as stream:
+                    data = stream.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise UsageError(f"--prompts: {name} cannot be read: {error.strerror}") from None
+        if len(data) > MOST_BYTES:
+            raise UsageError(f"--prompts: {name} has more than {MOST_BYTES >> 20} MiB")
+        try:
+            lines = data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UsageError(f"--prompts: {name} is not UTF-8 text") from None
+        found = [line for line in lines if line.strip()]
+        if not found:
+            raise UsageError(f"--prompts: {name} holds no prompt; give one a line")
+        if len(found) > MOST_PROMPTS:
+            raise UsageError(
+                f"--prompts: {name} holds {len(found):,} prompts, at most {MOST_PROMPTS:,} are "
+                "taken"
+            )
+        return found
+
+
+def prompt_options(command: Command) -> Command:
+    """--prompt --prompts --negative --text-encoder, as `PromptOptions` called `prompts`."""
+    options = [
+        click.option(
+            "--prompt",
+            multiple=True,
+            metavar="TEXT",
+            help="What to draw, for a bundle that takes prompts; several times for several.",
+        ),
+        click.option(
+            "--prompts",
+            metavar="FILE",
+            help="A file with one prompt a line, - for standard input.",
+        ),
+        click.option("--negative", metavar="TEXT", help="What to guide away from."),
+        click.option(
+            "--text-encoder",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="FOLDER",
+            show_default="in or beside the bundle",
+            help="The bundle of the text encoder.",
+        ),
+    ]
+    return added(options, gathered(command, "prompts", PromptOptions))
