@@ -54,6 +54,16 @@ NEXT_MATRIX = "next_matrix"  # [p_{k+1}, p_K] fp32, area (any one row at the las
 # L_{k+1}, p_k, p_{k+1}; at the last scale, which feeds no next one, the last two are 1
 LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE = "L", "P", "N", "p", "q"
 
+# text-to-image: `condition` takes features and mask of B prompts and makes rows for them, which are
+# then either half of the G rows that the scales read; `unconditional` makes the second half
+TEXT_FEATURES = "text_features"  # [B, S, Ct] fp32
+TEXT_MASK = "text_mask"  # [B, S] bool ([G, S] in scale graphs), True at the prompt's tokens
+UP_ROWS, UP_COLUMNS = "up_rows", "up_columns"  # [h_K, h_k], [w_K, w_k] fp32, linear; `step` alone
+NEXT_ROWS, NEXT_COLUMNS = "next_rows", "next_columns"  # [h_{k+1}, h_K], [w_{k+1}, w_K]; the same
+ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"  # [L_k, D/2] fp32; the same
+# symbolic sizes of these: latent rows and columns of this scale and of the next
+ROWS, COLUMNS, NEXT_ROW_COUNT, NEXT_COLUMN_COUNT = "h", "w", "m", "n"
+
 # inside the scale graphs, not an output: guided logits before temperature [B, L_k, V] fp32
 LOGITS = "logits"
 # inside too: unnormalised probabilities after top-k and top-p, 0 where dropped [B, L_k, V] fp32
@@ -94,8 +104,14 @@ def encoder_tokens(scale: int) -> str:
     return f"tokens_{scale:02d}"
 
 
+# the graph of a text encoder, a bundle of its own: one prompt of S tokens → TEXT_FEATURES [1, S, Ct],
+# zero where TEXT_MASK is False
+TEXT_ENCODER = "text_encoder"
+TEXT_IDS = "text_ids"  # [1, S] int64
+
 # files and folders of a bundle
 MANIFEST = "manifest.json"
+TOKENIZER_JSON = "tokenizer.json"  # of a text encoder
 WEIGHTS = "weights.bin"
 
 

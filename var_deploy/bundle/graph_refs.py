@@ -14,7 +14,9 @@ from var_deploy import names
 from var_deploy.config import LAYOUTS, Layout
 from var_deploy.spec import ModelSpec
 
-Kind = Literal["condition", "scale", "step", "decoder", "encoder", "accumulate", "other"]
+Kind = Literal[
+    "condition", "scale", "step", "decoder", "encoder", "accumulate", "text_encoder", "other"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ FLOAT_OPERATORS = frozenset(
         *("InstanceNormalization", "LayerNormalization", "LessOrEqual", "MatMul", "Max", "Min"),
         *("Mul", "Or", "Pad", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSum"),
         *("ReduceSumSquare", "Reshape", "Resize", "Shape", "Sigmoid", "Slice", "Softmax"),
-        *("Split", "Sub", "Transpose", "Unsqueeze", "Where"),
+        *("Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
     }
 )
 INT8_OPERATORS = frozenset(
