@@ -22,6 +22,7 @@ from var_deploy.bundle.place import BUNDLE, check_place
 from var_deploy.config import GraphForm, Precision
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint.assemble import LoadedModel
+from var_deploy.export.checkpoint.files import WeightSource
 from var_deploy.export.families import export_family_of
 from var_deploy.export.graphs.accumulate import build_accumulate
 from var_deploy.export.graphs.bit_codec import (
@@ -203,7 +204,7 @@ def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Pro
             ranges = _calibrate(model, folder, options, read, report)
         plans[precision] = _Plan.of(build_graphs(model.spec, precision, options, ranges))
     total = sum(plan.layout.size for plan in plans.values())
-    _check_space(folder, total)
+    check_space(folder, total)
     start = CALIBRATION if "int8" in plans and isinstance(model.spec, ModelSpec) else 0.0
     done = 0
     manifest = _manifest(model, options)
@@ -235,7 +236,7 @@ def _calibrate(
     decoder = built.pop(names.DECODER)
     del built[names.ENCODER], built[names.ACCUMULATE]
     plan = _Plan.of(list(built.values()))
-    _check_space(folder, plan.layout.size)
+    check_space(folder, plan.layout.size)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
         report("rounding to int8", 0.0)
@@ -250,7 +251,8 @@ def _calibrate(
         )
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ExportError where the disk has less than `needed` bytes free, and a hundredth more."""
     free = shutil.disk_usage(folder).free
     if free < 1.01 * needed:
         raise ExportError(
@@ -318,7 +320,7 @@ class _Plan:
                 outputs=tuple(graph.outputs),
                 weight_bytes=sum(w.nbytes for w in graph.weights.values()),
             )
-            files[info.file] = _save_graph(graph, folder / info.file, self.layout.locate)
+            files[info.file] = save_graph(graph, folder / info.file, self.layout.locate)
         return dataclasses.replace(
             manifest,
             graphs={**manifest.graphs, precision: infos},
@@ -327,6 +329,11 @@ class _Plan:
 
 
 def cached_reader(model: LoadedModel) -> ReadKey:
+    """Return `cached` of a model's two weight sources."""
+    return cached(model.source)
+
+
+def cached(source_of: Callable[[str], WeightSource]) -> ReadKey:
     """Return a function that reads a checkpoint tensor by key, with a small cache.
 
     Small tensors, of which several weights may be made, stay in memory. Of the large ones the last
@@ -335,22 +342,23 @@ def cached_reader(model: LoadedModel) -> ReadKey:
 
     @lru_cache(maxsize=64)
     def small(key: str) -> NDArray[Any]:
-        return model.source(key).read(key)
+        return source_of(key).read(key)
 
     @lru_cache(maxsize=1)
     def large(key: str) -> NDArray[Any]:
-        return model.source(key).read(key)
+        return source_of(key).read(key)
 
     def read(key: str) -> NDArray[Any]:
-        size = np.prod(model.source(key).shape(key), dtype=np.int64)
+        size = np.prod(source_of(key).shape(key), dtype=np.int64)
         return large(key) if size > 1 << 16 else small(key)
 
     return read
 
 
-def _save_graph(
+def save_graph(
     graph: GraphBuilder, path: Path, locate: Callable[[str], tuple[str, int, int]]
 ) -> FileInfo:
+    """Write a graph and check the file. Raises ExportError where the disk refuses."""
     data = graph.model(locate).SerializeToString(deterministic=True)
     try:
         path.write_bytes(data)

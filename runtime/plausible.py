@@ -49,6 +49,15 @@ def check_f_hat(f_hat: NDArray[np.float32], scale: int, graph: str) -> None:
         )
 
 
+def check_features(features: NDArray[np.float32]) -> None:
+    """Raise BackendError where text features are not finite."""
+    if not is_finite(features):
+        raise BackendError(
+            f"the text features (graph {names.TEXT_ENCODER}) hold {describe_not_finite(features)}: "
+            "fp16 overflowed, or the weights hold such values; try precision fp32"
+        )
+
+
 def check_image(image: NDArray[np.float32], scales: int | None, half: bool) -> None:
     """Raise BackendError where images [B, side, side, channels] cannot come from a decoder.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import UsageError
-from var_deploy.manifest import Manifest
+from var_deploy.manifest import ListedFiles, Manifest
 from var_deploy.runtime.backends.protocol import Backend
 from var_deploy.runtime.blocks import Fields, SharedBlock
 from var_deploy.runtime.plausible import check_encoded, check_f_hat
@@ -24,7 +24,7 @@ class SingleGraph:
     def __init__(
         self,
         files: BundleFiles,
-        manifest: Manifest,
+        manifest: ListedFiles,
         precision: str,
         graph: str,
         backend: Backend,

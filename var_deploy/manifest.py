@@ -14,9 +14,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from var_deploy import names
+from var_deploy.bundle.graph_refs import GraphRef, graph_ref
 from var_deploy.bundle.json_values import DamagedError, Value, read_json, shown
 from var_deploy.errors import BundleError, UsageError, one_line
 from var_deploy.files import whole_file
@@ -131,14 +132,12 @@ class Manifest:
 
     def graph(self, precision: str, name: str) -> GraphInfo:
         """Return the entry of a graph. Raises BundleError where the bundle lacks it."""
-        if precision not in self.graphs:
-            raise BundleError(
-                f"the bundle has no {precision} graphs (it has {', '.join(self.graphs)}); "
-                f"export it again with --precision {precision}"
-            )
-        if name not in self.graphs[precision]:
-            raise BundleError(f"the bundle has no graph {name} in {precision}; export it again")
-        return self.graphs[precision][name]
+        return graph_of(self.graphs, precision, name, "the bundle")
+
+    def graph_ref(self, precision: str, name: str) -> GraphRef:
+        """Return which graph `name` is. Raises KeyError for a name that no bundle of the model
+        has."""
+        return graph_ref(self.model, precision, name)
 
     def sampling(self, base: Sampling | None = None, **changes: Any) -> Sampling:
         """Return `base`, or else the bundle's defaults, with those `changes` that are not None.
@@ -183,8 +182,7 @@ class Manifest:
     def digest(self) -> str:
         """Return a hash of what the bundle computes: any graph or weight changes it, a report does
         not."""
-        listing = [(name, f.sha256) for name, f in sorted(self.files.items())]
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        return digest_of(self.files)
 
     def parity_is_current(self) -> bool | None:
         """Whether the stored report of `verify` was made for the files that are listed now.
@@ -205,6 +203,52 @@ class Manifest:
             stream.write(self.to_json().encode())
 
 
+class ListedFiles(Protocol):
+    """A manifest as far as it lists graphs and files: of images, or of a text encoder."""
+
+    @property
+    def graphs(self) -> Mapping[str, Mapping[str, GraphInfo]]:
+        """Precision → graph name → graph."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, FileInfo]:
+        """Path in the bundle → size and hash."""
+        ...
+
+    def graph(self, precision: str, name: str) -> GraphInfo:
+        """Return the entry of a graph. Raises BundleError where the bundle lacks it."""
+        ...
+
+    def graph_ref(self, precision: str, name: str) -> GraphRef:
+        """Return which graph `name` is."""
+        ...
+
+    def digest(self) -> str:
+        """Return a hash of what the bundle computes."""
+        ...
+
+
+def graph_of(
+    graphs: Mapping[str, Mapping[str, GraphInfo]], precision: str, name: str, what: str
+) -> GraphInfo:
+    """Return the entry of a graph; `what` is the bundle's title in messages. Raises BundleError."""
+    if precision not in graphs:
+        raise BundleError(
+            f"{what} has no {precision} graphs (it has {', '.join(graphs)}); "
+            f"export it again with --precision {precision}"
+        )
+    if name not in graphs[precision]:
+        raise BundleError(f"{what} has no graph {name} in {precision}; export it again")
+    return graphs[precision][name]
+
+
+def digest_of(files: Mapping[str, FileInfo]) -> str:
+    """Return one hash of the names and hashes of files."""
+    listing = [(name, f.sha256) for name, f in sorted(files.items())]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
 def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
     """Read and check the manifest itself (not the files that it lists).
 
@@ -217,16 +261,13 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
     from var_deploy.bundle.manifest_format import parse_manifest  # which needs the classes above
 
     path = bundle / names.MANIFEST
-    try:
-        data = read_json(
-            path if folder is None else Path(names.MANIFEST), MANIFEST_BYTES, folder=folder
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(_no_bundle(bundle, looked=folder is None)) from None
-    except (OSError, ValueError) as error:
-        words = getattr(error, "strerror", None) or one_line(error)
-        raise BundleError(f"{path} cannot be read ({words}); export the bundle again") from None
+    data = read_manifest_json(bundle, folder=folder)
     version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(data, dict) and "kind" in data:
+        raise BundleError(
+            f"{bundle} is a bundle of the kind {shown(data['kind'])}, expected one that makes "
+            "images; give the folder that var-deploy export wrote"
+        )
     if type(version) is not int or version < 1:
         raise BundleError(f"{path} is not a var-deploy manifest")
     if version > SCHEMA_VERSION:
@@ -241,6 +282,24 @@ def read_manifest(bundle: Path, *, folder: int | None = None) -> Manifest:
     except (DamagedError, UsageError) as error:
         words = str(error)[:LONGEST_COMPLAINT]
         raise BundleError(f"{path} is damaged ({words}); export the bundle again") from None
+
+
+def read_manifest_json(bundle: Path, *, folder: int | None = None) -> Any:
+    """Read the JSON of a manifest of bounded size; its content is not checked.
+
+    Raises BundleError where the folder has no manifest, or none that is JSON.
+    """
+    path = bundle / names.MANIFEST
+    try:
+        data = read_json(
+            path if folder is None else Path(names.MANIFEST), MANIFEST_BYTES, folder=folder
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(_no_bundle(bundle, looked=folder is None)) from None
+    except (OSError, ValueError) as error:
+        words = getattr(error, "strerror", None) or one_line(error)
+        raise BundleError(f"{path} cannot be read ({words}); export the bundle again") from None
+    return data
 
 
 def _no_bundle(bundle: Path, *, looked: bool) -> str:
@@ -273,7 +332,7 @@ def check_files(
 
 def hold_file(
     bundle: Path,
-    manifest: Manifest,
+    manifest: ListedFiles,
     name: str,
     *,
     hashes: bool = True,

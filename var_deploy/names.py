@@ -118,8 +118,14 @@ def encoder_tokens(scale: int) -> str:
     return f"tokens_{scale:02d}"
 
 
+# the graph of a text encoder, a bundle of its own: one prompt of S tokens → TEXT_FEATURES [1, S, Ct],
+# zero where TEXT_MASK is False
+TEXT_ENCODER = "text_encoder"
+TEXT_IDS = "text_ids"  # [1, S] int64
+
 # files and folders of a bundle
 MANIFEST = "manifest.json"
+TOKENIZER_JSON = "tokenizer.json"  # of a text encoder
 WEIGHTS = "weights.bin"
 
 

@@ -147,7 +147,7 @@ def open_checkpoint(
         )
     location = _choose(path, part, sorted(found), key, default_key)
     tensors = {name: contents.tensor(name, said) for name, said in found[location].items()}
-    _check_tensors(path, tensors)
+    check_tensors(path, tensors)
     return _CheckpointFile(path, location, tensors)
 
 
@@ -194,7 +194,7 @@ def _choose(
     )
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+def check_tensors(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse tensors that cannot become fp32, and those that would not fit into memory then."""
     excess = 0
     for name, tensor in tensors.items():

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from var_deploy.sampling import check_seed
 
 LOGIT_STD = 2.5
+T5_QUERY_GAIN = 0.125  # T5 divides no scores, and 64, the width of its heads, would make them 8
 PIXEL_GAIN = 0.6  # SiLU leaves an rms of 0.6, so pixels spread by about 0.36 in [-1, 1]
 GAMMA = 0.5  # mean of the residual gates; 72 of them (36 blocks) lead to an rms of about 3
 MODULATION_GAIN = 0.3
@@ -62,7 +63,9 @@ def _spread(key: str, shape: tuple[int, ...]) -> float:
         return 0.1 if key.endswith((".weight", "ada_lin.1.bias", "ada_gss")) else 0.02
     if key.endswith("ada_lin.1.weight"):
         return MODULATION_GAIN * float(fan_in**-0.5)
-    if key in ("class_emb.weight", "pos_start"):
+    if key.endswith("SelfAttention.q.weight"):
+        return T5_QUERY_GAIN * float(fan_in**-0.5)
+    if key in ("class_emb.weight", "pos_start", "shared.weight"):
         return 1.0
     if key in ("pos_1LC", "lvl_embed.weight") or key.startswith("quantize.embedding"):
         return 0.5

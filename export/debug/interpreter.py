@@ -237,6 +237,10 @@ def _slice(a: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor)
     return x
 
 
+def _squeeze(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
+    return x.squeeze(tuple(_axes(axes)))
+
+
 def _unsqueeze(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
     rank = x.ndim + len(axes)
     for axis in sorted(i % rank for i in _axes(axes)):
@@ -282,6 +286,8 @@ OPERATORS: dict[str, Operator] = {
     "Slice": _slice,
     "Softmax": lambda a, x: x.softmax(a.get("axis", -1)),
     "Split": lambda a, x, sizes: list(x.split(_axes(sizes), a.get("axis", 0))),
+    "Sqrt": lambda a, x: x.sqrt(),
+    "Squeeze": _squeeze,
     "Sub": lambda a, x, y: x - y,
     "Transpose": lambda a, x: x.permute(a["perm"]),
     "Unsqueeze": _unsqueeze,
@@ -290,5 +296,5 @@ OPERATORS: dict[str, Operator] = {
 # These hand values on as they are, in any number format.
 MOVES = {
     *("Cast", "Concat", "Expand", "Gather", "Identity", "Reshape", "Shape", "Slice", "Split"),
-    *("Transpose", "Unsqueeze", "Where"),
+    *("Squeeze", "Transpose", "Unsqueeze", "Where"),
 }

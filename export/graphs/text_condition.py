@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from var_deploy import names
 from var_deploy.config import GraphForm
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
+from var_deploy.export.graphs.norms import rms_norm
 from var_deploy.spec import TextModelSpec
 
 DROPPED = -1e30  # added to the score of a position that is not text: its weight is exactly 0
@@ -38,8 +39,7 @@ def build_text_condition(spec: TextModelSpec, form: GraphForm) -> GraphBuilder:
     features = b.input(names.TEXT_FEATURES, np.float32, (form.batch, t.text_length, t.text_width))
     mask = b.input(names.TEXT_MASK, np.bool_, (form.batch, t.text_length))
     with b.scope("text"):
-        weight = b.weight("text_norm.weight", (t.text_width,))
-        text = rms_norm(b, features, weight, t.text_width, t.norm_eps)  # [B, S, Ct]
+        text = rms_norm(b, features, "text_norm.weight", t.text_width, t.norm_eps)  # [B, S, Ct]
         scores = b.weight(f"{POOL}.scores", (t.text_width, t.pool_heads), _pool_scores(spec))
         cond = _pool(b, spec, text, b.op("MatMul", text, scores), mask)
         tokens = b.to_compute(b.transpose(text, 1, 0, 2))  # [S, B, Ct]
@@ -101,14 +101,6 @@ def build_unconditional(spec: TextModelSpec, form: GraphForm) -> GraphBuilder:
                 b.op("Expand", one, b.ints(form.batch, *shape), out=name)
     _finish(b, spec, cond)
     return b
-
-
-def rms_norm(b: GraphBuilder, x: str, weight: str, width: int, eps: float) -> str:
-    """Add x / sqrt(mean(x²) + eps) · weight over the last axis, in fp32."""
-    mean = b.op("ReduceSumSquare", x, b.ints(-1), keepdims=1)
-    mean = b.op("Mul", mean, b.constant(1 / width, np.float32))
-    root = b.op("Sqrt", b.op("Add", mean, b.constant(eps, np.float32)))
-    return b.op("Mul", b.op("Div", x, root), weight)
 
 
 def additive_mask(b: GraphBuilder, mask: str) -> str:

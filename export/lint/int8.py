@@ -26,7 +26,7 @@ LARGEST_PAIR = 128
 ROUNDED_WEIGHT = {"MatMulInteger": 1, "QLinearConv": 3}
 KERNEL_ZERO_POINT = 5  # of QLinearConv
 # first parts of the names of nodes whose products with weights are int8
-ROUNDED_SCOPES = ("blocks.", "head_nm.", "shared_ada_lin.")
+ROUNDED_SCOPES = ("blocks.", "head_nm.", "shared_ada_lin.", "text_blocks.")
 
 Rounded = tuple[str, int]  # a weight: file and offset
 

@@ -64,15 +64,15 @@ ATTRIBUTES: dict[str, dict[str, tuple[object, ...]]] = {
 # fp16 is for products, what is added to them, and what only hands values on.
 HALF_OPERATORS = {
     *("MatMul", "Conv", "Gelu", "Cast"),
-    *("Concat", "Expand", "Identity", "Reshape", "Shape", "Split", "Transpose", "Where"),
+    *("Concat", "Expand", "Gather", "Identity", "Reshape", "Shape", "Split", "Transpose", "Where"),
 }
 HALF_WITH_CONSTANT = {"Add", "Mul"}  # a bias, a factor; the sums of the stream are fp32
 # First parts of node names: here nothing is fp16 …
-FULL_SCOPES = ("head", "sampler", "quantize", "next_input")
+FULL_SCOPES = ("head", "sampler", "quantize", "next_input", "text_norm", "text_wo")
 # … and here, in an fp16 graph, every product is.
 PRODUCT_SCOPES = (
     *("blocks.", "decoder.", "encoder.", "post_quant_conv", "quant_conv"),
-    *("head_nm.", "shared_ada_lin."),
+    *("head_nm.", "shared_ada_lin.", "text_blocks."),
 )
 # inputs and outputs that are fp16 as well
 CACHE = tuple(name.partition(".")[0] + "." for name in (names.past_key(0), names.new_key(0)))

@@ -21,12 +21,14 @@ from var_deploy.export.checkpoint.assemble import LoadedModel, assemble, load_mo
 from var_deploy.export.checkpoint.files import TOP, Part, open_checkpoint
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
 from var_deploy.export.checkpoint.module_weights import ModuleWeights, weights_sha256
+from var_deploy.export.checkpoint.text_model import LoadedTextModel
 from var_deploy.export.verify.floats import FloatTolerance
 from var_deploy.export.verify.graphs import GraphVerifier, Tolerance
 from var_deploy.export.verify.held_modules import OwnForward, tokenizer_of
 from var_deploy.export.verify.int8 import Int8Tolerance
-from var_deploy.export.verify.reference import GenerationInputs, generation_inputs, trace_reference
+from var_deploy.export.verify.reference import Inputs, generation_inputs
 from var_deploy.export.verify.report import Check, VerifyReport, merged
+from var_deploy.export.verify.requests import inputs_of, reference_of
 from var_deploy.export.verify.samples import (
     SampleStudy,
     SkippedStudy,
@@ -37,6 +39,7 @@ from var_deploy.files import locked_folder
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, file_sha256, read_manifest
 from var_deploy.progress import Progress
+from var_deploy.spec import TextModelSpec
 
 # Largest difference over the largest magnitude of the expected tensor. fp32: rounding through the
 # depth of the models at hand stays below a tenth of it. fp16: 2^-11 a product, some tens of them.
@@ -117,7 +120,7 @@ def verify_bundle(
 
 def verify_model(
     bundle: Path,
-    model: LoadedModel,
+    model: LoadedModel | LoadedTextModel,
     *,
     own: OwnForward | None = None,
     precision: str | None = None,
@@ -146,9 +149,7 @@ def verify_model(
     tolerances = {name: tolerance(name, more_smooth=manifest.more_smooth) for name in precisions}
     for g, group in enumerate(groups):
         report("PyTorch reference", before * len(precisions) * g)
-        references = [
-            trace_reference(model, manifest, seed, inputs=inputs, own=own) for inputs in group
-        ]
+        references = [reference_of(model, manifest, seed, inputs, own) for inputs in group]
         for i, name in enumerate(precisions):
             graphs = sorted(manifest.graphs[name], key=run_order)
             verifier = GraphVerifier(
@@ -164,7 +165,9 @@ def verify_model(
                 found.setdefault((check.precision, check.graph), []).append(check)
             if name == "int8" and verifier.unfit:
                 study = SkippedStudy(why=f"{verifier.unfit} cannot be run")
-    if "int8" in precisions and study is None:
+    if isinstance(model, LoadedTextModel):
+        study = None  # there is no classifier of prompts
+    elif "int8" in precisions and study is None:
         study = study_samples(
             bundle,
             manifest,
@@ -176,6 +179,7 @@ def verify_model(
     result = VerifyReport(
         checks=tuple(merged(checks) for checks in found.values()),
         labels=tuple(label for inputs in requests for label in inputs.labels),
+        images=len(requests) * manifest.batch,
         seed=seed,
         oracle=own.name if own else "",
         samples=study,
@@ -188,13 +192,16 @@ def verify_model(
 
 def _requests(
     manifest: Manifest, seed: int, images: int, labels: str | Sequence[str | int] | None
-) -> list[GenerationInputs]:
+) -> list[Inputs]:
     """Return the inputs of the generations that are compared, one item per batch."""
-    batches = [
-        generation_inputs(manifest, seed, first) for first in range(0, images, manifest.batch)
-    ]
+    starts = range(0, images, manifest.batch)
+    if manifest.takes_text:
+        if labels is not None:
+            raise UsageError("this bundle takes prompts, not labels: leave --labels out")
+        return [inputs_of(manifest, seed, first) for first in starts]
+    batches = [generation_inputs(manifest, seed, first) for first in starts]
     if labels is None:
-        return batches
+        return [*batches]
     chosen = resolve_labels(labels, manifest.labels, manifest.model.transformer.classes)
     if len(chosen) > len(batches) * manifest.batch:
         raise LabelError(
@@ -208,10 +215,15 @@ def _requests(
 def _trace_bytes(manifest: Manifest) -> int:
     """Estimate the bytes of one batch's reference: logits, and keys and values, which every scale
     stores together with those of the scales before."""
-    spec = manifest.code_model("verify")
+    spec = manifest.model
     t, ends = spec.transformer, spec.prefix_lengths[1:]
     cache = 2 * t.depth * manifest.rows * t.width * (sum(ends) + spec.total_tokens)
-    return 4 * (cache + manifest.batch * spec.total_tokens * spec.tokenizer.vocab_size)
+    if isinstance(spec, TextModelSpec):
+        logits = spec.total_tokens * spec.tokenizer.token_bits
+        cache += 2 * t.depth * manifest.rows * t.width * spec.transformer.text_length
+    else:
+        logits = spec.total_tokens * spec.tokenizer.vocab_size
+    return 4 * (cache + manifest.batch * logits)
 
 
 def model_of_modules(
@@ -268,8 +280,9 @@ def widest_first(manifest: Manifest) -> list[str]:
 def run_order(graph: str) -> tuple[int, str]:
     """Sort key of graphs: the order of a generation, so that the first failure is the first
     cause."""
+    conditions = {names.CONDITION: 0, names.UNCONDITIONAL: 0}
     last = (names.STEP, names.DECODER, names.ENCODER, names.ACCUMULATE)
-    fixed = {names.CONDITION: 0, **{name: 2 + n for n, name in enumerate(last)}}
+    fixed = {**conditions, **{name: 2 + n for n, name in enumerate(last)}}
     return fixed.get(graph, 1), graph
 
 

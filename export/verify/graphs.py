@@ -21,16 +21,11 @@ from var_deploy.export.verify.difference import (
     agreement,
     largest_error,
     norm_error,
-    top_1_agreement,
 )
 from var_deploy.export.verify.graph_runner import GraphRunner, complete_step
-from var_deploy.export.verify.reference import (
-    GenerationInputs,
-    Reference,
-    ScaleTrace,
-    generation_inputs,
-)
+from var_deploy.export.verify.reference import Inputs, Reference, ScaleTrace
 from var_deploy.export.verify.report import LOOP, Check, merged
+from var_deploy.export.verify.requests import inputs_of
 from var_deploy.image.images import psnr
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
@@ -152,7 +147,7 @@ class GraphVerifier:
         name = ref.name
         info = self._manifest.graph(self._precision, name)
         interior: dict[str, tuple[str, ...]] = dict.fromkeys(
-            (names.CONDITION, names.DECODER, names.ACCUMULATE), ()
+            (names.CONDITION, names.UNCONDITIONAL, names.DECODER, names.ACCUMULATE), ()
         )
         interior[names.ENCODER] = (names.LATENT,)
         mass = (names.KEPT_MASS,) if self._manifest.more_smooth else ()
@@ -169,8 +164,8 @@ class GraphVerifier:
         """Check a graph that is the same at every scale."""
         found = _run(runner, reference.graph_inputs(self._manifest, name))
         check = self._blank(name)
-        if name == names.CONDITION:
-            return self._tolerance.condition(check, reference.trace.condition, found)
+        if name in (names.CONDITION, names.UNCONDITIONAL):
+            return self._tolerance.condition(check, reference.condition_of(name), found)
         if name == names.ENCODER:
             return self._tolerance.encoder(check, reference.encoded, found)
         if name == names.ACCUMULATE:
@@ -198,12 +193,13 @@ class GraphVerifier:
             follows = reference.follow(scale, found[names.LOGITS], mass)
             trace = dataclasses.replace(trace, outputs={**trace.outputs, **follows})
         elif differ.any():  # outputs that follow from a token are compared with it forced
-            forced = _run(runner, {**inputs, names.KEEP_MASK: np.ones_like(differ)})
+            every = np.ones_like(inputs[names.KEEP_MASK])
+            forced = _run(runner, {**inputs, names.KEEP_MASK: every})
             found |= {k: forced[k] for k in (names.NEW_F_HAT, names.NEXT_INPUT) if k in found}
         check = dataclasses.replace(
             self._blank(title),
             logits=norm_error(logits, found[names.LOGITS]),
-            top_1=top_1_agreement(logits, found[names.LOGITS]),
+            top_1=reference.top_1(logits, found[names.LOGITS]),
             tokens=agreement(tokens, found[names.TOKENS]),
         )
         return self._tolerance.scale(check, trace, found)
@@ -256,7 +252,7 @@ class GraphVerifier:
         manifest, seed = self._manifest, reference.seed
         for first in range(0, self._tolerance.drawn, manifest.batch):
             keys = numbered(seed, FIRST_DRAWN + first, manifest.batch)
-            inputs = generation_inputs(manifest, seed, FIRST_DRAWN + first, keys)
+            inputs = inputs_of(manifest, seed, FIRST_DRAWN + first, keys)
             image = self._generate(loop, inputs)
             found.append(self._image(check, reference.decode(loop.f_hat()), image))
         worst = min(found, key=lambda check: check.psnr or 0.0)
@@ -264,9 +260,9 @@ class GraphVerifier:
         evaluated = self._tolerance.decoder(worst)
         return evaluated.remarked(f"the worst of {count} that it drew")
 
-    def _generate(self, loop: ScaleLoop, inputs: GenerationInputs) -> Image:
+    def _generate(self, loop: ScaleLoop, inputs: Inputs) -> Image:
         sampling = self._manifest.defaults
-        return loop.run(inputs.labels, inputs.uniforms, sampling, noise=inputs.noise)
+        return loop.run(inputs.conditions, inputs.uniforms, sampling, noise=inputs.noise)
 
     def _image(self, check: Check, expected: Image, found: Image) -> Check:
         """Return `check` with the largest error of a batch, relative to 1, and the lowest PSNR."""

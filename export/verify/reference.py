@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from var_deploy.export.families import export_family_of
 from var_deploy.export.models.sampler import draw, filter_logits, guide, mix_weights
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.models.transformer import Cache, Modulation
+from var_deploy.export.verify.difference import top_1_agreement
 from var_deploy.export.verify.held_modules import OwnForward
 from var_deploy.export.verify.own_trace import as_picture, own_trace
 from var_deploy.labels import class_stride
 from var_deploy.manifest import Manifest
+from var_deploy.runtime.buffers import Conditions
 from var_deploy.sampling import Sampling, call_keys, gumbel, stack_uniforms
 
 Arrays = dict[str, NDArray[Any]]
@@ -65,6 +67,27 @@ class GenerationInputs(NamedTuple):
     uniforms: NDArray[np.float32]
     noise: list[NDArray[np.float32]]
 
+    @property
+    def conditions(self) -> list[int]:
+        """What a scale loop takes."""
+        return self.labels
+
+
+class Inputs(Protocol):
+    """Inputs of a generation of B images, by labels or by prompts."""
+
+    @property
+    def labels(self) -> list[int]: ...
+
+    @property
+    def conditions(self) -> Conditions: ...
+
+    @property
+    def uniforms(self) -> NDArray[np.float32]: ...
+
+    @property
+    def noise(self) -> list[NDArray[np.float32]]: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
@@ -79,7 +102,7 @@ class Reference:
             codes by tensor name, computed with the f_hat and the noise of the reference.
     """
 
-    inputs: GenerationInputs
+    inputs: Inputs
     seed: int
     trace: Trace
     encoded: Arrays
@@ -91,6 +114,27 @@ class Reference:
     def labels(self) -> list[int]:
         """One label per image."""
         return self.inputs.labels
+
+    def condition_of(self, graph: str) -> Arrays:
+        """Return the outputs of a condition graph."""
+        return self.trace.condition
+
+    def top_1(self, expected: NDArray[Any], found: NDArray[Any]) -> str:
+        """How many tokens have the likeliest code that the model gives them, "a/b"."""
+        return top_1_agreement(expected, found)
+
+    def settings(self, manifest: Manifest, scale: int) -> Arrays:
+        """Return the sampling settings of a scale, at which no token is forced."""
+        settings = manifest.defaults.at(scale, manifest.model.scales)
+        tokens = self.trace.scales[scale].outputs[names.TOKENS]
+        return {
+            names.CFG: np.array(settings.guidance),
+            names.TEMPERATURE: np.array(settings.temperature),
+            names.TOP_K: np.array(settings.top_k),
+            names.TOP_P: np.array(settings.top_p),
+            names.KEEP_MASK: np.zeros(tokens.shape, np.bool_),
+            names.KEEP_TOKENS: tokens,
+        }
 
     def graph_inputs(self, manifest: Manifest, graph: str, scale: int = 0) -> Arrays:
         """Return the inputs of a graph; for `step`, those of the static graph of `scale`."""
@@ -105,18 +149,7 @@ class Reference:
         if graph == names.ACCUMULATE:
             drawn = enumerate(self.trace.scales)
             return {names.encoder_tokens(k): s.outputs[names.TOKENS] for k, s in drawn}
-        trace = self.trace.scales[scale]
-        settings = manifest.defaults.at(scale, manifest.model.scales)
-        tokens = trace.outputs[names.TOKENS]
-        return {
-            **trace.inputs,
-            names.CFG: np.array(settings.guidance),
-            names.TEMPERATURE: np.array(settings.temperature),
-            names.TOP_K: np.array(settings.top_k),
-            names.TOP_P: np.array(settings.top_p),
-            names.KEEP_MASK: np.zeros(tokens.shape, np.bool_),
-            names.KEEP_TOKENS: tokens,
-        }
+        return {**self.trace.scales[scale].inputs, **self.settings(manifest, scale)}
 
 
 def trace_reference(

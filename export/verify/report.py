@@ -140,7 +140,9 @@ class VerifyReport:
     """All checks of a verification, in the order in which a generation runs the graphs.
 
     Attributes:
-        labels, seed: of the images that were compared, one label per image.
+        labels, seed: of the images that were compared, one label per image; no labels where they
+            were made of prompts.
+        images: how many were compared; None: one per label.
         oracle: whose forward they were compared with: "" for the PyTorch model of the bundle's
             checkpoint, else the class of the modules that were given.
         samples: what became of many images in int8; None where int8 was not compared.
@@ -155,6 +157,7 @@ class VerifyReport:
     oracle: str = ""
     digest: str = ""
     unstored: str = ""
+    images: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -223,7 +226,7 @@ class VerifyReport:
         """Say what the whole generations of one precision show: that of the layout that agrees
         least."""
         agree, total = min(tuple(map(int, c.tokens.split("/"))) for c in loops)
-        count = len(self.labels)
+        count = len(self.labels) if self.images is None else self.images
         images = "1 image" if count == 1 else f"{count} images"
         whose = f"those of {self.oracle}" if self.oracle else "the PyTorch model's"
         shown = f"{agree} of {total} tokens of {images} equal {whose}"

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from var_deploy.bundle.graph_refs import held_layouts
-from var_deploy.config import AUTO, CPU, CUDA, RuntimeConfig
+from var_deploy.config import AUTO, CPU, CUDA, TENSORRT, TENSORRT_RTX, RuntimeConfig
 from var_deploy.errors import BackendError
 from var_deploy.host.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import Manifest
 from var_deploy.planning import precisions
-from var_deploy.planning.selection import Engines, Facts, Selection, select
+from var_deploy.planning.precisions import cpu_precision, gpu_precision, refuse_int8
+from var_deploy.planning.selection import (
+    ASKED,
+    Engines,
+    Facts,
+    Selection,
+    check_options,
+    select,
+)
 from var_deploy.runtime.backends.cuda import Cuda
 from var_deploy.runtime.backends.protocol import Backend
 from var_deploy.runtime.tensorrt.engine_files import ENGINES, find_target, load_plan
@@ -98,6 +106,55 @@ def choose_backend(
                     raise
                 failed = {**facts.failed, backend: str(error)}
                 facts = dataclasses.replace(facts, failed=failed)
+
+
+def choose_single_graph_backend(
+    held: Collection[str], config: RuntimeConfig, *, cores: int | None = None
+) -> Choice:
+    """Open the backend for a bundle of one graph without engines, such as a text encoder.
+
+    Args:
+        held: precisions that the bundle has.
+        config: the layout is ignored; "auto" takes ONNX Runtime on a GPU where it can, else on the
+            CPU, with the precision that an image bundle would take there.
+        cores: as in `choose_backend`.
+
+    Raises BackendError where a backend that was asked for is missing, or where int8 is computed
+    wrongly here, UsageError for threads out of range or options that exclude each other. The caller
+    closes the backend.
+    """
+    check_threads(config.threads, machine=Machine())
+    check_options(config)
+    if config.backend in (TENSORRT, TENSORRT_RTX):
+        raise BackendError(
+            f"a text encoder has no engines for {config.backend}; take {CUDA} or {CPU} for it"
+        )
+    reason, precision = "", config.precision
+    wants_cpu = config.threads is not None or precision == "int8"
+    if config.backend == CUDA or (config.backend == AUTO and not wants_cpu):
+        try:
+            if config.backend == AUTO and not _has_cuda_provider():
+                raise BackendError("ONNX Runtime here is not built for a GPU")
+            taken = gpu_precision(held, CUDA) if precision == AUTO else precision
+            settings = dataclasses.replace(config, backend=CUDA, precision=taken)
+            selection = Selection(config=settings, reason=ASKED if config.backend == CUDA else "")
+            return _choice(selection, _open_cuda(config.cuda_graph), reads_graphs=True)
+        except BackendError as error:
+            if config.backend == CUDA:
+                raise
+            reason = f"{CUDA}: {error}"
+    from var_deploy.runtime.backends.int8_check import int8_problem
+    from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
+
+    processor = OrtCpuBackend(config.threads or cores or usable_cores())
+    if precision == AUTO:
+        precision = cpu_precision(held)
+    if precision == "int8" and (problem := int8_problem(processor)):
+        if config.precision == "int8" or len(held) == 1:
+            refuse_int8(problem)
+        precision, reason = cpu_precision(held, int8=False), problem
+    settings = dataclasses.replace(config, backend=CPU, precision=precision)
+    return _choice(Selection(config=settings, reason=reason), processor, reads_graphs=True)
 
 
 def facts_here(bundle: Path) -> Facts:

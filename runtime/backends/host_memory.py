@@ -77,3 +77,12 @@ class HostMemory:
         # private pages without a file: the next touch finds zeros (madvise(2))
         advise = ctypes.CDLL(None, use_errno=True).madvise
         advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def trim_heap() -> None:
+    """Return the freed memory of C and C++ libraries to the system, where glibc keeps it.
+
+    A session's weights are freed in pieces of some megabytes, which glibc keeps for the process.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

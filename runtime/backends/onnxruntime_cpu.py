@@ -109,7 +109,12 @@ class OrtCpuBackend(HostMemory):
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
         options.inter_op_num_threads = 1
-        if _share_arena(self._ort):
+        kind = graph.ref.kind
+        if kind == "text_encoder":
+            # released between prompts: all of its memory has to go with the session, and what lies
+            # in the arena of all sessions does not
+            options.enable_cpu_mem_arena = False
+        elif _share_arena(self._ort):
             options.add_session_config_entry("session.use_env_allocators", "1")
         else:
             # one arena per session adds up, and none of them returns memory
@@ -117,7 +122,6 @@ class OrtCpuBackend(HostMemory):
         # A memory pattern is one block for a whole run, laid out as in the first run: in the
         # decoder of a d16 it takes 100 MB more than the arena takes tensor by tensor.
         options.enable_mem_pattern = False
-        kind = graph.ref.kind
         if kind == "step" or (kind == "decoder" and graph.ref.precision == "int8"):
             # Planning which freed buffer may serve again compares every two open shapes: 0.45 s of
             # the 0.55 s that opening pocket's `step` took. The arena reuses buffers at run time

@@ -15,17 +15,24 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from var_deploy import names
-from var_deploy.bundle.graph_refs import GraphRef, graph_ref
+from var_deploy.bundle.graph_refs import GraphRef
 from var_deploy.bundle.interfaces import Tensor
 from var_deploy.bundle.json_values import shown
 from var_deploy.bundle.onnx_file import MAX_BYTES, inspect_onnx, relocate
 from var_deploy.errors import BundleChangedError, BundleError
 from var_deploy.files.held_files import HeldFile
-from var_deploy.manifest import Manifest, TensorInfo, hold_file, read_manifest
+from var_deploy.manifest import ListedFiles, TensorInfo, hold_file, read_manifest
 
 DESCRIPTORS = "/proc/self/fd"
+
+
+class ManifestReader(Protocol):
+    """Reads the manifest in a folder, whose descriptor may be given; see `read_manifest`."""
+
+    def __call__(self, bundle: Path, *, folder: int | None = None) -> ListedFiles: ...
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,20 @@ class BundleFiles:
     Args:
         hashes: read every file once and compare its hash; without, sizes are compared. Either way
             all files lie in the folder that holds this very manifest.
+        read: reads the manifest of this kind of bundle again, as `read_manifest` does.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, precision: str, *, hashes: bool = True
+        self,
+        bundle: Path,
+        manifest: ListedFiles,
+        precision: str,
+        *,
+        hashes: bool = True,
+        read: ManifestReader = read_manifest,
     ) -> None:
         self._bundle, self._manifest, self._precision = bundle, manifest, precision
-        self._hashes = hashes
+        self._hashes, self._read_manifest = hashes, read
         self._weights: HeldFile | None = None
         self._graphs: dict[str, bytes] = {}
         self._digests: dict[str, str] = {}
@@ -108,7 +122,7 @@ class BundleFiles:
         """Return a graph to open; nothing is read yet. Raises BundleError where the bundle lacks
         it."""
         file = self._manifest.graph(self._precision, name).file
-        ref = graph_ref(self._manifest.model, self._precision, name)
+        ref = self._manifest.graph_ref(self._precision, name)
         return GraphFile(self._bundle / file, ref, self)
 
     def checked(self) -> tuple[HeldFile, Collection[bytes]]:
@@ -198,7 +212,7 @@ class BundleFiles:
             if self._weights is not None and not self._weights.at_path():
                 return True
         try:
-            return read_manifest(self._bundle).digest() != self._manifest.digest()
+            return self._read_manifest(self._bundle).digest() != self._manifest.digest()
         except BundleError:
             return True
 
@@ -278,7 +292,7 @@ class BundleFiles:
         weights.identity = found[1]
 
     def _digest_in(self, folder: int) -> str:
-        return read_manifest(self._bundle, folder=folder).digest()
+        return self._read_manifest(self._bundle, folder=folder).digest()
 
     def _changed(self) -> BundleChangedError:
         if self._loaded:

@@ -85,13 +85,7 @@ def parse_manifest(data: Value) -> Manifest:
     more_smooth = "more_smooth" in members and members["more_smooth"].flag()
     if guidance and not model.transformer.guidable:
         raise DamagedError("guidance is true, expected false of a model without classes")
-    files = {
-        _normal(name): FileInfo(
-            size=info.member("size").whole(0, MAX_FILE_BYTES),
-            sha256=info.member("sha256").text(SHA256, "64 hexadecimal digits"),
-        )
-        for name, info in data.member("files").members(MAX_FILES).items()
-    }
+    files = files_of(data.member("files"))
     graphs = {}
     for precision, listed in data.member("graphs").members().items():
         if precision not in PRECISIONS:
@@ -274,14 +268,25 @@ def _graphs(
                 raise DamagedError(f"it has no hash of {needed}")
         graphs[name] = GraphInfo(
             file=expected,
-            inputs=_tensors(given.member("inputs"), interfaces.inputs(name)),
-            outputs=_tensors(given.member("outputs"), interfaces.outputs(name)),
+            inputs=tensors_of(given.member("inputs"), interfaces.inputs(name)),
+            outputs=tensors_of(given.member("outputs"), interfaces.outputs(name)),
             weight_bytes=given.member("weight_bytes").whole(0, files[weights].size),
         )
     return graphs
 
 
-def _tensors(data: Value, expected: list[Tensor]) -> tuple[TensorInfo, ...]:
+def files_of(data: Value) -> dict[str, FileInfo]:
+    """Parse path → size and hash. Raises LeavesError for a path that leads out of the bundle."""
+    return {
+        _normal(name): FileInfo(
+            size=info.member("size").whole(0, MAX_FILE_BYTES),
+            sha256=info.member("sha256").text(SHA256, "64 hexadecimal digits"),
+        )
+        for name, info in data.members(MAX_FILES).items()
+    }
+
+
+def tensors_of(data: Value, expected: list[Tensor]) -> tuple[TensorInfo, ...]:
     """Parse the listed tensors, in any order, which must be the expected ones."""
     usual = [{"name": name, "dtype": kind, "shape": list(shape)} for name, kind, shape in expected]
     if data.raw == usual:  # as the exporter writes it: nothing to tell

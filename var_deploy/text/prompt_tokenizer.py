@@ -30,7 +30,7 @@ class TokenizedPrompt:
     """The tokens of one prompt.
 
     Attributes:
-        ids: [S] int64; positions from `length` on hold 0.
+        ids: [S] int64, S being the tokens that were asked for; positions from `length` on hold 0.
         mask: [S] bool, True for the first `length` positions.
         length: tokens that are used, `</s>` included: at least 1, at most S.
         tokens: tokens of the whole prompt, `</s>` included.
@@ -86,10 +86,10 @@ class PromptTokenizer:
                 f"only {vocab_size} tokens: they do not belong together"
             )
 
-    def __call__(self, prompt: str) -> TokenizedPrompt:
+    def __call__(self, prompt: str, length: int | None = None) -> TokenizedPrompt:
         """Tokenize one prompt, of any script and possibly empty.
 
-        Raises UsageError for text of more than MAX_CHARACTERS or with half a surrogate pair.
+        `length` (at least 1) takes the place of the tokenizer's own. Raises UsageError for text of more than MAX_CHARACTERS or with half a surrogate pair.
         """
         check_prompt(prompt)
         try:
@@ -97,8 +97,9 @@ class PromptTokenizer:
         except BaseException as error:
             raise _refused(error) from None
         found: list[int] = encoded.ids
-        length = min(len(found), self.length)
-        ids = np.full(self.length, PADDING, np.int64)
+        most = self.length if length is None else length
+        length = min(len(found), most)
+        ids = np.full(most, PADDING, np.int64)
         ids[:length] = found[:length]
         ids[length - 1] = self._end
         truncation = ""
@@ -106,12 +107,12 @@ class PromptTokenizer:
             # offsets count the characters of the prompt as it was given
             kept = prompt[: encoded.offsets[length - 2][1]] if length > 1 else ""
             truncation = (
-                f"the prompt has {len(found)} tokens, this bundle takes {self.length}: it ends at "
+                f"the prompt has {len(found)} tokens, this bundle takes {most}: it ends at "
                 f"'{_ending(kept)}'"
             )
         return TokenizedPrompt(
             ids=ids,
-            mask=np.arange(self.length) < length,
+            mask=np.arange(most) < length,
             length=length,
             tokens=len(found),
             truncation=truncation,
