@@ -1,5 +1,5 @@
-"""The reference of `verify` for text-to-image models: generates with the PyTorch modules and records
-the inputs and outputs of every graph.
+"""The reference of `verify` for text-to-image models: generates with the PyTorch modules and
+records the inputs and outputs of every graph.
 
 As in `verify/reference.py` the loop over the scales is written once more, and shares nothing with
 the graphs and the runtime. Channels of queries and keys are permuted in the graphs (see

@@ -148,8 +148,12 @@ def test_ctrl_c_right_after_the_exchange(
     done("inspect", bundle)
 
 
+# a signal that the tests' own parent ignores, as nohup does, would be ignored here too
 HALF_WAY = """
-import sys, time
+import signal, sys, time
+for name in ("SIGHUP", "SIGTERM"):
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 import torch; torch.set_num_threads(1)
 from var_deploy.cli import main
 from var_deploy.export.graphs import weights_bin

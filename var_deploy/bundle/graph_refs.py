@@ -15,11 +15,15 @@ from var_deploy.config import LAYOUTS, Layout
 from var_deploy.spec import ModelSpec, NextScaleSpec, TextModelSpec
 
 Kind = Literal[
-<<<<<<< HEAD
-    "condition", "unconditional", "scale", "step", "decoder", "encoder", "accumulate", "other"
-=======
-    "condition", "scale", "step", "decoder", "encoder", "accumulate", "text_encoder", "other"
->>>>>>> text
+    "condition",
+    "unconditional",
+    "scale",
+    "step",
+    "decoder",
+    "encoder",
+    "accumulate",
+    "text_encoder",
+    "other",
 ]
 
 
