@@ -40,9 +40,9 @@ def copy_checkout(folder: Path) -> Path:
 
 def fresh_environment(folder: Path) -> dict[str, str]:
     """Variables of a shell that finds the system's programs, and none of this environment."""
-    own = Path(sys.executable).parent
+    own = os.path.realpath(Path(sys.executable).parent)  # which others may name in another way
     path = [str(folder / ".bin")]
-    path += [p for p in os.environ["PATH"].split(os.pathsep) if p and Path(p) != own]
+    path += [p for p in os.environ["PATH"].split(os.pathsep) if p and os.path.realpath(p) != own]
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
     return {
         **kept,

@@ -6,6 +6,7 @@ lie beside the repository, where they are at hand at all.
 
 from __future__ import annotations
 
+import gzip
 import json
 import zlib
 from collections.abc import Collection, Mapping
@@ -21,8 +22,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from var_deploy.export.checkpoint.infinity_keys import tokenizer_names, transformer_names
+from var_deploy.export.checkpoint.text_model import (
+    LoadedTextModel,
+    assemble_text,
+    build_text_modules,
+    empty_text_modules,
+)
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.infinity import InfinityTransformer
+from var_deploy.scale_lists import ScaleList
 from var_deploy.spec import BitTokenizerSpec, TextModelSpec, TextTransformerSpec
 
 OWN = Path(__file__).parent / "golden-infinity"
@@ -68,15 +76,19 @@ class Case:
         """Arrays `prefix.0` … of all scales."""
         return [self.golden[f"{prefix}.{k}"] for k in range(self.spec.scales)]
 
+    def model(self) -> LoadedTextModel:
+        """The case as a model that can be exported."""
+        scales = ScaleList(
+            resolution="",
+            aspect="",
+            grids=self.spec.grids,
+            rope_grid=self.spec.transformer.rope_grid,
+        )
+        return assemble_text(self.spec, self.tokenizer, self.transformer, scales=scales)
+
     def modules(self) -> tuple[BitTokenizer, InfinityTransformer]:
         """The reference modules with the weights of the case."""
-        with torch.device("meta"):
-            modules = BitTokenizer(self.spec.tokenizer), InfinityTransformer(self.spec)
-        for module, weights in zip(modules, (self.tokenizer, self.transformer), strict=True):
-            state = {key: torch.from_numpy(array) for key, array in weights.arrays.items()}
-            module.load_state_dict(state, strict=True, assign=True)
-            module.eval().requires_grad_(False)
-        return modules
+        return build_text_modules(self.model())
 
 
 def spec_of(config: Mapping[str, Any]) -> TextModelSpec:
@@ -125,9 +137,7 @@ def load_case(folder: Path) -> Case:
         }
     else:
         description = {"golden_seed": config["seed"]}
-        with torch.device("meta"):
-            modules = InfinityTransformer(spec), BitTokenizer(spec.tokenizer)
-        read, read_tokenizer = (seeded(module, config) for module in modules)
+        read_tokenizer, read = (seeded(module, config) for module in empty_text_modules(spec))
     with np.load(folder / "golden.npz") as arrays:
         golden = dict(arrays)
     return Case(
@@ -138,6 +148,42 @@ def load_case(folder: Path) -> Case:
         tokenizer=Weights(read_tokenizer, description),
         golden=golden,
     )
+
+
+def published_states(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The state dicts of transformer and tokenizer as they were published: names, buffers."""
+    chunk = case.config["depth"] // case.config["block_chunks"]
+    states = tuple(
+        {published(key, chunk): torch.from_numpy(array) for key, array in weights.arrays.items()}
+        for weights in (case.transformer, case.tokenizer)
+    )
+    powers = 2 ** torch.arange(case.spec.tokenizer.bits).flip(0)
+    states[1].update({"quantizer.lfq.mask": powers, "quantize.lfq.mask": powers})
+    return states[0], states[1]
+
+
+# preset → names in the listing of released files
+MODELS = {
+    "infinity-125m": ("infinity_layer12", "infinity_vae_d16"),
+    "infinity-1b": ("infinity_layer24", "infinity_vae_d32"),
+    "infinity-2b": ("infinity_2b", "infinity_vae_d32"),
+    "infinity-8b": ("infinity_8b", "infinity_vae_d56_f8_14_patchify"),
+    "infinity-8b-512": ("infinity_8b", "infinity_vae_d56_f8_14_patchify"),
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def official(name: str) -> Shapes:
+    """Names and shapes of a released file."""
+    listing = json.loads(gzip.decompress((OWN / "official_state_dicts.json.gz").read_bytes()))
+    return {key: tuple(shape) for key, (shape, _) in listing[name].items()}
+
+
+def renamed(shapes: Shapes, names: dict[str, str]) -> Shapes:
+    """Shapes under our names."""
+    found = {ours: shapes[theirs] for theirs, ours in names.items()}
+    assert len(found) == len(names), "two names became one"
+    return found
 
 
 # the rule of weights

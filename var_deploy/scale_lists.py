@@ -80,7 +80,8 @@ def scale_list(resolution: str, aspect: str = "1:1") -> ScaleList:
     """
     if resolution not in RESOLUTIONS:
         raise UsageError(
-            f"resolution must be one of {', '.join(RESOLUTIONS)}, found {resolution!r}"
+            f"resolution must be one of {', '.join(RESOLUTIONS)}, or WxH in pixels, "
+            f"found {resolution!r}"
         )
     ratio = _ratio(aspect)
     for name in aspects():
@@ -113,6 +114,23 @@ def nearest(height: int, width: int) -> ScaleList:
     return min(lists, key=lambda found: abs(math.log(math.prod(found.image_size)) - wanted))
 
 
+def parse_scales(resolution: str, aspect: str | None = None) -> ScaleList:
+    """Return the list that a user asks for: a name of RESOLUTIONS and an aspect W:H (1:1 where it
+    is None), or a size WxH in pixels, whose nearest list is taken.
+
+    Raises UsageError for what is neither, and for an aspect beside a size.
+    """
+    width, cross, height = resolution.partition("x")
+    if not (cross and _is_number(width) and _is_number(height)):
+        return scale_list(resolution, aspect or "1:1")
+    if aspect is not None:
+        raise UsageError(
+            f"the size {resolution} has an aspect of its own; give --aspect with a resolution "
+            f"({', '.join(RESOLUTIONS)})"
+        )
+    return nearest(int(height), int(width))
+
+
 def with_scales(spec: TextModelSpec, scales: ScaleList, text_length: int) -> TextModelSpec:
     """Return the sizes of a model for another list of scales and another text length.
 
@@ -129,11 +147,14 @@ def with_scales(spec: TextModelSpec, scales: ScaleList, text_length: int) -> Tex
 def _ratio(aspect: str) -> Fraction:
     """Return width over height of an aspect W:H."""
     width, colon, height = aspect.partition(":")
-    if not (colon and width.isascii() and width.isdigit() and height.isascii()) or (
-        not height.isdigit() or len(aspect) > 16 or not int(width) or not int(height)
-    ):
+    numbers = colon and _is_number(width) and _is_number(height)
+    if not numbers or not int(width) or not int(height):
         raise UsageError(f"aspect must be W:H, such as 4:3 for a wide image, found {aspect!r}")
     return Fraction(int(width), int(height))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 6
 
 
 def _nearest_aspect(height_over_width: float) -> str:

@@ -87,7 +87,7 @@ class _Complete:
         self._source = source
         self._shapes = _shapes(module)
         self._derived = frozenset(key for key in self._shapes if _is_derived(key))
-        self._scale_lengths = [side * side for side in _patch_nums(module)]
+        self._module = module
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -105,16 +105,20 @@ class _Complete:
     def read(self, key: str) -> NDArray[Any]:
         if key not in self._derived:
             return self._source.read(key)
-        levels: NDArray[np.int64] = np.repeat(
-            np.arange(len(self._scale_lengths)), self._scale_lengths
-        )
         if key == "lvl_1L":
-            return levels[None]
+            return self._levels()[None]
         if key == "attn_bias_for_masking":
+            levels = self._levels()
             visible = levels[:, None] >= levels[None, :]
             bias: NDArray[np.float32] = np.where(visible, np.float32(0), np.float32(-np.inf))
             return bias[None, None]
         return np.zeros(self._shapes[key], np.float32)
+
+    def _levels(self) -> NDArray[np.int64]:
+        """Return the scale of each token [T]."""
+        lengths = [side * side for side in _patch_nums(self._module)]
+        levels: NDArray[np.int64] = np.repeat(np.arange(len(lengths)), lengths)
+        return levels
 
 
 def load_model(
@@ -191,7 +195,7 @@ def load_model(
 
 def random_model(spec: ModelSpec, seed: int, **named: Any) -> LoadedModel:
     """Return a model of any sizes with random weights; `named` as in `assemble`."""
-    drawn = (RandomWeights(_weight_shapes(module), seed) for module in empty_modules(spec))
+    drawn = (RandomWeights(weight_shapes(module), seed) for module in empty_modules(spec))
     return assemble(spec, *drawn, **named)
 
 
@@ -209,17 +213,24 @@ def assemble(
     Raises CheckpointError as `check_state` does.
     """
     tokenizer_module, transformer_module = empty_modules(spec)
-    what = f"preset {preset}" if preset else "the sizes found in it"
-    for source, module in ((tokenizer, tokenizer_module), (transformer, transformer_module)):
-        _check_fit(source, _shapes(module), _derived_keys(module), what)
     return LoadedModel(
         spec=spec,
         preset=preset,
-        tokenizer=_Complete(tokenizer, tokenizer_module),
-        transformer=_Complete(transformer, transformer_module),
+        tokenizer=fitted(tokenizer, tokenizer_module, preset),
+        transformer=fitted(transformer, transformer_module, preset),
         labels=labels,
         defaults=defaults or default_sampling(spec),
     )
+
+
+def fitted(source: WeightSource, module: nn.Module, preset: str = "") -> WeightSource:
+    """Return a source with exactly a module's keys and shapes; derived buffers are computed.
+
+    Raises CheckpointError as `check_state` does.
+    """
+    what = f"preset {preset}" if preset else "the sizes found in it"
+    _check_fit(source, _shapes(module), _derived_keys(module), what)
+    return _Complete(source, module)
 
 
 def as_loaded_model(
@@ -377,7 +388,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
 
 
-def _weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes of a module's tensors that are not derived from its sizes."""
     return {key: shape for key, shape in _shapes(module).items() if not _is_derived(key)}
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,28 +18,73 @@ import torch
 from numpy.typing import NDArray
 
 from var_deploy.errors import CheckpointError
-from var_deploy.export.checkpoint.formats import Contents, check_names, open_contents, shown
+from var_deploy.export.checkpoint.formats import Contents, check_names, shown
+from var_deploy.export.checkpoint.infinity_keys import tokenizer_names, transformer_names
 from var_deploy.export.checkpoint.mapped_file import StoredTensor
 from var_deploy.export.checkpoint.pickled_names import MAX_DIMENSIONS
+from var_deploy.export.checkpoint.shards import open_stored, stored_sha256
 from var_deploy.export.families import EXPORT_FAMILIES
-from var_deploy.manifest import file_sha256
 
 Part = Literal["transformer", "tokenizer"]
 OTHER: Mapping[Part, Part] = {"transformer": "tokenizer", "tokenizer": "transformer"}
 
-# keys that only this part has; two of them make a mapping this part, so that a checkpoint which
-# lacks one is still recognised, and the one is reported as missing
-MARKS: Mapping[Part, tuple[str, ...]] = {
-    "transformer": tuple(mark for family in EXPORT_FAMILIES.values() for mark in family.marks),
-    "tokenizer": (
-        "post_quant_conv.weight",
-        "quant_conv.weight",
-        "quantize.embedding.weight",
-        "quantize.embedding.0.weight",
-        "encoder.conv_in.weight",
-        "decoder.conv_out.weight",
-    ),
-}
+Names = Callable[[Collection[str]], Mapping[str, str]]
+
+
+def _unchanged(keys: Collection[str]) -> Mapping[str, str]:
+    return {key: key for key in keys}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateForm:
+    """How the state dicts of one kind of model are told, and named.
+
+    Attributes:
+        title: the kind, for messages.
+        marks: keys that only this part has. Two of them make a mapping this part, so that a
+            checkpoint which lacks one is still recognised, and the one is reported as missing.
+        names: maps a part's stored names to ours; names that are left out are not used.
+        usual_key: where the part is taken from where a file holds it several times.
+    """
+
+    title: str
+    marks: Mapping[Part, tuple[str, ...]]
+    names: Mapping[Part, Names]
+    usual_key: Mapping[Part, str]
+
+
+VAR_STATE = StateForm(
+    title="VAR",
+    marks={
+        "transformer": tuple(mark for family in EXPORT_FAMILIES.values() for mark in family.marks),
+        "tokenizer": (
+            "post_quant_conv.weight",
+            "quant_conv.weight",
+            "quantize.embedding.weight",
+            "quantize.embedding.0.weight",
+            "encoder.conv_in.weight",
+            "decoder.conv_out.weight",
+        ),
+    },
+    names={"transformer": _unchanged, "tokenizer": _unchanged},
+    usual_key={},
+)
+INFINITY_STATE = StateForm(
+    title="Infinity",
+    marks={
+        "transformer": (
+            *("cfg_uncond", "text_norm.weight", "text_proj_for_sos.ca.mat_q"),
+            *("text_proj_for_ca.0.weight", "text_proj_for_ca.2.weight"),
+        ),
+        "tokenizer": (
+            *("encoder.conv_in.conv.weight", "decoder.conv_out.conv.weight"),
+            *("encoder.conv_in.weight", "decoder.conv_out.weight"),
+        ),
+    },
+    names={"transformer": transformer_names, "tokenizer": tokenizer_names},
+    # what the published loader reads, beside what the training needs to go on
+    usual_key={"tokenizer": "vae"},
+)
 # prefixes that torch.compile and the parallel wrappers put before the names of wrapped modules
 WRAPPERS = re.compile(r"(?<=\.)(?:_orig_mod|module|_fsdp_wrapped_module)\.")
 KEY_OPTION: Mapping[Part, str] = {"transformer": "--key", "tokenizer": "--tokenizer-key"}
@@ -98,7 +144,7 @@ class _CheckpointFile:
     @cached_property
     def description(self) -> Mapping[str, Any]:
         nested = {"key": self._location} if self._location else {}
-        return {"file": self._path.name, **nested, "sha256": file_sha256(self._path)}
+        return {"file": self._path.name, **nested, "sha256": stored_sha256(self._path)}
 
     def __str__(self) -> str:
         return str(self._path)
@@ -117,24 +163,29 @@ class _CheckpointFile:
 
 
 def open_checkpoint(
-    path: Path, part: Part, key: str | None = None, default_key: str | None = None
+    path: Path,
+    part: Part,
+    key: str | None = None,
+    default_key: str | None = None,
+    form: StateForm = VAR_STATE,
 ) -> WeightSource:
     """Open a released or a training checkpoint and find the weights of `part` in it.
 
     Weights may lie under any keys (`{"trainer": {"var_wo_ddp": …}}`) and any prefix (`module.`).
-    The file is mapped, not read.
+    The file, or the folder of shards with their index, is mapped, not read.
 
     Args:
         key: where they lie, "." for the top level; the beginning of a place is enough where it is
             the only one that begins so.
         default_key: which one to take where the file holds several and `key` is not given.
+        form: of which kind of model.
 
     Raises CheckpointError for a file that is missing, damaged, wants to run code on loading, is no
     checkpoint, holds `part` not at all, more than once, or not at `key`, or holds it in tensors
     that are not dense and real.
     """
-    contents = open_contents(path)
-    entries = _Entries(path, contents)
+    contents = open_stored(path)
+    entries = _Entries(path, contents, form)
     found = dict(entries.find(part))
     if not found:
         if dict(entries.find(OTHER[part])):
@@ -142,28 +193,58 @@ def open_checkpoint(
                 f"{path} holds a {OTHER[part]}, expected a {part}: "
                 "were --checkpoint and --tokenizer swapped?"
             )
-        raise CheckpointError(
-            f"{path} holds no VAR {part}: no keys like {' and '.join(MARKS[part][:2])} in it"
-        )
-    location = _choose(path, part, sorted(found), key, default_key)
-    tensors = {name: contents.tensor(name, said) for name, said in found[location].items()}
+        marks = " and ".join(form.marks[part][:2])
+        raise CheckpointError(f"{path} holds no {form.title} {part}: no keys like {marks} in it")
+    usual = default_key or form.usual_key.get(part)
+    location = _choose(path, part, sorted(found), key, usual)
+    said = _renamed(path, found[location], form.names[part])
+    tensors = {ours: contents.tensor(stored, leaf) for ours, (stored, leaf) in said.items()}
     check_tensors(path, tensors)
     return _CheckpointFile(path, location, tensors)
 
 
-def parts_of(path: Path) -> list[Part]:
+def _renamed(path: Path, tensors: Mapping[str, Any], names: Names) -> Mapping[str, tuple[str, Any]]:
+    """Return (stored name, tensor) by our names. Raises CheckpointError where two become one."""
+    try:
+        found = names(tensors.keys())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    renamed: dict[str, tuple[str, Any]] = {}
+    for stored, ours in found.items():
+        if ours in renamed:
+            raise CheckpointError(
+                f"{path} holds {ours} twice, as {renamed[ours][0]} and as {stored}"
+            )
+        renamed[ours] = (stored, tensors[stored])
+    return renamed
+
+
+def parts_of(path: Path, form: StateForm = VAR_STATE) -> list[Part]:
     """Return which parts (transformer, tokenizer) a file holds, the transformer first.
 
     Raises CheckpointError for a file that is missing, damaged, no checkpoint, or holds neither.
     """
-    entries = _Entries(path, open_contents(path))
-    found = [part for part in OTHER if next(entries.find(part), None) is not None]
+    found = _parts(path, open_stored(path), form)
     if not found:
-        marks = " or ".join(MARKS[part][0] for part in OTHER)
+        marks = " or ".join(form.marks[part][0] for part in OTHER)
         raise CheckpointError(
-            f"{path} holds neither a VAR transformer nor a tokenizer: no keys like {marks} in it"
+            f"{path} holds neither a {form.title} transformer nor a tokenizer: no keys like "
+            f"{marks} in it"
         )
     return found
+
+
+def holds_text_model(path: Path) -> bool:
+    """Return whether a file, or a folder of shards, holds the transformer of a text-to-image model.
+
+    Raises CheckpointError for a file that is missing, damaged or no checkpoint.
+    """
+    return "transformer" in _parts(path, open_stored(path), INFINITY_STATE)
+
+
+def _parts(path: Path, contents: Contents, form: StateForm) -> list[Part]:
+    entries = _Entries(path, contents, form)
+    return [part for part in OTHER if next(entries.find(part), None) is not None]
 
 
 def _choose(
@@ -229,8 +310,8 @@ class _Entries:
     The bound also ends the walk through a dict that holds itself, or the same dict many times.
     """
 
-    def __init__(self, path: Path, contents: Contents) -> None:
-        self._path, self._contents = path, contents
+    def __init__(self, path: Path, contents: Contents, form: StateForm = VAR_STATE) -> None:
+        self._path, self._contents, self._marks = path, contents, form.marks
         self._seen = 0
 
     def find(self, part: Part) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -253,8 +334,8 @@ class _Entries:
         check_names(self._path, self._seen)
         is_tensor = self._contents.is_tensor
         tensors = {self._name(key): value for key, value in node.items() if is_tensor(value)}
-        prefixes = _prefixes(tensors, part)
-        foreign = [p for p in (*prefixes, *_prefixes(tensors, OTHER[part])) if p]
+        prefixes = _prefixes(tensors, self._marks[part])
+        foreign = [p for p in (*prefixes, *_prefixes(tensors, self._marks[OTHER[part]])) if p]
         for prefix in prefixes:
             others = tuple(p for p in foreign if p != prefix and p.startswith(prefix))
             yield (
@@ -293,10 +374,10 @@ class _Entries:
         return plain
 
 
-def _prefixes(keys: Collection[str], part: Part) -> list[str]:
-    """Return the prefixes under which at least two marks of the part appear."""
+def _prefixes(keys: Collection[str], marks: tuple[str, ...]) -> list[str]:
+    """Return the prefixes under which at least two marks of a part appear."""
     hits: Counter[str] = Counter()
-    for mark in MARKS[part]:
+    for mark in marks:
         dotted = "." + mark
         hits.update(
             key[: len(key) - len(mark)] for key in keys if key.endswith(dotted) or key == mark

@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 from var_deploy.errors import CheckpointError
 
-CHUNKED = re.compile(r"block_chunks\.(\d{1,4})\.module\.(\d{1,4})\.", re.ASCII)
+# `module` may have been taken for the name of a parallel wrapper, and removed
+CHUNKED = re.compile(r"block_chunks\.(\d{1,4})\.(?:module\.)?(\d{1,4})\.", re.ASCII)
 WRAPPED = re.compile(
     r"(?<=\.)(conv_in|conv_out|conv[12]|nin_shortcut|(?:down|up)sample\.conv|norm_out|norm[12])"
     r"\.(?:conv|norm)(?=\.(?:weight|bias)$)"

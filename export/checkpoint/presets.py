@@ -10,6 +10,7 @@ from typing import Literal
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint import hub
+from var_deploy.export.checkpoint.shards import read_index
 from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
 from var_deploy.labels import imagenet
 from var_deploy.sampling import Sampling
@@ -25,6 +26,7 @@ from var_deploy.spec import (
 
 RELEASED_REPO = "FoundationVision/var"
 INFINITY_REPO = "FoundationVision/Infinity"
+SHARD_INDEX = "model.safetensors.index.json"
 POCKET_FOLDER = Path(__file__).parents[1] / "pocket"
 
 
@@ -259,3 +261,25 @@ def own_file(
             f"train it with `make train`, or give a file with {option}"
         )
     return path
+
+
+def own_text_file(
+    preset: TextPreset,
+    part: Literal["transformer", "tokenizer"],
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Return the path of a text-to-image preset's file, or of its folder of shards, fetched unless
+    it is on this machine. Raises CheckpointError."""
+    option = "--tokenizer" if part == "tokenizer" else "--checkpoint"
+    name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
+    if not name:
+        raise CheckpointError(
+            f"the {part} of this preset was not released; give a file with {option}, or "
+            "--random-weights SEED"
+        )
+    if Path(name).suffix:
+        return hub.fetch(preset.repo, name, progress, option=option)
+    index = hub.fetch(preset.repo, f"{name}/{SHARD_INDEX}", progress, option=option)
+    for shard in dict.fromkeys(read_index(index).values()):
+        hub.fetch(preset.repo, f"{name}/{shard}", progress, option=option)
+    return index.parent

@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy.sampling import check_seed
+from var_deploy.spec import TextModelSpec
 
 LOGIT_STD = 2.5
 T5_QUERY_GAIN = 0.125  # T5 divides no scores, and 64, the width of its heads, would make them 8
+BIT_LOGIT_STD = 1.0  # of each of the two logits of a bit: some bits are open, most are not
+POOL_SPREAD = 1.5  # queries that are drawn to a few of the text tokens, not to all alike
 PIXEL_GAIN = 0.6  # SiLU leaves an rms of 0.6, so pixels spread by about 0.36 in [-1, 1]
 GAMMA = 0.5  # mean of the residual gates; 72 of them (36 blocks) lead to an rms of about 3
 MODULATION_GAIN = 0.3
@@ -28,10 +31,17 @@ class RandomWeights:
     """A weight source that generates every tensor when it is read, and stores none.
 
     A tensor depends on its key, its shape and the seed alone (Philox4x64, Salmon et al., SC 2011).
+    `spreads` has the standard deviations of keys that are not those of a VAR.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        seed: int,
+        spreads: Mapping[str, float] | None = None,
+    ) -> None:
         self._shapes, self._seed = dict(shapes), check_seed(seed)
+        self._spreads = spreads or {}
 
     @property
     def description(self) -> Mapping[str, Any]:
@@ -51,9 +61,24 @@ class RandomWeights:
         stream = np.array([zlib.crc32(key.encode()), self._seed], np.uint64)
         rng = np.random.Generator(np.random.Philox(key=stream))
         values = rng.standard_normal(shape, dtype=np.float32)
-        values *= np.float32(_spread(key, shape))  # in place: a second copy may not fit
+        spread = self._spreads.get(key, _spread(key, shape))
+        values *= np.float32(spread)  # in place: a second copy may not fit
         _centre(key, values)
         return values
+
+
+def infinity_spreads(spec: TextModelSpec) -> dict[str, float]:
+    """Return the standard deviations of the tensors that Infinity has and VAR has not, or has in
+    another form."""
+    width, bits = spec.transformer.width, spec.tokenizer.bits
+    # f_hat is a sum over the scales of codes ±1/√d, and the level embedding has 0.5
+    embedded = (bits / spec.tokenizer.token_bits) ** 0.5
+    return {
+        "cfg_uncond": 1.0,
+        "text_proj_for_sos.ca.mat_q": POOL_SPREAD,
+        "word_embed.weight": embedded,
+        "head.weight": BIT_LOGIT_STD * float(width**-0.5),
+    }
 
 
 def _spread(key: str, shape: tuple[int, ...]) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -13,20 +11,22 @@ from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint.files import WeightSource
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
 from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.checkpoint.state_shapes import (
+    MAX_DEPTH,
+    MAX_SCALES,
+    autoencoder_sizes,
+    count,
+    has,
+    listed,
+    size,
+)
 from var_deploy.export.families import EXPORT_FAMILIES, ExportFamily
 from var_deploy.families import FAMILIES
 from var_deploy.spec import ModelSpec, TokenizerSpec, TransformerSpec
 
 CODEBOOK_PER_SCALE = "quantize.embedding.0.weight"
 
-# Far beyond the models there are (36 blocks, 10 scales, 2240 tokens, 5 levels of 2 blocks), and
-# small enough that a model of names alone costs nothing.
-MAX_DEPTH = 256
-MAX_SCALES = 64
-MAX_TOKENS = 1 << 14
-MAX_LEVELS = 8
-MAX_RES_BLOCKS = 16
-MAX_SIZE = 1 << 24  # of any other dimension
+MAX_TOKENS = 1 << 14  # far beyond the 2240 of the largest model
 
 
 def recognise(
@@ -55,7 +55,7 @@ def recognise(
     patch_nums = _patch_nums(transformer, family, hints.patch_nums, fallback.patch_nums)
     tokenizer_spec = _tokenizer(tokenizer, patch_nums)
     _check_fit(tokenizer, transformer, family, tokenizer_spec)
-    own = family.own_sizes(partial(_has, transformer), partial(_size, transformer))
+    own = family.own_sizes(partial(has, transformer), partial(size, transformer))
     if FAMILIES[family.name].conditional and own["classes"] < 1:
         raise CheckpointError(
             f"{transformer}: class_emb.weight has {own['classes'] + 1} row, expected one per class "
@@ -66,10 +66,10 @@ def recognise(
             tokenizer=tokenizer_spec,
             transformer=TransformerSpec(
                 family=family.name,
-                depth=_count(transformer, r"blocks\.(\d+)\.", "blocks", MAX_DEPTH),
-                width=_size(transformer, family.start_key, 2, rank=3),
+                depth=count(transformer, r"blocks\.(\d+)\.", "blocks", MAX_DEPTH),
+                width=size(transformer, family.start_key, 2, rank=3),
                 heads=head_count,
-                ffn_width=_size(transformer, "blocks.0.ffn.fc1.weight", 0),
+                ffn_width=size(transformer, "blocks.0.ffn.fc1.weight", 0),
                 **own,
             ),
         )
@@ -82,12 +82,12 @@ def recognise(
 def _family(transformer: WeightSource) -> ExportFamily:
     """Return the family most of whose keys are in the state dict."""
     families = EXPORT_FAMILIES.values()
-    return max(families, key=lambda family: sum(_has(transformer, key) for key in family.marks))
+    return max(families, key=lambda family: sum(has(transformer, key) for key in family.marks))
 
 
 def _refuse_swapped(tokenizer: WeightSource, transformer: WeightSource) -> None:
     for family in EXPORT_FAMILIES.values():
-        if _has(tokenizer, family.positions_key) and not _has(transformer, family.positions_key):
+        if has(tokenizer, family.positions_key) and not has(transformer, family.positions_key):
             raise CheckpointError(
                 f"{tokenizer} holds a transformer and {transformer} does not: "
                 "were --checkpoint and --tokenizer swapped?"
@@ -97,9 +97,9 @@ def _refuse_swapped(tokenizer: WeightSource, transformer: WeightSource) -> None:
 def _heads(
     transformer: WeightSource, family: ExportFamily, asked: int | None, fallback: int | None
 ) -> int:
-    width, key = _size(transformer, family.start_key, 2, rank=3), family.heads_key
-    if _has(transformer, key):
-        stored = _size(transformer, key, 1)
+    width, key = size(transformer, family.start_key, 2, rank=3), family.heads_key
+    if has(transformer, key):
+        stored = size(transformer, key, 1)
         if asked not in (None, stored):
             raise UsageError(f"--heads {asked} contradicts {transformer}: {key} has {stored} heads")
         return stored
@@ -126,11 +126,11 @@ def _patch_nums(
     fallback: tuple[int, ...] | None,
 ) -> tuple[int, ...]:
     positions, levels = family.positions_key, family.levels_key
-    total = _size(transformer, positions, 1, rank=3, limit=MAX_TOKENS)
-    scales = _size(transformer, levels, 0, limit=MAX_SCALES)
+    total = size(transformer, positions, 1, rank=3, limit=MAX_TOKENS)
+    scales = size(transformer, levels, 0, limit=MAX_SCALES)
     place = (
-        f"{positions} {_listed(transformer.shape(positions))}, "
-        f"{levels} {_listed(transformer.shape(levels))}"
+        f"{positions} {listed(transformer.shape(positions))}, "
+        f"{levels} {listed(transformer.shape(levels))}"
     )
     stored = _stored_patch_nums(transformer, total, scales, family)
     if stored is not None:
@@ -171,13 +171,13 @@ def _stored_patch_nums(
 ) -> tuple[int, ...] | None:
     """Return the side lengths that lvl_1L, the scale of each token, tells; None where lvl_1L is
     missing."""
-    if not _has(transformer, "lvl_1L"):
+    if not has(transformer, "lvl_1L"):
         return None
     positions, levels_key = family.positions_key, family.levels_key
     shape = transformer.shape("lvl_1L")
     if math.prod(shape) > MAX_TOKENS:
         raise CheckpointError(
-            f"{transformer}: lvl_1L is {_listed(shape)}, expected at most {MAX_TOKENS} tokens"
+            f"{transformer}: lvl_1L is {listed(shape)}, expected at most {MAX_TOKENS} tokens"
         )
     levels = transformer.read("lvl_1L").ravel()
     if not levels.size or levels.min() < 0 or levels.max() >= MAX_SCALES:
@@ -198,37 +198,24 @@ def _stored_patch_nums(
     if sum(squares) != total or len(sides) != scales:
         raise CheckpointError(
             f"{transformer}: lvl_1L has {sum(squares)} tokens in {len(sides)} scales, expected "
-            f"{total} ({positions} {_listed(transformer.shape(positions))}) in {scales} "
-            f"({levels_key} {_listed(transformer.shape(levels_key))})"
+            f"{total} ({positions} {listed(transformer.shape(positions))}) in {scales} "
+            f"({levels_key} {listed(transformer.shape(levels_key))})"
         )
     return sides
 
 
 def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSpec:
-    base = _size(source, "encoder.conv_in.weight", 0, rank=4)
-    levels = _count(source, r"encoder\.down\.(\d+)\.", "encoder levels", MAX_LEVELS)
-    widths = [_size(source, f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(levels)]
-    if base < 1 or any(width % base for width in widths):
-        raise CheckpointError(
-            f"{source}: level widths {widths} are not multiples of the base width {base} "
-            "(encoder.conv_in.weight)"
-        )
     codebook = _codebook(source)
     shared_phi, phi_ratio = _phi_sharing(source, len(patch_nums))
     try:
         return TokenizerSpec(
             patch_nums=patch_nums,
-            vocab_size=_size(source, codebook, 0),
-            code_width=_size(source, codebook, 1),
-            base_width=base,
-            width_multipliers=tuple(width // base for width in widths),
-            res_blocks=_count(
-                source, r"encoder\.down\.0\.block\.(\d+)\.", "residual blocks", MAX_RES_BLOCKS
-            ),
+            vocab_size=size(source, codebook, 0),
+            code_width=size(source, codebook, 1),
             shared_phi=shared_phi,
             phi_ratio=phi_ratio,
             codebook_per_scale=codebook == CODEBOOK_PER_SCALE,
-            image_channels=_size(source, "encoder.conv_in.weight", 1),
+            **autoencoder_sizes(source),
         )
     except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
         raise CheckpointError(f"{source} is not a tokenizer of this family: {error}") from None
@@ -236,17 +223,17 @@ def _tokenizer(source: WeightSource, patch_nums: tuple[int, ...]) -> TokenizerSp
 
 def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
     """Return (shared_phi, phi_ratio)."""
-    if _has(source, "quantize.quant_resi.qresi.weight"):
+    if has(source, "quantize.quant_resi.qresi.weight"):
         return 1, 0.5
-    shared = _count(source, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "φ", MAX_SCALES)
+    shared = count(source, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", "φ", MAX_SCALES)
     if shared:
         return shared, 0.5
-    count = _count(source, r"quantize\.quant_resi\.(\d+)\.", "φ", MAX_SCALES)
-    if count == 0:
+    own = count(source, r"quantize\.quant_resi\.(\d+)\.", "φ", MAX_SCALES)
+    if own == 0:
         return 0, 0.0
-    if count != scales:
+    if own != scales:
         raise CheckpointError(
-            f"{source} holds {count} φ (quantize.quant_resi.k), one per scale, expected {scales}: "
+            f"{source} holds {own} φ (quantize.quant_resi.k), one per scale, expected {scales}: "
             "it belongs to a transformer of other scales"
         )
     return 0, 0.5
@@ -254,77 +241,34 @@ def _phi_sharing(source: WeightSource, scales: int) -> tuple[int, float]:
 
 def _codebook(source: WeightSource) -> str:
     """Return the key of the codebook, or of the first of several."""
-    return CODEBOOK_PER_SCALE if _has(source, CODEBOOK_PER_SCALE) else "quantize.embedding.weight"
+    return CODEBOOK_PER_SCALE if has(source, CODEBOOK_PER_SCALE) else "quantize.embedding.weight"
 
 
 def _check_fit(
     tokenizer: WeightSource, transformer: WeightSource, family: ExportFamily, spec: TokenizerSpec
 ) -> None:
     """Check that the transformer reads this tokenizer's codes and predicts its tokens."""
-    width = _size(transformer, family.start_key, 2, rank=3)
+    width = size(transformer, family.start_key, 2, rank=3)
     expected = {
         **family.input_weights(width, spec),
         "head.weight": (spec.vocab_size, width),
     }
     problems = []
     for key, shape in expected.items():
-        _size(transformer, key, 0)  # present, and a matrix
+        size(transformer, key, 0)  # present, and a matrix
         if transformer.shape(key) != shape:
-            problems.append(
-                f"{key} is {_listed(transformer.shape(key))}, expected {_listed(shape)}"
-            )
-    scales = _size(transformer, family.levels_key, 0)
+            problems.append(f"{key} is {listed(transformer.shape(key))}, expected {listed(shape)}")
+    scales = size(transformer, family.levels_key, 0)
     if spec.codebook_per_scale:
-        codebooks = _count(tokenizer, r"quantize\.embedding\.(\d+)\.", "codebooks", MAX_SCALES)
+        codebooks = count(tokenizer, r"quantize\.embedding\.(\d+)\.", "codebooks", MAX_SCALES)
         if codebooks != scales:
             problems.append(f"{scales} scales, expected {codebooks} (quantize.embedding.k)")
     if problems:
         key = _codebook(tokenizer)
         raise CheckpointError(
             f"{transformer} does not belong to {tokenizer}: {'; '.join(problems)} "
-            f"({key} is {_listed(tokenizer.shape(key))})"
+            f"({key} is {listed(tokenizer.shape(key))})"
         )
-
-
-def _has(source: WeightSource, key: str) -> bool:
-    keys = source.keys()
-    return key in keys
-
-
-def _size(
-    source: WeightSource, key: str, axis: int, rank: int | None = None, limit: int = MAX_SIZE
-) -> int:
-    """Return one dimension of a tensor that must be there, with a rank within bounds."""
-    if not _has(source, key):
-        raise CheckpointError(f"{source} lacks {key}: it is incomplete or of another family")
-    shape = source.shape(key)
-    if len(shape) <= axis or len(shape) < 2 or (rank is not None and len(shape) != rank):
-        raise CheckpointError(
-            f"{source}: {key} is {_listed(shape)}, expected {rank or 'at least 2'} dimensions"
-        )
-    if not 1 <= shape[axis] <= limit:
-        raise CheckpointError(
-            f"{source}: {key} is {_listed(shape)}, expected 1 to {limit} in dimension {axis}"
-        )
-    return shape[axis]
-
-
-def _count(source: WeightSource, pattern: str, what: str, limit: int) -> int:
-    """Count the consecutive indices from 0 that `pattern` captures from the keys."""
-    matches = map(re.compile(pattern, re.ASCII).match, source.keys())
-    found = {match[1] for match in matches if match}
-    count = 0
-    while str(count) in found:
-        count += 1
-        if count > limit:
-            raise CheckpointError(
-                f"{source} lists more than {limit} {what}, expected a model of this family"
-            )
-    return count
-
-
-def _listed(shape: Sequence[int]) -> str:
-    return str(list(shape))
 
 
 def typed(patch_nums: tuple[int, ...] | None) -> str:

@@ -11,7 +11,14 @@ import pytest
 
 from var_deploy import scale_lists
 from var_deploy.errors import UsageError
-from var_deploy.scale_lists import RESOLUTIONS, aspects, nearest, scale_list, with_scales
+from var_deploy.scale_lists import (
+    RESOLUTIONS,
+    aspects,
+    nearest,
+    parse_scales,
+    scale_list,
+    with_scales,
+)
 from var_deploy.spec import BitTokenizerSpec, TextModelSpec, TextTransformerSpec
 
 PUBLISHED = Path(__file__).parents[1] / "golden-infinity" / "schedules.json.gz"
@@ -85,7 +92,7 @@ def test_an_aspect_without_a_list_names_the_nearest() -> None:
 
 
 def test_a_resolution_without_a_list_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"one of 0\.06M, 0\.25M, 0\.60M, 1M, found '2M'"):
+    with pytest.raises(UsageError, match=r"one of 0\.06M, 0\.25M, 0\.60M, 1M, or WxH in .* '2M'"):
         scale_list("2M")
 
 
@@ -120,6 +127,19 @@ def test_the_earlier_aspect_is_taken_at_a_tie() -> None:
 def test_a_size_below_one_pixel_is_refused() -> None:
     with pytest.raises(UsageError, match=r"at least 1x1 pixels, found 0x5"):
         nearest(5, 0)
+
+
+def test_what_a_user_asks_for() -> None:
+    assert parse_scales("0.25M") == scale_list("0.25M")
+    assert parse_scales("0.25M", "4:3") == scale_list("0.25M", "4:3")
+    assert parse_scales("1920x1080") == scale_list("1M", "7:4")
+    with pytest.raises(UsageError, match=r"the size 640x480 has an aspect of its own"):
+        parse_scales("640x480", "4:3")
+    for wrong in ("640x", "x480", "640×480", "1000000x2", "-1x2", ""):
+        with pytest.raises(UsageError, match="resolution must be one of"):
+            parse_scales(wrong)
+    with pytest.raises(UsageError, match="at least 1x1 pixels, found 0x0"):
+        parse_scales("0x0")
 
 
 def test_the_names_of_resolutions_are_their_pixels_at_1_1() -> None:

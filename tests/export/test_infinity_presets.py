@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from typing import Any
 
 import pytest
 import torch
-from golden_infinity import OWN
+from golden_infinity import MODELS, Shapes, official, renamed
 
 from var_deploy.errors import UsageError
 from var_deploy.export.checkpoint.infinity_keys import tokenizer_names, transformer_names
@@ -16,26 +14,6 @@ from var_deploy.export.checkpoint.presets import TEXT_PRESETS, find_preset, find
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.infinity import InfinityTransformer
 from var_deploy.scale_lists import scale_list, with_scales
-
-MODELS = {
-    "infinity-125m": ("infinity_layer12", "infinity_vae_d16"),
-    "infinity-1b": ("infinity_layer24", "infinity_vae_d32"),
-    "infinity-2b": ("infinity_2b", "infinity_vae_d32"),
-    "infinity-8b": ("infinity_8b", "infinity_vae_d56_f8_14_patchify"),
-    "infinity-8b-512": ("infinity_8b", "infinity_vae_d56_f8_14_patchify"),
-}
-Shapes = dict[str, tuple[int, ...]]
-
-
-def official(name: str) -> Shapes:
-    listing = json.loads(gzip.decompress((OWN / "official_state_dicts.json.gz").read_bytes()))
-    return {key: tuple(shape) for key, (shape, _) in listing[name].items()}
-
-
-def renamed(shapes: Shapes, names: dict[str, str]) -> Shapes:
-    found = {ours: shapes[theirs] for theirs, ours in names.items()}
-    assert len(found) == len(names), "two names became one"
-    return found
 
 
 def shapes_of(module: torch.nn.Module) -> Shapes:
