@@ -55,7 +55,8 @@ class TextEncoder:
         self.manifest, self.cache = manifest, cache
         self._folder, self._tokenizer = folder, tokenizer
         self._config, self._cores = config, cores
-        self._asked = config.precision  # part of the cache's keys, also before anything is loaded
+        # what a cache's key holds besides the prompt, known before anything is loaded
+        self._key = (manifest.digest(), config.precision)
         self._files: BundleFiles | None = None
         self._graph: SingleGraph | None = None
         self._loaded: Loaded | None = None
@@ -95,7 +96,8 @@ class TextEncoder:
         tokenizer = PromptTokenizer(
             read_tokenizer_json(path, manifest), spec.length, vocab_size=spec.vocab_size
         )
-        return cls(path, manifest, tokenizer, config, cache or FeatureCache(), cores)
+        kept = FeatureCache() if cache is None else cache  # an empty one is false
+        return cls(path, manifest, tokenizer, config, kept, cores)
 
     def tokenize(self, prompt: str, length: int | None = None) -> TokenizedPrompt:
         """Return the tokens of a prompt and what is cut off; `length` as in `encode`."""
@@ -181,7 +183,7 @@ class TextEncoder:
     ) -> NDArray[np.float32]:
         """Return features [len, Ct] of one prompt, which are kept."""
         cut = length if found.truncation else 0  # a prompt that fits is the same at every length
-        key: Hashable = (self.manifest.digest(), self._asked, prompt, cut)
+        key: Hashable = (*self._key, prompt, cut)
         kept = self.cache.get(key)
         if kept is not None and not self._closed:
             return kept
