@@ -23,6 +23,7 @@ from var_deploy.config import GraphForm, Precision
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.checkpoint.files import WeightSource
+from var_deploy.export.checkpoint.text_model import LoadedTextModel
 from var_deploy.export.families import export_family_of
 from var_deploy.export.graphs.accumulate import build_accumulate
 from var_deploy.export.graphs.bit_codec import (
@@ -45,7 +46,7 @@ from var_deploy.export.int8.decoder_ranges import decoder_ranges
 from var_deploy.export.int8.operators import Ranges
 from var_deploy.families import family_of
 from var_deploy.files.folders import whole_folder
-from var_deploy.manifest import FileInfo, GraphInfo, Manifest, file_sha256
+from var_deploy.manifest import FileInfo, GraphInfo, Manifest, TextEncoderRef, file_sha256
 from var_deploy.progress import Progress
 from var_deploy.sampling import BitSampling, Sampling
 from var_deploy.spec import ModelSpec, TextModelSpec
@@ -156,19 +157,21 @@ def _build(
 
 
 def export_bundle(
-    model: LoadedModel,
+    model: LoadedModel | LoadedTextModel,
     out: Path,
     options: ExportOptions,
     progress: Progress | None = None,
     *,
     replace: bool = True,
+    text_encoder: TextEncoderRef | None = None,
 ) -> Manifest:
     """Write the bundle of `model` to `out` and return its manifest.
 
     The bundle is written into a folder beside `out` and renamed at the end: where the export fails,
     an older bundle stays as it was. With `replace` an older bundle at `out` is replaced; its
     engines stay in any case. The same input gives the same bytes. See `var_deploy.files.folders`
-    for an `out` that cannot be renamed.
+    for an `out` that cannot be renamed. `text_encoder` is the one whose features a text-to-image
+    model was trained with.
 
     Raises UsageError for options that do not fit the model and for an `out` that holds other files,
     and ExportError where a weight cannot be stored or the disk is full.
@@ -177,9 +180,10 @@ def export_bundle(
         options = dataclasses.replace(options, guidance=model.spec.transformer.guidable)
     if options.guidance and not model.spec.transformer.guidable:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
-    if options.more_smooth and isinstance(model.spec, TextModelSpec):
+    spec = model.spec
+    if options.more_smooth and isinstance(spec, TextModelSpec):
         raise UsageError("bits are not mixed: a text-to-image model has no more-smooth sampling")
-    if options.more_smooth and not family_of(model.spec.transformer).mixes_codes:
+    if options.more_smooth and not family_of(spec.transformer).mixes_codes:
         raise UsageError(
             "the GPT-2 form feeds tokens to the next scale, not f_hat: it has no more-smooth "
             "sampling; export it without"
@@ -190,24 +194,30 @@ def export_bundle(
         check_place(out, replace=replace)
 
     with whole_folder(out, check=check, index=BUNDLE, error=ExportError) as folder:
-        manifest = _write(model, folder, options, report)
+        manifest = _write(model, folder, options, report, text_encoder)
     report("done", 1.0)
     return manifest
 
 
-def _write(model: LoadedModel, folder: Path, options: ExportOptions, report: Progress) -> Manifest:
+def _write(
+    model: LoadedModel | LoadedTextModel,
+    folder: Path,
+    options: ExportOptions,
+    report: Progress,
+    text_encoder: TextEncoderRef | None,
+) -> Manifest:
     read = cached_reader(model)
     plans: dict[Precision, _Plan] = {}
     for precision in options.precisions:
         ranges = None
-        if precision == "int8" and isinstance(model.spec, ModelSpec):
+        if precision == "int8" and isinstance(model, LoadedModel):
             ranges = _calibrate(model, folder, options, read, report)
         plans[precision] = _Plan.of(build_graphs(model.spec, precision, options, ranges))
     total = sum(plan.layout.size for plan in plans.values())
     check_space(folder, total)
     start = CALIBRATION if "int8" in plans and isinstance(model.spec, ModelSpec) else 0.0
     done = 0
-    manifest = _manifest(model, options)
+    manifest = dataclasses.replace(_manifest(model, options), text_encoder=text_encoder)
     for precision, plan in plans.items():
 
         def advance(count: int, precision: str = precision) -> None:
@@ -260,7 +270,7 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _manifest(model: LoadedModel, options: ExportOptions) -> Manifest:
+def _manifest(model: LoadedModel | LoadedTextModel, options: ExportOptions) -> Manifest:
     """Return the manifest without graphs and files, which are added as they are written."""
     return Manifest(
         model=model.spec,
@@ -328,7 +338,7 @@ class _Plan:
         )
 
 
-def cached_reader(model: LoadedModel) -> ReadKey:
+def cached_reader(model: LoadedModel | LoadedTextModel) -> ReadKey:
     """Return `cached` of a model's two weight sources."""
     return cached(model.source)
 

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 class PromptEncoder(Protocol):
     """What turns prompts into features."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the features [N, S, Ct] of N prompts and their lengths [N]."""
+    def encode(
+        self, prompts: Sequence[str], length: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the features [N, length, Ct] of N prompts and their lengths [N]."""
         ...
 
     def close(self) -> None:

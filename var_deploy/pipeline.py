@@ -217,9 +217,15 @@ class Pipeline:
                     f"the bundle at {folder} was replaced: its digest is "
                     f"{manifest.digest()[:16]}, expected {str(digest)[:16]}; start again"
                 )
-            return cls.assemble(
+            pipe = cls.assemble(
                 folder, manifest, choose_backend(folder, manifest, config, cores=cores)
             )
+            try:
+                pipe._text = _text_encoder(folder, manifest, config, text_encoder, cores)
+            except BaseException:
+                pipe.close()
+                raise
+            return pipe
 
         try:
             return load()
@@ -635,12 +641,17 @@ class Pipeline:
     def _features(self, prompts: Sequence[str], negative: str | None) -> PromptRows:
         """The features of prompts, and of the negative prompt for each."""
         if self._text is None:
+            ref = self.manifest.text_encoder
+            what = f"{ref.folder} (digest {ref.digest[:16]})" if ref else "of any name"
             raise UsageError(
-                "this bundle has no text encoder here: give its folder with text_encoder, or "
-                "features instead of texts"
+                f"a text encoder {what} is neither in the bundle nor beside it: give its folder "
+                "with --text-encoder (text_encoder in Python)"
             )
+        model = self.manifest.model
+        assert isinstance(model, TextModelSpec)
+        wanted = [*prompts, *([negative] if negative else [])]
         with self._lock:
-            features, lengths = self._text.encode([*prompts, *([negative] if negative else [])])
+            features, lengths = self._text.encode(wanted, model.transformer.text_length)
         rows = PromptRows(features=features, lengths=lengths)
         if not negative:
             return rows
@@ -650,6 +661,32 @@ class Pipeline:
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, frame_of(tokenizer), tokenizer.image_channels)
+
+
+def _text_encoder(
+    bundle: Path,
+    manifest: Manifest,
+    config: RuntimeConfig,
+    given: str | os.PathLike[str] | None,
+    cores: int | None,
+) -> PromptEncoder | None:
+    """The text encoder of a bundle, whose weights are loaded at the first prompt; None where it is
+    not found. Raises UsageError for one that a bundle takes no text of."""
+    if not manifest.takes_text:
+        if given is not None:
+            raise UsageError("this bundle takes no prompts: leave the text encoder out")
+        return None
+    from var_deploy.runtime.text_encoder import TextEncoder
+
+    ref = manifest.text_encoder
+    place = Path(given) if given is not None else None
+    if place is None and ref is not None:
+        beside = (bundle / ref.folder, Path(os.path.abspath(bundle)).parent / ref.folder)
+        place = next((p for p in beside if (p / names.MANIFEST).is_file()), None)
+    if place is None:
+        return None
+    # layout and graphs recorded for a GPU are those of the scales
+    return TextEncoder.open(place, config, digest=ref.digest if ref else None, cores=cores)
 
 
 def _file_name(key: str, picture: Picture) -> dict[str, str]:

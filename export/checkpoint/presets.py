@@ -13,7 +13,7 @@ from var_deploy.export.checkpoint import hub
 from var_deploy.export.checkpoint.shards import read_index
 from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
 from var_deploy.labels import imagenet
-from var_deploy.sampling import Sampling
+from var_deploy.sampling import BitSampling, Sampling
 from var_deploy.scale_lists import scale_list
 from var_deploy.spec import (
     BitTokenizerSpec,
@@ -115,7 +115,7 @@ class TextPreset:
     transformer_file: str
     tokenizer_file: str
     repo: str = INFINITY_REPO
-    defaults: Sampling
+    defaults: BitSampling
 
 
 TEXT_WIDTH, TEXT_LENGTH = 2048, 512  # of flan-t5-xl, and the longest text in training
@@ -163,7 +163,7 @@ def _infinity(
         transformer_file=files[0],
         tokenizer_file=files[1],
         # the published top-k of 900 does nothing to the two values of a bit
-        defaults=Sampling(cfg=cfg, temperature=temperature, top_k=0, top_p=0.97),
+        defaults=BitSampling(cfg=cfg, temperature=temperature, top_p=0.97),
     )
 
 

@@ -19,12 +19,12 @@ from var_deploy.export.checkpoint.random_weights import RandomWeights, infinity_
 from var_deploy.export.checkpoint.recognise_text import recognise_text, unconditional_length
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.infinity import InfinityTransformer
-from var_deploy.sampling import Sampling
+from var_deploy.sampling import BitSampling
 from var_deploy.scale_lists import ScaleList, parse_scales, with_scales
 from var_deploy.spec import TextModelSpec
 
 # of the published inference script, for a model without a preset
-DEFAULTS = Sampling(cfg=4.0, temperature=0.5, top_k=0, top_p=0.97)
+DEFAULTS = BitSampling(cfg=4.0, temperature=0.5, top_p=0.97)
 TEXT_LENGTH = 128  # tokens, some hundred words
 
 
@@ -46,7 +46,7 @@ class LoadedTextModel:
     scales: ScaleList
     tokenizer: WeightSource
     transformer: WeightSource
-    defaults: Sampling
+    defaults: BitSampling
 
     def source(self, key: str) -> WeightSource:
         """Return the weight source that holds a key (no key is in both). Raises KeyError."""
@@ -143,7 +143,7 @@ def random_text_model(
     *,
     scales: ScaleList,
     preset: str = "",
-    defaults: Sampling = DEFAULTS,
+    defaults: BitSampling = DEFAULTS,
 ) -> LoadedTextModel:
     """Return a model of any sizes with random weights."""
     spreads = infinity_spreads(spec)
@@ -162,7 +162,7 @@ def assemble_text(
     *,
     scales: ScaleList,
     preset: str = "",
-    defaults: Sampling = DEFAULTS,
+    defaults: BitSampling = DEFAULTS,
 ) -> LoadedTextModel:
     """Make a model of a tokenizer's and a transformer's weights, checked against its sizes.
 

@@ -143,7 +143,10 @@ def _pool(b: GraphBuilder, spec: TextModelSpec, text: str, scores: str, mask: st
     )
     h = b.reshape(b.op("MatMul", pooled, values), batch, t.width)
     h = b.op("Add", h, b.weight(f"{POOL}.v_bias", (t.width,), dtype=b.compute))
-    return b.to_float(_linear(b, f"{POOL}.proj", h, t.width, t.width))
+    bias = b.weight(f"{POOL}.proj.bias", (t.width,), dtype=b.compute)
+    # one row: in an int8 graph it stays fp32, since all that depends on the text follows from it
+    full = b.rounded
+    return b.to_float(b.linear(h, f"{POOL}.proj.weight", t.width, t.width, bias, full=full))
 
 
 def _finish(b: GraphBuilder, spec: TextModelSpec, cond: str) -> None:

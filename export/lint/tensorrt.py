@@ -83,7 +83,7 @@ Values = Mapping[str, Any]  # name → TypeProto.Tensor
 def lint_file(path: Path, graph: GraphRef) -> list[str]:
     """Run `lint` on the file of a bundle's graph; only `step` may have symbolic sizes."""
     model = onnx.load(str(path), load_external_data=False)
-    open_sizes = (names.LENGTH, names.PAST, names.NEXT_LENGTH, names.SIDE, names.NEXT_SIDE)
+    open_sizes = names.OPEN_SIZES
     return lint(model, graph.precision, open_sizes if graph.kind == "step" else ())
 
 

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from var_deploy import names
-from var_deploy.export.checkpoint.assemble import load_into
-from var_deploy.export.checkpoint.text_model import LoadedTextModel
+from var_deploy.export.checkpoint.text_model import LoadedTextModel, build_text_modules
 from var_deploy.export.graphs.text_scale import paired_halves
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.bits import draw_bits, guide, probability_of_one
@@ -126,16 +125,6 @@ def text_inputs(
         ),
         uniforms=stack_uniforms(keys, spec.draws),
     )
-
-
-def build_text_modules(model: LoadedTextModel) -> tuple[BitTokenizer, InfinityTransformer]:
-    """Build tokenizer and transformer with their weights, in fp32, without gradients."""
-    with torch.device("meta"):
-        modules = BitTokenizer(model.spec.tokenizer), InfinityTransformer(model.spec)
-    for module, source in zip(modules, (model.tokenizer, model.transformer), strict=True):
-        load_into(module, source)
-        module.eval()
-    return modules
 
 
 @torch.no_grad()

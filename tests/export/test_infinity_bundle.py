@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden_infinity import CASES, Case, folder_of, load_case
 from numpy.typing import NDArray
 
-from tests.golden_infinity import CASES, Case, folder_of, load_case
 from var_deploy.config import CPU, LAYOUTS, Layout, RuntimeConfig
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from types import SimpleNamespace as LoadedTextModel
+from var_deploy.export.checkpoint.text_model import LoadedTextModel
 from var_deploy.image.editing import Kept
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -23,6 +23,7 @@ from var_deploy.runtime.backends.choice import choose_backend
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.prompts import PromptRows
 from var_deploy.sampling import BitSampling, Sampling
+from var_deploy.scale_lists import scale_list
 
 GREEDY = 0.1  # top_p up to 0.5 takes the likelier value of every bit
 
@@ -51,7 +52,8 @@ def loaded(case: Case) -> LoadedTextModel:
         preset="",
         tokenizer=case.tokenizer,
         transformer=case.transformer,
-        defaults=BitSampling(), labels=(), source=lambda key: case.transformer if key in case.transformer.keys() else case.tokenizer,
+        scales=scale_list("0.06M"),  # which nothing but a message reads
+        defaults=BitSampling(),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
+from var_deploy import names
 from var_deploy.bundle.place import check_before_work
 from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, say
 from var_deploy.cli.options import (
@@ -23,7 +25,9 @@ from var_deploy.cli.outputs import OUTPUT
 from var_deploy.errors import UsageError
 from var_deploy.files.paths import utf8_path
 from var_deploy.labels.class_names import read_class_names
+from var_deploy.manifest import TextEncoderRef
 from var_deploy.sampling import MAX_SEED
+from var_deploy.spec import TextEncoderSpec
 
 INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 
@@ -92,6 +96,27 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     metavar="FILE",
     help="Names of the classes for --labels: one per line, or a JSON list.",
 )
+@click.option(
+    "--resolution",
+    metavar="NAME|WxH",
+    show_default="the preset's",
+    help="Of a text-to-image model: 0.06M, 0.25M, 0.60M or 1M, or the list nearest to a size.",
+)
+@click.option("--aspect", metavar="W:H", show_default="1:1", help="Width to height of its images.")
+@click.option(
+    "--text-length",
+    type=click.IntRange(1, 512),
+    default=128,
+    show_default=True,
+    help="Tokens of a prompt that its graphs take.",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Its T5: a Hugging Face folder, which is exported to OUT-text, or a text encoder that was "
+    "exported before.",
+)
 @click.option("--force", is_flag=True, help="Replace the bundle in --out; its engines stay.")
 @report_options
 def export(
@@ -106,20 +131,27 @@ def export(
     layout: Literal["both", "per-scale", "shared"],
     calibration: int | None,
     class_names: Path | None,
+    resolution: str | None,
+    aspect: str | None,
+    text_length: int,
+    text_encoder: Path | None,
     force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Write the bundle of MODEL: ONNX graphs, one weights file and a manifest.
 
-    MODEL is a preset such as pocket or var-d16. Without it, --checkpoint and --tokenizer are
-    needed and the architecture is recognised from them.
+    MODEL is a preset such as pocket, var-d16 or infinity-2b. Without it, --checkpoint and
+    --tokenizer are needed and the architecture is recognised from them.
 
     \b
     Example:
       var-deploy export pocket --out build/pocket
       var-deploy export var-d16 --checkpoint var_d16.pth \\
           --tokenizer vae_ch160v4096z32.pth --precision fp16 --out build/d16
+      var-deploy export infinity-2b --checkpoint infinity_2b_reg.pth \\
+          --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl/ \\
+          --resolution 0.25M --precision fp16 --out build/inf2b
     """
     if calibration == 0 and "int8" in precision:
         raise UsageError("--calibration must be at least 1 with int8, whose ranges it gives")
@@ -128,9 +160,16 @@ def export(
     utf8_path(out.absolute(), "the library of ONNX")
 
     with needs_extra("export", "export"):
-        from var_deploy.export.checkpoint.presets import find_preset, own_file
+        from var_deploy.export.checkpoint.presets import TEXT_PRESETS, find_preset, own_file
 
-        if model is not None:  # a wrong name, or no network, is told before torch is imported
+        words = model in TEXT_PRESETS or (model is None and _holds_text_model(weights.checkpoint))
+        if not words and (resolution or aspect or text_encoder):
+            raise UsageError(
+                "--resolution, --aspect and --text-encoder are for text-to-image models: leave "
+                "them out"
+            )
+        # a wrong name, or no network, is told before torch is imported
+        if model is not None and not words:
             preset = find_preset(model)
             if random_weights is None:
                 with Progress(quiet=quiet) as progress:
@@ -149,21 +188,39 @@ def export(
             calibration=calibration or INT8_IMAGES,
         )
         with Progress(quiet=quiet) as progress:
-            loaded = load_model(
-                model,
-                checkpoint=weights.checkpoint,
-                tokenizer=weights.tokenizer,
-                random_weights=random_weights,
-                hints=weights.hints(),
-                progress=lambda message: progress.update(message, 0.0),
-            )
+            files: dict[str, Any] = {
+                "checkpoint": weights.checkpoint,
+                "tokenizer": weights.tokenizer,
+                "random_weights": random_weights,
+                "hints": weights.hints(),
+                "progress": lambda message: progress.update(message, 0.0),
+            }
+            loaded: Any
+            ref = None
+            if words:
+                if labels:
+                    raise UsageError("a text-to-image model has no classes: no --class-names")
+                from var_deploy.export.checkpoint.text_model import load_text_model
+
+                loaded = load_text_model(
+                    model, resolution=resolution, aspect=aspect, text_length=text_length, **files
+                )
+                progress.update(f"scales of {loaded.scales}", 0.0)
+                if text_encoder is not None or random_weights is not None:
+                    ref = _text_encoder(
+                        text_encoder, loaded, out, precision, random_weights, force, progress.update
+                    )
+            else:
+                loaded = load_model(model, **files)
             if labels:
                 from var_deploy.export.checkpoint.assemble import with_labels
 
                 loaded = with_labels(loaded, labels)
-            manifest = export_bundle(loaded, out, options, progress.update, replace=force)
+            manifest = export_bundle(
+                loaded, out, options, progress.update, replace=force, text_encoder=ref
+            )
             warning = ""
-            if "fp16" in precision and calibration != 0:
+            if "fp16" in precision and calibration != 0 and not words:
                 from var_deploy.export.debug.fp16_overflow import calibrate
 
                 warning = calibrate(out, calibration or FP16_IMAGES, progress.update)
@@ -175,3 +232,54 @@ def export(
         echo(json.dumps(done, indent=1))
     elif not quiet:
         say(f"wrote {out} ({len(manifest.files)} files, {human_bytes(size)})")
+
+
+def _holds_text_model(checkpoint: Path | None) -> bool:
+    if checkpoint is None:
+        return False
+    from var_deploy.export.checkpoint.files import holds_text_model
+
+    return holds_text_model(checkpoint)
+
+
+def _text_encoder(
+    given: Path | None,
+    model: Any,
+    out: Path,
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...],
+    random_weights: int | None,
+    force: bool,
+    progress: Any,
+) -> TextEncoderRef | None:
+    """The text encoder of a bundle at `out`: the one that was given, or one that is written beside
+    the bundle. Random weights without a folder have none."""
+    from var_deploy.text.manifest import read_text_encoder
+
+    if given is None:
+        return None
+    spec = model.spec.transformer
+    if (given / names.MANIFEST).is_file():
+        found, folder = read_text_encoder(given), given
+    else:
+        from var_deploy.export.checkpoint.text_encoder import open_text_encoder
+        from var_deploy.export.text_encoder_bundle import export_text_encoder
+
+        folder = out.parent / f"{out.name}-text"
+        encoder = open_text_encoder(given, spec.text_length)
+        _check_text(spec, encoder.spec, given)
+        found = export_text_encoder(encoder, folder, precisions, progress, replace=force)
+    _check_text(spec, found.model, given)
+    return TextEncoderRef(digest=found.digest(), folder=Path(os.path.abspath(folder)).name)
+
+
+def _check_text(transformer: Any, encoder: TextEncoderSpec, given: Path) -> None:
+    if encoder.width != transformer.text_width:
+        raise UsageError(
+            f"{given} gives features of width {encoder.width}, the model takes "
+            f"{transformer.text_width}: give the text encoder that it was trained with"
+        )
+    if encoder.length < transformer.text_length:
+        raise UsageError(
+            f"{given} takes {encoder.length} tokens, --text-length asks for "
+            f"{transformer.text_length}: export it again, or ask for fewer"
+        )
