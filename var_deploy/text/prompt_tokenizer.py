@@ -89,7 +89,8 @@ class PromptTokenizer:
     def __call__(self, prompt: str, length: int | None = None) -> TokenizedPrompt:
         """Tokenize one prompt, of any script and possibly empty.
 
-        `length` (at least 1) takes the place of the tokenizer's own. Raises UsageError for text of more than MAX_CHARACTERS or with half a surrogate pair.
+        `length` (at least 1) takes the place of the tokenizer's own. Raises UsageError for text of
+        more than MAX_CHARACTERS or with half a surrogate pair.
         """
         check_prompt(prompt)
         try:
