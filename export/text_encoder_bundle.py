@@ -46,8 +46,8 @@ def export_text_encoder(
 ) -> TextEncoderManifest:
     """Write the text encoder to the folder `out` and return its manifest.
 
-    As with `export_bundle` the folder takes its place once it is complete, with `replace` that of an
-    older bundle, and the same input gives the same bytes.
+    As with `export_bundle` the folder takes its place once it is complete (with `replace`, that of
+    an older bundle), and the same input gives the same bytes.
 
     Raises UsageError for unknown precisions and for an `out` that holds other files, ExportError
     where a weight cannot be stored or the disk is full.

@@ -178,9 +178,7 @@ class TextEncoder:
             )
         return length
 
-    def _features(
-        self, prompt: str, length: int, found: TokenizedPrompt
-    ) -> NDArray[np.float32]:
+    def _features(self, prompt: str, length: int, found: TokenizedPrompt) -> NDArray[np.float32]:
         """Return features [len, Ct] of one prompt, which are kept."""
         cut = length if found.truncation else 0  # a prompt that fits is the same at every length
         key: Hashable = (*self._key, prompt, cut)
@@ -205,9 +203,7 @@ class TextEncoder:
             raise BackendError("the text encoder is closed")
         if self._graph is not None:
             return self._graph
-        choice = choose_single_graph_backend(
-            self.manifest.graphs, self._config, cores=self._cores
-        )
+        choice = choose_single_graph_backend(self.manifest.graphs, self._config, cores=self._cores)
         # the same precision after a release, whatever "auto" would take by then
         self._config = dataclasses.replace(self._config, precision=choice.config.precision)
         try:

@@ -1,4 +1,4 @@
-"""The golden T5 encoder: arrays of the published implementation, and its files as the Hub has them."""
+"""The golden T5 encoder: arrays of the published implementation, and files as on the Hub."""
 
 from __future__ import annotations
 

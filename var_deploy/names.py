@@ -121,8 +121,8 @@ def encoder_tokens(scale: int) -> str:
     return f"tokens_{scale:02d}"
 
 
-# the graph of a text encoder, a bundle of its own: one prompt of S tokens → TEXT_FEATURES [1, S, Ct],
-# zero where TEXT_MASK is False
+# the graph of a text encoder, which is a bundle of its own: one prompt of S tokens, their TEXT_MASK
+# [1, S] → TEXT_FEATURES [1, S, Ct], zero where the mask is False
 TEXT_ENCODER = "text_encoder"
 TEXT_IDS = "text_ids"  # [1, S] int64
 

@@ -22,7 +22,8 @@ from var_deploy.export.checkpoint.formats import Contents, check_names, shown
 from var_deploy.export.checkpoint.infinity_keys import tokenizer_names, transformer_names
 from var_deploy.export.checkpoint.mapped_file import StoredTensor
 from var_deploy.export.checkpoint.pickled_names import MAX_DIMENSIONS
-from var_deploy.export.checkpoint.shards import open_stored, stored_sha256
+from var_deploy.export.checkpoint.shard_index import stored_sha256
+from var_deploy.export.checkpoint.shards import open_stored
 from var_deploy.export.families import EXPORT_FAMILIES
 
 Part = Literal["transformer", "tokenizer"]

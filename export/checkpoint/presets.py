@@ -10,7 +10,7 @@ from typing import Literal
 
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint import hub
-from var_deploy.export.checkpoint.shards import read_index
+from var_deploy.export.checkpoint.shard_index import read_index
 from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
 from var_deploy.labels import imagenet
 from var_deploy.sampling import BitSampling, Sampling

@@ -149,7 +149,7 @@ def build_t5(model: LoadedTextEncoder) -> T5Encoder:
     """Build the PyTorch encoder with its weights, in fp32, evaluation mode, no gradients."""
     with torch.device("meta"):
         module = T5Encoder(model.spec).eval()
-    state = {key: torch.from_numpy(model.weights.read(key)) for key in model.weights.keys()}
+    state = {key: torch.from_numpy(model.weights.read(key)) for key in encoder_shapes(model.spec)}
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False)
 
@@ -171,9 +171,7 @@ def read_config(folder: Path, length: int) -> TextEncoderSpec:
 def _sizes(config: Value) -> TextEncoderSpec:
     members = config.members()
     config.member("feed_forward_proj").one_of("gated-gelu")
-    sizes = {
-        ours: config.member(name).whole(*SIZES[ours]) for name, ours in CONFIG_NAMES.items()
-    }
+    sizes = {ours: config.member(name).whole(*SIZES[ours]) for name, ours in CONFIG_NAMES.items()}
     for name, ours, usual in (
         ("relative_attention_num_buckets", "buckets", 32),
         ("relative_attention_max_distance", "max_distance", 128),

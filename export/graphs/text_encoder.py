@@ -1,14 +1,14 @@
 """The `text_encoder` graph: token ids of one prompt to text features, by a T5 encoder.
 
 Padding is zero in the residual stream, and stays zero: T5 has no biases, so a norm or a product of
-a zero row is zero, and attention, the one place where padding could receive values, is masked after
-the values are mixed as well. The features are therefore zero beyond the prompt, and no number that a
-quantised product is scaled by depends on the padding.
+a zero row is zero; attention, the one place where padding could receive values, is masked once more
+after the values are mixed. The features are therefore zero beyond the prompt, and in int8 the scale
+of a product's inputs does not depend on the padding.
 
-fp16 graphs keep the residual stream, norms, softmax, the gated product and `wo` in fp32: T5 is known
-to exceed fp16 in the last two (huggingface/transformers issues 4287 and 9295). int8 graphs keep `wo`
-in fp32 for the same reason: its inputs have outliers that one scale for all of them would round away
-the others for.
+fp16 graphs keep the residual stream, norms, softmax, the gated product and `wo` in fp32: T5 is
+known to exceed fp16 in the last two (huggingface/transformers issues 4287 and 9295). int8 graphs
+keep `wo` in fp32 as well: its inputs have outliers, and one scale that fits them would round the
+other inputs away.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def bucket_of(distance: NDArray[Any], buckets: int, max_distance: int) -> NDArra
     ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact))
     far = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + far.astype(np.int64), half - 1)
-    found = np.where(n < exact, n, far) + np.where(distance > 0, half, 0)
+    found: NDArray[np.int32] = np.where(n < exact, n, far) + np.where(distance > 0, half, 0)
     return found.astype(np.int32)
 
 
@@ -160,7 +160,7 @@ class T5Encoder(nn.Module):
         be any length.
         """
         buckets = torch.from_numpy(relative_buckets(self.spec, ids_BS.shape[1])).long()
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        table = self.get_submodule(BIAS_TABLE.removesuffix(".weight"))
         bias = table(buckets.to(ids_BS.device)).permute(2, 0, 1)[None]  # [1, heads, S, S]
         bias = bias.masked_fill(~mask_BS.bool()[:, None, None, :], float("-inf"))
         x = self.shared(ids_BS)

@@ -31,7 +31,7 @@ from var_deploy.export.checkpoint.hints import Hints
 from var_deploy.export.checkpoint.infinity_keys import tokenizer_names, transformer_names
 from var_deploy.export.checkpoint.presets import TEXT_PRESETS
 from var_deploy.export.checkpoint.recognise_text import recognise_text
-from var_deploy.export.checkpoint.shards import stored_sha256, stored_size
+from var_deploy.export.checkpoint.shard_index import stored_sha256, stored_size
 from var_deploy.export.checkpoint.text_model import LoadedTextModel, load_text_model
 from var_deploy.scale_lists import scale_list, with_scales
 
@@ -312,6 +312,9 @@ def test_faults_of_shards(states: tuple[State, State]) -> None:
     edit_index(folder, lambda names: names.pop("pos_start"))
     assert "holds pos_start, which model.safetensors.index.json does not list" in broken(folder)
     edit_index(folder, lambda names: names.update({"pos_start": "model-00002-of-00003.safetens"}))
+    edit_index(folder, lambda names: names.update({"pos_start": "m" * 900}))
+    assert "a lacks 1 of the 4 shards" in broken(folder)
+    edit_index(folder, lambda names: names.update({"pos_start": "model-00002-of-00003.safetens"}))
     message = broken(folder)
     assert "a lacks 1 of the 4 shards that model.safetensors.index.json lists" in message
     assert "model-00002-of-00003.safetens first; download it again" in message
@@ -345,7 +348,7 @@ def test_folders_without_a_checkpoint(states: tuple[State, State]) -> None:
     assert "is a folder, expected a checkpoint file, or a folder of shards" in broken(Path("empty"))
     folder = shards(states[0], Path("a"))
     (folder / "other.index.json").write_text("{}")
-    assert "a has 2 indices (model.safetensors.index.json, other.index.json)" in broken(folder)
+    assert "a has 2 indices ('model.safetensors.index.json', 'other.index.json')" in broken(folder)
 
 
 def test_a_shard_that_holds_more_than_tensors(states: tuple[State, State]) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import t5_case
 import torch
 
+import t5_case
 from var_deploy import names
 from var_deploy.bundle.onnx_file import inspect_onnx
 from var_deploy.config import GraphForm

@@ -1,7 +1,7 @@
 """manifest.json of a text encoder: a bundle of its own that several image bundles can share.
 
     flan-t5-xl/
-      manifest.json     kind and schema, sizes, the graph of each precision, size and sha256 of files
+      manifest.json     kind, schema, sizes, the graph of each precision, files with their sha256
       tokenizer.json    as it was released
       fp32/  fp16/  int8/    text_encoder.onnx and weights.bin
 
