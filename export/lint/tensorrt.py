@@ -75,7 +75,10 @@ PRODUCT_SCOPES = (
     *("head_nm.", "shared_ada_lin.", "text_blocks."),
 )
 # inputs and outputs that are fp16 as well
-CACHE = tuple(name.partition(".")[0] + "." for name in (names.past_key(0), names.new_key(0)))
+CACHE = tuple(
+    name.partition(".")[0] + "."
+    for name in (names.past_key(0), names.new_key(0), names.text_key(0))
+)
 
 Values = Mapping[str, Any]  # name → TypeProto.Tensor
 
