@@ -181,9 +181,10 @@ def export_bundle(
     if options.guidance and not model.spec.transformer.guidable:
         raise UsageError("an unconditional model has no guidance: export it with --no-guidance")
     spec = model.spec
-    if options.more_smooth and isinstance(spec, TextModelSpec):
-        raise UsageError("bits are not mixed: a text-to-image model has no more-smooth sampling")
-    if options.more_smooth and not family_of(spec.transformer).mixes_codes:
+    if isinstance(spec, TextModelSpec):
+        if options.more_smooth:
+            raise UsageError("bits are not mixed: a text-to-image model has no more-smooth form")
+    elif options.more_smooth and not family_of(spec.transformer).mixes_codes:
         raise UsageError(
             "the GPT-2 form feeds tokens to the next scale, not f_hat: it has no more-smooth "
             "sampling; export it without"

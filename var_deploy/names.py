@@ -68,8 +68,10 @@ ROPE_COS, ROPE_SIN = "rope_cos", "rope_sin"  # [L_k, D/2] fp32; the same
 # symbolic sizes of these: latent rows and columns of this scale and of the next
 ROWS, COLUMNS, NEXT_ROW_COUNT, NEXT_COLUMN_COUNT = "h", "w", "m", "n"
 # all symbolic sizes that an input of a graph may have
-OPEN_SIZES = (LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE, ROWS, COLUMNS, NEXT_ROW_COUNT)
-OPEN_SIZES += (NEXT_COLUMN_COUNT,)
+OPEN_SIZES = (
+    *(LENGTH, PAST, NEXT_LENGTH, SIDE, NEXT_SIDE),
+    *(ROWS, COLUMNS, NEXT_ROW_COUNT, NEXT_COLUMN_COUNT),
+)
 
 # inside the scale graphs, not an output: guided logits before temperature [B, L_k, V] fp32
 LOGITS = "logits"

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_infinity import CASES, Case, folder_of, load_case
+from golden_infinity import CASES, Case, folder_of, load_case, token_bits
 from numpy.typing import NDArray
 
 from var_deploy.config import CPU, LAYOUTS, Layout, RuntimeConfig
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
-from var_deploy.export.checkpoint.text_model import LoadedTextModel
 from var_deploy.image.editing import Kept
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -23,7 +22,6 @@ from var_deploy.runtime.backends.choice import choose_backend
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.prompts import PromptRows
 from var_deploy.sampling import BitSampling, Sampling
-from var_deploy.scale_lists import scale_list
 
 GREEDY = 0.1  # top_p up to 0.5 takes the likelier value of every bit
 
@@ -41,20 +39,9 @@ def bundle(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("infinity") / case.name
     precisions: Any = ("fp32", "fp16", "int8") if case.name == "seeded-small" else ("fp32",)
     export_bundle(
-        loaded(case), out, ExportOptions(precisions=precisions, batch=2, guidance=None)
+        case.model(), out, ExportOptions(precisions=precisions, batch=2, guidance=None)
     )
     return out
-
-
-def loaded(case: Case) -> LoadedTextModel:
-    return LoadedTextModel(
-        spec=case.spec,
-        preset="",
-        tokenizer=case.tokenizer,
-        transformer=case.transformer,
-        scales=scale_list("0.06M"),  # which nothing but a message reads
-        defaults=BitSampling(),
-    )
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -104,14 +91,6 @@ def assert_bits(found: list[NDArray[np.int64]], expected: list[NDArray[Any]]) ->
         np.testing.assert_array_equal(ours, theirs, err_msg=f"scale {scale}")
 
 
-def as_tokens(case: Case, scale: int, prefix: str = "encode.bits") -> NDArray[np.int64]:
-    """Bits of latent positions [B, h, w, d] as those of tokens [B, L, e]."""
-    bits, patch = case.golden[f"{prefix}.{scale}"].astype(np.int64), case.spec.tokenizer.patch
-    count, height, width, depth = bits.shape
-    parts = bits.reshape(count, height // patch, patch, width // patch, patch, depth)
-    return parts.transpose(0, 1, 3, 5, 2, 4).reshape(count, -1, depth * patch * patch)
-
-
 def test_sampled_bits_and_image(case: Case, loop: ScaleLoop) -> None:
     image = loop.run(rows(case), draws(case), settings(case, case.config["top_p"]))
     assert_bits(loop.tokens(), case.scales("sampled.bits"))
@@ -144,16 +123,16 @@ def test_negative_prompt(case: Case, loop: ScaleLoop) -> None:
 
 
 def test_forced_scales(case: Case, loop: ScaleLoop) -> None:
-    forced = [as_tokens(case, k) for k in range(case.config["forced_scales"])]
+    forced = [token_bits(case, k, "encode.bits") for k in range(case.config["forced_scales"])]
     loop.run(rows(case), draws(case), settings(case, GREEDY), forced=forced)
     found = loop.tokens()
-    assert_bits(found, [as_tokens(case, k, "forced.map_bits") for k in range(len(found))])
+    assert_bits(found, [token_bits(case, k, "forced.map_bits") for k in range(len(found))])
 
 
 def test_encoder_and_accumulate(case: Case, pipe: Pipeline) -> None:
     pixels = case.golden["encode.image_u8"].transpose(0, 2, 3, 1)
     tokens = pipe.encode(pixels)
-    assert_bits(tokens, [as_tokens(case, k) for k in range(case.spec.scales)])
+    assert_bits(tokens, [token_bits(case, k, "encode.bits") for k in range(case.spec.scales)])
     images = pipe.decode(tokens)
     if "encode.reconstruction" in case.golden:
         expected = case.golden["encode.reconstruction"][0].transpose(1, 2, 0)
@@ -194,7 +173,7 @@ def test_edit_and_vary_keep_what_they_should(case: Case, pipe: Pipeline) -> None
 
 
 def test_kept_tokens_stay(case: Case, loop: ScaleLoop) -> None:
-    tokens = [as_tokens(case, k) for k in range(case.spec.scales)]
+    tokens = [token_bits(case, k, "encode.bits") for k in range(case.spec.scales)]
     masks = [np.zeros(t.shape[:2], np.bool_) for t in tokens]
     masks[-1][:, ::2] = True
     keep = Kept(masks=tuple(masks), tokens=tuple(tokens))

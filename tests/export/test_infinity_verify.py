@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from golden_infinity import OWN, Case, load_case
+
 from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.export.bundle import ExportOptions, export_bundle
@@ -16,8 +16,6 @@ from var_deploy.export.checkpoint.text_model import LoadedTextModel
 from var_deploy.export.verify.bundle import verify_model
 from var_deploy.export.verify.text_reference import text_inputs
 from var_deploy.manifest import read_manifest
-from var_deploy.sampling import BitSampling
-from var_deploy.scale_lists import scale_list
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +25,7 @@ def case() -> Case:
 
 @pytest.fixture(scope="module")
 def model(case: Case) -> LoadedTextModel:
-    return LoadedTextModel(
-        spec=case.spec,
-        preset="",
-        scales=scale_list("0.06M"),  # which nothing but a message reads
-        tokenizer=case.tokenizer,
-        transformer=case.transformer,
-        defaults=BitSampling(),
-    )
+    return case.model()
 
 
 @pytest.fixture(scope="module")
