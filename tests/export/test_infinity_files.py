@@ -142,6 +142,9 @@ def test_training_checkpoint(states: tuple[State, State]) -> None:
     assert_loaded(model)
     assert model.transformer.description["key"] == "trainer.gpt_fsdp"
     averaged_model = load(Path("ar.pth"), file, hints=Hints(tokenizer_key="ema"))
+    assert averaged_model.tokenizer.description["key"] == "ema"
+    recorded = load(Path("ar.pth"), file, fallback=Hints(tokenizer_key="ema"))
+    assert recorded.tokenizer.description == averaged_model.tokenizer.description
     bias = averaged_model.tokenizer.read("decoder.conv_in.bias")
     np.testing.assert_allclose(bias, CASE.tokenizer.read("decoder.conv_in.bias") + 1, rtol=1e-6)
 
