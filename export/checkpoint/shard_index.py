@@ -20,6 +20,8 @@ INDEX = ".index.json"
 MAX_INDEX = 16 << 20  # bytes
 MAX_TENSORS = 50_000
 MAX_SHARDS = 1000
+# in order of preference
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # a model of one shard has no index
 
 
@@ -72,11 +74,20 @@ def read_index(index: Path) -> Mapping[str, str]:
 
 
 def find_index(path: Path) -> Path | None:
-    """Return a folder's index; None where it has none. Raises CheckpointError for several."""
+    """Return a folder's index; None where it has none, or a file that holds the whole model.
+
+    The same weights may lie there in several formats, each with its index: safetensors come first.
+    Raises CheckpointError where none of several indices is one of INDICES.
+    """
+    if any(os.path.isfile(path / name) for name in WHOLE):
+        return None
     try:
         found = sorted(file for file in path.iterdir() if file.name.endswith(INDEX))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    for name in INDICES:
+        if path / name in found:
+            return path / name
     if len(found) > 1:
         names = ", ".join(shown(file.name) for file in found[:4])
         raise CheckpointError(f"{path} has {len(found)} indices ({names}), expected one")

@@ -67,6 +67,7 @@ def load_text_model(
     aspect: str | None = None,
     text_length: int = TEXT_LENGTH,
     hints: Hints = NO_HINTS,
+    fallback: Hints = NO_HINTS,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedTextModel:
     """Open the weights of a preset, of files, or random ones, and check them against the model.
@@ -79,7 +80,8 @@ def load_text_model(
         random_weights: a seed; no file is read.
         resolution, aspect: as in `scale_lists.parse_scales`; without a resolution, the preset's.
         text_length: S, the most tokens of a text; features of longer ones are cut.
-        hints: where the parts lie in their files.
+        hints: where the parts lie in their files; heads and scales it cannot tell.
+        fallback: where they lie in files that hold several, and the hints do not tell.
         progress: called with what takes long.
 
     Nothing but metadata is read here. Raises UsageError for arguments that do not go together and
@@ -114,8 +116,10 @@ def load_text_model(
         checkpoint = checkpoint or own_text_file(known, "transformer", progress)
     assert checkpoint is not None and tokenizer is not None
     parts = (
-        open_checkpoint(tokenizer, "tokenizer", hints.tokenizer_key, form=INFINITY_STATE),
-        open_checkpoint(checkpoint, "transformer", hints.key, form=INFINITY_STATE),
+        open_checkpoint(
+            *(tokenizer, "tokenizer", hints.tokenizer_key, fallback.tokenizer_key), INFINITY_STATE
+        ),
+        open_checkpoint(checkpoint, "transformer", hints.key, fallback.key, INFINITY_STATE),
     )
     found = recognise_text(*parts, scales, text_length)
     if known is None:

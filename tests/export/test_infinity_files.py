@@ -142,6 +142,9 @@ def test_training_checkpoint(states: tuple[State, State]) -> None:
     assert_loaded(model)
     assert model.transformer.description["key"] == "trainer.gpt_fsdp"
     averaged_model = load(Path("ar.pth"), file, hints=Hints(tokenizer_key="ema"))
+    assert averaged_model.tokenizer.description["key"] == "ema"
+    recorded = load(Path("ar.pth"), file, fallback=Hints(tokenizer_key="ema"))
+    assert recorded.tokenizer.description == averaged_model.tokenizer.description
     bias = averaged_model.tokenizer.read("decoder.conv_in.bias")
     np.testing.assert_allclose(bias, CASE.tokenizer.read("decoder.conv_in.bias") + 1, rtol=1e-6)
 
@@ -346,9 +349,22 @@ def test_an_index_that_is_none(text: str, states: tuple[State, State]) -> None:
 def test_folders_without_a_checkpoint(states: tuple[State, State]) -> None:
     Path("empty").mkdir()
     assert "is a folder, expected a checkpoint file, or a folder of shards" in broken(Path("empty"))
+    for name in ("a.index.json", "b.index.json"):
+        (Path("empty") / name).write_text("{}")
+    message = broken(Path("empty"))
+    assert "empty has 2 indices ('a.index.json', 'b.index.json'), expected one" in message
+
+
+def test_safetensors_come_first_in_a_folder_of_several_formats(states: tuple[State, State]) -> None:
     folder = shards(states[0], Path("a"))
-    (folder / "other.index.json").write_text("{}")
-    assert "a has 2 indices ('model.safetensors.index.json', 'other.index.json')" in broken(folder)
+    for name in ("pytorch_model.bin.index.json", "tf_model.h5.index.json"):
+        (folder / name).write_text("{}")
+    tokenizer = save_both(states)[1]
+    assert_loaded(load(folder, tokenizer))
+    (folder / "pytorch_model.bin").touch()
+    save_file(states[0], folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert_loaded(load(folder, tokenizer))
 
 
 def test_a_shard_that_holds_more_than_tensors(states: tuple[State, State]) -> None:
