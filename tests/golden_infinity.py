@@ -12,12 +12,10 @@ from pathlib import Path
 
 import torch
 
-from tools.golden import Case, load_case, published, token_bits
-
-__all__ = [
-    *("CASES", "MODELS", "OWN", "Case", "Shapes", "folder_of", "load_case", "official"),
-    *("published_states", "renamed", "token_bits"),
-]
+from tools.golden import Case as Case
+from tools.golden import load_case as load_case
+from tools.golden import published
+from tools.golden import token_bits as token_bits
 
 OWN = Path(__file__).parent / "golden-infinity"
 SHARED = Path(__file__).parents[2] / "shared" / "golden-infinity"
