@@ -15,14 +15,15 @@ SLOW = {
     "deploy": "steps",
     "export": (
         "bisect bundle checkpoint gpt2_bundle gpt2_files int8_bundle int8_probe lint "
-        "modules more_smooth one_scale sample_study sampler torch_bench torch_graph "
+        "modules more_smooth one_scale sample_study sampler t5 text_encoder_files "
+        "text_encoder_graph torch_bench torch_graph "
         "torch_peers verify verify_golden verify_int8"
     ),
     "fuzz": "bundles checkpoints harness requests",
     "runtime": (
         "backends bench_rounds device_check editing engine_build one_copy "
         "onnxruntime_cuda openvino_peer pipeline plan_against_cpu replaced_bundles "
-        "sampler_statistics tensorrt_rtx tensorrt_session"
+        "sampler_statistics tensorrt_rtx tensorrt_session text_encoder"
     ),
     "serving": "bodies connections load page page_classes page_states serve_command",
     "tools": "fp16_study growth pocket training",

@@ -97,7 +97,7 @@ def test_ten_thousand_characters(tokenize: PromptTokenizer) -> None:
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ("x" * (MAX_CHARACTERS + 1), "has 100001 characters, at most 100000 are accepted"),
+        ("x" * (MAX_CHARACTERS + 1), "has 20001 characters, at most 20000 are accepted"),
         ("ab\ud83d", "character 2 of the prompt is '\\ud83d', half a surrogate pair"),
         (b"text", "a prompt must be text, found bytes"),
         (None, "a prompt must be text, found NoneType"),
@@ -141,11 +141,18 @@ def character_map(strings: bytes) -> str:
 
 SPLIT = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": False}
 REPLACE = {"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}
+LONGER = {"type": "Replace", "pattern": {"String": "aa"}, "content": "aaa"}
 END = [{"Sequence": {"id": "A", "type_id": 0}}]
 WITHOUT_END = (
     put("added_tokens", 1, "content", value="</x>"),
     put("model", "vocab", 1, 0, value="</x>"),
 )
+
+
+def twice(data: Any) -> Any:
+    return {"type": "Sequence", "normalizers": [data["normalizer"]] * 2}
+
+
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is not JSON"),
     "a picture": (b"\x89PNG\r\n\x1a\n", "is not JSON"),
@@ -178,8 +185,16 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
         "expected a map of characters",
     ),
     "bomb": (
-        changed(put("normalizer", "precompiled_charsmap", value=character_map(b"x" * 257))),
-        "turns a character into 257 bytes",
+        changed(put("normalizer", "precompiled_charsmap", value=character_map(b"x" * 65))),
+        "turns a character into 65 bytes",
+    ),
+    "two bombs": (
+        changed(lambda data: put("normalizer", value=twice(data))(data)),
+        "expected one map of characters",
+    ),
+    "longer text": (
+        changed(put("normalizer", value=LONGER)),
+        "normalizer.content is 'aaa', expected text that is not longer than what it replaces",
     ),
     "id": (changed(put("added_tokens", 0, "id", value=-1)), "added_tokens\\[0\\].id is -1"),
     "text": (b'"\\ud800"', "is not JSON"),

@@ -20,7 +20,7 @@ from var_deploy.host.installation import pip_install
 from var_deploy.text.tokenizer_json import check_tokenizer_json
 
 PADDING, END = 0, "</s>"
-MAX_CHARACTERS = 100_000  # of a prompt; tokenizing that many takes a tenth of a second
+MAX_CHARACTERS = 20_000  # of a prompt; no released model reads more than 512 tokens
 MAX_LENGTH = 4096  # most tokens that a text encoder takes
 ENDING = 24  # characters of the place at which a prompt is cut off, in the message
 

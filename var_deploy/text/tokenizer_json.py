@@ -21,7 +21,7 @@ MAX_BYTES = 32 << 20  # flan-t5's file has 2.4 MB, that of a vocabulary of 250 0
 MAX_PIECES = 1 << 20
 MAX_PIECE = 256  # characters of a piece or of a special token
 MAX_ADDED = 10_000
-MAX_REPLACEMENT = 256  # bytes that one character may become; Unicode's longest (U+FDFA) is 33
+MAX_REPLACEMENT = 64  # bytes that one character may become; Unicode's longest (U+FDFA) is 33
 MAX_SCORE = 1e9
 MAX_NESTED = 8  # steps of a normalizer or pre-tokenizer
 
@@ -83,7 +83,10 @@ def _sequence(data: Value, inner: str, check: Callable[[Value], dict[str, Any]])
     if data.member("type").raw != "Sequence":
         return check(data)
     data.only("type", inner)
-    return {"type": "Sequence", inner: [check(s) for s in data.member(inner).items(MAX_NESTED)]}
+    steps = [check(step) for step in data.member(inner).items(MAX_NESTED)]
+    if sum(step["type"] == "Precompiled" for step in steps) > 1:  # each could lengthen the text
+        raise data.refuse("one map of characters")
+    return {"type": "Sequence", inner: steps}
 
 
 def _normalizer(data: Value) -> dict[str, Any]:
@@ -104,7 +107,10 @@ def _normalizer(data: Value) -> dict[str, Any]:
             pattern.member("Regex").one_of(_SPACES)
         elif not _short(pattern.member("String")):
             raise pattern.refuse("text that is not empty")
-        _short(data.member("content"))
+        # two spaces or more become at most two characters
+        longest = 2 if "Regex" in pattern.members() else len(pattern.member("String").text())
+        if len(_short(data.member("content"))) > longest:
+            raise data.member("content").refuse("text that is not longer than what it replaces")
     return dict(data.plain())
 
 
