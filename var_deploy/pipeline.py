@@ -447,6 +447,40 @@ class Pipeline:
         if self._busy:
             self._cancelled.set()
 
+    def features(
+        self, prompts: Sequence[str], negatives: Sequence[str] | None = None
+    ) -> PromptRows:
+        """The text features of N prompts, which `generate` and `draw` take as well as texts.
+
+        Args:
+            negatives: negative prompts, one per prompt; None for what the model learned to take
+                for "no prompt".
+
+        Raises UsageError where the bundle takes no prompts, no text encoder was found, or a prompt
+        is not text; and what the text encoder raises.
+        """
+        self._check_takes_text()
+        if negatives is not None and len(negatives) != len(prompts):
+            raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        model = self.manifest.model
+        assert isinstance(model, TextModelSpec)
+        encoder = self._found_text_encoder()
+        with self._lock:
+            features, lengths = encoder.encode(
+                [*prompts, *(negatives or ())], model.transformer.text_length
+            )
+        rows = PromptRows(features=features, lengths=lengths)
+        if negatives is None:
+            return rows
+        count = len(prompts)
+        negative = rows.rows(range(count, 2 * count))
+        return dataclasses.replace(rows.rows(range(count)), negative=negative)
+
+    def check_text_encoder(self) -> None:
+        """Raise UsageError where the bundle takes prompts and no text encoder was found."""
+        if self.manifest.takes_text:
+            self._found_text_encoder()
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names, index = label; empty where the classes have none, see `sizes.classes`."""
@@ -586,8 +620,7 @@ class Pipeline:
                 raise UsageError("this bundle takes prompts: give prompts=[…]")
             return self._asked_in_words(prompts, negative, seed, count, sampling)
         if prompts is not None or negative:
-            takes = "labels" if self.manifest.model.transformer.conditional else "no condition"
-            raise UsageError(f"this bundle takes {takes}, not prompts")
+            self._check_takes_text()
         numbers = label_numbers(self.manifest, [None] if labels is None else labels)
         numbers, seeds = series(numbers, seed, count)
         request = Request(labels=numbers, rng_keys=call_keys(seeds), sampling=sampling)
@@ -623,7 +656,7 @@ class Pipeline:
             rows = prompts
         else:
             texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            rows = self._features(texts, negative)
+            rows = self.features(texts, [negative] * len(texts) if negative else None)
         chosen, seeds = series(range(len(rows)), seed, count, what="prompt")
         request = Request(
             labels=[0] * len(chosen),
@@ -638,8 +671,12 @@ class Pipeline:
             negative=negative or "",
         )
 
-    def _features(self, prompts: Sequence[str], negative: str | None) -> PromptRows:
-        """The features of prompts, and of the negative prompt for each."""
+    def _check_takes_text(self) -> None:
+        if not self.manifest.takes_text:
+            takes = "labels" if self.manifest.model.transformer.conditional else "no condition"
+            raise UsageError(f"this bundle takes {takes}, not prompts")
+
+    def _found_text_encoder(self) -> PromptEncoder:
         if self._text is None:
             ref = self.manifest.text_encoder
             what = f"{ref.folder} (digest {ref.digest[:16]})" if ref else "of any name"
@@ -647,16 +684,7 @@ class Pipeline:
                 f"a text encoder {what} is neither in the bundle nor beside it: give its folder "
                 "with --text-encoder (text_encoder in Python)"
             )
-        model = self.manifest.model
-        assert isinstance(model, TextModelSpec)
-        wanted = [*prompts, *([negative] if negative else [])]
-        with self._lock:
-            features, lengths = self._text.encode(wanted, model.transformer.text_length)
-        rows = PromptRows(features=features, lengths=lengths)
-        if not negative:
-            return rows
-        last = [len(prompts)] * len(prompts)
-        return dataclasses.replace(rows.rows(range(len(prompts))), negative=rows.rows(last))
+        return self._text
 
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer

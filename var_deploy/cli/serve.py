@@ -13,6 +13,7 @@ from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.text.prompt_tokenizer import MAX_CHARACTERS
 
 if TYPE_CHECKING:
     from var_deploy.serving.settings import Settings
@@ -66,6 +67,13 @@ FORMATS = ("text", "json")
     help="Bytes of a request with a picture; others may have 65536.",
 )
 @click.option(
+    "--max-prompt",
+    type=click.IntRange(1, MAX_CHARACTERS),
+    default=4000,
+    show_default=True,
+    help="Characters of a prompt, for a bundle that takes prompts.",
+)
+@click.option(
     "--max-connections",
     type=click.IntRange(1, 1 << 16),
     show_default="512",
@@ -110,6 +118,13 @@ FORMATS = ("text", "json")
     show_default="1",
     help="With --ray: pipelines that draw; MIN:MAX lets their number follow the load.",
 )
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    show_default="in or beside the bundle",
+    help="The bundle of the text encoder, for a bundle that takes prompts.",
+)
 @runtime_options
 @click.option("--verbose", "-v", is_flag=True, help="As --log-level debug.")
 @quiet_option(
@@ -123,6 +138,7 @@ def serve(
     max_count: int,
     max_pixels: int,
     max_body: int,
+    max_prompt: int,
     max_connections: int | None,
     allowed_host: tuple[str, ...],
     root_path: str,
@@ -130,6 +146,7 @@ def serve(
     log_format: str | None,
     address: str | None,
     replicas: str | None,
+    text_encoder: Path | None,
     config: RuntimeConfig,
     verbose: bool,
     quiet: bool,
@@ -150,6 +167,8 @@ def serve(
       var-deploy serve build/d16 --ray auto --replicas 1:8
       curl http://127.0.0.1:8000/v1/images -H 'Content-Type: application/json' \\
            -H 'Accept: image/png' -d '{"labels": ["star"], "seed": 7}' -o star.png
+      curl http://127.0.0.1:8000/v1/images -H 'Content-Type: application/json' \\
+           -H 'Accept: image/png' -d '{"prompt": "a red fox"}' -o fox.png
     """
     with needs_extra("serve", "serve"):
         from var_deploy.serving.app import create_app
@@ -164,6 +183,7 @@ def serve(
         count=max_count,
         pixels=max_pixels,
         body=max_body,
+        prompt=max_prompt,
         connections=max_connections or Settings.connections,
         hosts=(*allowed_host, *own_names(host)),
         root_path=root_path.rstrip("/"),
@@ -178,6 +198,8 @@ def serve(
         ):
             if value is not None:
                 raise UsageError(f"{name} is of one process: with --ray, Ray's proxies see to it")
+        if text_encoder is not None:
+            raise UsageError("--text-encoder is of one process: with --ray, put it in the bundle")
         many = Replicas.parse("1" if replicas is None else replicas)
         _serve_on_ray(bundle, manifest, address, many, host, port, settings, config, quiet)
         return
@@ -186,11 +208,11 @@ def serve(
     with listen(host, port) as listening:
         with Progress(quiet=quiet) as progress:
             progress.update("loading", 0.0)
-            pipe = load_pipeline(bundle, manifest, config)
+            pipe = load_pipeline(bundle, manifest, config, text_encoder)
         with pipe:
+            server = Server(create_app(pipe, settings, name=bundle.resolve().name))
             if not quiet:
                 say(f"serving {bundle} on {address_of(listening)} (Ctrl-C stops)")
-            server = Server(create_app(pipe, settings, name=bundle.resolve().name))
             level = log_level or ("debug" if verbose else "warning" if quiet else "info")
             with logging_to_stderr(level, log_format or "text"):
                 server.run([listening])

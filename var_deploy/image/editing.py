@@ -41,11 +41,14 @@ class Kept:
         )
 
     @classmethod
-    def nothing(cls, lengths: Sequence[int]) -> Kept:
-        """Of one image whose scales have these lengths: every token is drawn."""
+    def nothing(cls, lengths: Sequence[int], token_shape: Sequence[int] = ()) -> Kept:
+        """Of one image whose scales have these lengths: every token is drawn.
+
+        `token_shape` is that of a token, which may be several bits.
+        """
         return cls(
             masks=tuple(np.zeros((1, n), np.bool_) for n in lengths),
-            tokens=tuple(np.zeros((1, n), np.int64) for n in lengths),
+            tokens=tuple(np.zeros((1, n, *token_shape), np.int64) for n in lengths),
         )
 
     @classmethod
@@ -97,7 +100,7 @@ class Variation:
     def kept(self, tokens: Sequence[NDArray[np.int64]]) -> Kept:
         """What one image keeps; `tokens` are those of the picture, [1, L_k] a scale."""
         return Kept(
-            masks=tuple(np.full(t.shape, k < self.from_scale) for k, t in enumerate(tokens)),
+            masks=tuple(np.full(t.shape[:2], k < self.from_scale) for k, t in enumerate(tokens)),
             tokens=tuple(tokens),
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.image.images import grid, label_text, settings_text, write_png
+from var_deploy.image.images import grid, label_text, prompt_text, settings_text, write_png
 from var_deploy.manifest import Manifest
 from var_deploy.sampling import Sampling
 from var_deploy.serving.backend import Drawn, GenerationRequest
@@ -49,11 +49,13 @@ def about(
     """What a PNG of some of the images says of itself, in the words of `var-deploy generate`."""
     request = work.request
     seeds = [request.rng_keys[n][0] for n in images]
+    text = settings_text(manifest, precision, request.sampling, seeds)
+    if work.negative:
+        text["negative"] = work.negative
+    if work.prompts:
+        return {**text, "prompt": prompt_text([work.prompts[n] for n in images])}
     labels = [label_text(label_of(manifest, request.labels[n]), manifest) for n in images]
-    return {
-        **settings_text(manifest, precision, request.sampling, seeds),
-        "labels": ", ".join(labels),
-    }
+    return {**text, "labels": ", ".join(labels)}
 
 
 def as_png(manifest: Manifest, precision: str, work: GenerationRequest, drawn: Drawn) -> bytes:
@@ -69,6 +71,7 @@ def as_json(
         DrawnImage(
             png=as_text(png(image, about(manifest, precision, work, [n]))),
             label=label_name(manifest, work.request.labels[n]),
+            prompt=work.prompts[n] if work.prompts else None,
             seed=work.request.rng_keys[n][0],
             number=work.request.rng_keys[n][1],
             scales_done=int(drawn.scales_done[n]),

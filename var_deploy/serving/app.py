@@ -49,6 +49,7 @@ from var_deploy.serving.metrics import MEDIA_TYPE, Metrics
 from var_deploy.serving.queue import LocalQueue
 from var_deploy.serving.settings import Settings
 from var_deploy.serving.validate import can_edit, validate_edit, validate_images, validate_vary
+from var_deploy.spec import TextModelSpec
 
 PAGE = Path(__file__).parent / "page"
 FAILED: dict[int | str, dict[str, Any]] = {
@@ -156,20 +157,30 @@ class Service:
         self._unpacking = asyncio.Semaphore(1)  # pictures are large once they are unpacked
 
     async def model(self) -> schemas.ModelAnswer:
-        manifest, spec = self._manifest, self._manifest.code_model("serve")
-        limits = {k: getattr(self._settings, k) for k in ("count", "pixels", "queue", "body")}
+        manifest, spec = self._manifest, self._manifest.model
+        names = ("count", "pixels", "prompt", "queue", "body")
+        limits = {k: getattr(self._settings, k) for k in names}
+        height, width = spec.tokenizer.image_size
+        square = all(rows == columns for rows, columns in spec.grids)
+        text = spec.transformer if isinstance(spec, TextModelSpec) else None
+        conditional = spec.transformer.conditional
         return schemas.ModelAnswer(
+            takes="prompts" if text is not None else "labels" if conditional else "nothing",
+            text_length=text.text_length if text is not None else 0,
+            height=height,
+            width=width,
+            grids=list(spec.grids),
             name=self._name,
             digest=manifest.digest(),
-            side=spec.tokenizer.image_side,
+            side=height if height == width else None,
             channels=spec.tokenizer.image_channels,
-            patch_nums=list(spec.patch_nums),
+            patch_nums=[rows for rows, _ in spec.grids] if square else None,
             scales=spec.scales,
             labels=list(manifest.labels) or None,
             synonyms=[list(others) for others in class_synonyms(manifest.labels)] or None,
             classes=spec.transformer.classes,
-            codes=spec.tokenizer.vocab_size,
-            conditional=spec.transformer.conditional,
+            codes=spec.tokenizer.token_values,
+            conditional=conditional,
             guidance=manifest.guidance,
             defaults=schemas.Defaults.model_validate(plain_settings(manifest.defaults)),
             precision=self._precision,

@@ -54,13 +54,18 @@ class GenerationRequest:
     """Images that somebody waits for. Plain data: it can travel to another process.
 
     Attributes:
-        request: labels, streams and settings, all of them valid; tokens to keep are not there yet.
+        request: labels, streams and settings, all of them valid; tokens to keep and features of
+            prompts are not there yet.
+        prompts: one per image, of a bundle that takes prompts; else empty.
+        negative: what all of the images are guided away from; "" for nothing.
         edit: the picture that the images start from; None for images from nothing.
         previews: whether the images are wanted after each scale as well.
         deadline: seconds from now on.
     """
 
     request: Request
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
     edit: Edit | Variation | None = None
     previews: bool = False
     deadline: float | None = None

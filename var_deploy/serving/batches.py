@@ -1,7 +1,7 @@
 """Works that share batches: which images go together, and the drawing of one batch.
 
 A batch takes images from the first work, and where that leaves room, from later ones with equal
-settings: an image depends on its seed, number and label alone, not on its neighbours.
+settings: an image depends on its seed, number and label (or prompts) alone, not on its neighbours.
 """
 
 from __future__ import annotations
@@ -129,10 +129,14 @@ class PendingRequest:
             self._loop.call_soon_threadsafe(queue.put_nowait, event)
 
     def shares_batches_with(self, other: PendingRequest) -> bool:
-        """Previews slow a batch down, and a deadline may end it early: such do it to no other."""
+        """Previews slow a batch down, and a deadline may end it early: such do it to no other.
+
+        Negative prompts may differ, but all images of a launch have one or none has.
+        """
         mine, theirs = self.work, other.work
         return (
             mine.request.sampling == theirs.request.sampling
+            and bool(mine.negative) == bool(theirs.negative)
             and mine.previews == theirs.previews
             and self.end is other.end is None
         )
@@ -178,11 +182,17 @@ def gather(waiting: Sequence[J], batch: int) -> list[BatchSlice[J]]:
 
 
 class BatchRunner:
-    """Draws batches with a pipeline, which nobody else may use meanwhile."""
+    """Draws batches with a pipeline, which nobody else may use meanwhile.
+
+    Raises UsageError for a bundle that takes prompts and has no text encoder.
+    """
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._manifest = pipeline, pipeline.manifest
-        self._nothing = Kept.nothing(self._manifest.model.scale_lengths)
+        model = self._manifest.model
+        self._nothing = Kept.nothing(model.scale_lengths, model.token_shape)
+        if self._manifest.takes_text:
+            pipeline.check_text_encoder()
 
     def draw(self, shares: Sequence[BatchSlice[J]]) -> Images:
         """The images of a batch; previews are told on the way. Raises what `Pipeline.draw` does."""
@@ -222,8 +232,15 @@ class BatchRunner:
         together = None
         if any(kept):
             together = Kept.joined([one or self._nothing for one in kept])
+        prompts = None
+        if self._manifest.takes_text:
+            negatives = [job.work.negative for job, _ in rows]
+            prompts = self._pipeline.features(
+                [job.work.prompts[n] for job, n in rows], negatives if any(negatives) else None
+            )
         return Request(
             labels=[job.work.request.labels[n] for job, n in rows],
+            prompts=prompts,
             rng_keys=[job.work.request.rng_keys[n] for job, n in rows],
             sampling=shares[0].job.work.request.sampling,
             kept=together,

@@ -26,7 +26,13 @@ class Body(BaseModel):
     seed: int | list[int] = Field(
         0, description="0 … 2⁶⁴-1; image i has seed + i, or one of several seeds"
     )
-    cfg: Setting = Field(None, description="strength of guidance, 0 = off; a list: one a scale")
+    negative: str | None = Field(
+        None, description="what to guide away from, for a bundle that takes prompts"
+    )
+    cfg: Setting = Field(
+        None,
+        description="strength of guidance, 0 = off (with prompts 1 = off); a list: one a scale",
+    )
     top_k: int | list[int] | None = Field(None, description="keep the k likeliest codes, 0 = all")
     top_p: Setting = Field(None, description="keep the likeliest codes of this mass, 0 = all")
     temperature: Setting = Field(None, description="divides the logits")
@@ -50,7 +56,17 @@ class ImagesBody(Body):
     label: Label | list[Label | None] | None = Field(
         None, description="labels under another name, or one of them"
     )
-    count: int | None = Field(None, description="images; without it one a label or one a seed")
+    prompts: list[str] | None = Field(
+        None,
+        description="texts, for a bundle that takes prompts; repeated to fill count, which must "
+        "leave none out",
+    )
+    prompt: str | list[str] | None = Field(
+        None, description="prompts under another name, or one of them"
+    )
+    count: int | None = Field(
+        None, description="images; without it one a label or prompt, or one a seed"
+    )
 
 
 class EditBody(Body):
@@ -62,6 +78,10 @@ class EditBody(Body):
     outside: bool = Field(False, description="draw what lies outside of mask or box instead")
     label: Label | None = Field(None, description="what to put there; null lets the rest decide")
     labels: list[Label | None] | None = Field(None, description="label as a list of one")
+    prompt: str | list[str] | None = Field(
+        None, description="what to put there; null lets the rest decide"
+    )
+    prompts: list[str] | None = Field(None, description="prompt as a list of one")
     count: int | None = Field(None, description="images; without it one a seed")
     keep_pixels: bool = Field(
         False, description="outside, put the picture's own pixels back, with a feathered seam"
@@ -77,12 +97,17 @@ class VaryBody(Body):
     )
     label: Label | None = Field(None, description="what it shows; null lets the picture decide")
     labels: list[Label | None] | None = Field(None, description="label as a list of one")
+    prompt: str | list[str] | None = Field(
+        None, description="what it shows; null lets the picture decide"
+    )
+    prompts: list[str] | None = Field(None, description="prompt as a list of one")
     count: int | None = Field(None, description="images; without it one a seed")
 
 
 class DrawnImage(BaseModel):
     png: str = Field(description="base64")
     label: Label | None = Field(description="name, or number where the bundle has no names")
+    prompt: str | None = Field(description="null where the bundle takes none")
     seed: int
     number: int = Field(description="always 0: seed alone says which image it is")
     scales_done: int = Field(description="less than all of them where the deadline came first")
@@ -134,6 +159,7 @@ class Defaults(BaseModel):
 class LimitsAnswer(BaseModel):
     count: int
     pixels: int
+    prompt: int = Field(description="characters of a prompt")
     queue: int
     body: int
 
@@ -141,16 +167,23 @@ class LimitsAnswer(BaseModel):
 class ModelAnswer(BaseModel):
     name: str
     digest: str
-    side: int
+    takes: Literal["labels", "prompts", "nothing"]
+    text_length: int = Field(description="tokens of a prompt that are read; 0 without prompts")
+    height: int
+    width: int
+    side: int | None = Field(description="null where height and width differ")
     channels: int
-    patch_nums: list[int]
+    grids: list[tuple[int, int]] = Field(description="rows and columns of tokens of each scale")
+    patch_nums: list[int] | None = Field(description="their side; null where a grid is not square")
     scales: int
     labels: list[str] | None
     synonyms: list[list[str]] | None = Field(
         description="what else each class is called, to search by; null where there are no names"
     )
     classes: int
-    codes: int = Field(description="of the codebook: what top_k can keep at most")
+    codes: int = Field(
+        description="of the codebook: what top_k can keep at most; 2 where tokens are bits"
+    )
     conditional: bool
     guidance: bool
     defaults: Defaults

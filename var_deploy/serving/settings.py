@@ -19,6 +19,7 @@ class Settings:
         queue: requests that may wait; the next one is told to come back later.
         count: images a request may ask for.
         pixels: of a picture that is sent.
+        prompt: characters of a prompt.
         body: bytes of a request with a picture.
         connections: that may be open at a time; the next one gets 503.
         hosts: names in a `Host` header that are answered besides IP addresses and localhost:
@@ -33,6 +34,7 @@ class Settings:
     queue: int = 64
     count: int = 16
     pixels: int = 25_000_000
+    prompt: int = 4000
     body: int = 32_000_000
     connections: int = 512
     hosts: tuple[str, ...] = ()
@@ -44,7 +46,7 @@ class Settings:
     read_rate: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("queue", "count", "pixels", "body", "connections"):
+        for name in ("queue", "count", "pixels", "prompt", "body", "connections"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
         for host in self.hosts:

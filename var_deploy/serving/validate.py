@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
-from collections.abc import Sequence
 
 from PIL import Image
 
 from var_deploy import names
 from var_deploy.errors import UsageError
 from var_deploy.image.editing import Edit, Variation, box_mask
-from var_deploy.image.pictures import Mask, read_edit, read_pictures, upright
+from var_deploy.image.pictures import Mask, frame_of, read_edit, read_pictures, upright
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.request import Request, label_numbers
-from var_deploy.sampling import call_keys, series
+from var_deploy.sampling import Sampling, call_keys, series
 from var_deploy.serving.backend import GenerationRequest
 from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody, Label, VaryBody
 from var_deploy.serving.settings import Settings
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+# of Unicode but for tab and the ends of a line, which are spaces to a tokenizer
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 class TooLargeError(UsageError):
@@ -30,7 +32,12 @@ class TooLargeError(UsageError):
 def validate_images(
     body: ImagesBody, manifest: Manifest, limits: Settings, previews: bool = False
 ) -> GenerationRequest:
-    """Raises UsageError for labels, seeds, counts or settings out of range."""
+    """Raises UsageError for labels, prompts, seeds, counts or settings out of range."""
+    if manifest.takes_text:
+        prompts = _prompts(body, limits)
+        if prompts is None:
+            raise UsageError("this bundle takes prompts: send prompts, such as [\"a red fox\"]")
+        return _work_in_words(body, manifest, prompts, limits, previews)
     return _work(body, manifest, _labels(body), limits, previews)
 
 
@@ -60,9 +67,9 @@ def validate_vary(
     if not 0 <= body.from_scale <= scales:
         raise UsageError(f"from_scale must lie between 0 and {scales}, found {body.from_scale}")
     work = _from_picture(body, manifest, limits, precision, previews)
-    tokenizer = manifest.code_model("serve").tokenizer
+    tokenizer = manifest.model.tokenizer
     picture = open_picture(body.image, "the picture", limits.pixels)
-    pixels = read_pictures(picture, tokenizer.image_side, tokenizer.image_channels)
+    pixels = read_pictures(picture, frame_of(tokenizer), tokenizer.image_channels)
     return dataclasses.replace(work, edit=Variation(pixels=pixels, from_scale=body.from_scale))
 
 
@@ -76,6 +83,14 @@ def _from_picture(
     """What all requests with a picture have in common, without the picture."""
     if not can_edit(manifest, precision):
         raise UsageError("the bundle has no encoder, so it cannot edit; export it again")
+    if manifest.takes_text:
+        prompts = _prompts(body, limits)
+        prompts = [""] if prompts is None else prompts
+        if len(prompts) > 1:
+            raise UsageError(
+                f"prompt takes one text here, found {len(prompts)}: send several requests"
+            )
+        return _work_in_words(body, manifest, prompts, limits, previews)
     labels = _labels(body)
     if len(labels) > 1:
         raise UsageError(f"label takes one class here, found {len(labels)}: send several requests")
@@ -87,7 +102,7 @@ def can_edit(manifest: Manifest, precision: str) -> bool:
 
 
 def _edit(body: EditBody, manifest: Manifest, limits: Settings) -> Edit:
-    tokenizer = manifest.code_model("serve").tokenizer
+    tokenizer = manifest.model.tokenizer
     picture = open_picture(body.image, "the picture", limits.pixels)
     picture = upright(picture, tokenizer.image_channels)
     mask: Mask
@@ -140,21 +155,89 @@ def _labels(body: ImagesBody | EditBody | VaryBody) -> list[Label | None]:
 def _work(
     body: ImagesBody | EditBody | VaryBody,
     manifest: Manifest,
-    labels: Sequence[Label | None],
+    labels: list[Label | None],
     limits: Settings,
     previews: bool,
 ) -> GenerationRequest:
+    """Images of classes, or of nothing."""
+    if body.prompt is not None or body.prompts is not None or body.negative:
+        takes = "labels" if manifest.model.transformer.conditional else "no condition"
+        raise UsageError(f"this bundle takes {takes}, not prompts: leave prompts and negative out")
+    wanted, each = series(labels, body.seed, _count(body, len(labels), limits))
+    numbers = label_numbers(manifest, wanted)
+    request = Request(
+        labels=numbers, rng_keys=call_keys(each), sampling=_sampling(body, manifest)
+    )
+    return GenerationRequest(request=request, previews=previews, deadline=_deadline(body))
+
+
+def _work_in_words(
+    body: ImagesBody | EditBody | VaryBody,
+    manifest: Manifest,
+    prompts: list[str],
+    limits: Settings,
+    previews: bool,
+) -> GenerationRequest:
+    """Images of prompts, whose features the backend computes when it draws."""
+    if body.label is not None or body.labels is not None:
+        raise UsageError("this bundle takes prompts, not labels: send prompts")
+    negative = _text(body.negative or "", "negative", limits)
+    count = _count(body, len(prompts), limits)
+    wanted, each = series(prompts, body.seed, count, what="prompt")
+    request = Request(
+        labels=[0] * count, rng_keys=call_keys(each), sampling=_sampling(body, manifest)
+    )
+    return GenerationRequest(
+        request=request,
+        prompts=tuple(wanted),
+        negative=negative,
+        previews=previews,
+        deadline=_deadline(body),
+    )
+
+
+def _prompts(body: ImagesBody | EditBody | VaryBody, limits: Settings) -> list[str] | None:
+    """The prompts of a body, by either name of the field; None where there are none."""
+    if body.prompt is not None and body.prompts is not None:
+        raise UsageError("prompt and prompts are two names of one field: send one of them")
+    given = body.prompts if body.prompt is None else body.prompt
+    if given is None:
+        return None
+    if given == []:
+        raise UsageError("prompts is empty: send one text or more")
+    texts = given if isinstance(given, list) else [given]
+    return [_text(text, "prompt", limits) for text in texts]
+
+
+def _text(text: str, what: str, limits: Settings) -> str:
+    """Return the text of a prompt. Raises UsageError for one that is too long, or holds characters
+    that neither a tokenizer nor the text of a PNG has a use for."""
+    if len(text) > limits.prompt:
+        raise UsageError(
+            f"{what} has {len(text)} characters, at most {limits.prompt} are taken: shorten it"
+        )
+    if found := CONTROL.search(text):
+        raise UsageError(
+            f"character {found.start()} of {what} is the control character "
+            f"U+{ord(found[0]):04X}: leave it out"
+        )
+    return text
+
+
+def _count(body: ImagesBody | EditBody | VaryBody, given: int, limits: Settings) -> int:
+    """The number of images, one per label or prompt or one per seed where the body leaves it
+    open."""
     seeds = len(body.seed) if isinstance(body.seed, list) else 1
-    count = max(len(labels), seeds) if body.count is None else body.count
+    count = max(given, seeds) if body.count is None else body.count
     if not 1 <= count <= limits.count:
         raise UsageError(f"count must lie between 1 and {limits.count}, found {count}")
-    wanted, each = series(labels, body.seed, count)
-    numbers = label_numbers(manifest, wanted)
-    sampling = manifest.sampling(
+    return count
+
+
+def _sampling(body: Body, manifest: Manifest) -> Sampling:
+    return manifest.sampling(
         cfg=body.cfg, top_k=body.top_k, top_p=body.top_p, temperature=body.temperature
     )
-    request = Request(labels=numbers, rng_keys=call_keys(each), sampling=sampling)
-    return GenerationRequest(request=request, previews=previews, deadline=_deadline(body))
 
 
 def _deadline(body: Body) -> float | None:
