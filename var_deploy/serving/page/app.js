@@ -12,6 +12,7 @@ import { EventQueue, Viewer, finished } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const VARIATIONS = 4; // pictures that "More like this" makes
+const FIELDS = "textarea, input:not([type=range], [type=radio], [type=checkbox])";
 const TOLD_AGAIN = 10; // seconds after which a screen reader hears how far a request is
 
 let model, form, viewer, gallery;
@@ -43,13 +44,14 @@ async function start() {
   form = new Form(model, showNotice);
   viewer = new Viewer(model, refresh);
   gallery = new Gallery(new PictureStore(), openOlder);
-  $("about").textContent = `${model.name} · ${model.side} × ${model.side} · ${model.precision}`;
+  $("about").textContent = `${model.name} · ${model.width} × ${model.height} · ${model.precision}`;
   $("about").title = `on ${model.backend}, bundle ${model.digest.slice(0, 12)}`;
   document.title = `${model.name} – var-deploy`;
   $("edit-mode").hidden = !model.editing;
-  $("size").max = Math.max(2, model.side / 2);
-  $("size").value = Math.max(1, Math.round(model.side / 6));
-  maskEditor.resize(model.side);
+  const side = Math.min(model.width, model.height);
+  $("size").max = Math.max(2, side / 2);
+  $("size").value = Math.max(1, Math.round(side / 6));
+  maskEditor.resize(model.width, model.height);
   sizeBrush();
   offerScales();
   $("settings").open = matchMedia("(min-width: 900px)").matches;
@@ -69,6 +71,7 @@ async function start() {
 /** What is wrong with labels of a link, each {label, numbers} with the classes it may mean. */
 function unclearLabels(labels) {
   const quoted = labels.map(({ label }) => `“${label}”`).join(" and ");
+  if (model.takes === "prompts") return `The link names ${quoted}, but this model takes prompts.`;
   if (!model.conditional) return `The link names ${quoted}, but this model has no classes.`;
   const several = labels.find(({ numbers }) => numbers.length > 1);
   if (several) {
@@ -86,7 +89,7 @@ function send() {
   const settings = form.read();
   if (form.problem) {
     showNotice(form.problem);
-    $("class-text").focus();
+    form.focus();
   } else if (mode === "generate") {
     history.replaceState(null, "", form.query(settings));
     return perform(generateRequest(form.classes, settings));
@@ -226,7 +229,9 @@ function refresh() {
   $("mask-editor").hidden = view !== "mask-editor";
   $("empty-text").textContent = editing
     ? "Choose a picture, drop one here, or paste it."
-    : "Choose a class, and watch it appear from coarse to fine.";
+    : model?.takes === "prompts"
+      ? "Say what to see, and watch it appear from coarse to fine."
+      : "Choose a class, and watch it appear from coarse to fine.";
   $("generate").textContent = busy ? "Stop" : editing ? "Fill" : "Generate";
   $("another").setAttribute("aria-disabled", String(busy)); // keeps the focus, unlike `disabled`
   $("panel").setAttribute("aria-busy", String(busy));
@@ -274,12 +279,12 @@ function caption() {
   if (view !== "tiles" || !set) return "";
   if (!current) return `${set.pictures.length} pictures. Choose one to look at it closely.`;
   if (scale !== null) {
-    const patches = `${model.patch_nums[scale]} × ${model.patch_nums[scale]}`;
-    return `After scale ${scale + 1} of ${model.scales}: ${patches} tokens`;
+    const [rows, columns] = model.grids[scale];
+    return `After scale ${scale + 1} of ${model.scales}: ${columns} × ${rows} tokens`;
   }
   const took = set.pictures.length === 1 && current.seconds !== undefined;
   const time = took ? `, in ${duration(current.seconds)}` : "";
-  return [nameOf(current) + time, ...form.sampling.describe(current.settings)].join(" · ");
+  return [nameOf(current) + time, ...form.describe(current.settings)].join(" · ");
 }
 
 function say(text) {
@@ -314,7 +319,7 @@ function reveal() {
 }
 
 function offerScales() {
-  const options = model.patch_nums.map((_, k) => new Option(`from scale ${k + 1}`, k));
+  const options = model.grids.map((_, k) => new Option(`from scale ${k + 1}`, k));
   $("from-scale").replaceChildren(...options.slice(1)); // from the first on it is another picture
   $("from-scale").value = Math.ceil(model.scales / 2);
 }
@@ -343,17 +348,18 @@ async function edit(open) {
     return;
   }
   const canvas = $("source");
-  canvas.width = canvas.height = model.side;
+  canvas.width = model.width;
+  canvas.height = model.height;
   canvas.getContext("2d").drawImage(source.view, 0, 0);
-  maskEditor.resize(model.side);
+  maskEditor.resize(model.width, model.height);
   view = "tiles"; // whatever it was, the mask editor takes its place
   setMode("edit");
   if (document.activeElement?.name !== "mode") $("mask").focus({ preventScroll: true });
   say("The picture is ready: mark what to fill.");
 }
 
-const editFile = (file) => edit(() => openPicture(file, model.side, model.limits));
-const editGenerated = (picture) => edit(() => openGenerated(picture.png, model.side));
+const editFile = (file) => edit(() => openPicture(file, model));
+const editGenerated = (picture) => edit(() => openGenerated(picture.png, model));
 
 function sizeBrush() {
   maskEditor.size = $("size").valueAsNumber;
@@ -373,7 +379,7 @@ function openOlder(picture) {
 
 async function useSettings() {
   const { settings, kind, before } = older;
-  if (kind === "edit") await edit(() => openGenerated(before, model.side));
+  if (kind === "edit") await edit(() => openGenerated(before, model));
   else setMode("generate");
   form.write(settings);
   if (kind === "generate") history.replaceState(null, "", form.query(settings));
@@ -418,6 +424,12 @@ function listen() {
   });
   // the second click of a double click would stop what the first one has begun
   $("generate").addEventListener("click", (event) => event.detail > 1 && event.preventDefault());
+  // as in a field of one line; Shift+Enter, and a phrase that is still being composed, stay in it
+  $("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    if (!running && !event.repeat) $("panel").requestSubmit();
+  });
   click("another", () => {
     form.newSeed();
     $("panel").requestSubmit();
@@ -478,7 +490,7 @@ function changeMode(wanted) {
 /** Ctrl+Z and its kin are the mask's while it is shown, but for fields, which have their own. */
 function undoByKey(event) {
   const { key, target } = event;
-  const typing = target.matches?.("input:not([type=range], [type=radio], [type=checkbox])");
+  const typing = target.matches?.(FIELDS);
   if (view !== "mask-editor" || typing || !(event.ctrlKey || event.metaKey) || event.altKey) return;
   const letter = key.toLowerCase();
   if (letter === "z" && !event.shiftKey) maskEditor.undo();

@@ -1,13 +1,20 @@
-/** Classes, seed, number of pictures and sampling; and all of it as the query of an address. */
+/**
+ * Classes or a prompt, seed, number of pictures and sampling; and all of it as the query of an
+ * address.
+ */
 
 import { ClassPicker } from "./class_picker.js";
 import { Classes } from "./class_search.js";
 import { SamplingSliders } from "./sampling_sliders.js";
 
 const NONE = { generate: "no class", edit: "whatever fits" };
+const EXAMPLE = "such as: a red fox in the snow";
 const NO_LABEL = "none"; // in an address, "no class" among classes
 
 const $ = (id) => document.getElementById(id);
+
+/** A text as one line without control characters, which the service refuses. */
+const plain = (text) => text.replace(/\p{Cc}+/gu, " ").trim();
 
 export class Form {
   /** `onRefuse` is called with a sentence about what cannot be chosen. */
@@ -21,6 +28,12 @@ export class Form {
     this.following = 1; // the number of pictures that the number of classes has led to
     $("count").max = model.limits.count;
     $("class-box").hidden = !model.conditional;
+    this.words = model.takes === "prompts";
+    $("prompt-box").hidden = !this.words;
+    $("negative-box").hidden = !this.words || !model.guidance;
+    for (const id of ["prompt", "negative"]) $(id).maxLength = model.limits.prompt;
+    this.prompts = { generate: "", edit: "" }; // of the modes
+    $("prompt").placeholder = EXAMPLE;
     if (!model.conditional) return;
     const onChange = (chosen) => this.#follow(chosen);
     this.picker = new ClassPicker(this.classes, model.limits.count, { onChange, onRefuse });
@@ -30,22 +43,37 @@ export class Form {
   }
 
   /**
-   * What is asked for: `labels` are class numbers, with null for "no class"; a sampling setting
-   * that is null is the model's default.
+   * What is asked for: `labels` are class numbers, with null for "no class"; `prompt` and
+   * `negative` are there where the model takes prompts; a sampling setting that is null is the
+   * model's default.
    */
   read() {
     const labels = this.picker?.chosen ?? [null];
     const [seed, count] = ["seed", "count"].map((id) => $(id).valueAsNumber);
-    return { labels, seed, count, ...this.sampling.read() };
+    const said = this.words
+      ? { prompt: plain($("prompt").value), negative: plain($("negative").value) }
+      : {};
+    return { labels, ...said, seed, count, ...this.sampling.read() };
   }
 
   /** What keeps the form from being sent, in a sentence, or null. */
   get problem() {
+    const empty = this.words && this.mode === "generate" && !plain($("prompt").value);
+    if (empty) return "Write what to generate first.";
     const text = this.picker?.pending;
     return text ? `No class is called “${text}”. Choose one from the list.` : null;
   }
 
+  /** Go where the problem is. */
+  focus() {
+    $(this.words ? "prompt" : "class-text").focus();
+  }
+
   write(settings) {
+    if (this.words) {
+      $("prompt").value = settings.prompt ?? "";
+      $("negative").value = settings.negative ?? "";
+    }
     if (this.picker) {
       this.picker.set(settings.labels, { several: false });
       $("several").checked = this.picker.several;
@@ -59,13 +87,25 @@ export class Form {
     this.sampling.write({});
   }
 
+  /** What differs from the model's defaults, as a list of short texts. */
+  describe(settings) {
+    const without = settings.negative ? [`Without “${settings.negative}”`] : [];
+    return [...without, ...this.sampling.describe(settings)];
+  }
+
   newSeed() {
     $("seed").value = Math.floor(Math.random() * 1e6);
   }
 
   setMode(mode) {
     const editing = mode === "edit";
-    $("class-title").textContent = editing ? "What to put there" : "What to generate";
+    const title = editing ? "What to put there" : "What to generate";
+    $("class-title").textContent = $("prompt-title").textContent = title;
+    if (this.words) {
+      this.prompts[this.mode] = $("prompt").value;
+      $("prompt").value = this.prompts[mode];
+      $("prompt").placeholder = editing ? NONE.edit : EXAMPLE;
+    }
     if (this.picker) {
       this.choices[this.mode] = this.picker.chosen;
       this.mode = mode;
@@ -83,6 +123,9 @@ export class Form {
     if (labels.length > 1 || labels[0] !== null) {
       for (const label of labels) query.append("label", label ?? NO_LABEL);
     }
+    for (const name of ["prompt", "negative"]) {
+      if (settings[name]) query.set(name, settings[name]);
+    }
     query.set("seed", settings.seed);
     if (settings.count !== 1) query.set("count", settings.count);
     for (const name of this.sampling.names) {
@@ -93,20 +136,25 @@ export class Form {
 
   /**
    * {settings, unclear} of an address, or null where it says nothing. `settings.seed` may be null;
-   * `unclear` are the labels that do not name one class, each {label, numbers}.
+   * `unclear` are the labels that do not name one class, each {label, numbers}; a prompt for a
+   * model of classes is one of them.
    */
   parse(text) {
     const query = new URLSearchParams(text);
     const number = (name) => (query.has(name) ? Number(query.get(name)) : null);
-    if (!query.has("seed") && !query.has("label")) return null;
+    if (!["seed", "label", "prompt"].some((name) => query.has(name))) return null;
     const seed = Number.isSafeInteger(number("seed")) && number("seed") >= 0 ? number("seed") : null;
-    const labels = query.getAll("label").map((label) => ({ label, numbers: this.#named(label) }));
+    const named = [...query.getAll("label"), ...(this.words ? [] : query.getAll("prompt"))];
+    const labels = named.map((label) => ({ label, numbers: this.#named(label) }));
     const unclear = labels.filter(({ numbers }) => numbers.length !== 1);
     const { limits } = this.model;
     const clear = labels.filter(({ numbers }) => numbers.length === 1);
     const known = [...new Set(clear.map(({ numbers }) => numbers[0]))];
     const settings = { seed, labels: known.slice(0, limits.count) };
     if (!settings.labels.length) settings.labels = [null];
+    for (const name of this.words ? ["prompt", "negative"] : []) {
+      settings[name] = plain(query.get(name) ?? "").slice(0, limits.prompt);
+    }
     const count = Number.isInteger(number("count")) ? number("count") : 1;
     settings.count = Math.min(Math.max(count, settings.labels.length), limits.count);
     for (const name of this.sampling.names) {

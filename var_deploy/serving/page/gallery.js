@@ -5,14 +5,22 @@ import { zip } from "./zip.js";
 const $ = (id) => document.getElementById(id);
 const MOST = 240; // pictures, also where the browser keeps none
 const MOST_WHOLE = 48; // of these with what they were after each scale
+const LONGEST = 80; // characters of a prompt in a name
 
 /** What a picture is called where it is not seen. */
 export function nameOf(picture) {
-  const { label, kind, seed } = picture;
-  const nothing = kind === "edit" ? "edited picture" : "no class";
-  const what = typeof label === "number" ? `class ${label}` : (label ?? nothing);
+  const { label, prompt, kind, seed } = picture;
+  const nothing = kind === "edit" ? "edited picture" : prompt === "" ? "no prompt" : "no class";
+  const named = typeof label === "number" ? `class ${label}` : (label ?? nothing);
+  const what = prompt ? shortened(prompt) : named;
   const how = kind === "vary" ? `, varied from scale ${picture.fromScale + 1}` : "";
   return `${what}, seed ${seed}${how}`;
+}
+
+function shortened(text) {
+  const characters = [...text]; // so that none is cut in half
+  if (characters.length <= LONGEST) return text;
+  return `${characters.slice(0, LONGEST).join("").trimEnd()}…`;
 }
 
 export const fileNameOf = (picture) => `${nameOf(picture).replace(/[^\p{L}\p{N}]+/gu, "-")}.png`;

@@ -1,4 +1,4 @@
-/** A mask of side × side pixels that is painted over a picture. */
+/** A mask of width × height pixels that is painted over a picture. */
 
 const REMEMBERED = 40; // steps that can be undone
 
@@ -15,7 +15,7 @@ export class MaskEditor {
     this.onChange = onChange;
     this.tool = "brush";
     this.size = 10;
-    this.resize(1);
+    this.resize(1, 1);
     canvas.addEventListener("pointerdown", (event) => this.#down(event));
     canvas.addEventListener("pointermove", (event) => this.#move(event));
     canvas.addEventListener("pointerup", () => this.#up());
@@ -26,12 +26,13 @@ export class MaskEditor {
   }
 
   /** A new, empty mask. */
-  resize(side) {
-    this.side = this.canvas.width = this.canvas.height = side;
-    this.marks = new Uint8Array(side * side);
+  resize(width, height) {
+    this.width = this.canvas.width = width;
+    this.height = this.canvas.height = height;
+    this.marks = new Uint8Array(width * height);
     this.undone = []; // masks that redo brings back, the next one last
     this.past = [];
-    this.at = { x: side / 2, y: side / 2 };
+    this.at = { x: width / 2, y: height / 2 };
     this.corner = this.from = null;
     this.#paint();
   }
@@ -71,29 +72,31 @@ export class MaskEditor {
 
   /** Mark one of the regions that the page offers by name. */
   region(name) {
-    const { side } = this;
-    const [quarter, half] = [Math.round(side / 4), Math.round(side / 2)];
+    const { width, height } = this;
+    const [centre, middle] = [Math.round(width / 2), Math.round(height / 2)];
     const boxes = {
-      left: [0, 0, half, side],
-      right: [half, 0, side, side],
-      top: [0, 0, side, half],
-      bottom: [0, half, side, side],
-      all: [0, 0, side, side],
+      left: [0, 0, centre, height],
+      right: [centre, 0, width, height],
+      top: [0, 0, width, middle],
+      bottom: [0, middle, width, height],
+      all: [0, 0, width, height],
     };
     this.#remember();
     const border = name === "border";
     this.marks.fill(border ? 1 : 0);
-    const middle = [quarter, quarter, side - quarter, side - quarter];
-    this.#box(boxes[name] ?? middle, border ? 0 : 1);
+    const [across, down] = [Math.round(width / 4), Math.round(height / 4)];
+    const inner = [across, down, width - across, height - down];
+    this.#box(boxes[name] ?? inner, border ? 0 : 1);
     this.#paint();
   }
 
   /** A PNG as a data: URL, white where the picture is to be new. */
   toDataURL() {
     const canvas = document.createElement("canvas");
-    canvas.width = canvas.height = this.side;
+    canvas.width = this.width;
+    canvas.height = this.height;
     const context = canvas.getContext("2d");
-    const pixels = context.createImageData(this.side, this.side);
+    const pixels = context.createImageData(this.width, this.height);
     const words = new Uint32Array(pixels.data.buffer);
     this.marks.forEach((mark, n) => (words[n] = mark ? 0xffffffff : 0xff000000));
     context.putImageData(pixels, 0, 0);
@@ -123,12 +126,13 @@ export class MaskEditor {
 
   #key(event) {
     const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    const { side } = this;
+    const { width, height } = this;
     if (steps[event.key]) {
-      const length = Math.max(1, event.shiftKey ? side / 8 : side / 64);
+      const short = Math.min(width, height);
+      const length = Math.max(1, event.shiftKey ? short / 8 : short / 64);
       const [x, y] = steps[event.key].map((step) => step * length);
-      const clamp = (value) => Math.min(side - 0.5, Math.max(0.5, value));
-      const at = { x: clamp(this.at.x + x), y: clamp(this.at.y + y) };
+      const clamp = (value, end) => Math.min(end - 0.5, Math.max(0.5, value));
+      const at = { x: clamp(this.at.x + x, width), y: clamp(this.at.y + y, height) };
       if (this.corner) this.#drag(at);
       this.at = at;
     } else if (event.key === " " || event.key === "Enter") {
@@ -164,15 +168,15 @@ export class MaskEditor {
   }
 
   #box([x0, y0, x1, y1], mark) {
-    const { side } = this;
-    for (let y = Math.max(0, y0); y < Math.min(side, y1); y++) {
-      this.marks.fill(mark, y * side + Math.max(0, x0), y * side + Math.min(side, x1));
+    const { width, height } = this;
+    const [left, right] = [Math.min(width, Math.max(0, x0)), Math.max(0, Math.min(width, x1))];
+    for (let y = Math.max(0, y0); y < Math.min(height, y1); y++) {
+      this.marks.fill(mark, y * width + left, y * width + right);
     }
   }
 
   /** Round dots along a line; a pixel belongs to a dot where its middle does. */
   #stroke(from, to, mark) {
-    const { side } = this;
     const radius = this.size / 2;
     const steps = Math.max(1, Math.ceil(Math.hypot(to.x - from.x, to.y - from.y)));
     for (let step = 0; step <= steps; step++) {
@@ -181,7 +185,7 @@ export class MaskEditor {
       // a brush of one pixel marks the one that it is on
       this.#box([Math.floor(x), Math.floor(y), Math.floor(x) + 1, Math.floor(y) + 1], mark);
       const top = Math.max(0, Math.floor(y - radius));
-      for (let row = top; row <= Math.min(side - 1, y + radius); row++) {
+      for (let row = top; row <= Math.min(this.height - 1, y + radius); row++) {
         const reach = Math.sqrt(Math.max(0, radius ** 2 - (row + 0.5 - y) ** 2));
         this.#box([Math.round(x - reach), row, Math.round(x + reach), row + 1], mark);
       }
@@ -204,13 +208,13 @@ export class MaskEditor {
 
   #paint() {
     const context = this.canvas.getContext("2d");
-    const pixels = context.createImageData(this.side, this.side);
+    const pixels = context.createImageData(this.width, this.height);
     const words = new Uint32Array(pixels.data.buffer);
     this.marks.forEach((mark, n) => (words[n] = mark ? 0xffffffff : 0));
     context.putImageData(pixels, 0, 0);
     context.globalCompositeOperation = "source-in";
     context.fillStyle = getComputedStyle(this.canvas).getPropertyValue("--mask");
-    context.fillRect(0, 0, this.side, this.side);
+    context.fillRect(0, 0, this.width, this.height);
     context.globalCompositeOperation = "source-over";
     this.onChange(this);
   }
@@ -218,18 +222,17 @@ export class MaskEditor {
   #place(event) {
     const frame = this.canvas.getBoundingClientRect();
     return {
-      x: ((event.clientX - frame.left) / frame.width) * this.side,
-      y: ((event.clientY - frame.top) / frame.height) * this.side,
+      x: ((event.clientX - frame.left) / frame.width) * this.width,
+      y: ((event.clientY - frame.top) / frame.height) * this.height,
     };
   }
 
   #showCursor() {
     const diameter = this.tool === "box" ? 1 : this.size;
-    const share = 100 / this.side;
     Object.assign(this.cursor.style, {
-      left: `${this.at.x * share}%`,
-      top: `${this.at.y * share}%`,
-      width: `${diameter * share}%`,
+      left: `${(100 * this.at.x) / this.width}%`,
+      top: `${(100 * this.at.y) / this.height}%`,
+      width: `${(100 * diameter) / this.width}%`,
     });
     this.cursor.hidden = false;
   }

@@ -21,7 +21,7 @@ export class Progress {
     this.#count = count;
     this.#from = performance.now();
     // half of a scale's time goes with its tokens, half with the preview that it is shown with
-    const tokens = model.patch_nums.map((side) => side * side);
+    const tokens = model.grids.map(([rows, columns]) => rows * columns);
     const all = tokens.reduce((sum, n) => sum + n, 0);
     this.#weights = tokens.map((n) => 0.5 * (n / all) + 0.5 / model.scales);
   }
@@ -71,15 +71,15 @@ export class Progress {
   }
 
   #what() {
-    const { scales, patch_nums: sides } = this.#model;
+    const { scales, grids } = this.#model;
     if (!this.#turn && this.#position > 0) {
       const others = this.#position === 1 ? "1 request is" : `${this.#position} requests are`;
       return `Waiting: ${others} before this one`;
     }
     if (this.scale === null) return "Asking the service";
     if (this.#share === 1) return "Finishing";
-    const side = sides[this.scale];
-    return `Generating scale ${this.scale + 1} of ${scales} (${side} × ${side})`;
+    const [rows, columns] = grids[this.scale];
+    return `Generating scale ${this.scale + 1} of ${scales} (${columns} × ${rows})`;
   }
 
   #which() {

@@ -5,10 +5,16 @@ const $ = (id) => document.getElementById(id);
 /** [name, title, least, most, step, hint]; where `filter`, the right end keeps all codes. */
 function sliders(model) {
   const codes = model.codes;
-  const guidance = "How closely the class is followed; 0 is off.";
-  const topP = "Only the likeliest codes that make up this share; “all” is on the right.";
-  return [
-    { name: "cfg", title: "Guidance", least: 0, most: 10, step: 0.1, hint: guidance },
+  const words = model.takes === "prompts";
+  const guidance = words
+    ? "How closely the prompt is followed; 1 is off."
+    : "How closely the class is followed; 0 is off.";
+  const topP = words
+    ? "A bit's unlikelier value is dropped up to 1 minus this; “all” is on the right."
+    : "Only the likeliest codes that make up this share; “all” is on the right.";
+  const off = words ? 1 : 0;
+  const all = [
+    { name: "cfg", title: "Guidance", least: off, most: 10, step: 0.1, hint: guidance },
     {
       name: "temperature",
       title: "Temperature",
@@ -27,7 +33,12 @@ function sliders(model) {
       hint: `Only the k likeliest of ${codes} codes; “all” is on the right.`,
     },
     { name: "top_p", title: "Top-p", least: 0.01, most: 1, step: 0.01, filter: true, hint: topP },
-  ].slice(model.guidance && model.conditional ? 0 : 1);
+  ];
+  const useless = [
+    ...(model.guidance && model.takes !== "nothing" ? [] : ["cfg"]),
+    ...(words ? ["top_k"] : []), // a bit has two values
+  ];
+  return all.filter(({ name }) => !useless.includes(name));
 }
 
 /**

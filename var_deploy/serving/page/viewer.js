@@ -18,14 +18,16 @@ export class Viewer {
     this.solo = null; // the one picture that is looked at, of several
     this.scale = null; // looked at, null for the finished picture
     this.played = 0;
+    const small = Math.max(model.width, model.height) < 256;
+    document.body.style.setProperty("--ratio", model.width / model.height);
     const fit = () => {
       // a pixel of a small picture covers whole pixels of the screen
-      const step = model.side < 256 ? model.side / devicePixelRatio : 1;
+      const step = small ? model.width / devicePixelRatio : 1;
       $("viewer").style.setProperty("--step", `${step}px`);
     };
     fit();
     addEventListener("resize", fit);
-    $("viewer").classList.toggle("pixels", model.side < 256);
+    $("viewer").classList.toggle("pixels", small);
     this.#makeStrip();
     this.#makePattern();
   }
@@ -139,16 +141,19 @@ export class Viewer {
   }
 
   #makeStrip() {
-    const { patch_nums: sides, scales } = this.model;
+    const { grids, scales } = this.model;
     $("strip").style.setProperty("--scales", scales);
-    sides.forEach((side, scale) => {
+    const square = grids.every(([rows, columns]) => rows === columns);
+    grids.forEach(([rows, columns], scale) => {
       const button = document.createElement("button");
       button.type = "button";
       button.disabled = true;
-      button.style.setProperty("--cells", side);
-      const short = scales > 7 ? side : `${side}×${side}`; // on a phone they stand close
+      button.style.setProperty("--rows", rows);
+      button.style.setProperty("--cells", columns);
+      // on a phone they stand close
+      const short = scales <= 7 ? `${columns}×${rows}` : square ? rows : "";
       button.innerHTML = `<span class="thumb"><img alt="" hidden></span><small>${short}</small>`;
-      button.setAttribute("aria-label", `Scale ${scale + 1} of ${scales}, ${side} by ${side}`);
+      button.setAttribute("aria-label", `Scale ${scale + 1} of ${scales}, ${columns} by ${rows}`);
       button.addEventListener("click", () => {
         this.played += 1;
         const last = scale === scales - 1;
@@ -177,15 +182,15 @@ export class Viewer {
 
   /** Cells of every scale above each other, before there is a picture. */
   #makePattern() {
-    const sides = this.model.patch_nums.slice(0, 5);
+    const grids = this.model.grids.slice(0, 5);
     let state = 20;
     const random = () => (state = (state * 16807) % 2147483647) / 2147483647;
     random();
-    const cells = sides.flatMap((side) =>
-      Array.from({ length: side * side }, (_, n) => {
-        const [x, y] = [(n % side) / side, Math.floor(n / side) / side];
+    const cells = grids.flatMap(([rows, columns]) =>
+      Array.from({ length: rows * columns }, (_, n) => {
+        const [x, y] = [(n % columns) / columns, Math.floor(n / columns) / rows];
         const hue = 40 - 75 * (x + y) + 30 * random(); // warm to cool along the diagonal
-        return `<rect x="${x}" y="${y}" width="${1 / side}" height="${1 / side}"
+        return `<rect x="${x}" y="${y}" width="${1 / columns}" height="${1 / rows}"
           fill="hsl(${hue} 50% 62%)" opacity="${(0.03 + 0.18 * random()).toFixed(2)}"/>`;
       }),
     );
