@@ -127,6 +127,11 @@ def test_model_says_what_is_served(service: Client, pipe: Pipeline) -> None:
     assert model == {
         "name": "small",
         "digest": pipe.manifest.digest(),
+        "takes": "labels",
+        "text_length": 0,
+        "height": 8,
+        "width": 8,
+        "grids": [[1, 1], [2, 2], [4, 4]],
         "side": 8,
         "channels": 3,
         "patch_nums": [1, 2, 4],
@@ -146,6 +151,18 @@ def test_model_says_what_is_served(service: Client, pipe: Pipeline) -> None:
         "precision": "fp32",
         "backend": "onnxruntime-cpu",
         "batch": 2,
-        "limits": {"queue": 4, "count": 6, "pixels": 10_000, "body": 100_000},
+        "limits": {
+            **{"queue": 4, "count": 6, "pixels": 10_000, "body": 100_000},
+            "prompt": 4000,
+        },
         "editing": True,
     }
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompts": ["a fox"]}, {"prompt": ""}, {"labels": [0], "negative": "blue"}]
+)
+def test_a_bundle_of_classes_refuses_prompts(service: Client, body: dict[str, Any]) -> None:
+    reply = service.post(ROUTE, body)
+    assert reply.status == 400
+    assert "this bundle takes labels, not prompts" in reply.error
