@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,3 +77,10 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     refused(2, "serve", small_bundle, *host, parts=("found 'http://a'",))
     refused(2, "serve", small_bundle, "--root-path", "images", parts=("found 'images'",))
     refused(2, "serve", small_bundle, "--log-level", "loud", parts=("--log-level",))
+    encoder = ("--port", 0, "--text-encoder", tmp_path)
+    refused(2, "serve", small_bundle, *encoder, parts=("takes no prompts",))
+
+
+def test_a_bundle_of_prompts_needs_its_text_encoder(text_bundle: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(text_bundle, tmp_path / "alone")
+    refused(2, "serve", alone, "--port", 0, parts=("a text encoder t5", "--text-encoder"))
