@@ -19,6 +19,7 @@ from var_deploy.serving.backend import GenerationRequest
 from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody, Label, VaryBody
 from var_deploy.serving.settings import Settings
+from var_deploy.text.prompt_tokenizer import check_prompt
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # of Unicode but for tab and the ends of a line, which are spaces to a tokenizer
@@ -221,6 +222,7 @@ def _text(text: str, what: str, limits: Settings) -> str:
             f"character {found.start()} of {what} is the control character "
             f"U+{ord(found[0]):04X}: leave it out"
         )
+    check_prompt(text)  # here, since at the text encoder it would fail the whole launch
     return text
 
 

@@ -153,7 +153,8 @@ export class Form {
     const settings = { seed, labels: known.slice(0, limits.count) };
     if (!settings.labels.length) settings.labels = [null];
     for (const name of this.words ? ["prompt", "negative"] : []) {
-      settings[name] = plain(query.get(name) ?? "").slice(0, limits.prompt);
+      const characters = [...plain(query.get(name) ?? "")]; // so that none is cut in half
+      settings[name] = characters.slice(0, limits.prompt).join("");
     }
     const count = Number.isInteger(number("count")) ? number("count") : 1;
     settings.count = Math.min(Math.max(count, settings.labels.length), limits.count);

@@ -4,6 +4,7 @@ import { nameOf } from "./gallery.js";
 
 const $ = (id) => document.getElementById(id);
 const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+const MOST_CELLS = 32; // along a side of an empty thumbnail: more lines would fill it
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 /** Where every picture of `set` is finished. */
@@ -148,8 +149,9 @@ export class Viewer {
       const button = document.createElement("button");
       button.type = "button";
       button.disabled = true;
-      button.style.setProperty("--rows", rows);
-      button.style.setProperty("--cells", columns);
+      const shrink = Math.max(1, Math.max(rows, columns) / MOST_CELLS);
+      button.style.setProperty("--rows", rows / shrink);
+      button.style.setProperty("--cells", columns / shrink);
       // on a phone they stand close
       const short = scales <= 7 ? `${columns}×${rows}` : square ? rows : "";
       button.innerHTML = `<span class="thumb"><img alt="" hidden></span><small>${short}</small>`;
