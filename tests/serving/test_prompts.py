@@ -199,9 +199,12 @@ def test_a_bundle_without_its_text_encoder_is_not_served(text_bundle: Path, tmp_
     from var_deploy.serving.app import create_app
 
     alone = shutil.copytree(text_bundle, tmp_path / "alone")
-    with Pipeline.load(alone, threads=1) as pipeline:
-        with pytest.raises(UsageError, match="give its folder with --text-encoder"):
-            create_app(pipeline)
-    with Pipeline.load(alone, threads=1, text_encoder=text_bundle.parent / "t5") as pipeline:
-        with running(create_app(pipeline)) as client:
-            assert client.post("/v1/images", {"prompt": FOX}).status == 200
+    words = "give its folder with --text-encoder"
+    with Pipeline.load(alone, threads=1) as none, pytest.raises(UsageError, match=words):
+        create_app(none)
+    encoder = text_bundle.parent / "t5"
+    with (
+        Pipeline.load(alone, threads=1, text_encoder=encoder) as pipeline,
+        running(create_app(pipeline)) as client,
+    ):
+        assert client.post("/v1/images", {"prompt": FOX}).status == 200

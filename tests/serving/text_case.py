@@ -14,7 +14,6 @@ def export_text_bundle(place: Path) -> Path:
     Two images a launch, of HEIGHT × WIDTH pixels.
     """
     import t5_case
-
     from var_deploy.export.bundle import ExportOptions, export_bundle
     from var_deploy.export.checkpoint.text_encoder import open_text_encoder
     from var_deploy.export.checkpoint.text_model import random_text_model
