@@ -27,6 +27,7 @@ PATHS = (*ROUTES, "/", "/health", "/metrics", "/docs", "/openapi.json", "/v1/mod
 METHODS = (*("GET", "HEAD", "POST") * 3, "PUT", "OPTIONS", "post", "CONNECT", "\xff")
 NAMES = ("labels", "label", "count", "seed", "cfg", "top_k", "top_p", "temperature", "deadline")
 NAMES += ("format", "image", "mask", "box", "outside", "keep_pixels")
+NAMES += ("prompt", "prompts", "negative")
 WRONG_NAMES = ("lables", "", "a\0b", "\x1b[2J")
 PLAUSIBLE: tuple[tuple[str, Any], ...] = (
     *(("seed", [5, 6]), ("seed", 2**64 - 1), ("count", 1), ("cfg", 0), ("cfg", [1.0] * 5)),

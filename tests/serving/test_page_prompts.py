@@ -126,3 +126,19 @@ def test_a_mask_has_the_shape_of_the_model(visit: Visit) -> None:
     body = sent.value.post_data_json
     np.testing.assert_array_equal(pixels(body["mask"])[..., 0], wanted)
     assert body["prompt"] == "", "nothing said: what fits"
+
+
+DROP = """file => {
+  const dataTransfer = new DataTransfer();
+  if (file) dataTransfer.items.add(new File(["x"], "x.txt"));
+  else dataTransfer.setData("text/plain", "a red fox");
+  const event = new DragEvent("dragover", { dataTransfer, bubbles: true, cancelable: true });
+  document.querySelector("#prompt").dispatchEvent(event);
+  return event.defaultPrevented;
+}"""
+
+
+def test_text_can_be_dropped_on_the_prompt(visit: Visit) -> None:
+    page = visit()
+    assert not page.evaluate(DROP, False), "the browser's own"
+    assert page.evaluate(DROP, True), "a picture, which the page opens"

@@ -469,8 +469,11 @@ function listen() {
     else undoByKey(event);
   });
   if (!model.editing) return;
-  document.addEventListener("dragover", (event) => event.preventDefault());
+  // text that is dropped belongs to the field that it is dropped on
+  const withFile = (event) => event.dataTransfer.types.includes("Files");
+  document.addEventListener("dragover", (event) => withFile(event) && event.preventDefault());
   document.addEventListener("drop", (event) => {
+    if (!withFile(event)) return;
     event.preventDefault();
     if (event.dataTransfer.files.length) editFile(event.dataTransfer.files[0]);
   });
