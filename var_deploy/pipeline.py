@@ -447,6 +447,18 @@ class Pipeline:
         if self._busy:
             self._cancelled.set()
 
+    def truncations(self, prompts: Sequence[str]) -> list[str]:
+        """One line for each prompt that is longer than the bundle takes: where it is cut off.
+
+        Raises as `generate` for prompts.
+        """
+        model = self.manifest.model
+        if self._text is None or not isinstance(model, TextModelSpec):
+            return []
+        length = model.transformer.text_length
+        found = (self._text.tokenize(prompt, length) for prompt in dict.fromkeys(prompts))
+        return [tokens.truncation for tokens in found if tokens.truncation]
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names, index = label; empty where the classes have none, see `sizes.classes`."""
