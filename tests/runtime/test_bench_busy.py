@@ -81,8 +81,9 @@ def test_they_end_with_the_program(name: str) -> None:
 
 
 def test_one_that_cannot_compute_is_an_error() -> None:
-    with pytest.raises(BackendError, match="exit code 3"), busy_processors(
-        1, code_command("raise SystemExit(3)")
+    with (
+        pytest.raises(BackendError, match="exit code 3"),
+        busy_processors(1, code_command("raise SystemExit(3)")),
     ):
         pass
     with pytest.raises(BackendError, match="cannot be started"), busy_processors(1, ["/no/such"]):
@@ -90,7 +91,8 @@ def test_one_that_cannot_compute_is_an_error() -> None:
 
 
 def test_one_that_ends_meanwhile_is_an_error() -> None:
-    with pytest.raises(BackendError, match="exit code 4 while"), busy_processors(
-        1, code_command("print('busy', flush=True); raise SystemExit(4)")
-    ) as pids:
+    with (
+        pytest.raises(BackendError, match="exit code 4 while"),
+        busy_processors(1, code_command("print('busy', flush=True); raise SystemExit(4)")) as pids,
+    ):
         assert ended(pids)
