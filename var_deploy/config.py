@@ -90,6 +90,7 @@ class Loaded:
         settings: versions, device and settings of the backend, by what a person calls them.
         reason: why this backend, where that was left open; "" where nothing was passed over.
         threads: CPU threads of a launch, None on a GPU.
+        loading: seconds that parts of loading took: "checking" the files, "opening" the graphs.
     """
 
     precision: str
@@ -98,6 +99,7 @@ class Loaded:
     settings: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     threads: int | None = None
+    loading: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, str]:
         """Everything as text, as reports hold it."""

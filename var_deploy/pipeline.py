@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +243,7 @@ class Pipeline:
         backend, config = choice.backend, choice.config
         precision, hashes = config.precision, config.check == "hashes"
         files = BundleFiles(bundle, manifest, precision, hashes=hashes)
+        started = time.perf_counter()
         try:
             try:
                 if choice.reads_graphs:
@@ -251,7 +253,9 @@ class Pipeline:
             except BaseException:
                 backend.close()
                 raise
+            checked = time.perf_counter()
             loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
+            opened = time.perf_counter()
         except BaseException as error:
             changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
             files.close()
@@ -270,6 +274,7 @@ class Pipeline:
             settings=settings,
             reason=choice.reason,
             threads=config.threads,
+            loading={"checking": checked - started, "opening": opened - checked},
         )
         tokenizer = TokenizerGraphs(
             files, manifest, precision, lambda: choose_backend(bundle, manifest, config).backend

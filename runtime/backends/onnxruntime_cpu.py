@@ -6,15 +6,30 @@ from collections.abc import Hashable, Sequence
 from functools import cache
 from threading import Lock
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from var_deploy.bundle.files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.host.installation import pip_install
-from var_deploy.host.machine import Machine, check_threads, usable_cores
+from var_deploy.host.machine import (
+    Machine,
+    check_threads,
+    is_crowded,
+    running_elsewhere,
+    usable_cores,
+)
 from var_deploy.runtime.backends.host_memory import HostMemory
-from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet
+from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet, version_of
 from var_deploy.runtime.backends.protocol import Arrays, Launch
+
+# Microseconds that a thread without work spins before it sleeps. By default it spins for
+# milliseconds (16 on a Zen at 4 GHz), which another program's thread could use: a thread that spins
+# counts as running and uses up its share, so it waits for a processor when it has work again.
+# Between two operators that several threads share lie some ten microseconds, so on a quiet machine
+# threads still spin from one to the next. Where other programs run already, no thread spins: waking
+# one costs a few percent, waiting for one that lost its processor far more.
+SPIN = 100
+SPIN_FROM = (1, 26)  # older versions ignore the entry and spin as they always do
 
 
 class OrtSession:
@@ -64,6 +79,9 @@ class OrtCpuBackend(HostMemory):
     number of threads are equal; runs of a session may overlap. All sessions take their scratch
     memory from one arena, which stays with the process for the next loop.
 
+    Threads that wait for work spin, or sleep at once where the machine is crowded when the first
+    graph is loaded (see `is_crowded`). That changes times and no bit of a result.
+
     Args:
         threads: number of threads per graph; None takes the cores that the process may use, see
             `usable_cores`. ONNX Runtime always gets a number: without one it would start a thread
@@ -84,6 +102,8 @@ class OrtCpuBackend(HostMemory):
             ) from None
         quiet(onnxruntime)
         self._ort, self._threads = onnxruntime, threads or usable_cores()
+        self._elsewhere, self._spinning = running_elsewhere(Machine()), ""
+        self._crowded: bool | None = None  # until the first graph is loaded
 
     @property
     def version(self) -> str:
@@ -97,6 +117,8 @@ class OrtCpuBackend(HostMemory):
             session = _sessions.get(key)
             if session is None:
                 session = _sessions[key] = self._load(graph)
+                _spinning[session] = self._spinning_as_text()
+            self._spinning = _spinning[session]
         options = self._ort.RunOptions()
         options.log_severity_level = SILENT
         if graph.ref.kind == "decoder":
@@ -109,6 +131,10 @@ class OrtCpuBackend(HostMemory):
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
         options.inter_op_num_threads = 1
+        if self._is_crowded():
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        else:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN))
         kind = graph.ref.kind
         if kind == "text_encoder":
             # released between prompts: all of its memory has to go with the session, and what lies
@@ -142,10 +168,30 @@ class OrtCpuBackend(HostMemory):
 
     def describe(self) -> dict[str, str]:
         threads = str(self._threads) if self._threads else "all cores"
-        return {"backend": self.name, "onnxruntime": self.version, "threads": threads}
+        about = {"backend": self.name, "onnxruntime": self.version, "threads": threads}
+        return {**about, **({"spinning": self._spinning} if self._spinning else {})}
+
+    def _is_crowded(self) -> bool:
+        """Whether other programs need the processors that this backend's threads would spin on.
+
+        Decided once, from two moments: a thread that ran in only one of them is not counted.
+        """
+        if self._crowded is None:
+            machine = Machine()
+            elsewhere = min(self._elsewhere, running_elsewhere(machine))
+            self._crowded = is_crowded(machine, self._threads or 1, elsewhere)
+        return self._crowded
+
+    def _spinning_as_text(self) -> str:
+        if self._threads == 1:
+            return ""  # a single thread waits for no other
+        if self._is_crowded():
+            return "off, since other programs were running"
+        return f"{SPIN} µs" if version_of(self._ort) >= SPIN_FROM else "ONNX Runtime's default"
 
 
 _sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()
+_spinning: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # session → as a person is told
 _opening = Lock()
 
 

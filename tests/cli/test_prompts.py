@@ -75,7 +75,9 @@ def test_a_long_prompt_is_cut_off_and_said_so(bundle: Path, tmp_path: Path) -> N
     assert f"takes {TEXT_LENGTH}" in result.stderr
 
 
-@pytest.mark.parametrize("prompt", ["", "\u0442\u0438\u0433\u0440", "</s><extra_id_3>", "a\tb\x07c"])
+@pytest.mark.parametrize(
+    "prompt", ["", "\u0442\u0438\u0433\u0440", "</s><extra_id_3>", "a\tb\x07c"]
+)
 def test_odd_prompts_are_drawn(bundle: Path, tmp_path: Path, prompt: str) -> None:
     done("generate", bundle, "--prompt", prompt, "--out", tmp_path / "x.png")
 
@@ -136,7 +138,7 @@ def test_inspect_names_what_it_takes(bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("sample", "--out", "set"), ("plan",), ("triton", "--out", "repository"), ("bench",)],
+    [("sample", "--per-class", "1", "--out", "set"), ("plan",), ("triton", "--out", "repository"), ("bench",)],
     ids=lambda command: command[0],
 )
 def test_commands_that_do_not_know_it_say_so(

@@ -138,6 +138,18 @@ class Machine:
         count = self.total_processors() if allowed is None else len(allowed)
         return _within_quota(count, cpu_quota(self))
 
+    def running_threads(self) -> int:
+        """Number of threads of this process that run or wait for a processor; 0 where unknown."""
+        count = 0
+        try:
+            tasks = os.listdir("/proc/self/task")
+        except OSError:
+            return 0
+        for task in tasks:
+            text = self.read(f"/proc/self/task/{task}/stat") or ""
+            count += text.rpartition(")")[2].split()[:1] == ["R"]  # the name may hold spaces
+        return count
+
     def import_module(self, module: str, versioned: str = "") -> Answer:
         """Import a module in a new interpreter: its version, then ONNX Runtime's providers."""
         return self.run(*code_command(IMPORT, module, versioned or module))
@@ -212,6 +224,22 @@ def usable_cores(machine: Machine | None = None) -> int | None:
     if allowed is None:
         return None
     return _within_quota(len({_core_of(machine, n) for n in allowed}), cpu_quota(machine))
+
+
+def running_elsewhere(machine: Machine) -> int:
+    """Number of threads of other programs that run or wait for a processor right now.
+
+    From /proc/loadavg (proc(5)), which counts those of the whole machine, or of the container where
+    the system shows each its own. 0 where that is unknown, as on systems other than Linux.
+    """
+    numbers = re.search(r" (\d+)/\d+ ", machine.read("/proc/loadavg") or "")
+    return max(int(numbers[1]) - machine.running_threads(), 0) if numbers else 0
+
+
+def is_crowded(machine: Machine, threads: int, elsewhere: int) -> bool:
+    """Whether `threads` of this process and those that run `elsewhere` are more than the machine
+    has processors, so that some of them wait."""
+    return elsewhere > 0 and elsewhere + threads > machine.total_processors()
 
 
 def check_threads(threads: int | None, *, machine: Machine | None = None) -> int | None:
