@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_steps import done, pixels, refused, run
 from PIL import Image
 from text_case import HEIGHT, TEXT_LENGTH, WIDTH, export_text_bundle
 
+from cli_steps import done, pixels, refused, run
 from var_deploy.image.images import read_settings
 from var_deploy.pipeline import Pipeline
 
@@ -138,7 +138,12 @@ def test_inspect_names_what_it_takes(bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("sample", "--per-class", "1", "--out", "set"), ("plan",), ("triton", "--out", "repository"), ("bench",)],
+    [
+        ("sample", "--per-class", "1", "--out", "set"),
+        ("plan",),
+        ("triton", "--out", "repository"),
+        ("bench",),
+    ],
     ids=lambda command: command[0],
 )
 def test_commands_that_do_not_know_it_say_so(
