@@ -2,14 +2,14 @@
 graphs.
 
 No sort and no TopK (TensorRT's takes at most 3840): both filters keep the logits above a threshold,
-and the threshold is found bit by bit, counting (top-k) or weighing (top-p) the logits on one side of
-a trial value. k and p are run-time scalars. Equal logits at the top-k threshold all stay,
+and the threshold is found bit by bit, counting (top-k) or weighing (top-p) the logits on one side
+of a trial value. k and p are run-time scalars. Equal logits at the top-k threshold all stay,
 as in the published code; at the top-p threshold too, where the published code drops some of them in
 an order that its sort leaves open. The cumulative sum is two small triangular products, because
 CumSum becomes a loop in TensorRT before 10.8.
 
-What is selected is multiplied by a mask of zeros and ones: on a CPU a Where of this size takes three
-times as long.
+What is selected is multiplied by a mask of zeros and ones: on a CPU a Where of this size takes
+three times as long.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import numpy as np
 from var_deploy import names
 from var_deploy.export.graphs.builder import GraphBuilder
 
-# Trial values lie on a grid of powers of two, 2^e down to 2^(e-33), where 2^e is above every |logit|.
-# Sums of such steps are exact in fp32 as long as they have 24 bits, so every fp32 number of at least
-# a thousandth of the largest logit is on the grid, and smaller ones are told apart to 2^-32 of it.
+# Trial values lie on a grid of powers of two, from 2^e, the first above every |logit|, down to
+# 2^(e-33). Sums of such steps are exact in fp32 as long as they have 24 bits, so every fp32 number
+# of at least 1/512 of the largest |logit| is on the grid; smaller ones are told apart to 2^-32 of
+# it.
 STEPS = 34
 # TensorRT tries to fuse a chain of reductions as a whole: 16 in a row took 75 s to compile for one
 # token, 64 never ended. It does not look through a convolution, so one stands after every fourth
