@@ -15,6 +15,8 @@ ACCUMULATE = "accumulate"  # tokens of all scales → f_hat
 # the graphs that are not one of the K static ones
 FIXED_GRAPHS = (CONDITION, STEP, DECODER, ENCODER, ACCUMULATE)
 
+ENGINES = "engines"  # the folder of a bundle that holds what was built for a device
+
 # models known by name, see `export/presets.py`, which the half without PyTorch may lack
 PRESETS = ("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36")
 

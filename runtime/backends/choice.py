@@ -12,7 +12,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from var_deploy import names
 from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import AUTO, CPU, CUDA, RuntimeConfig
 from var_deploy.errors import BackendError
@@ -20,11 +22,12 @@ from var_deploy.host.machine import Machine, check_threads, usable_cores
 from var_deploy.manifest import Manifest
 from var_deploy.planning import precisions
 from var_deploy.planning.selection import Engines, Facts, Selection, select
-from var_deploy.runtime.backends.cuda import Cuda
-from var_deploy.runtime.backends.protocol import Backend
-from var_deploy.runtime.tensorrt.engine_files import ENGINES, find_target, load_plan
-from var_deploy.runtime.tensorrt.library import Library
-from var_deploy.runtime.tensorrt.target import Target
+
+if TYPE_CHECKING:
+    from var_deploy.runtime.backends.cuda import Cuda
+    from var_deploy.runtime.backends.protocol import Backend
+    from var_deploy.runtime.tensorrt.library import Library
+    from var_deploy.runtime.tensorrt.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ def choose_backend(
     """
     check_threads(config.threads, machine=Machine())
     facts = Facts(
-        engines=Engines() if (bundle / ENGINES).is_dir() else None,
+        engines=Engines() if (bundle / names.ENGINES).is_dir() else None,
         cuda=True,  # assumed until it is selected: the check imports ONNX Runtime
         cores=cores or usable_cores(),
     )
@@ -106,7 +109,7 @@ def facts_here(bundle: Path) -> Facts:
     They tell whether ONNX Runtime can use a GPU here and whether the bundle has engines.
     """
     return Facts(
-        engines=Engines() if (bundle / ENGINES).is_dir() else None,
+        engines=Engines() if (bundle / names.ENGINES).is_dir() else None,
         cuda=_has_cuda_provider() and _has_gpu(),
         cores=usable_cores(),
     )
@@ -137,6 +140,7 @@ class _FoundEngines:
     facts: Engines
 
     def open(self, bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Backend:
+        from var_deploy.runtime.tensorrt.engine_files import load_plan
         from var_deploy.runtime.tensorrt.session import TensorRtBackend
 
         target = self.targets[config.precision]
@@ -156,7 +160,10 @@ def _find_engines(
     Raises BackendError where TensorRT or the GPU is missing, or where the bundle has no engines for
     this GPU; the message then names the precision that is preferred.
     """
+    from var_deploy.runtime.backends.cuda import Cuda
+    from var_deploy.runtime.tensorrt.engine_files import find_target
     from var_deploy.runtime.tensorrt.library import load_library
+    from var_deploy.runtime.tensorrt.target import Target
 
     library = load_library(library_name)
     wanted = [precision]
@@ -190,12 +197,14 @@ def _has_cuda_provider() -> bool:
         import onnxruntime
     except ImportError:
         return False
-    from var_deploy.runtime.backends.onnxruntime_cuda import PROVIDER
+    from var_deploy.runtime.backends.ort_session import CUDA_PROVIDER
 
-    return PROVIDER in onnxruntime.get_available_providers()
+    return CUDA_PROVIDER in onnxruntime.get_available_providers()
 
 
 def _has_gpu() -> bool:
+    from var_deploy.runtime.backends.cuda import Cuda
+
     try:
         Cuda().close()
     except BackendError:
