@@ -20,6 +20,7 @@ from var_deploy.errors import BundleError
 from var_deploy.finite import is_finite
 from var_deploy.runtime.protobuf import fields
 
+FINITE = "all weights are finite"
 CHUNK = 1 << 20  # bytes at a time: they stay in a processor's cache
 # numbers of fields and types in onnx.proto
 _GRAPH, _INITIALIZER = 7, 5
@@ -41,9 +42,12 @@ class StoredWeight:
 def check_weights(files: BundleFiles) -> None:
     """Raise BundleError where a weight of a precision is NaN or infinite, in any of its graphs.
 
-    Reads the open files that `files.check` has checked, and opens nothing by path. The error names
-    the first such weight, or a file that cannot be read.
+    Reads the open files that `files.check` has checked, and opens nothing by path; does nothing
+    where the record of `files` says that this content was looked at. The error names the first such
+    weight, or a file that cannot be read.
     """
+    if files.has_fact(FINITE):
+        return
     weights: dict[tuple[int, int], StoredWeight] = {}
     file, graphs = files.checked()
     path = file.path
@@ -64,6 +68,7 @@ def check_weights(files: BundleFiles) -> None:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+    files.add_fact(FINITE)
 
 
 def stored_weights(model: bytes) -> Iterator[StoredWeight]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
+from var_deploy.bundle.hash_record import HashRecord
 from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.image.images import grid_columns
@@ -101,7 +102,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         cuda_graph: bool = True,
-        check: Literal["hashes", "sizes"] = "hashes",
+        check: Literal["changed", "hashes", "sizes"] = "changed",
         digest: str | None = None,
     ) -> Pipeline:
         """Check a bundle and load its graphs.
@@ -125,8 +126,10 @@ class Pipeline:
             threads: CPU threads; None takes one for each physical core that the process may use,
                 within the quota of its control groups. With "auto" a number asks for the CPU.
             cuda_graph: on a GPU, record each launch once and replay it.
-            check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
-                trusts files of the right size. Engines are always checked whole.
+            check: "changed" compares the hashes of all files and looks for weights that are not
+                finite, but does not read weights again that have not changed since an earlier
+                process of this user did; "hashes" reads every file; "sizes" trusts files of the
+                right size. Engines are always checked whole.
             digest: `Manifest.digest()` that the bundle must have; None takes any.
 
         A bundle that is replaced meanwhile is loaded once more from the beginning. Afterwards the
@@ -186,19 +189,19 @@ class Pipeline:
         `load`; BundleChangedError where the bundle is no longer the one of the manifest.
         """
         backend, config = choice.backend, choice.config
-        precision, hashes = config.precision, config.check == "hashes"
-        files = BundleFiles(bundle, manifest, precision, hashes=hashes)
+        precision, hashes = config.precision, config.check != "sizes"
+        record = HashRecord() if config.check == "changed" else None
+        files = BundleFiles(bundle, manifest, precision, hashes=hashes, record=record)
         try:
             try:
                 if choice.reads_graphs:
-                    files.check()
-                    if hashes:
-                        check_weights(files)
+                    files.begin_check(check_weights)
             except BaseException:
                 backend.close()
                 raise
             loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
         except BaseException as error:
+            first = _first_failure(files) if isinstance(error, Exception) else None
             changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
             files.close()
             if changed:
@@ -206,6 +209,8 @@ class Pipeline:
                     f"the bundle at {bundle} changed while it was read; load it again once it is "
                     "complete"
                 ) from None
+            if first is not None:
+                raise first from None
             raise
         files.loaded((names.ENCODER, names.ACCUMULATE))
         settings = {name: text for name, text in backend.describe().items() if name != "backend"}
@@ -512,6 +517,16 @@ class Pipeline:
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, tokenizer.image_side, tokenizer.image_channels)
+
+
+def _first_failure(files: BundleFiles) -> BundleError | None:
+    """The error of a file that was still being hashed when opening the graphs failed: it explains
+    the other one."""
+    try:
+        files.verified()
+    except BundleError as error:
+        return error
+    return None
 
 
 def _file_name(key: str, picture: Picture) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,16 +17,24 @@ from var_deploy.runtime.backends.host_memory import HostMemory
 from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 
+AT_ONCE = 2  # sessions that are created side by side: each packs on one core
+
 
 class OrtSession:
-    """One graph, loaded; its weights are mapped from weights.bin and packed once."""
+    """One graph, loaded or still being loaded; its weights are mapped from weights.bin and packed
+    once."""
 
-    def __init__(self, session: Any, graph: str, options: Any = None) -> None:
-        self._session, self._graph, self._options = session, graph, options
+    def __init__(self, loading: Future[Any], graph: str, options: Any = None) -> None:
+        self._loading: Future[Any] | None = loading
+        self._graph, self._options = graph, options
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
+        """Bind buffers once the session is there; raises BackendError where it cannot be made."""
+        if self._loading is None:
+            raise BackendError(f"{self._graph} was closed")
+        session = self._loading.result()
         try:
-            binding = self._session.io_binding()
+            binding = session.io_binding()
             for name, array in inputs.items():
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
             for name, array in outputs.items():
@@ -33,10 +42,13 @@ class OrtSession:
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             words = one_line(error)
             raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {words}") from error
-        return OrtLaunch(self._session, binding, (inputs, outputs), self._graph, self._options)
+        keep = (inputs, outputs, self._loading)
+        return OrtLaunch(session, binding, keep, self._graph, self._options)
 
     def close(self) -> None:
-        self._session = None
+        if self._loading is not None:
+            wait([self._loading])  # it reads from files that are closed next
+            self._loading = None
 
 
 class OrtLaunch:
@@ -47,7 +59,8 @@ class OrtLaunch:
     ) -> None:
         self._session, self._binding, self._graph = session, binding, graph
         self._options = options
-        self._keep = keep  # the binding holds bare pointers into these arrays
+        # the binding holds bare pointers into these arrays, and the session is shared
+        self._keep = keep
 
     def __call__(self) -> None:
         try:
@@ -94,16 +107,28 @@ class OrtCpuBackend(HostMemory):
         graph.read()  # raises for a damaged file before a session is looked up
         with _opening:
             key = (graph.key(), self._threads)
-            session = _sessions.get(key)
-            if session is None:
-                session = _sessions[key] = self._load(graph)
+            loading = _sessions.get(key)
+            if loading is None or (loading.done() and loading.exception() is not None):
+                loading = _sessions[key] = self._begin_load(graph)
         options = self._ort.RunOptions()
         options.log_severity_level = SILENT
         if graph.ref.kind == "decoder":
             # the last launch of a generation gives the arena's memory back: between images a
             # pipeline holds its weights and little else
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return OrtSession(session, graph.ref.name, options)
+        return OrtSession(loading, graph.ref.name, options)
+
+    def _begin_load(self, graph: GraphFile) -> Future[Any]:
+        """Create the session in a thread of its own: ONNX Runtime packs weights on one core."""
+
+        def load() -> Any:
+            with _slots:
+                return self._load(graph)
+
+        thread = ThreadPoolExecutor(1, thread_name_prefix="var-deploy-load")
+        loading = thread.submit(load)
+        thread.shutdown(wait=False)
+        return loading
 
     def _load(self, graph: GraphFile) -> Any:
         options = self._ort.SessionOptions()
@@ -141,8 +166,9 @@ class OrtCpuBackend(HostMemory):
         return {"backend": self.name, "onnxruntime": self.version, "threads": threads}
 
 
-_sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()
+_sessions: WeakValueDictionary[tuple[Hashable, ...], Future[Any]] = WeakValueDictionary()
 _opening = Lock()
+_slots = BoundedSemaphore(AT_ONCE)
 
 
 @cache
