@@ -13,7 +13,7 @@ from var_deploy.bundle.files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.host.installation import pip_install
 from var_deploy.host.machine import Machine, check_threads, usable_cores
-from var_deploy.runtime.backends.host_memory import HostMemory
+from var_deploy.runtime.backends.host_memory import HostMemory, return_freed
 from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 
@@ -156,6 +156,7 @@ class OrtCpuBackend(HostMemory):
         return open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
 
     def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return_freed()  # what loading took besides
         return launches
 
     def close(self) -> None:
