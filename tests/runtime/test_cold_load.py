@@ -127,9 +127,7 @@ def test_graphs_are_read_whatever_the_record_says(bundle: Path) -> None:
         load(bundle)
 
 
-def test_weights_are_looked_at_once_as_well(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_looked_at_once_as_well(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they are finite is a fact about their content."""
     looked = list[int]()
     is_finite = weights_check.is_finite
@@ -174,10 +172,14 @@ class Held:
         assert sorted(self.opened) == ["condition", "decoder", "step"]
 
 
-def test_no_graph_runs_before_the_hashes_were_compared(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = Held(monkeypatch)
+@pytest.fixture
+def held(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    found = Held(monkeypatch)
+    yield found
+    found.go.set()  # so that no thread waits for a test that failed
+
+
+def test_no_graph_runs_before_the_hashes_were_compared(bundle: Path, held: Held) -> None:
     images = list[bytes]()
     thread = threading.Thread(target=lambda: images.append(image(bundle)))
     thread.start()
@@ -189,11 +191,9 @@ def test_no_graph_runs_before_the_hashes_were_compared(
     assert len(images) == 1 and held.launched
 
 
-def test_sessions_over_damaged_weights_are_released(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sessions_over_damaged_weights_are_released(bundle: Path, held: Held) -> None:
     damage(bundle)
-    held, errors = Held(monkeypatch), list[str]()
+    errors = list[str]()
 
     def attempt() -> None:
         with pytest.raises(BundleError) as caught:
@@ -224,15 +224,13 @@ def test_damage_is_the_reason_where_opening_fails_too(
 
 
 def test_weights_that_change_while_graphs_are_opened(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even to what the manifest lists: a session may have read what was there before."""
     damage(bundle)
-    held, found = Held(monkeypatch), list[bytes]()
+    found = list[bytes]()
     loads, real = list[int](), BundleFiles.begin_check
-    monkeypatch.setattr(
-        BundleFiles, "begin_check", lambda *rest: loads.append(1) or real(*rest)
-    )
+    monkeypatch.setattr(BundleFiles, "begin_check", lambda *rest: loads.append(1) or real(*rest))
     thread = threading.Thread(target=lambda: found.append(image(bundle)))
     thread.start()
     held.wait_for_sessions()
