@@ -119,7 +119,14 @@ class OrtCpuBackend(HostMemory):
         return OrtSession(loading, graph.ref.name, options)
 
     def _begin_load(self, graph: GraphFile) -> Future[Any]:
-        """Create the session in a thread of its own: ONNX Runtime packs weights on one core."""
+        """Create the session in a thread of its own: ONNX Runtime packs weights on one core.
+
+        With one thread to use it is created at once.
+        """
+        if self._threads == 1:
+            loaded = Future[Any]()
+            loaded.set_result(self._load(graph))
+            return loaded
 
         def load() -> Any:
             with _slots:
