@@ -312,9 +312,7 @@ class BundleFiles:
             self._weights = self._hold(self._weights_name, hashes=self._hashes)
         return self._weights
 
-    def _hold(
-        self, name: str, folder: int | None = None, *, hashes: bool = False
-    ) -> HeldFile:
+    def _hold(self, name: str, folder: int | None = None, *, hashes: bool = False) -> HeldFile:
         return hold_file(self._bundle, self._manifest, name, hashes=hashes, folder=folder)
 
     def _read(
