@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
-from var_deploy.config import Layout, Loaded, RuntimeConfig
+from var_deploy.bundle.hash_record import HashRecord
+from var_deploy.config import AUTO, TENSORRT, TENSORRT_RTX, Layout, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.image.images import grid_columns
 from var_deploy.image.pictures import Mask, Picture, frame_of, read_edit, read_pictures
@@ -146,7 +147,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         cuda_graph: bool = True,
-        check: Literal["hashes", "sizes"] = "hashes",
+        check: Literal["changed", "hashes", "sizes"] = "changed",
         digest: str | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
@@ -171,8 +172,10 @@ class Pipeline:
             threads: CPU threads; None takes one for each physical core that the process may use,
                 within the quota of its control groups. With "auto" a number asks for the CPU.
             cuda_graph: on a GPU, record each launch once and replay it.
-            check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
-                trusts files of the right size. Engines are always checked whole.
+            check: "changed" compares the hashes of all files and looks for weights that are not
+                finite, but does not read weights again that have not changed since an earlier
+                process of this user did; "hashes" reads every file; "sizes" trusts files of the
+                right size. Engines are always checked whole.
             digest: `Manifest.digest()` that the bundle must have; None takes any.
             text_encoder: folder of the text encoder of a text-to-image bundle; None looks in the
                 bundle and beside it. Without one, `generate` takes features instead of texts.
@@ -241,15 +244,14 @@ class Pipeline:
         `load`; BundleChangedError where the bundle is no longer the one of the manifest.
         """
         backend, config = choice.backend, choice.config
-        precision, hashes = config.precision, config.check == "hashes"
-        files = BundleFiles(bundle, manifest, precision, hashes=hashes)
+        precision, hashes = config.precision, config.check != "sizes"
+        record = HashRecord() if config.check == "changed" else None
+        files = BundleFiles(bundle, manifest, precision, hashes=hashes, record=record)
         started = time.perf_counter()
         try:
             try:
                 if choice.reads_graphs:
-                    files.check()
-                    if hashes:
-                        check_weights(files)
+                    files.begin_check(check_weights)
             except BaseException:
                 backend.close()
                 raise
@@ -257,6 +259,7 @@ class Pipeline:
             loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
             opened = time.perf_counter()
         except BaseException as error:
+            first = _first_failure(files) if isinstance(error, Exception) else None
             changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
             files.close()
             if changed:
@@ -264,6 +267,8 @@ class Pipeline:
                     f"the bundle at {bundle} changed while it was read; load it again once it is "
                     "complete"
                 ) from None
+            if first is not None:
+                raise first from None
             raise
         files.loaded((names.ENCODER, names.ACCUMULATE))
         settings = {name: text for name, text in backend.describe().items() if name != "backend"}
@@ -694,6 +699,7 @@ def _text_encoder(
             raise UsageError("this bundle takes no prompts: leave the text encoder out")
         return None
     from var_deploy.runtime.text_encoder import TextEncoder
+    from var_deploy.text.manifest import read_text_encoder
 
     ref = manifest.text_encoder
     place = Path(given) if given is not None else None
@@ -702,8 +708,24 @@ def _text_encoder(
         place = next((p for p in beside if (p / names.MANIFEST).is_file()), None)
     if place is None:
         return None
-    # layout and graphs recorded for a GPU are those of the scales
-    return TextEncoder.open(place, config, digest=ref.digest if ref else None, cores=cores)
+    # it has precisions of its own, and no engines
+    changes: dict[str, Any] = {}
+    if config.precision != AUTO and config.precision not in read_text_encoder(place).graphs:
+        changes["precision"] = AUTO
+    if config.backend in (TENSORRT, TENSORRT_RTX):
+        changes["backend"] = AUTO
+    own = dataclasses.replace(config, **changes)
+    return TextEncoder.open(place, own, digest=ref.digest if ref else None, cores=cores)
+
+
+def _first_failure(files: BundleFiles) -> BundleError | None:
+    """The error of a file that was still being hashed when opening the graphs failed: it explains
+    the other one."""
+    try:
+        files.verified()
+    except BundleError as error:
+        return error
+    return None
 
 
 def _file_name(key: str, picture: Picture) -> dict[str, str]:

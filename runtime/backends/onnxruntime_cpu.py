@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -18,7 +19,7 @@ from var_deploy.host.machine import (
     running_elsewhere,
     usable_cores,
 )
-from var_deploy.runtime.backends.host_memory import HostMemory
+from var_deploy.runtime.backends.host_memory import HostMemory, return_freed
 from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet, version_of
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 
@@ -30,17 +31,24 @@ from var_deploy.runtime.backends.protocol import Arrays, Launch
 # one costs a few percent, waiting for one that lost its processor far more.
 SPIN = 100
 SPIN_FROM = (1, 26)  # older versions ignore the entry and spin as they always do
+AT_ONCE = 2  # sessions that are created side by side: each packs on one core
 
 
 class OrtSession:
-    """One graph, loaded; its weights are mapped from weights.bin and packed once."""
+    """One graph, loaded or still being loaded; its weights are mapped from weights.bin and packed
+    once."""
 
-    def __init__(self, session: Any, graph: str, options: Any = None) -> None:
-        self._session, self._graph, self._options = session, graph, options
+    def __init__(self, loading: Future[Any], graph: str, options: Any = None) -> None:
+        self._loading: Future[Any] | None = loading
+        self._graph, self._options = graph, options
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
+        """Bind buffers once the session is there; raises BackendError where it cannot be made."""
+        if self._loading is None:
+            raise BackendError(f"{self._graph} was closed")
+        session = self._loading.result()
         try:
-            binding = self._session.io_binding()
+            binding = session.io_binding()
             for name, array in inputs.items():
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
             for name, array in outputs.items():
@@ -48,10 +56,13 @@ class OrtSession:
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             words = one_line(error)
             raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {words}") from error
-        return OrtLaunch(self._session, binding, (inputs, outputs), self._graph, self._options)
+        keep = (inputs, outputs, self._loading)
+        return OrtLaunch(session, binding, keep, self._graph, self._options)
 
     def close(self) -> None:
-        self._session = None
+        if self._loading is not None:
+            wait([self._loading])  # it reads from files that are closed next
+            self._loading = None
 
 
 class OrtLaunch:
@@ -62,7 +73,8 @@ class OrtLaunch:
     ) -> None:
         self._session, self._binding, self._graph = session, binding, graph
         self._options = options
-        self._keep = keep  # the binding holds bare pointers into these arrays
+        # the binding holds bare pointers into these arrays, and the session is shared
+        self._keep = keep
 
     def __call__(self) -> None:
         try:
@@ -114,18 +126,38 @@ class OrtCpuBackend(HostMemory):
         graph.read()  # raises for a damaged file before a session is looked up
         with _opening:
             key = (graph.key(), self._threads)
-            session = _sessions.get(key)
-            if session is None:
-                session = _sessions[key] = self._load(graph)
-                _spinning[session] = self._spinning_as_text()
-            self._spinning = _spinning[session]
+            loading = _sessions.get(key)
+            if loading is None or (loading.done() and loading.exception() is not None):
+                spinning = self._spinning_as_text()
+                loading = _sessions[key] = self._begin_load(graph)
+                _spinning[loading] = spinning
+            self._spinning = _spinning[loading]
         options = self._ort.RunOptions()
         options.log_severity_level = SILENT
         if graph.ref.kind == "decoder":
             # the last launch of a generation gives the arena's memory back: between images a
             # pipeline holds its weights and little else
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return OrtSession(session, graph.ref.name, options)
+        return OrtSession(loading, graph.ref.name, options)
+
+    def _begin_load(self, graph: GraphFile) -> Future[Any]:
+        """Create the session in a thread of its own: ONNX Runtime packs weights on one core.
+
+        With one thread to use it is created at once.
+        """
+        if self._threads == 1:
+            loaded = Future[Any]()
+            loaded.set_result(self._load(graph))
+            return loaded
+
+        def load() -> Any:
+            with _slots:
+                return self._load(graph)
+
+        thread = ThreadPoolExecutor(1, thread_name_prefix="var-deploy-load")
+        loading = thread.submit(load)
+        thread.shutdown(wait=False)
+        return loading
 
     def _load(self, graph: GraphFile) -> Any:
         options = self._ort.SessionOptions()
@@ -161,6 +193,7 @@ class OrtCpuBackend(HostMemory):
         return open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
 
     def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return_freed()  # what loading took besides
         return launches
 
     def close(self) -> None:
@@ -190,9 +223,10 @@ class OrtCpuBackend(HostMemory):
         return f"{SPIN} µs" if version_of(self._ort) >= SPIN_FROM else "ONNX Runtime's default"
 
 
-_sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()
-_spinning: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # session → as a person is told
+_sessions: WeakValueDictionary[tuple[Hashable, ...], Future[Any]] = WeakValueDictionary()
+_spinning: WeakKeyDictionary[Future[Any], str] = WeakKeyDictionary()  # as a person is told
 _opening = Lock()
+_slots = BoundedSemaphore(AT_ONCE)
 
 
 @cache

@@ -11,6 +11,7 @@ from var_deploy.files.paths import utf8_path
 # a session made of bytes looks for the weights that they name in this folder
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 BYTES_FROM = (1, 21)  # older versions do not find all weights of a model that comes as bytes
+CUDA_PROVIDER = "CUDAExecutionProvider"
 SILENT = 4  # only fatal errors are printed; all others come as exceptions
 
 

@@ -15,10 +15,10 @@ from var_deploy.cli.options import (
     check_graphs,
     count_option,
     label_option,
+    load_options,
     load_pipeline,
     out_option,
     report_options,
-    runtime_options,
     sampling_options,
 )
 from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels, runtime_json
@@ -76,7 +76,7 @@ from var_deploy.sampling import image_seeds, parse_seeds
     help="x.png, x.jpg or x.webp: one image, or a grid; a folder: single PNGs; -: standard output.",
 )
 @sampling_options
-@runtime_options
+@load_options
 @report_options
 def edit(
     bundle: Path,

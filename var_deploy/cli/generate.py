@@ -17,10 +17,10 @@ from var_deploy.cli.options import (
     SamplingOptions,
     count_option,
     label_option,
+    load_options,
     load_pipeline,
     out_option,
     report_options,
-    runtime_options,
     sampling_options,
 )
 from var_deploy.cli.outputs import (
@@ -91,7 +91,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help="For all images, once the bundle is loaded.",
 )
 @sampling_options
-@runtime_options
+@load_options
 @report_options
 def generate(
     bundle: Path,

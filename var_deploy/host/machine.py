@@ -7,13 +7,11 @@ Native code that could hang or crash runs in a process of its own.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -81,6 +79,8 @@ class Machine:
 
     def run(self, *command: str) -> Answer:
         """Run a program to its end, or to the time limit."""
+        import subprocess
+
         try:
             done = subprocess.run(
                 command,
@@ -104,6 +104,8 @@ class Machine:
 
     def distribution(self, name: str) -> str | None:
         """Version of an installed Python package, without importing it."""
+        import importlib.metadata
+
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
