@@ -34,6 +34,8 @@ _SETTINGS: dict[str, DTypeLike] = {
 # what the images of a batch are made of: B class numbers, or the features of B prompts
 Conditions: TypeAlias = Sequence[int] | PromptRows
 NEGATIVE = "negative"  # the launch of `condition` for the negative prompts, and their features
+# masks of the two halves, apart from the whole one: an input of TensorRT has to be aligned
+FIRST_MASK, SECOND_MASK = "first mask", "second mask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,13 +208,14 @@ class LoopBuffers:
             return
         masks = inputs[names.TEXT_MASK]
         inputs[names.TEXT_FEATURES][...] = conditions.features
-        masks[: self._batch] = conditions.mask
+        masks[: self._batch] = inputs[FIRST_MASK][...] = conditions.mask
         self.wanted = (names.CONDITION,)
         if len(masks) == self._batch:
             return
         negative = conditions.negative
         # without a prompt a row counts as many tokens as the prompt of its image
-        masks[self._batch :] = conditions.mask if negative is None else negative.mask
+        second = conditions.mask if negative is None else negative.mask
+        masks[self._batch :] = inputs[SECOND_MASK][...] = second
         if negative is not None:
             inputs[NEGATIVE][...] = negative.features
         self.wanted += (names.UNCONDITIONAL if negative is None else NEGATIVE,)
@@ -253,7 +256,7 @@ class LoopBuffers:
 
         def rows(graph: str, start: int, features: str | None) -> ConditionLaunch:
             half = {name: a.rows(start, start + batch) for name, a in outputs.items()}
-            read = {names.TEXT_MASK: mask.rows(start, start + batch)}
+            read = {names.TEXT_MASK: self.inputs[SECOND_MASK if start else FIRST_MASK]}
             if features is not None:
                 read[names.TEXT_FEATURES] = self.inputs[features]
             return ConditionLaunch(graph=graph, inputs=read, outputs=half)
@@ -384,8 +387,10 @@ def _input_fields(manifest: Manifest) -> Fields:
         text = (model.transformer.text_length, model.transformer.text_width)
         fields[names.TEXT_FEATURES] = ((manifest.batch, *text), np.float32)
         fields[names.TEXT_MASK] = ((manifest.rows, text[0]), np.bool_)
+        fields[FIRST_MASK] = ((manifest.batch, text[0]), np.bool_)
         if manifest.guidance:
             fields[NEGATIVE] = ((manifest.batch, *text), np.float32)
+            fields[SECOND_MASK] = ((manifest.batch, text[0]), np.bool_)
     else:
         fields[names.LABELS] = ((manifest.rows,), np.int64)
     for k, length in enumerate(model.scale_lengths):

@@ -99,6 +99,7 @@ class ScaleLoop:
             for name in sorted(graphs, key=lambda name: name != names.DECODER):
                 self._opened[name] = backend.open(files.graph(name))
             bound = self._bind_all(graphs)
+            files.verified()  # no graph runs on weights whose hash was not compared
             # `prepare` may run every launch once, so the inputs hold a valid generation
             draws = np.zeros((manifest.batch, self._spec.draws), np.float32)
             self._buffers.fill(_anything(manifest), draws, manifest.defaults)

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.text.prompt_tokenizer import TokenizedPrompt
+
 
 class PromptEncoder(Protocol):
     """What turns prompts into features."""
@@ -17,6 +19,10 @@ class PromptEncoder(Protocol):
         self, prompts: Sequence[str], length: int | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the features [N, length, Ct] of N prompts and their lengths [N]."""
+        ...
+
+    def tokenize(self, prompt: str, length: int | None = None) -> TokenizedPrompt:
+        """Return the tokens of a prompt and what is cut off beyond `length`."""
         ...
 
     def close(self) -> None:

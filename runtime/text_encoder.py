@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
+from var_deploy.bundle.hash_record import HashRecord
 from var_deploy.config import Loaded, Precision, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.runtime.backends.choice import Choice, choose_single_graph_backend
@@ -234,10 +235,16 @@ class TextEncoder:
         return self._graph
 
     def _checked_files(self, choice: Choice) -> BundleFiles:
-        hashes = self._config.check == "hashes"
+        hashes = self._config.check != "sizes"
+        record = HashRecord() if self._config.check == "changed" else None
         precision = cast(Precision, choice.config.precision)
         files = BundleFiles(
-            self._folder, self.manifest, precision, hashes=hashes, read=read_text_encoder
+            self._folder,
+            self.manifest,
+            precision,
+            hashes=hashes,
+            record=record,
+            read=read_text_encoder,
         )
         try:
             files.check()

@@ -10,16 +10,17 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import BundleError
+from var_deploy.files.held_files import HeldFile
 from var_deploy.finite import is_finite
 from var_deploy.runtime.protobuf import fields
 
+FINITE = "all weights are finite"
 CHUNK = 1 << 20  # bytes at a time: they stay in a processor's cache
 # numbers of fields and types in onnx.proto
 _GRAPH, _INITIALIZER = 7, 5
@@ -41,9 +42,12 @@ class StoredWeight:
 def check_weights(files: BundleFiles) -> None:
     """Raise BundleError where a weight of a precision is NaN or infinite, in any of its graphs.
 
-    Reads the open files that `files.check` has checked, and opens nothing by path. The error names
-    the first such weight, or a file that cannot be read.
+    Reads the open files that `files.check` has checked, and opens nothing by path; does nothing
+    where the record of `files` says that this content was looked at. The error names the first such
+    weight, or a file that cannot be read.
     """
+    if files.has_fact(FINITE):
+        return
     weights: dict[tuple[int, int], StoredWeight] = {}
     file, graphs = files.checked()
     path = file.path
@@ -57,13 +61,13 @@ def check_weights(files: BundleFiles) -> None:
     if not weights:
         return
     try:
-        with mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ) as held:
-            for place in sorted(weights):
-                _check(path, held, weights[place])
+        for place in sorted(weights):
+            _check(file, weights[place])
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise BundleError(f"{path} is damaged ({error}); export the bundle again") from None
+    files.add_fact(FINITE)
 
 
 def stored_weights(model: bytes) -> Iterator[StoredWeight]:
@@ -100,20 +104,28 @@ def _stored(tensor: memoryview) -> StoredWeight | None:
     return StoredWeight(name=name, dtype=_FLOATS[kind], offset=offset, length=length)
 
 
-def _check(path: Path, held: mmap.mmap, weight: StoredWeight) -> None:
+def _check(file: HeldFile, weight: StoredWeight) -> None:
     end = weight.offset + weight.length
-    if weight.offset < 0 or weight.length < 0 or end > len(held):
+    if weight.offset < 0 or weight.length < 0 or end > file.size:
         raise ValueError(f"{weight.name} lies beyond its end")
     for first in range(weight.offset, end, CHUNK):
         size = min(CHUNK, end - first)
-        values = np.frombuffer(held, weight.dtype, size // weight.dtype.itemsize, first)
-        wrong = None
-        if not is_finite(values):
-            number = int(np.argmin(np.isfinite(values)))
-            wrong = (float(values[number]), (first - weight.offset) // values.itemsize + number)
-        del values  # a map cannot be closed while an array looks at it
+        # mapped piece by piece: the pages of a map count as memory of the process until it is
+        # closed, and sessions are packing their own copies meanwhile
+        start = first - first % mmap.ALLOCATIONGRANULARITY
+        with mmap.mmap(
+            file.descriptor, first + size - start, access=mmap.ACCESS_READ, offset=start
+        ) as held:
+            count = size // weight.dtype.itemsize
+            values = np.frombuffer(held, weight.dtype, count, first - start)
+            wrong = None
+            if not is_finite(values):
+                number = int(np.argmin(np.isfinite(values)))
+                place = (first - weight.offset) // values.itemsize + number
+                wrong = (float(values[number]), place)
+            del values  # a map cannot be closed while an array looks at it
         if wrong:
             raise BundleError(
-                f"{path}: value {wrong[1]} of {weight.name} is {wrong[0]}, which var-deploy export "
-                "refuses; export the bundle again from a healthy checkpoint"
+                f"{file.path}: value {wrong[1]} of {weight.name} is {wrong[0]}, which var-deploy "
+                "export refuses; export the bundle again from a healthy checkpoint"
             )

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import signal
+import tempfile
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 # would inherit that; tests that press it need it to work
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# the user's own cache stays out of the tests, and what one run found out of the next
+CACHE = tempfile.TemporaryDirectory(prefix="var-deploy-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 # pytest-xdist tells its workers how wide the terminal is, and tables would be fitted to that
 os.environ.pop("COLUMNS", None)

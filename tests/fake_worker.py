@@ -41,7 +41,10 @@ class FakeContender:
 
     def describe(self) -> About:
         settings = {"threads": "2", "precision": "fp32", "name": self.name}
-        return About(settings=settings, graphs="fp32", threads=2)
+        loading = {"checking": 0.0001, "opening": 0.0002}
+        if self.manner == "says little":
+            loading = {}
+        return About(settings=settings, graphs="fp32", threads=2, loading=loading)
 
     def generate(self) -> Sample:
         self.count += 1

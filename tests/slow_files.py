@@ -14,7 +14,9 @@ SLOW = {
     "datasets": "readers",
     "deploy": "steps",
     "export": (
-        "bisect bundle checkpoint gpt2_bundle gpt2_files int8_bundle int8_probe lint "
+        "bisect bundle checkpoint gpt2_bundle gpt2_files infinity_bundle infinity_files "
+        "infinity_presets infinity_random infinity_reference infinity_verify "
+        "int8_bundle int8_probe lint "
         "modules more_smooth one_scale sample_study sampler t5 text_encoder_files "
         "text_encoder_graph torch_bench torch_graph "
         "torch_peers verify verify_golden verify_int8"
@@ -26,7 +28,7 @@ SLOW = {
         "sampler_statistics tensorrt_rtx tensorrt_session text_encoder"
     ),
     "serving": "bodies connections load page page_classes page_states serve_command",
-    "tools": "fp16_study growth pocket training",
+    "tools": "fp16_study golden growth pocket training",
     "tritonserver": "server",
 }
 FILES = {

@@ -33,7 +33,10 @@ from var_deploy.image.images import read_settings
 
 ROOT = Path(__file__).parents[1]
 README, INSTALL, GUIDE = "README.md", "docs/INSTALL.md", "docs/GUIDE.md"
-DOCUMENTS = (README, INSTALL, GUIDE, "docs/CLUSTER.md", "docs/TRITON.md", "docs/CONTAINERS.md")
+DOCUMENTS = (
+    *(README, INSTALL, GUIDE),
+    *("docs/TEXT.md", "docs/CLUSTER.md", "docs/TRITON.md", "docs/CONTAINERS.md"),
+)
 ALL_PAGES = (*DOCUMENTS, "docs/JETSON.md", "CONTRIBUTING.md")
 REASONS = (
     "needs a GPU",
@@ -48,9 +51,10 @@ REASONS = (
     "is run for the tests of the wheel",
 )
 MARKED = {
-    README: {"needs another machine": 1, "needs a released checkpoint": 1, "needs a GPU": 1},
+    README: {"needs another machine": 1, "needs a released checkpoint": 2, "needs a GPU": 1},
     INSTALL: {reason: 1 for reason in REASONS[-3:]},
     GUIDE: {reason: 1 for reason in REASONS[:3]},
+    "docs/TEXT.md": {"installs PyTorch": 1, "needs a released checkpoint": 3},
     "docs/CLUSTER.md": {"needs an installation": 1},
     "docs/TRITON.md": {
         "needs an installation": 1,

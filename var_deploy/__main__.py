@@ -1,6 +1,6 @@
 """The program `var-deploy`, as its script and as `python -m var_deploy`.
 
-Before the commands are imported, which takes a third of a second, there is nothing to clean up:
+Before commands are imported, which takes up to a third of a second, there is nothing to clean up:
 Ctrl-C then ends the process on the spot. An exception in the middle of an import may be turned into
 another one by the module that is imported, or be printed.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     open_standard_streams()  # before anything else opens a file
     from var_deploy.cli.program import main as program
 
+    program.prepare(sys.argv[1:])
     try:
         if usual:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -19,7 +19,7 @@ BACKENDS = (AUTO, TENSORRT, TENSORRT_RTX, CUDA, CPU)
 PRECISIONS = (AUTO, "fp32", "fp16", "int8")
 LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 LAYOUT_CHOICES = (AUTO, *LAYOUTS)
-CHECKS = ("hashes", "sizes")
+CHECKS = ("changed", "hashes", "sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,9 @@ class RuntimeConfig:
         threads: CPU threads; None leaves their number open. With backend "auto" a number asks for
             the CPU.
         cuda_graph: on a GPU, record each launch once and replay it.
-        check: "hashes" reads every file of the bundle once; "sizes" trusts files of the right size.
+        check: "changed" compares the hash of every file of the bundle, and reads weights for that
+            only where they are new or have changed since an earlier process of this user read
+            them; "hashes" reads every file; "sizes" trusts files of the right size.
 
     Raises UsageError for a value that is none of these. The bound of `threads` is that of another
     machine, since a config may travel; the machine that runs it looks again.
@@ -66,7 +68,7 @@ class RuntimeConfig:
     layout: str = AUTO
     threads: int | None = None
     cuda_graph: bool = True
-    check: Literal["hashes", "sizes"] = "hashes"
+    check: Literal["changed", "hashes", "sizes"] = "changed"
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -90,6 +92,7 @@ class Loaded:
         settings: versions, device and settings of the backend, by what a person calls them.
         reason: why this backend, where that was left open; "" where nothing was passed over.
         threads: CPU threads of a launch, None on a GPU.
+        loading: seconds that parts of loading took: "checking" the files, "opening" the graphs.
     """
 
     precision: str
@@ -98,6 +101,7 @@ class Loaded:
     settings: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     threads: int | None = None
+    loading: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, str]:
         """Everything as text, as reports hold it."""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef, graph_ref
@@ -24,6 +24,9 @@ from var_deploy.files import whole_file
 from var_deploy.files.held_files import HeldFile
 from var_deploy.sampling import BitSampling, Sampling
 from var_deploy.spec import ModelSpec, TextModelSpec
+
+if TYPE_CHECKING:
+    from var_deploy.bundle.hash_record import HashRecord
 
 # Version 2 may hold `more_smooth`, whose graphs take an input that a reader of version 1 does not
 # know. Bundles without it are still written as version 1, byte for byte as before.
@@ -360,18 +363,23 @@ def hold_file(
                 "replaced; export the bundle again"
             )
         if hashes:
-            _check_hash(file, info, progress)
+            check_hash(file, info, progress)
     except BaseException:
         file.close()
         raise
     return file
 
 
-def _check_hash(
-    file: HeldFile, info: FileInfo, progress: Callable[[int], None] | None = None
+def check_hash(
+    file: HeldFile,
+    info: FileInfo,
+    progress: Callable[[int], None] | None = None,
+    record: HashRecord | None = None,
 ) -> None:
+    """Compare the content of an open file with its hash, and set its identity to the one that was
+    read. A hash of the record is taken as it is. Raises BundleError."""
     try:
-        found = file.sha256(progress)
+        found = file.sha256(progress, record)
     except OSError as error:
         raise BundleError(
             f"{file.path} cannot be read ({error.strerror or error}); export the bundle again"

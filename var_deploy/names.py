@@ -16,6 +16,8 @@ UNCONDITIONAL = "unconditional"  # what `condition` makes, for "no prompt"; text
 # the graphs that are not one of the K static ones
 FIXED_GRAPHS = (CONDITION, UNCONDITIONAL, STEP, DECODER, ENCODER, ACCUMULATE)
 
+ENGINES = "engines"  # the folder of a bundle that holds what was built for a device
+
 # models known by name, see `export/presets.py`, which the half without PyTorch may lack
 PRESETS = (
     *("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36"),

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
+from var_deploy.bundle.hash_record import HashRecord
 from var_deploy.config import Layout, Loaded, RuntimeConfig
 from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
 from var_deploy.image.images import grid_columns
@@ -25,6 +25,7 @@ from var_deploy.image.pictures import Mask, Picture, frame_of, read_edit, read_p
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.backends.choice import Choice, choose_backend
 from var_deploy.runtime.backends.protocol import Clock
+from var_deploy.runtime.calls import Call, Prompts, call_anew, call_of
 from var_deploy.runtime.generated import Images, Origin
 from var_deploy.runtime.generation_options import (
     SETTINGS,
@@ -38,79 +39,16 @@ from var_deploy.runtime.request import (
     Request,
     ScaleEvent,
     end_of,
-    label_numbers,
     to_uint8,
 )
+from var_deploy.runtime.text_features import TextFeatures, find_text_encoder
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
-from var_deploy.sampling import Sampling, call_keys, series
-from var_deploy.spec import TextModelSpec
+from var_deploy.sampling import Sampling
+from var_deploy.sizes import Sizes, sizes_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The sizes of a model and its graphs.
-
-    Attributes:
-        height, width: of the images, in pixels.
-        channels: of a pixel, 3 or 1.
-        grids: rows and columns of the token grid of each of the K scales, coarse to fine.
-        tokens: T, of an image: of all scales together.
-        codes: of the codebook; of a text-to-image model the values of a bit, 2.
-        bits: of a token of a text-to-image model; 0 for a model with a codebook.
-        classes: labels are 0 … classes - 1; 0 for a model without classes.
-        text_length: tokens of a prompt at most; 0 for a model that takes none.
-        batch: images per launch; calls of more are cut into batches.
-    """
-
-    height: int
-    width: int
-    channels: int
-    grids: tuple[tuple[int, int], ...]
-    tokens: int
-    codes: int
-    bits: int
-    classes: int
-    text_length: int
-    batch: int
-
-    @property
-    def side(self) -> int:
-        """Side of square images, in pixels. Raises UsageError where they are not square."""
-        if self.height != self.width:
-            raise UsageError(f"images of {self.width} × {self.height} pixels have no one side")
-        return self.height
-
-    @property
-    def scales(self) -> tuple[int, ...]:
-        """Side length of the token map of each of the K scales. Raises UsageError where a map is
-        not square."""
-        if any(rows != columns for rows, columns in self.grids):
-            raise UsageError("the token grids of this model are not square: see `grids`")
-        return tuple(rows for rows, _ in self.grids)
-
-
-# texts, or their features
-Prompts: TypeAlias = str | Sequence[str] | PromptRows
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """The images of a call.
-
-    Attributes:
-        given: labels or prompts of the call.
-        prompts: one per image, where texts were given.
-        negative: the negative prompt, "" where there is none.
-    """
-
-    request: Request
-    given: int
-    prompts: tuple[str, ...] = ()
-    negative: str = ""
 
 
 class Pipeline:
@@ -128,7 +66,8 @@ class Pipeline:
         files: BundleFiles | None = None,
         text: PromptEncoder | None = None,
     ) -> None:
-        self.manifest, self._files, self._text = manifest, files, text
+        self.manifest, self._files = manifest, files
+        self._text = TextFeatures(manifest, text)
         self._loop: ScaleLoop | None = loop
         self._graphs = tokenizer
         self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
@@ -145,7 +84,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         cuda_graph: bool = True,
-        check: Literal["hashes", "sizes"] = "hashes",
+        check: Literal["changed", "hashes", "sizes"] = "changed",
         digest: str | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
@@ -170,8 +109,10 @@ class Pipeline:
             threads: CPU threads; None takes one for each physical core that the process may use,
                 within the quota of its control groups. With "auto" a number asks for the CPU.
             cuda_graph: on a GPU, record each launch once and replay it.
-            check: "hashes" reads every file once and looks for weights that are not finite; "sizes"
-                trusts files of the right size. Engines are always checked whole.
+            check: "changed" compares the hashes of all files and looks for weights that are not
+                finite, but does not read weights again that have not changed since an earlier
+                process of this user did; "hashes" reads every file; "sizes" trusts files of the
+                right size. Engines are always checked whole.
             digest: `Manifest.digest()` that the bundle must have; None takes any.
             text_encoder: folder of the text encoder of a text-to-image bundle; None looks in the
                 bundle and beside it. Without one, `generate` takes features instead of texts.
@@ -221,7 +162,8 @@ class Pipeline:
                 folder, manifest, choose_backend(folder, manifest, config, cores=cores)
             )
             try:
-                pipe._text = _text_encoder(folder, manifest, config, text_encoder, cores)
+                found = find_text_encoder(folder, manifest, config, text_encoder, cores)
+                pipe._text = TextFeatures(manifest, found)
             except BaseException:
                 pipe.close()
                 raise
@@ -240,19 +182,22 @@ class Pipeline:
         `load`; BundleChangedError where the bundle is no longer the one of the manifest.
         """
         backend, config = choice.backend, choice.config
-        precision, hashes = config.precision, config.check == "hashes"
-        files = BundleFiles(bundle, manifest, precision, hashes=hashes)
+        precision, hashes = config.precision, config.check != "sizes"
+        record = HashRecord() if config.check == "changed" else None
+        files = BundleFiles(bundle, manifest, precision, hashes=hashes, record=record)
+        started = time.perf_counter()
         try:
             try:
                 if choice.reads_graphs:
-                    files.check()
-                    if hashes:
-                        check_weights(files)
+                    files.begin_check(check_weights)
             except BaseException:
                 backend.close()
                 raise
+            checked = time.perf_counter()
             loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
+            opened = time.perf_counter()
         except BaseException as error:
+            first = _first_failure(files) if isinstance(error, Exception) else None
             changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
             files.close()
             if changed:
@@ -260,6 +205,8 @@ class Pipeline:
                     f"the bundle at {bundle} changed while it was read; load it again once it is "
                     "complete"
                 ) from None
+            if first is not None:
+                raise first from None
             raise
         files.loaded((names.ENCODER, names.ACCUMULATE))
         settings = {name: text for name, text in backend.describe().items() if name != "backend"}
@@ -270,6 +217,7 @@ class Pipeline:
             settings=settings,
             reason=choice.reason,
             threads=config.threads,
+            loading={"checking": checked - started, "opening": opened - checked},
         )
         tokenizer = TokenizerGraphs(
             files, manifest, precision, lambda: choose_backend(bundle, manifest, config).backend
@@ -309,7 +257,9 @@ class Pipeline:
         fails, CancelledError after `cancel`.
         """
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
-        asked = self._asked(labels, prompts, negative, seed, count, sampling)
+        asked = call_of(
+            self.manifest, self._text, labels, prompts, negative, seed, count, sampling
+        )
         with self._running():
             images = self._generate(asked.request, options, end)
         return self._signed(images, asked, options)
@@ -394,7 +344,9 @@ class Pipeline:
         end, sampling = end_of(options.get("deadline")), self._sampling(options)
         tokenizer = self.manifest.model.tokenizer
         edit = read_edit(image, mask, tokenizer, keep_pixels=keep_pixels)
-        asked = self._asked_anew(label, prompt, negative, seed, count, sampling)
+        asked = call_anew(
+            self.manifest, self._text, label, prompt, negative, seed, count, sampling
+        )
         rows = [0] * len(asked.request.labels)
         with self._running():
             kept = edit.kept(self._tokenizer.encode(edit.pixels)).rows(rows)
@@ -429,7 +381,9 @@ class Pipeline:
         pixels = self._pixels(image)
         if len(pixels) != 1:
             raise UsageError(f"vary takes one image, found {len(pixels)}")
-        asked = self._asked_anew(label, prompt, negative, seed, count, sampling)
+        asked = call_anew(
+            self.manifest, self._text, label, prompt, negative, seed, count, sampling
+        )
         rows = [0] * len(asked.request.labels)
         with self._running():
             tokens = self._tokenizer.encode(pixels)[:from_scale]
@@ -459,27 +413,19 @@ class Pipeline:
         Raises UsageError where the bundle takes no prompts, no text encoder was found, or a prompt
         is not text; and what the text encoder raises.
         """
-        self._check_takes_text()
-        if negatives is not None and len(negatives) != len(prompts):
-            raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
-        model = self.manifest.model
-        assert isinstance(model, TextModelSpec)
-        encoder = self._found_text_encoder()
-        with self._lock:
-            features, lengths = encoder.encode(
-                [*prompts, *(negatives or ())], model.transformer.text_length
-            )
-        rows = PromptRows(features=features, lengths=lengths)
-        if negatives is None:
-            return rows
-        count = len(prompts)
-        negative = rows.rows(range(count, 2 * count))
-        return dataclasses.replace(rows.rows(range(count)), negative=negative)
+        return self._text(prompts, negatives)
 
     def check_text_encoder(self) -> None:
         """Raise UsageError where the bundle takes prompts and no text encoder was found."""
         if self.manifest.takes_text:
-            self._found_text_encoder()
+            self._text.found()
+
+    def truncations(self, prompts: Sequence[str]) -> list[str]:
+        """One line for each prompt that is longer than the bundle takes: where it is cut off.
+
+        Raises as `generate` for prompts.
+        """
+        return self._text.truncations(prompts)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -489,20 +435,7 @@ class Pipeline:
     @property
     def sizes(self) -> Sizes:
         """How large images, tokens and batches of this model are."""
-        model = self.manifest.model
-        text = model if isinstance(model, TextModelSpec) else None
-        return Sizes(
-            height=model.tokenizer.image_size[0],
-            width=model.tokenizer.image_size[1],
-            channels=model.tokenizer.image_channels,
-            grids=model.grids,
-            tokens=model.total_tokens,
-            codes=model.tokenizer.token_values,
-            bits=math.prod(model.token_shape) if model.token_shape else 0,
-            classes=model.transformer.classes if model.transformer.conditional else 0,
-            text_length=text.transformer.text_length if text is not None else 0,
-            batch=self.manifest.batch,
-        )
+        return sizes_of(self.manifest)
 
     def describe(self) -> Loaded:
         """Backend, versions, precision, layout: what a result should be reported with."""
@@ -520,8 +453,7 @@ class Pipeline:
             self._refuse_callback()
             if self._graphs is not None:
                 self._graphs.close()
-            if self._text is not None:
-                self._text.close()
+            self._text.close()
             if self._loop is not None:
                 self._loop.close()
                 self._loop = None
@@ -570,7 +502,7 @@ class Pipeline:
     def _signed(
         self,
         images: Images,
-        asked: _Asked,
+        asked: Call,
         options: GenerationOptions,
         source: Mapping[str, str] | None = None,
     ) -> Images:
@@ -603,118 +535,19 @@ class Pipeline:
         if self._busy:
             raise UsageError("a callback of generate cannot use the pipeline that calls it")
 
-    def _asked(
-        self,
-        labels: Sequence[int | str | None] | None,
-        prompts: Prompts | None,
-        negative: str | None,
-        seed: int | Sequence[int],
-        count: int | None,
-        sampling: Sampling,
-    ) -> _Asked:
-        """The images of a call. No label is "no class"; a text-to-image model needs prompts."""
-        if self.manifest.takes_text:
-            if labels is not None:
-                raise UsageError("this bundle takes prompts, not labels: give prompts=[…]")
-            if prompts is None:
-                raise UsageError("this bundle takes prompts: give prompts=[…]")
-            return self._asked_in_words(prompts, negative, seed, count, sampling)
-        if prompts is not None or negative:
-            self._check_takes_text()
-        numbers = label_numbers(self.manifest, [None] if labels is None else labels)
-        numbers, seeds = series(numbers, seed, count)
-        request = Request(labels=numbers, rng_keys=call_keys(seeds), sampling=sampling)
-        return _Asked(request=request, given=1 if labels is None else len(labels))
-
-    def _asked_anew(
-        self,
-        label: int | str | None,
-        prompt: str | PromptRows | None,
-        negative: str | None,
-        seed: int | Sequence[int],
-        count: int | None,
-        sampling: Sampling,
-    ) -> _Asked:
-        """The images of an edit or a variation."""
-        words = self.manifest.takes_text
-        labels = None if words and label is None else [label]
-        prompts = "" if words and prompt is None else prompt
-        return self._asked(labels, prompts, negative, seed, count, sampling)
-
-    def _asked_in_words(
-        self,
-        prompts: Prompts,
-        negative: str | None,
-        seed: int | Sequence[int],
-        count: int | None,
-        sampling: Sampling,
-    ) -> _Asked:
-        texts: list[str] = []
-        if isinstance(prompts, PromptRows):
-            if negative:
-                raise UsageError("the negative prompt of features is part of them: leave it out")
-            rows = prompts
-        else:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            rows = self.features(texts, [negative] * len(texts) if negative else None)
-        chosen, seeds = series(range(len(rows)), seed, count, what="prompt")
-        request = Request(
-            labels=[0] * len(chosen),
-            rng_keys=call_keys(seeds),
-            sampling=sampling,
-            prompts=rows.rows(chosen),
-        )
-        return _Asked(
-            request=request,
-            given=len(rows),
-            prompts=tuple(texts[n] for n in chosen) if texts else (),
-            negative=negative or "",
-        )
-
-    def _check_takes_text(self) -> None:
-        if not self.manifest.takes_text:
-            takes = "labels" if self.manifest.model.transformer.conditional else "no condition"
-            raise UsageError(f"this bundle takes {takes}, not prompts")
-
-    def _found_text_encoder(self) -> PromptEncoder:
-        if self._text is None:
-            ref = self.manifest.text_encoder
-            what = f"{ref.folder} (digest {ref.digest[:16]})" if ref else "of any name"
-            raise UsageError(
-                f"a text encoder {what} is neither in the bundle nor beside it: give its folder "
-                "with --text-encoder (text_encoder in Python)"
-            )
-        return self._text
-
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, frame_of(tokenizer), tokenizer.image_channels)
 
 
-def _text_encoder(
-    bundle: Path,
-    manifest: Manifest,
-    config: RuntimeConfig,
-    given: str | os.PathLike[str] | None,
-    cores: int | None,
-) -> PromptEncoder | None:
-    """The text encoder of a bundle, whose weights are loaded at the first prompt; None where it is
-    not found. Raises UsageError for one that a bundle takes no text of."""
-    if not manifest.takes_text:
-        if given is not None:
-            raise UsageError("this bundle takes no prompts: leave the text encoder out")
-        return None
-    from var_deploy.runtime.text_encoder import TextEncoder
-
-    ref = manifest.text_encoder
-    place = Path(given) if given is not None else None
-    if place is None and ref is not None:
-        beside = (bundle / ref.folder, Path(os.path.abspath(bundle)).parent / ref.folder)
-        place = next((p for p in beside if (p / names.MANIFEST).is_file()), None)
-    if place is None:
-        return None
-    # layout and graphs recorded for a GPU are those of the scales
-    return TextEncoder.open(place, config, digest=ref.digest if ref else None, cores=cores)
+def _first_failure(files: BundleFiles) -> BundleError | None:
+    """The error of a file that was still being hashed when opening the graphs failed: it explains
+    the other one."""
+    try:
+        files.verified()
+    except BundleError as error:
+        return error
+    return None
 
 
 def _file_name(key: str, picture: Picture) -> dict[str, str]:

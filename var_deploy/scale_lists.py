@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -97,6 +97,16 @@ def scale_list(resolution: str, aspect: str = "1:1") -> ScaleList:
         f"no scale list has aspect {aspect}; the nearest is {_nearest_aspect(float(1 / ratio))}, "
         f"expected one of {', '.join(aspects())}"
     )
+
+
+def list_of(grids: Sequence[Grid]) -> ScaleList | None:
+    """Return the list with exactly these grids; None where there is none."""
+    for name in aspects():
+        for resolution in RESOLUTIONS:
+            found = scale_list(resolution, name)
+            if found.grids == tuple(grids):
+                return found
+    return None
 
 
 def nearest(height: int, width: int) -> ScaleList:

@@ -27,6 +27,7 @@ from onnx import TensorProto, helper
 from var_deploy import names
 from var_deploy.bundle.graph_refs import graph_ref
 from var_deploy.errors import ExportError, UsageError
+from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
 from var_deploy.export.debug.bisect_backends import RUNNERS, Runner
 from var_deploy.export.lint.tensorrt import values_of
@@ -158,10 +159,12 @@ def bisect_bundle(
     `backends` is such as "onnxruntime:fp32,pytorch:fp16". Raises what `bisect` and `verify` raise.
     """
     manifest = read_manifest(bundle)
+    manifest.code_model("debug bisect")
     check_files(bundle, manifest)
     sides = parse_sides(backends, manifest)
     _choose(manifest, sides, graph)  # a wrong name is told before the model is run
     model = load_bundle_model(manifest, checkpoint, tokenizer, hints)
+    assert isinstance(model, LoadedModel)  # `code_model` has refused the other kind
     if progress:
         progress("PyTorch reference", 0.0)
     reference = trace_reference(model, manifest, seed=0)

@@ -2,25 +2,31 @@
 graphs.
 
 No sort and no TopK (TensorRT's takes at most 3840): both filters keep the logits above a threshold,
-and the threshold is found by bisection, counting (top-k) or weighing (top-p) the logits above the
-middle of an interval. k and p are run-time scalars. Equal logits at the top-k threshold all stay,
+and the threshold is found bit by bit, counting (top-k) or weighing (top-p) the logits on one side
+of a trial value. k and p are run-time scalars. Equal logits at the top-k threshold all stay,
 as in the published code; at the top-p threshold too, where the published code drops some of them in
 an order that its sort leaves open. The cumulative sum is two small triangular products, because
 CumSum becomes a loop in TensorRT before 10.8.
+
+What is selected is multiplied by a mask of zeros and ones: on a CPU a Where of this size takes
+three times as long.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from var_deploy import names
 from var_deploy.export.graphs.builder import GraphBuilder
 
-# Thirty-two bisections narrow the interval to 2^-32 of the logits' range, below the spacing of fp32
-# numbers of that size: two logits that still fall together are equal for all that fp32 can tell.
-HALVINGS = 32
+# Trial values lie on a grid of powers of two, from 2^e, the first above every |logit|, down to
+# 2^(e-33). Sums of such steps are exact in fp32 as long as they have 24 bits, so every fp32 number
+# of at least 1/512 of the largest |logit| is on the grid; smaller ones are told apart to 2^-32 of
+# it.
+STEPS = 34
 # TensorRT tries to fuse a chain of reductions as a whole: 16 in a row took 75 s to compile for one
 # token, 64 never ended. It does not look through a convolution, so one stands after every fourth
 # reduction; then all of them compile in 6 s.
@@ -41,15 +47,18 @@ def sample(
     """Sample: logits [B, L, V], uniforms [B, L], scalars → tokens [B, L] int64."""
     with b.scope("sampler"):
         x = b.op("Div", logits, temperature)
-        top = b.op("ReduceMax", x, b.ints(-1), keepdims=1)  # [B, L, 1]
-        low = _top_k_threshold(b, x, top, top_k, codes)
-        zero = b.constant(0.0, np.float32)
-        mass = b.op("Exp", b.op("Sub", x, top))  # [B, L, V], unnormalised
-        mass = b.op("Where", b.op("GreaterOrEqual", x, low), mass, zero)
-        low = _top_p_threshold(b, x, top, mass, low, top_p)
+        # one channel: totals over the codes can then go through a convolution as they are
+        x = b.op("Unsqueeze", x, b.ints(1))  # [B, 1, L, V]
+        top = b.op("ReduceMax", x, b.ints(-1), keepdims=1)  # [B, 1, L, 1]
+        start, steps = _grid(b, x, top)
+        low = _top_k_threshold(b, x, top, start, steps, top_k, codes)
+        mass = b.op("Exp", b.op("Sub", x, top))  # [B, 1, L, V], unnormalised
+        mass = _masked(b, b.op("GreaterOrEqual", x, low), mass)
+        low = _top_p_threshold(b, x, mass, start, steps, top_p)
         # the largest always stays, also where p is too small for 1 - p to differ from 1
         kept = b.op("Or", b.op("Greater", x, low), b.op("GreaterOrEqual", x, top))
-        mass = b.op("Where", kept, mass, zero, out=names.KEPT_MASS)
+        flat = b.ints(0, -1, codes)
+        mass = b.op("Reshape", _masked(b, kept, mass), flat, out=names.KEPT_MASS)
         return _inverse_cdf(b, mass, uniforms, codes)
 
 
@@ -73,24 +82,39 @@ def mix(
         return b.op("Softmax", x, axis=-1)
 
 
-def _middle(b: GraphBuilder, low: str, high: str) -> str:
-    return b.op("Mul", b.op("Add", low, high), b.constant(0.5, np.float32))
+def _masked(b: GraphBuilder, mask: str, x: str) -> str:
+    """Return x where the mask is True, else 0."""
+    return b.op("Mul", b.cast(mask, np.float32), x)
+
+
+def _grid(b: GraphBuilder, x: str, top: str) -> tuple[str, list[str]]:
+    """Return -2^e, below every logit, and the steps 2^e, 2^(e-1), …, all [B, 1, L, 1]."""
+    bottom = b.op("ReduceMin", x, b.ints(-1), keepdims=1)
+    zero = b.constant(0.0, np.float32)
+    largest = b.op("Max", top, b.op("Sub", zero, bottom))
+    powers = np.exp2(np.arange(-126, 128, dtype=np.float32))
+    enough = b.op("Greater", b.constant(powers), largest)  # [B, 1, L, 254]
+    above = b.op("Where", enough, b.constant(powers), b.constant(powers[-1]))
+    power = b.op("ReduceMin", above, b.ints(-1), keepdims=1)
+    fractions = b.constant(np.exp2(-np.arange(STEPS, dtype=np.float32)))
+    steps = b.split(b.op("Mul", power, fractions), 3, [1] * STEPS)
+    return b.op("Sub", zero, power), steps
 
 
 def _total(b: GraphBuilder, x: str, turn: int) -> str:
-    """Sum over the codes, [B, L, 1]; a fence follows every few reductions (see `FENCE_EVERY`)."""
+    """Sum over the codes, [B, 1, L, 1]; a fence follows every few reductions (see
+    `FENCE_EVERY`)."""
     total = b.op("ReduceSum", x, b.ints(-1), keepdims=1)
     if turn % FENCE_EVERY < FENCE_EVERY - 1:
         return total
-    one = b.constant(np.ones((1, 1, 1), np.float32))
-    row = b.transpose(total, 0, 2, 1)
-    fenced = b.op("Conv", row, one, kernel_shape=[1], pads=[0, 0])
-    return b.transpose(fenced, 0, 2, 1)
+    one = b.constant(np.ones((1, 1, 1, 1), np.float32))
+    return b.op("Conv", total, one, kernel_shape=[1, 1], pads=[0, 0, 0, 0])
 
 
-def _top_k_threshold(b: GraphBuilder, x: str, top: str, top_k: str, codes: int) -> str:
-    """Find the largest t [B, L, 1] (to the last bisection) with at least k values ≥ t; k = 0 keeps
-    all."""
+def _top_k_threshold(
+    b: GraphBuilder, x: str, top: str, start: str, steps: Sequence[str], top_k: str, codes: int
+) -> str:
+    """Find the largest t [B, 1, L, 1] of the grid with at least k values ≥ t; k = 0 keeps all."""
     off = b.op("Equal", top_k, b.constant(0, np.int64))
     k = b.op("Where", off, b.constant(codes, np.int64), top_k)
     k = b.cast(b.op("Min", k, b.constant(codes, np.int64)), np.float32)
@@ -99,34 +123,29 @@ def _top_k_threshold(b: GraphBuilder, x: str, top: str, top_k: str, codes: int) 
         above = b.cast(b.op("GreaterOrEqual", x, threshold), np.float32)
         return b.op("GreaterOrEqual", _total(b, above, turn), k)
 
-    # bisection never arrives at its upper end, so the largest is tried first: top-1 is exact
-    low = b.op("Where", enough(top), top, b.op("ReduceMin", x, b.ints(-1), keepdims=1))
-    high = top
-    for turn in range(HALVINGS):
-        middle = _middle(b, low, high)
-        holds = enough(middle, turn)
-        low = b.op("Where", holds, middle, low)
-        high = b.op("Where", holds, high, middle)
+    # a largest logit next to 0 may not be on the grid, so it is tried first: top-1 is exact
+    low = b.op("Where", enough(top), top, start)
+    for turn, step in enumerate(steps):
+        higher = b.op("Add", low, step)
+        low = b.op("Where", enough(higher, turn), higher, low)
     return low
 
 
-def _top_p_threshold(b: GraphBuilder, x: str, top: str, mass: str, low: str, top_p: str) -> str:
-    """Find the largest t with mass(x ≤ t) ≤ 1 - p: the codes above t stay. p = 0 keeps all."""
+def _top_p_threshold(
+    b: GraphBuilder, x: str, mass: str, low: str, steps: Sequence[str], top_p: str
+) -> str:
+    """Find the largest t of the grid with mass(x ≤ t) ≤ 1 - p: the codes above t stay. p = 0 keeps
+    all."""
     one, zero = b.constant(1.0, np.float32), b.constant(0.0, np.float32)
     off = b.op("Equal", top_p, zero)
     dropped = b.op("Where", off, zero, b.op("Sub", one, top_p))
     total = b.op("ReduceSum", mass, b.ints(-1), keepdims=1)
     limit = b.op("Mul", total, dropped)
-    # starts below the lowest kept logit: with p off or 1 nothing may be dropped
-    low = b.op("Sub", low, one)
-    high = top
-    for turn in range(HALVINGS):
-        middle = _middle(b, low, high)
-        below = b.op("Where", b.op("Greater", x, middle), zero, mass)
-        weight = _total(b, below, turn)
-        drop = b.op("LessOrEqual", weight, limit)
-        low = b.op("Where", drop, middle, low)
-        high = b.op("Where", drop, high, middle)
+    for turn, step in enumerate(steps):
+        higher = b.op("Add", low, step)
+        below = _masked(b, b.op("LessOrEqual", x, higher), mass)
+        drop = b.op("LessOrEqual", _total(b, below, turn), limit)
+        low = b.op("Where", drop, higher, low)
     return low
 
 
@@ -151,11 +170,12 @@ def _inverse_cdf(b: GraphBuilder, mass: str, uniforms: str, codes: int) -> str:
     # Rounding may leave the sums a hair out of order, so codes without mass are masked out by
     # name, and the target stays below the largest sum of a code that has mass.
     has_mass = b.op("Greater", tiles, zero)
-    total = b.op("ReduceMax", b.op("Where", has_mass, cdf, zero), b.ints(-2, -1), keepdims=1)
+    total = b.op("ReduceMax", _masked(b, has_mass, cdf), b.ints(-2, -1), keepdims=1)
     target = b.op("Mul", b.op("Unsqueeze", uniforms, b.ints(-1, -2)), total)
     target = b.op("Min", target, b.op("Mul", total, b.constant(1 - 2.0**-23, np.float32)))
     beyond = b.op("And", has_mass, b.op("Greater", cdf, target))
-    # the smallest index among them, by a minimum: ArgMax leaves ties to the backend
-    index = b.constant(np.arange(blocks * block, dtype=np.float32).reshape(blocks, block))
-    candidates = b.op("Where", beyond, index, b.constant(float(codes), np.float32))
-    return b.cast(b.op("ReduceMin", candidates, b.ints(-2, -1), keepdims=0), np.int64)
+    # the smallest index among them, counted from the end: ArgMax leaves ties to the backend
+    order = np.arange(codes, codes - blocks * block, -1, dtype=np.float32).reshape(blocks, block)
+    from_end = _masked(b, beyond, b.constant(order))
+    most = b.op("ReduceMax", from_end, b.ints(-2, -1), keepdims=0)
+    return b.cast(b.op("Sub", b.constant(float(codes), np.float32), most), np.int64)

@@ -21,7 +21,8 @@ from var_deploy.export.checkpoint.assemble import LoadedModel, assemble, load_mo
 from var_deploy.export.checkpoint.files import TOP, Part, open_checkpoint
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
 from var_deploy.export.checkpoint.module_weights import ModuleWeights, weights_sha256
-from var_deploy.export.checkpoint.text_model import LoadedTextModel
+from var_deploy.export.checkpoint.shard_index import stored_sha256
+from var_deploy.export.checkpoint.text_model import LoadedTextModel, load_text_model
 from var_deploy.export.verify.floats import FloatTolerance
 from var_deploy.export.verify.graphs import GraphVerifier, Tolerance
 from var_deploy.export.verify.held_modules import OwnForward, tokenizer_of
@@ -39,6 +40,7 @@ from var_deploy.files import locked_folder
 from var_deploy.labels import resolve_labels
 from var_deploy.manifest import Manifest, check_files, file_sha256, read_manifest
 from var_deploy.progress import Progress
+from var_deploy.scale_lists import list_of
 from var_deploy.spec import TextModelSpec
 
 # Largest difference over the largest magnitude of the expected tensor. fp32: rounding through the
@@ -291,13 +293,15 @@ def load_bundle_model(
     checkpoint: Path | None = None,
     tokenizer: Path | None = None,
     hints: Hints = NO_HINTS,
-) -> LoadedModel:
+) -> LoadedModel | LoadedTextModel:
     """Load the model that the manifest names, or the one in the given files.
 
     Facts that the files do not tell are those of the manifest, unless the hints give others. Raises
     UsageError where files are needed, are not those that the manifest names, or are of another
     architecture.
     """
+    if manifest.takes_text:
+        return load_text_bundle_model(manifest, checkpoint, tokenizer, hints)
     places = {part: source.get("key", TOP) for part, source in manifest.checkpoint.items()}
     parts: tuple[tuple[Part, Path | None, str], ...] = (
         ("transformer", checkpoint, hints.key or places["transformer"]),
@@ -330,6 +334,44 @@ def load_bundle_model(
         if told is not None and source.description.get("key", TOP) != place:
             raise UsageError(f"{option} {told}: this bundle was made from {place}")
     if model.spec != manifest.model:
+        raise UsageError("these checkpoints are of another architecture than the bundle")
+    return model
+
+
+def load_text_bundle_model(
+    manifest: Manifest,
+    checkpoint: Path | None = None,
+    tokenizer: Path | None = None,
+    hints: Hints = NO_HINTS,
+) -> LoadedTextModel:
+    """Load the text-to-image model that the manifest names, as `load_bundle_model` does."""
+    spec = manifest.model
+    assert isinstance(spec, TextModelSpec)
+    scales = list_of(spec.grids)
+    if scales is None:
+        raise UsageError("the scales of this bundle are of no published list: verify it in Python")
+    origin = manifest.checkpoint["transformer"]
+    random = origin.get("random_weights") if checkpoint is None and tokenizer is None else None
+    if random is None and not manifest.preset and (checkpoint is None or tokenizer is None):
+        raise UsageError(_what_to_give(manifest))
+    files: tuple[tuple[Part, Path | None], ...] = (
+        ("transformer", checkpoint),
+        ("tokenizer", tokenizer),
+    )
+    for part, file in files:
+        if file is not None and manifest.checkpoint[part].get("sha256") != stored_sha256(file):
+            raise UsageError(f"{file} is not the {part} that this bundle was made from")
+    model = load_text_model(
+        manifest.preset or None,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        random_weights=random,
+        resolution=scales.resolution,
+        aspect=scales.aspect,
+        text_length=spec.transformer.text_length,
+        hints=hints,
+    )
+    if model.spec != spec:
         raise UsageError("these checkpoints are of another architecture than the bundle")
     return model
 

@@ -12,7 +12,9 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from var_deploy import names
 from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import AUTO, CPU, CUDA, TENSORRT, TENSORRT_RTX, RuntimeConfig
 from var_deploy.errors import BackendError
@@ -28,11 +30,12 @@ from var_deploy.planning.selection import (
     check_options,
     select,
 )
-from var_deploy.runtime.backends.cuda import Cuda
-from var_deploy.runtime.backends.protocol import Backend
-from var_deploy.runtime.tensorrt.engine_files import ENGINES, find_target, load_plan
-from var_deploy.runtime.tensorrt.library import Library
-from var_deploy.runtime.tensorrt.target import Target
+
+if TYPE_CHECKING:
+    from var_deploy.runtime.backends.cuda import Cuda
+    from var_deploy.runtime.backends.protocol import Backend
+    from var_deploy.runtime.tensorrt.library import Library
+    from var_deploy.runtime.tensorrt.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def choose_backend(
     """
     check_threads(config.threads, machine=Machine())
     facts = Facts(
-        engines=Engines() if (bundle / ENGINES).is_dir() else None,
+        engines=Engines() if (bundle / names.ENGINES).is_dir() else None,
         cuda=True,  # assumed until it is selected: the check imports ONNX Runtime
         cores=cores or usable_cores(),
     )
@@ -163,7 +166,7 @@ def facts_here(bundle: Path) -> Facts:
     They tell whether ONNX Runtime can use a GPU here and whether the bundle has engines.
     """
     return Facts(
-        engines=Engines() if (bundle / ENGINES).is_dir() else None,
+        engines=Engines() if (bundle / names.ENGINES).is_dir() else None,
         cuda=_has_cuda_provider() and _has_gpu(),
         cores=usable_cores(),
     )
@@ -194,6 +197,7 @@ class _FoundEngines:
     facts: Engines
 
     def open(self, bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Backend:
+        from var_deploy.runtime.tensorrt.engine_files import load_plan
         from var_deploy.runtime.tensorrt.session import TensorRtBackend
 
         target = self.targets[config.precision]
@@ -213,7 +217,10 @@ def _find_engines(
     Raises BackendError where TensorRT or the GPU is missing, or where the bundle has no engines for
     this GPU; the message then names the precision that is preferred.
     """
+    from var_deploy.runtime.backends.cuda import Cuda
+    from var_deploy.runtime.tensorrt.engine_files import find_target
     from var_deploy.runtime.tensorrt.library import load_library
+    from var_deploy.runtime.tensorrt.target import Target
 
     library = load_library(library_name)
     wanted = [precision]
@@ -247,12 +254,14 @@ def _has_cuda_provider() -> bool:
         import onnxruntime
     except ImportError:
         return False
-    from var_deploy.runtime.backends.onnxruntime_cuda import PROVIDER
+    from var_deploy.runtime.backends.ort_session import CUDA_PROVIDER
 
-    return PROVIDER in onnxruntime.get_available_providers()
+    return CUDA_PROVIDER in onnxruntime.get_available_providers()
 
 
 def _has_gpu() -> bool:
+    from var_deploy.runtime.backends.cuda import Cuda
+
     try:
         Cuda().close()
     except BackendError:

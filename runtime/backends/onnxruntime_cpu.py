@@ -3,29 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from var_deploy.bundle.files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.host.installation import pip_install
-from var_deploy.host.machine import Machine, check_threads, usable_cores
-from var_deploy.runtime.backends.host_memory import HostMemory
-from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet
+from var_deploy.host.machine import (
+    Machine,
+    check_threads,
+    is_crowded,
+    running_elsewhere,
+    usable_cores,
+)
+from var_deploy.runtime.backends.host_memory import HostMemory, return_freed
+from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet, version_of
 from var_deploy.runtime.backends.protocol import Arrays, Launch
+
+# Microseconds that a thread without work spins before it sleeps. By default it spins for
+# milliseconds (16 on a Zen at 4 GHz), which another program's thread could use: a thread that spins
+# counts as running and uses up its share, so it waits for a processor when it has work again.
+# Between two operators that several threads share lie some ten microseconds, so on a quiet machine
+# threads still spin from one to the next. Where other programs run already, no thread spins: waking
+# one costs a few percent, waiting for one that lost its processor far more.
+SPIN = 100
+SPIN_FROM = (1, 26)  # older versions ignore the entry and spin as they always do
+AT_ONCE = 2  # sessions that are created side by side: each packs on one core
 
 
 class OrtSession:
-    """One graph, loaded; its weights are mapped from weights.bin and packed once."""
+    """One graph, loaded or still being loaded; its weights are mapped from weights.bin and packed
+    once."""
 
-    def __init__(self, session: Any, graph: str, options: Any = None) -> None:
-        self._session, self._graph, self._options = session, graph, options
+    def __init__(self, loading: Future[Any], graph: str, options: Any = None) -> None:
+        self._loading: Future[Any] | None = loading
+        self._graph, self._options = graph, options
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
+        """Bind buffers once the session is there; raises BackendError where it cannot be made."""
+        if self._loading is None:
+            raise BackendError(f"{self._graph} was closed")
+        session = self._loading.result()
         try:
-            binding = self._session.io_binding()
+            binding = session.io_binding()
             for name, array in inputs.items():
                 binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.address)
             for name, array in outputs.items():
@@ -33,10 +56,13 @@ class OrtSession:
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             words = one_line(error)
             raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {words}") from error
-        return OrtLaunch(self._session, binding, (inputs, outputs), self._graph, self._options)
+        keep = (inputs, outputs, self._loading)
+        return OrtLaunch(session, binding, keep, self._graph, self._options)
 
     def close(self) -> None:
-        self._session = None
+        if self._loading is not None:
+            wait([self._loading])  # it reads from files that are closed next
+            self._loading = None
 
 
 class OrtLaunch:
@@ -47,7 +73,8 @@ class OrtLaunch:
     ) -> None:
         self._session, self._binding, self._graph = session, binding, graph
         self._options = options
-        self._keep = keep  # the binding holds bare pointers into these arrays
+        # the binding holds bare pointers into these arrays, and the session is shared
+        self._keep = keep
 
     def __call__(self) -> None:
         try:
@@ -63,6 +90,9 @@ class OrtCpuBackend(HostMemory):
     Loops of one process share a session, and with it the packed weights, where graph, weights and
     number of threads are equal; runs of a session may overlap. All sessions take their scratch
     memory from one arena, which stays with the process for the next loop.
+
+    Threads that wait for work spin, or sleep at once where the machine is crowded when the first
+    graph is loaded (see `is_crowded`). That changes times and no bit of a result.
 
     Args:
         threads: number of threads per graph; None takes the cores that the process may use, see
@@ -84,6 +114,8 @@ class OrtCpuBackend(HostMemory):
             ) from None
         quiet(onnxruntime)
         self._ort, self._threads = onnxruntime, threads or usable_cores()
+        self._elsewhere, self._spinning = running_elsewhere(Machine()), ""
+        self._crowded: bool | None = None  # until the first graph is loaded
 
     @property
     def version(self) -> str:
@@ -94,21 +126,47 @@ class OrtCpuBackend(HostMemory):
         graph.read()  # raises for a damaged file before a session is looked up
         with _opening:
             key = (graph.key(), self._threads)
-            session = _sessions.get(key)
-            if session is None:
-                session = _sessions[key] = self._load(graph)
+            loading = _sessions.get(key)
+            if loading is None or (loading.done() and loading.exception() is not None):
+                spinning = self._spinning_as_text()
+                loading = _sessions[key] = self._begin_load(graph)
+                _spinning[loading] = spinning
+            self._spinning = _spinning[loading]
         options = self._ort.RunOptions()
         options.log_severity_level = SILENT
         if graph.ref.kind == "decoder":
             # the last launch of a generation gives the arena's memory back: between images a
             # pipeline holds its weights and little else
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return OrtSession(session, graph.ref.name, options)
+        return OrtSession(loading, graph.ref.name, options)
+
+    def _begin_load(self, graph: GraphFile) -> Future[Any]:
+        """Create the session in a thread of its own: ONNX Runtime packs weights on one core.
+
+        With one thread to use it is created at once.
+        """
+        if self._threads == 1:
+            loaded = Future[Any]()
+            loaded.set_result(self._load(graph))
+            return loaded
+
+        def load() -> Any:
+            with _slots:
+                return self._load(graph)
+
+        thread = ThreadPoolExecutor(1, thread_name_prefix="var-deploy-load")
+        loading = thread.submit(load)
+        thread.shutdown(wait=False)
+        return loading
 
     def _load(self, graph: GraphFile) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads or 0
         options.inter_op_num_threads = 1
+        if self._is_crowded():
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        else:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN))
         kind = graph.ref.kind
         if kind == "text_encoder":
             # released between prompts: all of its memory has to go with the session, and what lies
@@ -135,6 +193,7 @@ class OrtCpuBackend(HostMemory):
         return open_session(self._ort, graph, options, providers=["CPUExecutionProvider"])
 
     def prepare(self, launches: Sequence[Launch]) -> Sequence[Launch]:
+        return_freed()  # what loading took besides
         return launches
 
     def close(self) -> None:
@@ -142,11 +201,32 @@ class OrtCpuBackend(HostMemory):
 
     def describe(self) -> dict[str, str]:
         threads = str(self._threads) if self._threads else "all cores"
-        return {"backend": self.name, "onnxruntime": self.version, "threads": threads}
+        about = {"backend": self.name, "onnxruntime": self.version, "threads": threads}
+        return {**about, **({"spinning": self._spinning} if self._spinning else {})}
+
+    def _is_crowded(self) -> bool:
+        """Whether other programs need the processors that this backend's threads would spin on.
+
+        Decided once, from two moments: a thread that ran in only one of them is not counted.
+        """
+        if self._crowded is None:
+            machine = Machine()
+            elsewhere = min(self._elsewhere, running_elsewhere(machine))
+            self._crowded = is_crowded(machine, self._threads or 1, elsewhere)
+        return self._crowded
+
+    def _spinning_as_text(self) -> str:
+        if self._threads == 1:
+            return ""  # a single thread waits for no other
+        if self._is_crowded():
+            return "off, since other programs were running"
+        return f"{SPIN} µs" if version_of(self._ort) >= SPIN_FROM else "ONNX Runtime's default"
 
 
-_sessions: WeakValueDictionary[tuple[Hashable, ...], Any] = WeakValueDictionary()
+_sessions: WeakValueDictionary[tuple[Hashable, ...], Future[Any]] = WeakValueDictionary()
+_spinning: WeakKeyDictionary[Future[Any], str] = WeakKeyDictionary()  # as a person is told
 _opening = Lock()
+_slots = BoundedSemaphore(AT_ONCE)
 
 
 @cache

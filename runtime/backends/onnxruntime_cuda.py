@@ -12,10 +12,10 @@ from var_deploy.bundle.files import GraphFile
 from var_deploy.errors import BackendError, one_line
 from var_deploy.host.installation import pip, pip_command, pip_install
 from var_deploy.runtime.backends.cuda import DEVICE, Cuda, CudaMemory, Graph
-from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet
+from var_deploy.runtime.backends.ort_session import CUDA_PROVIDER, SILENT, open_session, quiet
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 
-PROVIDER = "CUDAExecutionProvider"
+PROVIDER = CUDA_PROVIDER
 WARM_UPS = 2  # the first run allocates and loads kernels, which is forbidden in a capture
 
 

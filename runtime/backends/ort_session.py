@@ -11,6 +11,7 @@ from var_deploy.files.paths import utf8_path
 # a session made of bytes looks for the weights that they name in this folder
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 BYTES_FROM = (1, 21)  # older versions do not find all weights of a model that comes as bytes
+CUDA_PROVIDER = "CUDAExecutionProvider"
 SILENT = 4  # only fatal errors are printed; all others come as exceptions
 
 
@@ -39,7 +40,7 @@ def open_session(
     by_path = False
     if files is not None:
         placed = files.by_descriptor(checked if data is None else data)
-        by_path = placed is None or _version(ort) < BYTES_FROM
+        by_path = placed is None or version_of(ort) < BYTES_FROM
         if placed is not None and not by_path:
             model, folder = placed
             options.add_session_config_entry(EXTERNAL_FOLDER, folder)
@@ -66,6 +67,7 @@ def open_session(
     return session
 
 
-def _version(ort: Any) -> tuple[int, ...]:
+def version_of(ort: Any) -> tuple[int, ...]:
+    """(major, minor) of ONNX Runtime."""
     parts = str(ort.__version__).split(".")[:2]
     return tuple(int(part) for part in parts if part.isdigit())

@@ -152,7 +152,8 @@ class Backend(Memory, Protocol):
     def open(self, graph: GraphFile) -> Session:
         """Load the graph of an ONNX file; `graph.ref` has its name, kind, scale and precision.
 
-        Raises BundleError where the file is damaged, BackendError where the library refuses it.
+        Raises BundleError where the file is damaged, BackendError where the library refuses it. A
+        backend may load in a thread of its own; then `Session.bind` waits, and raises the errors.
         """
         ...
 

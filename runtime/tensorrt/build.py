@@ -78,7 +78,8 @@ def engines_of(manifest: Manifest, precision: str, layout: BuildLayout, encoder:
     missing.
     """
     held = manifest.graphs.get(precision, {})
-    graphs = [graph.name for graph in generation_graphs(manifest.model, layout)]
+    wanted = generation_graphs(manifest.model, layout, guidance=manifest.guidance)
+    graphs = [graph.name for graph in wanted]
     if encoder:
         extra = [graph.name for graph in tokenizer_graphs()]
         graphs += [name for name in extra if name != names.ACCUMULATE or name in held]

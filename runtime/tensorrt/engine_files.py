@@ -31,7 +31,7 @@ from var_deploy.manifest import FileInfo, Manifest, file_sha256
 from var_deploy.runtime.buffers import step_shapes
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
 
-ENGINES = "engines"
+ENGINES = names.ENGINES
 ENGINE_JSON = "engine.json"
 ENGINE_JSON_BYTES = 4 << 20
 MAX_PLAN_BYTES = 1 << 40

@@ -23,7 +23,7 @@ def test_a_bundle_is_timed(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(Machine, "has_module", lambda self, name: False)
     report, figure = tmp_path / "new" / "report.json", tmp_path / "figure.png"
-    options = ("--batch", "3", "--precision", "fp32", "--against", "openvino")
+    options = ("--batch", "3", "--precision", "fp32", "--against", "openvino", "--busy", "1")
     text = done("bench", made, *QUICK, *options, "--json", report, "--plot", figure).stdout
     data = json.loads(report.read_text())
     (found,) = data["runs"]
@@ -40,6 +40,10 @@ def test_a_bundle_is_timed(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert 0 < parts < 1.5 * ours["generation"]["median_ms"]
     assert 0 < ours["host_share"] < 1
     assert 1e3 * ours["cold_s"] > ours["generation"]["median_ms"], "it holds an image"
+    parts = ours["cold_parts_s"]
+    assert list(parts) == ["imports", "checking", "opening", "first image"]
+    assert sum(parts.values()) == pytest.approx(ours["cold_s"], abs=0.001)
+    assert data["settings"]["busy"] == 1
     assert ours["memory"]["peak_over_weights"] > 1
     assert 0 < ours["floor"]["reached"] < 1
     assert [row["launch"] for row in ours["floor"]["launches"]] == LAUNCHES
@@ -47,6 +51,7 @@ def test_a_bundle_is_timed(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert data["settings"]["repeat"] == 2
     assert data["machine"]["cpu"] and data["date"]
     assert str(made) not in report.read_text(), "what is read by others names no folders"
+    assert "1 process of other work beside everything" in text
     assert "3 images a generation" in text and "openvino: not run" in text
     with Image.open(figure) as image:
         assert image.size[0] > 1000

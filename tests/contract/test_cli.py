@@ -131,7 +131,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
         "precision": "auto",
         "layout": "auto",
         "threads": 1,
-        "check": "hashes",
+        "check": "changed",
         "digest": read_manifest(bundle).digest(),
     }
     assert generate == {

@@ -203,7 +203,7 @@ def test_logits_that_are_not_numbers_are_told(case: Case, pipe: Pipeline) -> Non
 
 def test_settings_of_the_other_kind_of_model_are_taken_over(case: Case, bundle: Path) -> None:
     manifest = read_manifest(bundle)
-    assert manifest.sampling(cfg=2.0) == BitSampling(cfg=2.0)
+    assert manifest.sampling(cfg=2.0) == case.model().defaults.replace(cfg=2.0)
     taken = manifest.sampling(Sampling(cfg=2.0, top_k=0, top_p=0.5, temperature=1.5))
     assert taken == BitSampling(cfg=2.0, top_p=0.5, temperature=1.5)
     assert [taken.guidance(k, 4) for k in range(4)] == [2.0] * 4

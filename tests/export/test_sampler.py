@@ -205,6 +205,25 @@ def test_top_1_tells_neighbouring_floats_apart() -> None:
     assert ((found > 0).sum(-1) == 1).all()
 
 
+@pytest.mark.parametrize("largest", [3e-5, 1.0, 12.7, 30.0])
+@pytest.mark.parametrize("part", [1.0, -1.0, 0.03, -0.03, 0.00196, -0.00196])
+def test_neighbouring_floats_at_a_threshold_are_told_apart(largest: float, part: float) -> None:
+    """A threshold of at least 1/512 of the largest logit is found to the last bit."""
+    lower = np.float32(part * largest * (1 - 2.0**-12))
+    upper = np.nextafter(lower, np.float32(np.inf))
+    logits = np.full((1, 1, 64), np.float32(-largest))
+    logits[..., :3] = largest
+    logits[..., 10], logits[..., 40] = upper, lower
+    _, found = run(logits, np.zeros((1, 1)), 4)
+    assert np.flatnonzero(found[0, 0]).tolist() == [0, 1, 2, 10]
+    # top-p: drops all but the three largest and the one above the threshold
+    masses = np.exp(logits[0, 0].astype(np.float64) - largest)
+    left = masses[[0, 1, 2]].sum() + masses[10] / 2
+    _, found = run(logits, np.zeros((1, 1)), 0, left / masses.sum())
+    if masses[10] / masses.sum() > 1e-4:  # else rounding of the sums decides
+        assert set(np.flatnonzero(found[0, 0])) == {0, 1, 2, 10}
+
+
 def test_a_tiny_p_keeps_the_largest_alone() -> None:
     logits = some_logits(512)
     tokens, found = run(logits, some_draws(logits), 0, 1e-30)

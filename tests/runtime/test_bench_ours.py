@@ -60,6 +60,8 @@ def test_it_makes_what_a_pipeline_makes(
         "images a launch": "2",
         "clock": "wall clock",
     }
+    loading = worker.describe().loading
+    assert list(loading) == ["checking", "opening"] and min(loading.values()) > 0
 
 
 def test_launches_of_all_batches_are_added_up(worker: Ours) -> None:

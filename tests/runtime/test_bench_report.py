@@ -14,7 +14,7 @@ from PIL import Image
 
 from fake_machine import FakeMachine, jetson, meminfo, workstation
 from var_deploy import names
-from var_deploy.bench.figure import draw
+from var_deploy.bench.figure import draw, figure_title
 from var_deploy.bench.power import Energy
 from var_deploy.bench.rates import Rates
 from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
@@ -202,6 +202,7 @@ def make_report(manifest: Manifest) -> BenchReport:
         "var-deploy",
         about=About(settings={"precision": "fp32"}, graphs="fp32", reason="no GPU"),
         cold=0.5,
+        cold_parts={"imports": 0.2, "checking": 0.05, "opening": 0.1, "first image": 0.15},
         peak=300_000_000,
         weights=200_000_000,
         energy=Energy(by_source={"package-0": 3.0, "dram-0": 0.5}),
@@ -238,6 +239,10 @@ def test_the_report_as_json(manifest: Manifest) -> None:
     assert ours["images_per_second"] == pytest.approx(2 / 0.105, rel=1e-5)
     assert ours["memory"]["peak_over_weights"] == 1.5
     assert ours["joules"]["an_image"] == 3.5
+    assert sum(ours["cold_parts_s"].values()) == pytest.approx(ours["cold_s"])
+    assert ours["cold_over_warm"] == pytest.approx(0.5 / 0.105, abs=1e-4)
+    assert (slow["cold_parts_s"], slow["cold_over_warm"]) == ({}, None)
+    assert data["settings"]["busy"] == 0
     assert ours["floor"]["launches"][-1]["launch"] == "decoder"
     assert ours["floor"]["measured_ms"] == 105.0
     assert slow["memory"]["peak_pss"] is None, "unknown is not 0"
@@ -258,6 +263,11 @@ def test_only_our_own_failures_count(manifest: Manifest) -> None:
 
 def test_the_report_as_text(manifest: Manifest) -> None:
     text = _as_text(make_report(manifest))
+    cold = text.index("cold start, s")
+    row = text[cold:].splitlines()[2].split()
+    assert row == ["var-deploy", "0.20", "0.05", "0.10", "0.15", "0.50", "4.76"]
+    assert "of other work" not in text
+    text = text[:cold] + text[text.index("this machine, measured") :]
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     ours = lines["var-deploy"][1:]
     assert ours[:6] == ["105.0", "101.0", "109.5", "19", "1.00", "14.1%"]
@@ -277,6 +287,17 @@ def test_the_report_as_text(manifest: Manifest) -> None:
     ):
         assert part in text.replace("\n  ", " ")
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_other_work_is_named(manifest: Manifest) -> None:
+    report = make_report(manifest)
+    for busy, words in ((1, "1 process of other work"), (3, "3 processes of other work")):
+        settings = dataclasses.replace(ALL, busy=busy).to_json()
+        beside = dataclasses.replace(report, settings=settings)
+        assert beside.to_json()["settings"]["busy"] == busy
+        assert f"busy      {words} beside everything" in _as_text(beside)
+        assert f"beside {words}" in figure_title(beside)
+    assert "other work" not in figure_title(report)
 
 
 def test_the_report_as_a_figure(manifest: Manifest, tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ def test_they_take_turns(compare: Callable[..., Comparison], tmp_path: Path) -> 
         assert result.ran
         assert result.about is not None and result.about.settings["name"] == result.name
         assert result.cold is not None and result.cold > 0
+        assert list(result.cold_parts) == ["imports", "checking", "opening", "first image"]
+        assert result.cold_parts["opening"] == 0.0002, "as the worker tells it"
+        assert min(result.cold_parts.values()) > 0
+        assert sum(result.cold_parts.values()) == pytest.approx(result.cold)
         assert result.peak is not None and result.peak > 1 << 20
         assert result.energy.joules is None
     assert len(found.rated.samples) == 3
@@ -81,6 +85,12 @@ def test_a_failure_stops_nobody_else(compare: Callable[..., Comparison]) -> None
     assert len(dies.samples) == 1, "the second round was its third generation"
     assert absent.problem == "it is not installed"
     assert not any(result.ran for result in (refuses, dies, absent))
+
+
+def test_a_worker_that_does_not_tell_its_loading(compare: Callable[..., Comparison]) -> None:
+    (found,) = compare({"ours": "says little"}).results
+    assert found.ran and found.cold is not None
+    assert found.cold_parts == {}
 
 
 @pytest.mark.parametrize("manner", ["refuses", "dies later"])

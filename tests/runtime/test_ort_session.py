@@ -67,6 +67,10 @@ def test_a_graph_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"no graph")
     graph = GraphFile.outside(tmp_path / "x.onnx")
     refused("ONNX Runtime refuses x.onnx", lambda: OrtCpuBackend(1).open(graph))
+    session = OrtCpuBackend(2).open(graph)  # loaded by a thread: whoever waits for it is told
+    for _ in range(2):
+        refused("ONNX Runtime refuses x.onnx", lambda: session.bind({}, {}))
+    session.close()
 
 
 def test_a_session_is_asked_for_twice(
@@ -81,7 +85,7 @@ def test_a_session_is_asked_for_twice(
         return real(*arguments, **options)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    refused("no such path", lambda: Pipeline.load(export_to(), "onnxruntime-cpu", threads=3))
+    refused("no such path", lambda: Pipeline.load(export_to(), "onnxruntime-cpu", threads=1))
     failures.append("no such path")
-    Pipeline.load(export_to(), "onnxruntime-cpu", threads=3).close()
+    Pipeline.load(export_to(), "onnxruntime-cpu", threads=1).close()
     assert not failures

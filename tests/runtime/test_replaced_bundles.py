@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def test_a_bundle_that_was_there_for_a_moment_is_not_told_as_damage(
     lies there afterwards is what the manifest says, so only the folder that was read can tell."""
     away, other, moments = bundle.with_name("away"), bundle.with_name("visitor"), list[str]()
     shutil.copytree(two[1].bundle, other)
-    original = BundleFiles.check
+    original = BundleFiles.begin_check
 
     def visited(files: BundleFiles, *arguments: Any) -> None:
         if moments:
@@ -189,7 +190,7 @@ def test_a_bundle_that_was_there_for_a_moment_is_not_told_as_damage(
             bundle.rename(other)
             away.rename(bundle)
 
-    monkeypatch.setattr(BundleFiles, "check", visited)
+    monkeypatch.setattr(BundleFiles, "begin_check", visited)
     with load(bundle, check) as pipe:  # the second attempt meets nobody
         assert pipe.manifest.digest() == two[0].digest
         np.testing.assert_array_equal(pipe.generate([1], seed=3), two[0].image)
@@ -243,14 +244,14 @@ def test_a_bundle_replaced_during_a_load_is_loaded_again(
 def test_a_bundle_replaced_after_its_check_is_loaded_again(
     bundle: Path, two: tuple[Generation, Generation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    swaps, checked = [two[1]], BundleFiles.check
+    swaps, checked = [two[1]], BundleFiles.begin_check
 
     def check_and_swap(files: BundleFiles, *args: Any) -> None:
         checked(files, *args)
         if swaps:
             replace(bundle, swaps.pop().bundle)
 
-    monkeypatch.setattr(BundleFiles, "check", check_and_swap)
+    monkeypatch.setattr(BundleFiles, "begin_check", check_and_swap)
     with load(bundle) as pipe:
         assert pipe.manifest.digest() == two[1].digest
         np.testing.assert_array_equal(pipe.generate([1], seed=3), two[1].image)
@@ -352,10 +353,11 @@ def test_without_paths_to_descriptors(
         np.testing.assert_array_equal(pipe.generate([1], seed=3), two[0].image)
         for tokens, expected in zip(pipe.encode(picture()), two[0].tokens, strict=True):
             np.testing.assert_array_equal(tokens, expected)
-    confirmed = BundleFiles.confirm
+    confirmed, one_at_a_time = BundleFiles.confirm, threading.Lock()
 
     def swap_and_confirm(files: BundleFiles, name: str) -> None:
-        replace(bundle, two[1].bundle)
+        with one_at_a_time:  # graphs are opened side by side
+            replace(bundle, two[1].bundle)
         confirmed(files, name)
 
     monkeypatch.setattr(BundleFiles, "confirm", swap_and_confirm)

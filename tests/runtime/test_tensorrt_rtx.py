@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from golden_infinity import OWN, load_case
 
 from var_deploy import names
 from var_deploy.export import export_modules
@@ -81,6 +82,18 @@ def test_every_graph_of_the_gpt2_form_builds(tmp_path: Path, library: Library) -
     report = build_bundle(bundle, layout="both", options=options, library=library)
     assert {engine.graph for engine in report.engines} == set(manifest.graphs["fp16"])
     assert names.CONDITION not in manifest.graphs["fp16"]
+
+
+@pytest.mark.slow
+def test_every_graph_of_a_text_model_builds(tmp_path: Path, library: Library) -> None:
+    """Patches, grids that are not square, and profiles of all open sizes of `step`."""
+    bundle = tmp_path / "bundle"
+    model = load_case(OWN / "seeded-small").model()
+    manifest = export_bundle(model, bundle, ExportOptions(precisions=("fp16",), guidance=None))
+    options = BuildOptions(compute_capability=89, optimization_level=QUICK)
+    report = build_bundle(bundle, layout="both", options=options, library=library)
+    assert {engine.graph for engine in report.engines} == set(manifest.graphs["fp16"])
+    assert names.UNCONDITIONAL in manifest.graphs["fp16"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ that way, nothing may be left on the device.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 from collections.abc import Callable, Iterator
@@ -28,10 +29,11 @@ from var_deploy.runtime.backends.cuda import Cuda
 from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.backends.protocol import Array, Backend
 from var_deploy.runtime.loop import ScaleLoop
+from var_deploy.runtime.prompts import PromptRows
 from var_deploy.runtime.tensorrt.engine_files import graph_profiles
 from var_deploy.runtime.tensorrt.library import Library, load_library
 from var_deploy.runtime.tensorrt.session import TensorRtBackend
-from var_deploy.sampling import Sampling, uniforms
+from var_deploy.sampling import BitSampling, Sampling, uniforms
 
 Bundle = Callable[..., Path]
 Images = NDArray[np.float32]
@@ -712,3 +714,33 @@ def test_names_are_those_of_the_library(module: str) -> None:
         engine.ExecutionContextAllocationStrategy,
     ):
         assert set(kind.__members__) <= set(getattr(real, kind.__name__).__members__)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_text_model_draws_the_golden_bits(tmp_path: Path, layout: Layout) -> None:
+    """Condition graphs write halves of one buffer; `step` has five open sizes; then without, and
+    again with a negative prompt."""
+    pytest.importorskip("torch")
+    from golden_infinity import OWN, load_case
+
+    from var_deploy.export.bundle import ExportOptions, export_bundle
+
+    case, bundle = load_case(OWN / "seeded-small"), tmp_path / "text"
+    export_bundle(case.model(), bundle, ExportOptions(batch=2, guidance=None))
+    golden, config = case.golden, case.config
+    rows = PromptRows(features=golden["text.features"], lengths=golden["text.lengths"])
+    negative = PromptRows(
+        features=golden["negative.text.features"], lengths=golden["negative.text.lengths"]
+    )
+    sampling = BitSampling(cfg=tuple(config["cfg"]), temperature=tuple(config["tau"]), top_p=0.1)
+    draws = np.full((2, case.spec.draws), 0.5, np.float32)
+    loop = loop_of(bundle, backend(bundle, "fp32"), "fp32", layout)
+    for kind, given in (
+        ("greedy", rows),
+        ("negative", dataclasses.replace(rows, negative=negative)),
+        ("greedy", rows),
+    ):
+        loop.run(given, draws, sampling)
+        for scale, tokens in enumerate(loop.tokens()):
+            np.testing.assert_array_equal(tokens, golden[f"{kind}.bits.{scale}"])
+    loop.close()

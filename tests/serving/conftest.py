@@ -39,7 +39,7 @@ def small_bundle(
 def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small bundle that takes prompts, with its text encoder beside it; see `text_case`."""
     pytest.importorskip("onnx", reason="onnx is not installed, so nothing can be exported here")
-    from serving.text_case import export_text_bundle
+    from text_case import export_text_bundle
 
     return export_text_bundle(tmp_path_factory.mktemp("served-text"))
 

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
-from serving import text_case
+import text_case
 from serving.browser import (
     Visit,
     accessibility_faults,

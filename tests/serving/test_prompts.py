@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import text_case
 from PIL import Image
-from serving import text_case
 from serving.client import Client, running
 
 from var_deploy.errors import UsageError

@@ -51,16 +51,20 @@ def draw(report: BenchReport, path: Path) -> None:
             told = [result for result in ran if result.launches]
             _launches(left, run, told, colours)
             _generations(right, run, ran, colours)
-        figure.suptitle(_title(report), x=0.01, ha="left", fontsize=10)
+        figure.suptitle(figure_title(report), x=0.01, ha="left", fontsize=10)
         text = {"Software": f"var-deploy bench, {report.date}"}
         with whole_file(path) as stream:
             figure.savefig(stream, format="png", metadata=text)
 
 
-def _title(report: BenchReport) -> str:
+def figure_title(report: BenchReport) -> str:
+    """The title: bundle, processor, threads, and other work that ran beside."""
     here, threads = report.surroundings, report.settings["threads"]
     count = f"threads: {threads}" if threads else f"processors: {here.processors}"
-    return f"{report.name} on {here.cpu}, {count} ({' '.join(here.isa)})"
+    busy = report.settings["busy"]
+    processes = "1 process" if busy == 1 else f"{busy} processes"
+    beside = f", beside {processes} of other work" if busy else ""
+    return f"{report.name} on {here.cpu}, {count}{beside} ({' '.join(here.isa)})"
 
 
 def _images(run: Run) -> str:

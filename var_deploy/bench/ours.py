@@ -48,6 +48,7 @@ class Ours:
             backend=loaded.backend,
             threads=loaded.threads or 0,
             reason=loaded.reason,
+            loading=loaded.loading,
         )
 
     def generate(self) -> Sample:

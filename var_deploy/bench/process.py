@@ -39,6 +39,7 @@ class WorkerProcess:
         load_seconds, generate_seconds: time limits for loading and for one generation.
 
     Attributes:
+        loaded: seconds from the start of the process until it was ready, None before.
         cold: seconds from the start of the process to the end of its first generation, None
             before.
     """
@@ -50,6 +51,7 @@ class WorkerProcess:
         load_seconds: float = LOAD_SECONDS,
         generate_seconds: float = GENERATE_SECONDS,
     ) -> None:
+        self.loaded: float | None = None
         self.cold: float | None = None
         self._load_seconds, self._generate_seconds = load_seconds, generate_seconds
         self._gone = False
@@ -78,6 +80,8 @@ class WorkerProcess:
         about = About.read(self._reply(self._load_seconds, "loading").get("ready"))
         if about is None:
             raise self._refuse("did not say that it is ready")
+        if self.loaded is None:
+            self.loaded = time.perf_counter() - self._started
         return about
 
     def generate(self) -> Sample:

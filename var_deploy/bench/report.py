@@ -79,7 +79,8 @@ class Result:
         name: name in the table; `ours`: whether it runs this project's runtime.
         about: the worker's description, None where it did not get ready.
         problem: why it could not run, "" where it could.
-        cold: seconds from the start of its process to its first image.
+        cold: seconds from the start of its process to its first image; `cold_parts`: parts of it
+            → seconds, in order, empty where the worker does not tell them.
         peak: peak PSS in bytes, None where unknown; `peak_problem`: the reason.
         samples: one sample per round.
         weights: bytes of the weights that it uses, None where unknown.
@@ -91,6 +92,7 @@ class Result:
     about: About | None = None
     problem: str = ""
     cold: float | None = None
+    cold_parts: Mapping[str, float] = field(default_factory=dict)
     peak: int | None = None
     peak_problem: str = ""
     samples: list[Sample] = field(default_factory=list)
@@ -124,6 +126,11 @@ class Result:
         return statistics.median(1 - sum(s.launches.values()) / s.seconds for s in self.samples)
 
     @property
+    def cold_over_warm(self) -> float | None:
+        """The time of the first image of a cold process, divided by that of a warm one."""
+        return self.cold / self.whole.median if self.cold and self.ran else None
+
+    @property
     def peak_over_weights(self) -> float | None:
         return self.peak / self.weights if self.peak and self.weights else None
 
@@ -141,6 +148,8 @@ class Result:
             "runs_on": self.about.to_json() if self.about else {},
             "problem": self.problem,
             "cold_s": _rounded(self.cold, 4),
+            "cold_parts_s": {part: round(s, 4) for part, s in self.cold_parts.items()},
+            "cold_over_warm": _rounded(self.cold_over_warm, 4),
             "memory": {
                 "peak_pss": self.peak,
                 "weights": self.weights,

@@ -29,6 +29,7 @@ PAUSE = 0.05
 ENERGY_SECONDS = 5.0
 SETTLE_SECONDS = 1.5  # before energy is measured: NVIDIA cards report the mean of the last second
 PROC = Path("/proc")
+FIRST_IMAGE = "first image"
 Start = Callable[[Sequence[str]], WorkerProcess]
 
 
@@ -69,6 +70,19 @@ class Rated:
     about: About | None = None
     samples: tuple[Sample, ...] = ()
     problem: str = ""
+
+
+def cold_parts(process: WorkerProcess, about: About) -> dict[str, float]:
+    """The parts of a cold start → seconds, in order; their sum is `process.cold`.
+
+    "imports" is all time until the worker is ready except the parts of loading that it tells: the
+    start of the interpreter, the imports of this package and of the inference library. Empty where
+    the worker does not tell the parts of loading.
+    """
+    if process.loaded is None or process.cold is None or not about.loading:
+        return {}
+    imports = process.loaded - sum(about.loading.values())
+    return {"imports": imports, **about.loading, FIRST_IMAGE: process.cold - process.loaded}
 
 
 class Comparison:
@@ -137,9 +151,9 @@ class Comparison:
     def _start(self, result: Result, stack: contextlib.ExitStack) -> WorkerProcess:
         self._told(f"{result.name}: first image", 3)
         process = stack.enter_context(self._rounds.start(self._commands[result.name]))
-        process.ready()
+        about = process.ready()
         process.generate()
-        result.cold = process.cold
+        result.cold, result.cold_parts = process.cold, cold_parts(process, about)
         return process
 
     def _start_rates(self, stack: contextlib.ExitStack) -> WorkerProcess | None:

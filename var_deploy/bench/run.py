@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from var_deploy import names
+from var_deploy.bench.busy import busy_processors
 from var_deploy.bench.power import find_meters
 from var_deploy.bench.rates import Rates
 from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
@@ -79,6 +80,7 @@ class Settings:
             holds for the peers too; None is one thread for each core that the process may use.
         against: names of PEERS.
         repeat: rounds that are counted; `warm_up`: rounds before them that are not.
+        busy: processes of other work that run beside everything that is measured.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -86,6 +88,7 @@ class Settings:
     against: tuple[str, ...] = ()
     repeat: int = 10
     warm_up: int = 2
+    busy: int = 0
 
     def __post_init__(self) -> None:
         check_threads(self.threads, machine=Machine())
@@ -103,6 +106,7 @@ class Settings:
             "threads": self.threads,
             "repeat": self.repeat,
             "warm_up": self.warm_up,
+            "busy": self.busy,
         }
 
 
@@ -120,6 +124,7 @@ def bench(
     """
     machine = machine or Machine()
     manifest = read_manifest(bundle)
+    manifest.code_model("bench")
     for config in settings.configs:
         if config.precision != AUTO:
             manifest.graph(config.precision, names.DECODER)
@@ -136,7 +141,8 @@ def bench(
             rounds,
             partial(_part, progress, settings.batches, number),
         )
-        comparison.run()
+        with busy_processors(settings.busy):
+            comparison.run()
         runs.append(evaluate(comparison, manifest, images, machine))
     return BenchReport(
         name=bundle.absolute().name,

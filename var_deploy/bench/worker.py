@@ -47,6 +47,7 @@ class About:
         backend: its backend, as `RuntimeConfig` names it; "" for other runtimes.
         threads: CPU threads; 0 where unknown.
         reason: why its backend was selected; "" where no backend was passed over.
+        loading: parts of loading → seconds; empty where the runtime does not tell them apart.
     """
 
     settings: Mapping[str, str]
@@ -54,6 +55,7 @@ class About:
     backend: str = ""
     threads: int = 0
     reason: str = ""
+    loading: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: object) -> About | None:
@@ -62,9 +64,15 @@ class About:
             return None
         texts = {name: str(data.get(name, "")) for name in ("graphs", "backend", "reason")}
         threads = data.get("threads")
+        loading = data.get("loading")
         return cls(
             settings={str(key): str(value) for key, value in data["settings"].items()},
             threads=threads if isinstance(threads, int) else 0,
+            loading={
+                str(part): float(seconds)
+                for part, seconds in (loading if isinstance(loading, dict) else {}).items()
+                if isinstance(seconds, (int, float))
+            },
             **texts,
         )
 

@@ -10,21 +10,24 @@ library has opened them by path.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable, Collection, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef
+from var_deploy.bundle.hash_record import HashRecord
 from var_deploy.bundle.interfaces import Tensor
 from var_deploy.bundle.json_values import shown
 from var_deploy.bundle.onnx_file import MAX_BYTES, inspect_onnx, relocate
 from var_deploy.errors import BundleChangedError, BundleError
 from var_deploy.files.held_files import HeldFile
-from var_deploy.manifest import ListedFiles, TensorInfo, hold_file, read_manifest
+from var_deploy.manifest import ListedFiles, TensorInfo, check_hash, hold_file, read_manifest
 
 DESCRIPTORS = "/proc/self/fd"
 
@@ -77,6 +80,8 @@ class BundleFiles:
         hashes: read every file once and compare its hash; without, sizes are compared. Either way
             all files lie in the folder that holds this very manifest.
         read: reads the manifest of this kind of bundle again, as `read_manifest` does.
+        record: hashes of large files that need not be computed again; None computes all. Graphs
+            are always read and hashed.
     """
 
     def __init__(
@@ -86,37 +91,70 @@ class BundleFiles:
         precision: str,
         *,
         hashes: bool = True,
+        record: HashRecord | None = None,
         read: ManifestReader = read_manifest,
     ) -> None:
         self._bundle, self._manifest, self._precision = bundle, manifest, precision
-        self._hashes, self._read_manifest = hashes, read
+        self._hashes, self._record, self._read_manifest = hashes, record, read
         self._weights: HeldFile | None = None
+        self._others: list[tuple[str, HeldFile]] = []
+        self._checking: Future[None] | None = None
+        self._stopped = threading.Event()
         self._graphs: dict[str, bytes] = {}
         self._digests: dict[str, str] = {}
         self._loaded = False
         self._lock = threading.Lock()
 
     def check(self, progress: Callable[[int], None] | None = None) -> None:
-        """Open every file of the precision. Raises BundleError naming the first that fails."""
-        if self._precision not in self._manifest.graphs:
-            self._manifest.graph(self._precision, names.DECODER)  # says what there is
-        # files opened by path could be those of a bundle that was here only for a moment: their
-        # hashes would differ, and the message would say damage
-        folder = _open_folder(self._bundle)
-        try:
-            if folder is not None and self._digest_in(folder) != self._manifest.digest():
+        """Open and check every file of the precision, which is done when this returns. Raises
+        BundleError naming the first that fails."""
+        self._open(progress)
+        self._check_hashes(progress)
+
+    def begin_check(self, then: Callable[[BundleFiles], None] | None = None) -> None:
+        """Open every file of the precision, check the graphs, and begin to hash the large files in
+        a thread, so that graphs can be opened meanwhile: `verified` waits for the result.
+
+        `then` is called in that thread once the hashes were compared. Raises BundleError.
+        """
+        self._open(None)
+        if not self._hashes:
+            return
+        weights = self._hold_weights()
+        # from here on, every write changes the identity: what a session reads before the hash is
+        # compared is what is hashed, or the comparison fails
+        opened = weights.identity = weights.settled()
+
+        def check() -> None:
+            self._check_hashes(None)
+            if weights.identity != opened:
                 raise self._changed()
-            self._hold_weights(progress, folder)
-            graphs = self._manifest.graphs.get(self._precision, {})
-            for name, graph in graphs.items():
-                self._graphs[name] = self._read(graph.file, progress, folder)
-            for file in sorted(self._manifest.files):  # files that no graph refers to as well
-                known = (self._weights_name, *(graph.file for graph in graphs.values()))
-                if file.startswith(f"{self._precision}/") and file not in known:
-                    self._hold(file, progress, folder).close()
-        finally:
-            if folder is not None:
-                os.close(folder)
+            if then is not None:
+                then(self)
+            if self._record is not None:
+                self._record.save()
+
+        threads = ThreadPoolExecutor(1, thread_name_prefix="var-deploy-hashes")
+        self._checking = threads.submit(check)
+        threads.shutdown(wait=False)
+
+    def verified(self) -> None:
+        """Wait until what `begin_check` began is done; no graph may run before.
+
+        Raises BundleError for the first file that fails, each time it is called.
+        """
+        if self._checking is not None:
+            self._checking.result()
+
+    def has_fact(self, fact: str) -> bool:
+        """Whether `add_fact` was called with a fact about this very content, also by an earlier
+        process where there is a record."""
+        return self._record is not None and self._record.has_fact(self._fact(fact))
+
+    def add_fact(self, fact: str) -> None:
+        """Let the record remember a fact about the content of this precision's files."""
+        if self._record is not None:
+            self._record.add_fact(self._fact(fact))
 
     def graph(self, name: str) -> GraphFile:
         """Return a graph to open; nothing is read yet. Raises BundleError where the bundle lacks
@@ -218,37 +256,73 @@ class BundleFiles:
 
     def close(self) -> None:
         """Close all files; may be called twice."""
+        self._stopped.set()
+        if self._checking is not None:
+            self._checking.exception()  # waits: the thread reads from these files
         with self._lock:
             self._graphs.clear()
+            while self._others:
+                self._others.pop()[1].close()
             if self._weights is not None:
                 self._weights.close()
                 self._weights = None
+
+    def _open(self, progress: Callable[[int], None] | None) -> None:
+        """Open every file of the precision, and hash the graphs."""
+        if self._precision not in self._manifest.graphs:
+            self._manifest.graph(self._precision, names.DECODER)  # says what there is
+        # files opened by path could be those of a bundle that was here only for a moment: their
+        # hashes would differ, and the message would say damage
+        folder = _open_folder(self._bundle)
+        try:
+            if folder is not None and self._digest_in(folder) != self._manifest.digest():
+                raise self._changed()
+            self._weights = self._hold(self._weights_name, folder)
+            graphs = self._manifest.graphs[self._precision]
+            try:
+                for name, graph in graphs.items():
+                    self._graphs[name] = self._read(graph.file, progress, folder)
+                known = (self._weights_name, *(graph.file for graph in graphs.values()))
+                for file in sorted(self._manifest.files):  # that no graph refers to as well
+                    if file.startswith(f"{self._precision}/") and file not in known:
+                        self._others.append((file, self._hold(file, folder)))
+            except BundleError:
+                self._check_hashes(progress)  # the weights go first: theirs is the error to raise
+                raise
+        finally:
+            if folder is not None:
+                os.close(folder)
+
+    def _check_hashes(self, progress: Callable[[int], None] | None) -> None:
+        """Compare the hashes of the files that are open."""
+        if not self._hashes:
+            return
+
+        def note(size: int) -> None:
+            if self._stopped.is_set():
+                raise BundleError(f"the bundle at {self._bundle} was closed while it was read")
+            if progress:
+                progress(size)
+
+        for name, file in ((self._weights_name, self._hold_weights()), *self._others):
+            check_hash(file, self._manifest.files[name], note, self._record)
+
+    def _fact(self, fact: str) -> str:
+        """The SHA-256 that stands for a fact about the files of this precision."""
+        content = [(n, f.sha256) for n, f in sorted(self._manifest.files.items())]
+        return hashlib.sha256(json.dumps([fact, self._precision, content]).encode()).hexdigest()
 
     @property
     def _weights_name(self) -> str:
         return f"{self._precision}/{names.WEIGHTS}"
 
-    def _hold_weights(
-        self, progress: Callable[[int], None] | None = None, folder: int | None = None
-    ) -> HeldFile:
+    def _hold_weights(self) -> HeldFile:
         if self._weights is None:
-            self._weights = self._hold(self._weights_name, progress, folder)
+            self._weights = self._hold(self._weights_name, hashes=self._hashes)
         return self._weights
 
-    def _hold(
-        self,
-        name: str,
-        progress: Callable[[int], None] | None = None,
-        folder: int | None = None,
-    ) -> HeldFile:
-        return hold_file(
-            self._bundle,
-            self._manifest,
-            name,
-            hashes=self._hashes,
-            progress=progress,
-            folder=folder,
-        )
+    def _hold(self, name: str, folder: int | None = None, *, hashes: bool = False) -> HeldFile:
+        return hold_file(self._bundle, self._manifest, name, hashes=hashes, folder=folder)
 
     def _read(
         self,
@@ -263,17 +337,23 @@ class BundleFiles:
                 f"{self._bundle / name} has {info.size} bytes, at most {MAX_BYTES} are expected of "
                 "a graph; export the bundle again"
             )
-        file = self._hold(name, progress, folder)
+        file = self._hold(name, folder)
         try:
             data = file.read()
+            intact = len(data) == info.size
+            if intact and self._hashes:
+                intact = hashlib.sha256(data).hexdigest() == info.sha256
+                if not intact:
+                    check_hash(file, info)  # says what is wrong
         except OSError as error:
             words = error.strerror or error
             raise BundleError(f"{file.path} cannot be read ({words}); load it again") from None
         finally:
             file.close()
-        intact = len(data) == info.size
-        if not intact or (self._hashes and hashlib.sha256(data).hexdigest() != info.sha256):
+        if not intact:
             raise self._changed()
+        if progress:
+            progress(len(data))
         return data
 
     def _check_unchanged(self) -> None:

@@ -19,7 +19,6 @@ from var_deploy.files import locked_folder
 from var_deploy.files.folders import check_folder_writable
 from var_deploy.files.work_folders import Index, entries_that_count, remove_leftovers
 
-ENGINES = "engines"  # as in `runtime.tensorrt.engine_files`, which the contract cannot import
 MOST_BYTES = 64 << 20  # most bytes of a manifest, whose size grows with graphs and labels
 
 
@@ -43,7 +42,7 @@ def check_place(out: Path, *, replace: bool) -> None:
         return
     held = entries_that_count(out)
     if names.MANIFEST not in held:
-        held = [name for name in held if name != ENGINES] if replace else held
+        held = [name for name in held if name != names.ENGINES] if replace else held
         if held:
             raise UsageError(
                 f"{out} is not empty and holds no bundle ({held[0]} is there); choose another "
@@ -102,4 +101,4 @@ def _is_normal(name: str) -> bool:
     return plain and not pure.is_absolute() and ".." not in pure.parts
 
 
-BUNDLE = Index(name=names.MANIFEST, listed=listed_files, kept=(ENGINES,))
+BUNDLE = Index(name=names.MANIFEST, listed=listed_files, kept=(names.ENGINES,))

@@ -32,8 +32,9 @@ LEGEND = (
 )
 
 
-OF_BUNDLES = ("precision", "backend", "batch", "threads", "plot")
+OF_BUNDLES = ("precision", "backend", "batch", "threads", "busy", "plot")
 OF_SERVICES = ("concurrency",)
+MOST_BUSY = 256  # more would measure how the system switches between processes
 
 
 class BundleOrUrl(click.Path):
@@ -78,6 +79,14 @@ class BundleOrUrl(click.Path):
     "--threads", type=click.IntRange(1), show_default="each library's own", help="CPU threads."
 )
 @click.option(
+    "--busy",
+    type=click.IntRange(0, MOST_BUSY),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Processes of other work that compute beside everything that is measured.",
+)
+@click.option(
     "--concurrency",
     default="1,4,16",
     show_default=True,
@@ -107,6 +116,7 @@ def bench(
     against: str,
     batch: str,
     threads: int | None,
+    busy: int,
     concurrency: str,
     repeat: int,
     warm_up: int,
@@ -162,6 +172,7 @@ def bench(
         against=_known("--against", against, PEERS) if against.strip() else (),
         repeat=repeat,
         warm_up=warm_up,
+        busy=busy,
     )
     figure = _figure(plot) if plot is not None else None
     with Progress(quiet=quiet) as progress:
@@ -261,13 +272,13 @@ def _as_text(report: BenchReport) -> str:
     parts = [_facts(report)]
     for run in report.runs:
         parts += [f"{_count(run.images, 'image')} a generation", _contenders(run)]
-        parts += [_rates(run), _launches(run), _notes(run)]
+        parts += [_cold_starts(run), _rates(run), _launches(run), _notes(run)]
     parts.append(_wrapped("", LEGEND))
     return "\n\n".join(part for part in parts if part)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, what: str, plural: str = "") -> str:
+    return f"{number} {what if number == 1 else plural or f'{what}s'}"
 
 
 def _facts(report: BenchReport) -> str:
@@ -286,6 +297,9 @@ def _facts(report: BenchReport) -> str:
         "run": f"{_count(settings['repeat'], 'round')} in turn after {settings['warm_up']} to warm "
         f"up, threads: {threads}; {report.date}",
     }
+    if settings["busy"]:
+        rows["busy"] = f"{_count(settings['busy'], 'process', 'processes')} of other work beside"
+        rows["busy"] += " everything that was measured"
     return "\n".join(_wrapped(name.ljust(10), text) for name, text in rows.items())
 
 
@@ -319,6 +333,25 @@ def _row(result: Result, images: int, first: Result) -> tuple[str, ...]:
         "–" if result.peak_over_weights is None else f"{result.peak_over_weights:.2f}",
         "unknown" if joules is None else _short(joules),
     )
+
+
+def _cold_starts(run: Run) -> str:
+    """A table of the parts of each cold start, one row per worker that tells them."""
+    told = [result for result in run.results if result.cold is not None and result.cold_parts]
+    if not told:
+        return ""
+    rows = [("cold start, s", *told[0].cold_parts, "all", "/ warm")]
+    for result in told:
+        ratio = result.cold_over_warm
+        rows.append(
+            (
+                result.name,
+                *(f"{result.cold_parts.get(part, 0.0):.2f}" for part in told[0].cold_parts),
+                f"{result.cold:.2f}",
+                "–" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    return table(rows, right=range(1, len(rows[0])))
 
 
 def _rates(run: Run) -> str:

@@ -8,6 +8,7 @@ steer it. Colours are ours, and are written as a mark that no such text can cont
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -83,6 +84,41 @@ def raising_on_signals() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
 
 
+class Commands(MutableMapping[str, click.Command]):
+    """Commands by name, each imported when it is first looked up, so that none pays for the others.
+
+    Args:
+        package: whose module NAME holds the command NAME.
+        names: of the commands, in the order in which they are listed.
+    """
+
+    def __init__(self, package: str, names: Sequence[str]) -> None:
+        self._package = package
+        self._commands: dict[str, click.Command | None] = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> click.Command:
+        command = self._commands[name]
+        if command is None:
+            command = getattr(importlib.import_module(f"{self._package}.{name}"), name)
+            self._commands[name] = command
+        return command
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._commands[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._commands[name]
+
+    def __contains__(self, name: object) -> bool:  # without importing it
+        return name in self._commands
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._commands)
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+
 class Program(click.Group):
     """A group whose every failure ends in one line on stderr and an exit code, not a traceback.
 
@@ -143,10 +179,19 @@ class Program(click.Group):
             fail(f"{what} (unexpected; VAR_DEPLOY_TRACEBACK=1 shows where)", 1)
         sys.exit(code if isinstance(code, int) else 0)
 
+    def named(self, words: Sequence[str]) -> click.Command | None:
+        """The command that a command line names, imported; None where it names none."""
+        return next((self.commands[word] for word in words if word in self.commands), None)
+
+    def prepare(self, words: Sequence[str]) -> None:
+        """Import what a command line will need: its command, or all of them to list them."""
+        if self.named(words) is None:
+            list(self.commands.values())
+
     def _asks_for_json(self, words: Sequence[str]) -> bool:
         """Whether a command line, which may be wrong in other ways, asks for JSON on stdout."""
         words = list(itertools.takewhile(lambda word: word != "--", words))
-        command = next((self.commands[word] for word in words if word in self.commands), None)
+        command = self.named(words)
         if command is None:
             return "--json" in words
         option = next((p for p in command.params if "--json" in p.opts), None)

@@ -9,19 +9,20 @@ import click
 from PIL import Image
 
 from var_deploy import names
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, say
 from var_deploy.cli.options import (
     SamplingOptions,
     check_graphs,
     count_option,
     label_option,
+    load_options,
     load_pipeline,
     out_option,
     report_options,
-    runtime_options,
     sampling_options,
 )
 from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels, runtime_json
+from var_deploy.cli.prompts import PromptOptions, prompt_options
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.image.editing import box_mask
@@ -51,6 +52,7 @@ from var_deploy.sampling import image_seeds, parse_seeds
     show_default="none: what is around decides",
     help="What to draw there: a name, a number, or none.",
 )
+@prompt_options(one=True)
 @click.option(
     "--seed",
     metavar="N[,N,…]",
@@ -74,7 +76,7 @@ from var_deploy.sampling import image_seeds, parse_seeds
     help="x.png, x.jpg or x.webp: one image, or a grid; a folder: single PNGs; -: standard output.",
 )
 @sampling_options
-@runtime_options
+@load_options
 @report_options
 def edit(
     bundle: Path,
@@ -83,6 +85,7 @@ def edit(
     box: str | None,
     outside: bool,
     label: str | None,
+    prompts: PromptOptions,
     seed: str,
     count: int | None,
     keep_pixels: bool,
@@ -113,6 +116,9 @@ def edit(
     given = parse_seeds(seed)
     seeds = image_seeds(given if len(given) > 1 else given[0], count)
     settings = sampling.over(manifest)
+    texts = prompts.read(manifest)
+    if manifest.takes_text and label is not None:
+        raise UsageError('this bundle takes prompts, not labels: --prompt "…"')
     chosen = None if label is None else known_labels([label], manifest, "--label")[0]
     tokenizer = manifest.model.tokenizer
     picture = upright(image, tokenizer.image_channels)
@@ -123,11 +129,14 @@ def edit(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with load_pipeline(bundle, manifest, config) as pipe:
+        with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
+            cut = pipe.truncations([*texts, prompts.negative or ""])
             images = pipe.edit(
                 prepared.pixels[0],
                 prepared.new,
                 label=chosen,
+                prompt=texts[0] if texts else None,
+                negative=prompts.negative,
                 seed=seeds,
                 sampling=settings,
                 keep_pixels=keep_pixels,
@@ -142,7 +151,12 @@ def edit(
     text |= {"outside": "yes"} if outside else {}
     text |= {"keep_pixels": "yes"} if keep_pixels else {}
     drawn = Drawn(
-        manifest=manifest, images=images, labels=[chosen] * len(seeds), seeds=seeds, text=text
+        manifest=manifest,
+        images=images,
+        labels=[chosen] * len(seeds),
+        seeds=seeds,
+        text=prompts.told(text),
+        prompts=(texts or [""]) * len(seeds) if manifest.takes_text else (),
     )
     written = drawn.save(target)
 
@@ -151,6 +165,8 @@ def edit(
         settled = drawn.settings(written)
         target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
+        for line in cut:
+            say(line, err=True)
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
 
 

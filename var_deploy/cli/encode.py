@@ -12,10 +12,10 @@ from var_deploy import names
 from var_deploy.cli.console import Progress, echo, say
 from var_deploy.cli.options import (
     check_graphs,
+    load_options,
     load_pipeline,
     out_option,
     report_options,
-    runtime_options,
 )
 from var_deploy.cli.outputs import OUTPUT, output_file, runtime_json
 from var_deploy.cli.token_files import SUFFIX, save_tokens
@@ -33,7 +33,7 @@ from var_deploy.manifest import read_manifest
     metavar="FILE.npz",
     help="An array [1, L_k] a scale: tokens_00, tokens_01, …",
 )
-@runtime_options
+@load_options
 @report_options
 def encode(
     bundle: Path,

@@ -11,16 +11,16 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import Progress, say
 from var_deploy.cli.filmstrip import MOST_IMAGES, Filmstrip
 from var_deploy.cli.options import (
     SamplingOptions,
     count_option,
     label_option,
+    load_options,
     load_pipeline,
     out_option,
     report_options,
-    runtime_options,
     sampling_options,
 )
 from var_deploy.cli.outputs import (
@@ -58,7 +58,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help='Names or numbers, as in "star,3", or none for an image without a class; repeated in '
     "order to fill --count, which must leave none out.",
 )
-@prompt_options
+@prompt_options()
 @count_option(
     type=click.IntRange(1), show_default="one a label, prompt or seed", help="Images."
 )
@@ -91,7 +91,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     help="For all images, once the bundle is loaded.",
 )
 @sampling_options
-@runtime_options
+@load_options
 @report_options
 def generate(
     bundle: Path,
@@ -168,6 +168,7 @@ def generate(
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
+            cut = pipe.truncations([*wanted_texts, prompts.negative or ""])
             how = pipe.describe()
             images: Any
             what: dict[str, Any] = {}
@@ -215,6 +216,8 @@ def generate(
         settled = drawn.settings(written)
         target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
+        for line in cut:
+            say(line, err=True)
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:
             target.tell(f"wrote {path} (after each of {manifest.model.scales} scales)")

@@ -1,9 +1,10 @@
 """Options that several commands share, and what is made of them.
 
 Each decorator adds its options to a command. `sampling_options` hands them over as one argument
-`sampling`, `runtime_options` as one argument `config`, `checkpoint_options` as one argument
-`weights`, `report_options` as `quiet` and `as_json`. `out_option`, `count_option`, `quiet_option`
-and `verbose_option` are `click.option` for the options that have a letter: -o, -n, -q and -v.
+`sampling`, `runtime_options` and `load_options` as one argument `config`, `checkpoint_options` as
+one argument `weights`, `report_options` as `quiet` and `as_json`. `out_option`, `count_option`,
+`quiet_option` and `verbose_option` are `click.option` for the options that have a letter: -o, -n,
+-q and -v.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ import click
 from click.shell_completion import CompletionItem
 
 from var_deploy.cli.console import VERBOSE, needs_extra
-from var_deploy.config import AUTO, BACKENDS, LAYOUT_CHOICES, PRECISIONS, RuntimeConfig
+from var_deploy.config import (
+    AUTO,
+    BACKENDS,
+    CHECKS,
+    LAYOUT_CHOICES,
+    PRECISIONS,
+    RuntimeConfig,
+)
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.labels import label_words
 from var_deploy.manifest import Manifest, read_manifest
@@ -173,9 +181,34 @@ def sampling_options(command: Command) -> Command:
     return added(options, gathered(command, "sampling", SamplingOptions))
 
 
+RUNTIME = ("precision", "layout", "backend", "threads", "cuda_graph")
+
+
+def load_options(command: Command) -> Command:
+    """Those of `runtime_options`, and --check, as a `RuntimeConfig`: for a command that loads the
+    bundle itself."""
+    check = click.option(
+        "--check",
+        type=click.Choice(CHECKS),
+        default=RuntimeConfig.check,
+        show_default=True,
+        help="Compare hashes, reading weights only where they are new or changed; read everything "
+        "again (hashes); or trust files of the right size (sizes).",
+    )
+    return _runtime_options(command, (*RUNTIME, "check"), (check,))
+
+
 def runtime_options(command: Command) -> Command:
     """--precision --layout --backend --threads --cuda-graph, as a `RuntimeConfig`."""
-    options = [
+    return _runtime_options(command, RUNTIME)
+
+
+def _runtime_options(
+    command: Command,
+    names: Sequence[str],
+    more: Sequence[Callable[[Command], Command]] = (),
+) -> Command:
+    options: list[Callable[[Command], Command]] = [
         click.option(
             "--precision",
             type=click.Choice(PRECISIONS),
@@ -209,8 +242,8 @@ def runtime_options(command: Command) -> Command:
             show_default=True,
             help="On a GPU: record every launch and replay it.",
         ),
+        *more,
     ]
-    names = ("precision", "layout", "backend", "threads", "cuda_graph")
     return added(options, gathered(command, "config", RuntimeConfig, names))
 
 

@@ -1,27 +1,12 @@
-"""The command line. Each command imports what it needs when it runs: `--help` is quick."""
+"""The command line. A command is imported when it is named, or when all are listed, and
+imports what it needs when it runs: `--help` is quick."""
 
 from __future__ import annotations
 
 import click
 
 from var_deploy import __version__
-from var_deploy.cli.bench import bench
-from var_deploy.cli.build import build
-from var_deploy.cli.console import Program
-from var_deploy.cli.demo import demo
-from var_deploy.cli.doctor import doctor
-from var_deploy.cli.edit import edit
-from var_deploy.cli.encode import encode
-from var_deploy.cli.export import export
-from var_deploy.cli.generate import generate
-from var_deploy.cli.inspect import inspect
-from var_deploy.cli.labels import labels
-from var_deploy.cli.plan import plan
-from var_deploy.cli.reconstruct import reconstruct
-from var_deploy.cli.sample import sample
-from var_deploy.cli.serve import serve
-from var_deploy.cli.triton import triton
-from var_deploy.cli.verify import verify
+from var_deploy.cli.console import Commands, Program
 
 __all__ = ["main"]
 
@@ -33,7 +18,14 @@ CONTEXT = {
 }
 
 
-@click.group(cls=Program, context_settings=CONTEXT)
+# the help lists them in this order
+COMMANDS = (
+    *("demo", "export", "verify", "inspect", "labels", "generate", "encode", "reconstruct", "edit"),
+    *("sample", "serve", "triton", "build", "plan", "doctor", "bench"),
+)
+
+
+@click.group(cls=Program, commands=Commands("var_deploy.cli", COMMANDS), context_settings=CONTEXT)
 @click.version_option(
     __version__, "--version", "-V", prog_name="var-deploy", allow_from_autoenv=False
 )
@@ -60,22 +52,3 @@ def main() -> None:
     Completion, for bash, zsh or fish:
       eval "$(_VAR_DEPLOY_COMPLETE=bash_source var-deploy)"
     """
-
-
-# the help lists them in this order
-main.add_command(demo)
-main.add_command(export)
-main.add_command(verify)
-main.add_command(inspect)
-main.add_command(labels)
-main.add_command(generate)
-main.add_command(encode)
-main.add_command(reconstruct)
-main.add_command(edit)
-main.add_command(sample)
-main.add_command(serve)
-main.add_command(triton)
-main.add_command(build)
-main.add_command(plan)
-main.add_command(doctor)
-main.add_command(bench)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,9 @@ class PromptOptions:
     """
 
     prompt: tuple[str, ...]
-    prompts: str | None
     negative: str | None
     text_encoder: Path | None
+    prompts: str | None = None
 
     def read(self, manifest: Manifest) -> list[str]:
         """Return the prompts, [] for a bundle that takes none.
@@ -82,20 +83,34 @@ class PromptOptions:
         return found
 
 
-def prompt_options(command: Command) -> Command:
-    """--prompt --prompts --negative --text-encoder, as `PromptOptions` called `prompts`."""
+def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
+    """--prompt --prompts --negative --text-encoder, as `PromptOptions` called `prompts`.
+
+    `one`: a single --prompt, without --prompts.
+    """
+
+    def single(
+        context: click.Context, option: click.Parameter, texts: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        if one and len(texts) > 1:
+            raise UsageError(f"--prompt is given {len(texts)} times, expected once")
+        return texts
+
+    several = "" if one else "; several times for several"
+    file = click.option(
+        "--prompts",
+        metavar="FILE",
+        help="A file with one prompt a line, - for standard input.",
+    )
     options = [
         click.option(
             "--prompt",
             multiple=True,
+            callback=single,
             metavar="TEXT",
-            help="What to draw, for a bundle that takes prompts; several times for several.",
+            help=f"What to draw, for a bundle that takes prompts{several}.",
         ),
-        click.option(
-            "--prompts",
-            metavar="FILE",
-            help="A file with one prompt a line, - for standard input.",
-        ),
+        *([] if one else [file]),
         click.option("--negative", metavar="TEXT", help="What to guide away from."),
         click.option(
             "--text-encoder",
@@ -105,4 +120,6 @@ def prompt_options(command: Command) -> Command:
             help="The bundle of the text encoder.",
         ),
     ]
-    return added(options, gathered(command, "prompts", PromptOptions))
+    names = [field.name for field in dataclasses.fields(PromptOptions)]
+    taken = [name for name in names if not one or name != "prompts"]
+    return lambda command: added(options, gathered(command, "prompts", PromptOptions, taken))

@@ -12,10 +12,10 @@ from var_deploy import names
 from var_deploy.cli.console import Progress
 from var_deploy.cli.options import (
     check_graphs,
+    load_options,
     load_pipeline,
     out_option,
     report_options,
-    runtime_options,
 )
 from var_deploy.cli.outputs import check_at_once, file_target, runtime_json
 from var_deploy.cli.token_files import SUFFIX, read_tokens
@@ -42,7 +42,7 @@ from var_deploy.manifest import read_manifest
     help="The images in a row; a row for each where a file of tokens holds several. -: standard "
     "output.",
 )
-@runtime_options
+@load_options
 @report_options
 def reconstruct(
     bundle: Path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from var_deploy.cli.console import Progress, needs_extra, say
-from var_deploy.cli.options import load_pipeline, quiet_option, runtime_options
+from var_deploy.cli.options import load_options, load_pipeline, quiet_option
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -125,7 +125,7 @@ FORMATS = ("text", "json")
     show_default="in or beside the bundle",
     help="The bundle of the text encoder, for a bundle that takes prompts.",
 )
-@runtime_options
+@load_options
 @click.option("--verbose", "-v", is_flag=True, help="As --log-level debug.")
 @quiet_option(
     help="Do not say where the service is, and log no requests."

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from var_deploy import __version__, names
 from var_deploy.errors import BundleError, VarDeployError
+from var_deploy.files.cache import cache_folder
 from var_deploy.manifest import check_files, read_manifest
 
 PART = 1 << 24  # bytes per part of a file
@@ -164,12 +164,6 @@ def bundle_source(bundle: Path, precision: str = "auto") -> BundleSource:
 def needed(files: Mapping[str, object], prefix: str) -> list[str]:
     """Names of the files that start with `prefix`, sorted."""
     return sorted(name for name in files if name.startswith(prefix))
-
-
-def cache_folder() -> Path:
-    """This node's folder for copies of bundles."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "var-deploy"
 
 
 def read_part(path: Path, offset: int) -> bytes:

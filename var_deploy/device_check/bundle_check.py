@@ -170,10 +170,10 @@ class BundleCheck:
             workload, self._here.published, name=self._name, manifest=self.manifest
         )
         peak = plan.layouts[plan.layout].footprint.peak
+        fits = f"fits, at least {plan.seconds * 1e3:.2f} ms" if plan.fits else "does not fit"
         return Found(
             result=plan.to_json(),
-            headline=f"layout {plan.layout}, {peak / 1e9:.2f} GB, "
-            f"{'fits' if plan.fits else 'does not fit'}, at least {plan.seconds * 1e3:.2f} ms",
+            headline=f"layout {plan.layout}, {peak / 1e9:.2f} GB, {fits}",
         )
 
     def _refer(self) -> Found:

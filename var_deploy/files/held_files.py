@@ -10,10 +10,15 @@ import errno
 import hashlib
 import os
 import stat
+import threading
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from var_deploy.bundle.hash_record import HashRecord
 
 CHUNK = 1 << 22
 # Two changes within one tick of a file system's clock leave the same time. The clocks of today's
@@ -66,6 +71,7 @@ class HeldFile:
         self.path = path
         self._file = open_regular(path if folder is None else name or path, folder)
         self._closed = weakref.finalize(self, os.close, self._file)
+        self._reading = threading.Lock()  # the position in the file is one for all threads
         self.identity = self.now()
 
     @property
@@ -89,36 +95,43 @@ class HeldFile:
 
     def read(self) -> bytes:
         """Return all bytes; fewer or more than `size` where the file changes meanwhile."""
-        os.lseek(self._file, 0, os.SEEK_SET)
         pieces = list[bytes]()
-        while piece := os.read(self._file, CHUNK):
-            pieces.append(piece)
+        with self._reading:
+            os.lseek(self._file, 0, os.SEEK_SET)
+            while piece := os.read(self._file, CHUNK):
+                pieces.append(piece)
         return b"".join(pieces)
 
     def sha256(
-        self, progress: Callable[[int], None] | None = None
+        self,
+        progress: Callable[[int], None] | None = None,
+        record: HashRecord | None = None,
     ) -> tuple[str, Identity] | None:
         """Return the hash of the content and its identity, None where the file changes meanwhile.
 
-        A hash that this process knows is not computed again. `progress` is called with bytes read.
+        A hash that this process knows is not computed again, nor one of the record, which learns
+        those that are computed. `progress` is called with bytes read.
         """
         before = self.settled()
-        known = _hashes.get(before)
+        known = _hashes.get(before) or (record.sha256(before) if record else None)
         if known is not None:
             if progress:
                 progress(self.size)
             return known, before
         digest = hashlib.sha256()
-        os.lseek(self._file, 0, os.SEEK_SET)
-        while piece := os.read(self._file, CHUNK):
-            digest.update(piece)
-            if progress:
-                progress(len(piece))
+        with self._reading:
+            os.lseek(self._file, 0, os.SEEK_SET)
+            while piece := os.read(self._file, CHUNK):
+                digest.update(piece)
+                if progress:
+                    progress(len(piece))
         if self.now() != before:
             return None
         if len(_hashes) >= REMEMBERED:
             _hashes.clear()
         _hashes[before] = digest.hexdigest()
+        if record:
+            record.add_sha256(before, _hashes[before])
         return _hashes[before], before
 
     def settled(self) -> Identity:

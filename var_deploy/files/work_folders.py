@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -122,6 +121,8 @@ def _new_work_folder(place: Path, parent: Path) -> tuple[Path, IO[bytes]]:
 
 def _owner(place: Path) -> bytes:
     """Return what a lock file says: which machine writes which folder."""
+    import socket
+
     return b"%b\n%b" % (os.fsencode(socket.gethostname()), os.fsencode(place.name))
 
 

@@ -22,6 +22,7 @@ from var_deploy.host.machine import (
     Machine,
     jetson_model,
     memory_of,
+    running_elsewhere,
 )
 
 State = Literal["ok", "missing", "problem"]
@@ -161,6 +162,8 @@ def _system(machine: Machine) -> Finding:
     found = f"{machine.platform()}, {machine.threads()} processors"
     if memory:
         found += f", {memory[0] / 1e9:.1f} GB of memory, {memory[1] / 1e9:.1f} GB free"
+    if others := running_elsewhere(machine):
+        found += f", {others} {'thread' if others == 1 else 'threads'} of other programs running"
     return _ok("system", found, "the machine")
 
 

@@ -8,7 +8,6 @@ files instead of the installed ones. The commands made here use the search path 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import re
 import shutil
@@ -139,6 +138,8 @@ def pip() -> str:
 
 def _requirements(extra: str) -> list[str]:
     """Requirements of an extra from the package's metadata, as "onnxruntime>=1.20"."""
+    import importlib.metadata  # lazily: it loads the package email
+
     try:
         listed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # a zipped package, a path that was added
@@ -158,6 +159,8 @@ def _distribution(requirement: str) -> str:
 
 
 def _installed(distribution: str) -> bool:
+    import importlib.metadata
+
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

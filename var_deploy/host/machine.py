@@ -7,13 +7,11 @@ Native code that could hang or crash runs in a process of its own.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -81,6 +79,8 @@ class Machine:
 
     def run(self, *command: str) -> Answer:
         """Run a program to its end, or to the time limit."""
+        import subprocess
+
         try:
             done = subprocess.run(
                 command,
@@ -104,6 +104,8 @@ class Machine:
 
     def distribution(self, name: str) -> str | None:
         """Version of an installed Python package, without importing it."""
+        import importlib.metadata
+
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -137,6 +139,18 @@ class Machine:
         allowed = self.affinity()
         count = self.total_processors() if allowed is None else len(allowed)
         return _within_quota(count, cpu_quota(self))
+
+    def running_threads(self) -> int:
+        """Number of threads of this process that run or wait for a processor; 0 where unknown."""
+        count = 0
+        try:
+            tasks = os.listdir("/proc/self/task")
+        except OSError:
+            return 0
+        for task in tasks:
+            text = self.read(f"/proc/self/task/{task}/stat") or ""
+            count += text.rpartition(")")[2].split()[:1] == ["R"]  # the name may hold spaces
+        return count
 
     def import_module(self, module: str, versioned: str = "") -> Answer:
         """Import a module in a new interpreter: its version, then ONNX Runtime's providers."""
@@ -212,6 +226,22 @@ def usable_cores(machine: Machine | None = None) -> int | None:
     if allowed is None:
         return None
     return _within_quota(len({_core_of(machine, n) for n in allowed}), cpu_quota(machine))
+
+
+def running_elsewhere(machine: Machine) -> int:
+    """Number of threads of other programs that run or wait for a processor right now.
+
+    From /proc/loadavg (proc(5)), which counts those of the whole machine, or of the container where
+    the system shows each its own. 0 where that is unknown, as on systems other than Linux.
+    """
+    numbers = re.search(r" (\d+)/\d+ ", machine.read("/proc/loadavg") or "")
+    return max(int(numbers[1]) - machine.running_threads(), 0) if numbers else 0
+
+
+def is_crowded(machine: Machine, threads: int, elsewhere: int) -> bool:
+    """Whether `threads` of this process and those that run `elsewhere` are more than the machine
+    has processors, so that some of them wait."""
+    return elsewhere > 0 and elsewhere + threads > machine.total_processors()
 
 
 def check_threads(threads: int | None, *, machine: Machine | None = None) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import numbers
@@ -118,6 +117,8 @@ def _close(wanted: str, spellings: _Spellings) -> list[str]:
     ("panda" → "giant panda"), else such as are spelled much like it."""
     names = spellings.names
     found = [s for s in names if _has_words(s, wanted)] if wanted else []
+    import difflib
+
     found = found or difflib.get_close_matches(wanted[:SHOWN], names, n=3)
     return list(dict.fromkeys(names[f] for f in found))[:4]
 

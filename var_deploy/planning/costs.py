@@ -20,9 +20,9 @@ from var_deploy.manifest import Manifest
 from var_deploy.spec import ModelSpec, TokenizerSpec
 
 FULL = 4  # bytes of an fp32 or int32 number
-# Top-k and top-p bisect an interval 32 times each, with three operations per code and bisection
-# (compare, select, add); exponentials, masks and the search for the sampled code add about 20.
-SAMPLER_OPERATIONS = 2 * 32 * 3 + 20
+# Top-k tries 34 thresholds with three operations per code (compare, convert, add), top-p 34 with
+# four (and select); exponentials, masks and the search for the sampled code add about 20.
+SAMPLER_OPERATIONS = 34 * (3 + 4) + 20
 MIX_OPERATIONS = 10  # with more_smooth: noise, factors and a softmax per code
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from var_deploy import names
 from var_deploy.bundle.graph_refs import held_layouts
@@ -27,8 +27,6 @@ from var_deploy.config import (
 )
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.manifest import Manifest
-from var_deploy.planning.costs import Workload, workload_of
-from var_deploy.planning.memory import Footprint, Library, footprint
 from var_deploy.planning.precisions import (
     ON_GPU,
     check_gpu_precision,
@@ -36,6 +34,10 @@ from var_deploy.planning.precisions import (
     gpu_precision,
     refuse_int8,
 )
+
+if TYPE_CHECKING:
+    from var_deploy.planning.costs import Workload
+    from var_deploy.planning.memory import Footprint, Library
 
 HEADROOM = 0.9  # share of free memory that layout per-scale may take, since sizes are estimates
 ASKED = "as asked for"
@@ -228,6 +230,9 @@ def choose_layout(
 
     Raises BundleError where the bundle has no graphs of that precision.
     """
+    from var_deploy.planning.costs import Workload, workload_of
+    from var_deploy.planning.memory import footprint
+
     held: Collection[Layout] = LAYOUTS
     if isinstance(source, Workload):
         workload = source

@@ -1,4 +1,4 @@
-"""A small text-to-image bundle beside its text encoder, for the tests of the service."""
+"""A small text-to-image bundle beside its text encoder, for tests."""
 
 from __future__ import annotations
 
