@@ -339,7 +339,7 @@ def test_verify_of_a_bundle_that_is_replaced_meanwhile(
     """The old report must not bring the old manifest back."""
     from var_deploy.export.verify import bundle as verify
 
-    real = verify.trace_reference
+    real = verify.reference_of
 
     def slow(*arguments: Any, **options: Any) -> Any:
         if not replaced:  # it is called for each image
@@ -349,7 +349,7 @@ def test_verify_of_a_bundle_that_is_replaced_meanwhile(
         return real(*arguments, **options)
 
     replaced: list[None] = []
-    monkeypatch.setattr(verify, "trace_reference", slow)
+    monkeypatch.setattr(verify, "reference_of", slow)
     monkeypatch.setattr(verify.GraphVerifier, "graph", lambda self, name: [])
     monkeypatch.setattr(verify.GraphVerifier, "loops", lambda self: [])
     options = [word.format(files=files) for word in MADE_FROM]

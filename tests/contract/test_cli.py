@@ -133,6 +133,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
         "threads": 1,
         "check": "changed",
         "digest": read_manifest(bundle).digest(),
+        "text_encoder": None,
     }
     assert generate == {
         "labels": [1, 0, 1, 0],

@@ -150,7 +150,7 @@ def test_what_is_refused(
         ({"backend": "best"}, "backend must be one of auto, tensorrt,"),
         ({"precision": "bf16"}, "precision must be one of auto, fp32,"),
         ({"layout": "both"}, "layout must be one of auto, per-scale, shared, found 'both'"),
-        ({"check": "nothing"}, "check must be one of hashes, sizes, found 'nothing'"),
+        ({"check": "nothing"}, "check must be one of changed, hashes, sizes, found 'nothing'"),
         ({"threads": 0}, "threads must be at least 1, found 0"),
     ],
 )

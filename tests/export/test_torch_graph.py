@@ -107,6 +107,8 @@ CASES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "Slice": [((X, ints(1), ints(3), ints(1)), {}), ((X, ints(0, 1), ints(1, 9), ints(0, 2)), {})],
     "Softmax": [((X,), {"axis": -1})],
     "Split": [((X, ints(1, 3)), {"axis": 2})],
+    "Sqrt": [((np.abs(X),), {})],
+    "Squeeze": [((draw(2, 1, 3, 1), ints(1)), {}), ((draw(2, 1, 3, 1), ints(-1, 1)), {})],
     "Sub": [((X, Y), {})],
     "Transpose": [((X,), {"perm": [2, 0, 1]})],
     "Unsqueeze": [((X, ints(-1)), {}), ((X, ints(0, 3)), {}), ((X, ints(-1, -2)), {})],

@@ -222,7 +222,7 @@ def test_an_image_beyond_the_calibration_is_found(
     bundle: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of many images that loses what the decoder's ranges cut off: the worst is told."""
-    trace = verifying.trace_reference
+    trace = verifying.reference_of
 
     def one_cut_off(*arguments: Any, **options: Any) -> Reference:
         reference, calls = trace(*arguments, **options), iter(range(100))
@@ -235,7 +235,7 @@ def test_an_image_beyond_the_calibration_is_found(
 
         return dataclasses.replace(reference, decode=decode)
 
-    monkeypatch.setattr(verifying, "trace_reference", one_cut_off)
+    monkeypatch.setattr(verifying, "reference_of", one_cut_off)
     report = verify_model(bundle, model, precision="int8")
     assert set(failed(report)) == {"decoder drawn"}
     assert report.failure is not None and report.failure.endswith("dB, bound 35 dB")

@@ -79,6 +79,7 @@ def test_it_answers_each_line_with_a_line() -> None:
                 "backend": "",
                 "threads": 0,
                 "reason": "",
+                "loading": {},
             }
         },
         {"problem": "two lines"},

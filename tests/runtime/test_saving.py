@@ -123,11 +123,15 @@ def test_labels_and_sizes(pipe: Pipeline) -> None:
     assert pipe.labels == ("star", "heart", "house", "tree", "fish")
     tokenizer = pipe.manifest.model.tokenizer
     assert pipe.sizes == Sizes(
-        side=SIDE,
+        height=SIDE,
+        width=SIDE,
         channels=3,
-        scales=(1, 2, 4),
+        grids=((1, 1), (2, 2), (4, 4)),
         tokens=21,
-        codes=tokenizer.vocab_size,
+        codes=tokenizer.token_values,
+        bits=0,
         classes=5,
+        text_length=0,
         batch=2,
     )
+    assert (pipe.sizes.side, pipe.sizes.scales) == (SIDE, (1, 2, 4))

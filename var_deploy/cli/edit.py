@@ -130,7 +130,7 @@ def edit(
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
-            cut = pipe.truncations([*texts, prompts.negative or ""])
+            cut = pipe.truncations([*texts, prompts.negative or ""]) if texts else []
             images = pipe.edit(
                 prepared.pixels[0],
                 prepared.new,

@@ -216,9 +216,8 @@ def export(
                 from var_deploy.export.checkpoint.assemble import with_labels
 
                 loaded = with_labels(loaded, labels)
-            manifest = export_bundle(
-                loaded, out, options, progress.update, replace=force, text_encoder=ref
-            )
+            text: dict[str, Any] = {} if ref is None else {"text_encoder": ref}
+            manifest = export_bundle(loaded, out, options, progress.update, replace=force, **text)
             warning = ""
             if "fp16" in precision and calibration != 0 and not words:
                 from var_deploy.export.debug.fp16_overflow import calibrate

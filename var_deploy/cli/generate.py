@@ -40,7 +40,7 @@ from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.image.images import grid_columns, settings_text
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.sampling import Sampling, parse_seeds, series
+from var_deploy.sampling import Sampling, call_keys, parse_seeds, series
 
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
@@ -168,7 +168,7 @@ def generate(
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
-            cut = pipe.truncations([*wanted_texts, prompts.negative or ""])
+            cut = pipe.truncations([*wanted_texts, prompts.negative or ""]) if texts else []
             how = pipe.describe()
             images: Any
             what: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def generate(
             elif manifest.model.transformer.conditional:
                 what = {"labels": wanted}
             if count > at_once:
-                images = _OneByOne(pipe, what, seeds, settings, progress)
+                images = _OneByOne(pipe, what, wanted, seeds, settings, progress)
             else:
                 images = pipe.generate(
                     **(what or {"labels": [0] * count}),
@@ -233,31 +233,40 @@ class _OneByOne:
         self,
         pipe: Pipeline,
         what: Mapping[str, Any],
+        labels: Sequence[int | None],
         seeds: Sequence[int],
         settings: Sampling,
         progress: Progress,
     ) -> None:
         tokenizer = pipe.manifest.model.tokenizer
         self.shape = (len(seeds), *tokenizer.image_size, tokenizer.image_channels)
-        self._pipe, self._what, self._seeds = pipe, what, seeds
+        self._pipe, self._what, self._labels, self._seeds = pipe, what, labels, seeds
         self._settings, self._progress = settings, progress
 
     def __len__(self) -> int:
         return len(self._seeds)
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        from var_deploy.runtime.request import Request, label_numbers
+
         count, batch = len(self), self._pipe.manifest.batch
+        texts, negative = self._what.get("prompts", ()), self._what.get("negative")
+        labels = [0] * count if texts else label_numbers(self._pipe.manifest, self._labels)
+        drawn = call_keys(self._seeds)
         told = self._progress.images(count)
         for first in range(0, count, batch):
             told(first, count)
             rows = slice(first, first + batch)
-            part = {
-                name: values if name == "negative" else values[rows]
-                for name, values in (self._what or {"labels": [0] * count}).items()
-            }
-            yield from self._pipe.generate(
-                **part, seed=self._seeds[rows], sampling=self._settings
+            prompts = None
+            if part := texts[rows]:
+                prompts = self._pipe.features(part, [negative] * len(part) if negative else None)
+            request = Request(
+                labels=labels[rows],
+                rng_keys=drawn[rows],
+                sampling=self._settings,
+                prompts=prompts,
             )
+            yield from self._pipe.draw(request)
 
 
 def _story(
