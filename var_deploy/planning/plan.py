@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,8 @@ class Plan:
     @property
     def seconds(self) -> float:
         """The least time of B images."""
-        return sum(launch.seconds for launch in self.launches)
+        # the same digits on every Python: sum rounds otherwise from 3.12 on
+        return math.fsum(launch.seconds for launch in self.launches)
 
     @property
     def fits(self) -> bool:
