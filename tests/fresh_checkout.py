@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # at the top of a checkout: made by somebody, and not part of it
 MADE = {".venv", ".git", ".types", ".mypy_cache", ".pytest_cache", ".ruff_cache", "build", "dist"}
-OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+# those of make: under `make test` an inner make would say which folders it enters and leaves
+OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
 
 
 def copy_checkout(folder: Path) -> Path:
