@@ -47,7 +47,12 @@ TINY = ("tiny-adaln", "tiny-shared-aln")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of slow files, so that `-m "not slow"` is a quick run."""
+    """Mark the tests of slow files, so that `-m "not slow"` is a quick run.
+
+    Those at the top, which install and build, take minutes each: they go first, since beside the
+    last of them the other process would have nothing left to do.
+    """
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     for item in items:
         if item.path.relative_to(Path(__file__).parent).as_posix() in FILES:
             item.add_marker(pytest.mark.slow)
