@@ -141,6 +141,7 @@ class LoopBuffers:
             for k in range(spec.scales)
             for name, value in step_geometry(spec, k).items()
         }
+        self._geometry = tuple(step_geometry(spec, 0))
         fields = {name: (value.shape, value.dtype) for name, value in geometry.items()}
         self._fixed = SharedBlock(memory, fields)
         for name, value in geometry.items():
@@ -272,13 +273,12 @@ class LoopBuffers:
         per_scale = [*_settings(self._text), names.UNIFORMS, names.KEEP_MASK, names.KEEP_TOKENS]
         if self._more_smooth:
             per_scale.append(names.NOISE)
-        fixed = step_geometry(self._spec, scale)
         masks = {names.TEXT_MASK: self.inputs[names.TEXT_MASK]} if self._text else {}
         return {
             **masks,
             **self.condition_outputs(),
             **{n: self.inputs[_at(n, scale)] for n in per_scale},
-            **{n: self._fixed[_at(n, scale)] for n in fixed},
+            **{n: self._fixed[_at(n, scale)] for n in self._geometry},
             **self.arena.past(scale),
             names.INPUT: self._intermediates[_at(names.INPUT, scale)],
             names.F_HAT: self._f_hat(FHatPlace.after(scale)),
@@ -429,7 +429,7 @@ def _settings(text: bool) -> dict[str, DTypeLike]:
 
 
 def _text_rows(spec: NextScaleSpec) -> list[str]:
-    """What the condition graphs of a text-to-image model write, all with the rows first."""
+    """Return the names of the tensors that the condition graphs of a text-to-image model write."""
     depth = range(spec.transformer.depth)
     texts = [name(layer) for layer in depth for name in (names.text_key, names.text_value)]
     return [names.FIRST_INPUT, names.MODULATION, *texts]

@@ -13,7 +13,7 @@ from var_deploy.text.prompt_tokenizer import TokenizedPrompt
 
 
 class PromptEncoder(Protocol):
-    """What turns prompts into features."""
+    """A text encoder: turns prompts into features."""
 
     def encode(
         self, prompts: Sequence[str], length: int | None = None
@@ -55,7 +55,7 @@ class PromptRows:
         return found
 
     def rows(self, rows: Sequence[int]) -> PromptRows:
-        """Those of some prompts, in this order."""
+        """Return the features of some of the prompts, in this order."""
         chosen = list(rows)
         return PromptRows(
             features=self.features[chosen],

@@ -44,7 +44,7 @@ class Request:
     prompts: PromptRows | None = None
 
     def conditions(self, rows: Sequence[int]) -> Conditions:
-        """What some of the images are made of."""
+        """Return the labels, or the features of the prompts, of some of the images."""
         if self.prompts is not None:
             return self.prompts.rows(rows)
         return [self.labels[n] for n in rows]

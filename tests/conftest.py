@@ -102,30 +102,14 @@ class Golden:
 
 @cache
 def load_golden(name: str) -> Golden:
+    from tools.golden import var_spec
     from var_deploy.export.checkpoint.assemble import assemble, empty_modules, open_checkpoint
 
     folder = (GOLDEN if name in SEEDS else SHARED_GOLDEN) / name
     if not folder.is_dir():
         pytest.skip(f"{name} is not here: it holds 9 MB of weights and is not in the repository")
     config = json.loads((folder / "config.json").read_text())
-    spec = ModelSpec(
-        tokenizer=TokenizerSpec(
-            patch_nums=tuple(config["patch_nums"]),
-            vocab_size=config["vocab_size"],
-            code_width=config["z_channels"],
-            base_width=config["ch"],
-            shared_phi=config["share_quant_resi"],
-        ),
-        transformer=TransformerSpec(
-            depth=config["depth"],
-            width=config["embed_dim"],
-            heads=config["num_heads"],
-            classes=config["num_classes"],
-            ffn_width=4 * config["embed_dim"],
-            shared_adaln=config["shared_aln"],
-            qk_l2_norm=config["attn_l2_norm"],
-        ),
-    )
+    spec = var_spec(config)
     if name in SEEDS:
         tokenizer, transformer = (
             SeededWeights({k: tuple(p.shape) for k, p in m.named_parameters()}, SEEDS[name])

@@ -510,9 +510,9 @@ def token_bits(case: Case, scale: int, name: str) -> NDArray[np.int64]:
 # cases of VAR
 
 
-def var_model(folder: Path, config: Mapping[str, Any]) -> LoadedModel:
-    """Read a case of VAR, whose weights lie in files."""
-    spec = ModelSpec(
+def var_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The sizes that the config.json of a case of VAR tells."""
+    return ModelSpec(
         tokenizer=TokenizerSpec(
             patch_nums=tuple(config["patch_nums"]),
             vocab_size=config["vocab_size"],
@@ -530,8 +530,12 @@ def var_model(folder: Path, config: Mapping[str, Any]) -> LoadedModel:
             qk_l2_norm=config["attn_l2_norm"],
         ),
     )
+
+
+def var_model(folder: Path, config: Mapping[str, Any]) -> LoadedModel:
+    """Read a case of VAR, whose weights lie in files."""
     return assemble(
-        spec,
+        var_spec(config),
         open_checkpoint(folder / "vae.safetensors", "tokenizer"),
         open_checkpoint(folder / "var.safetensors", "transformer"),
     )

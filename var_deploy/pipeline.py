@@ -158,16 +158,9 @@ class Pipeline:
                     f"the bundle at {folder} was replaced: its digest is "
                     f"{manifest.digest()[:16]}, expected {str(digest)[:16]}; start again"
                 )
-            pipe = cls.assemble(
-                folder, manifest, choose_backend(folder, manifest, config, cores=cores)
-            )
-            try:
-                found = find_text_encoder(folder, manifest, config, text_encoder, cores)
-                pipe._text = TextFeatures(manifest, found)
-            except BaseException:
-                pipe.close()
-                raise
-            return pipe
+            text = find_text_encoder(folder, manifest, config, text_encoder, cores)
+            choice = choose_backend(folder, manifest, config, cores=cores)
+            return cls.assemble(folder, manifest, choice, text)
 
         try:
             return load()
@@ -175,8 +168,14 @@ class Pipeline:
             return load()
 
     @classmethod
-    def assemble(cls, bundle: Path, manifest: Manifest, choice: Choice) -> Pipeline:
-        """What `open` does once a backend is chosen.
+    def assemble(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        choice: Choice,
+        text: PromptEncoder | None = None,
+    ) -> Pipeline:
+        """What `open` does once the text encoder is found and a backend is chosen.
 
         The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
         `load`; BundleChangedError where the bundle is no longer the one of the manifest.
@@ -222,7 +221,7 @@ class Pipeline:
         tokenizer = TokenizerGraphs(
             files, manifest, precision, lambda: choose_backend(bundle, manifest, config).backend
         )
-        return cls(manifest, loop, loaded, tokenizer, files)
+        return cls(manifest, loop, loaded, tokenizer, files, text)
 
     @takes_generation_options
     def generate(

@@ -11,6 +11,7 @@ of a latent position, e of a token, S text tokens of width Ct.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -333,7 +334,7 @@ class TextTransformerSpec:
         return self.width // self.heads
 
 
-class NextScaleSpec:
+class NextScaleSpec(ABC):
     """The sizes that every model of next-scale prediction has; a base of the two kinds of model.
 
     Attributes:
@@ -369,9 +370,9 @@ class NextScaleSpec:
         return self.prefix_lengths[-1]
 
     @property
+    @abstractmethod
     def token_shape(self) -> tuple[int, ...]:
         """Shape of one token: () for a code, [e] for bits. Each entry takes a random number."""
-        raise NotImplementedError
 
     @property
     def draws(self) -> int:
@@ -379,13 +380,13 @@ class NextScaleSpec:
         return self.total_tokens * prod(self.token_shape)
 
     @property
+    @abstractmethod
     def input_width(self) -> int:
         """Width of the rows that a scale takes as its input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,19 +136,11 @@ class WeightSource(Protocol):
         ...
 
 
-class _CheckpointFile:
-    """The transformer or the tokenizer of one file, under the keys of the released state dicts."""
+class StoredWeights:
+    """Tensors of checkpoint files by key, each read when it is asked for, in fp32 or int64."""
 
-    def __init__(self, path: Path, location: str, tensors: Mapping[str, StoredTensor]) -> None:
-        self._path, self._location, self._tensors = path, location, tensors
-
-    @cached_property
-    def description(self) -> Mapping[str, Any]:
-        nested = {"key": self._location} if self._location else {}
-        return {"file": self._path.name, **nested, "sha256": stored_sha256(self._path)}
-
-    def __str__(self) -> str:
-        return str(self._path)
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = tensors
 
     def keys(self) -> Collection[str]:
         return self._tensors.keys()
@@ -161,6 +153,22 @@ class _CheckpointFile:
         tensor = tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
         array: NDArray[Any] = tensor.contiguous().numpy()
         return array
+
+
+class _CheckpointFile(StoredWeights):
+    """The transformer or the tokenizer of one file, under the keys of the released state dicts."""
+
+    def __init__(self, path: Path, location: str, tensors: Mapping[str, StoredTensor]) -> None:
+        super().__init__(tensors)
+        self._path, self._location = path, location
+
+    @cached_property
+    def description(self) -> Mapping[str, Any]:
+        nested = {"key": self._location} if self._location else {}
+        return {"file": self._path.name, **nested, "sha256": stored_sha256(self._path)}
+
+    def __str__(self) -> str:
+        return str(self._path)
 
 
 def open_checkpoint(

@@ -7,17 +7,14 @@ the folder itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from numpy.typing import NDArray
-
 from var_deploy.bundle.json_values import DamagedError, Value, read_json
 from var_deploy.errors import CheckpointError, one_line
-from var_deploy.export.checkpoint.files import MAX_NAME, check_tensors
+from var_deploy.export.checkpoint.files import MAX_NAME, StoredWeights, check_tensors
 from var_deploy.export.checkpoint.formats import MAX_NAMES, open_contents, shown
 from var_deploy.export.checkpoint.mapped_file import StoredTensor
 from var_deploy.manifest import file_sha256
@@ -31,8 +28,8 @@ MAX_SHARDS = 1000
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}")
 
 
-class FolderWeights:
-    """The tensors of a folder by key, each read when it is asked for.
+class FolderWeights(StoredWeights):
+    """The tensors of a folder by key.
 
     Args:
         ignored: prefixes of keys that are left out: they are neither looked at nor reported.
@@ -41,7 +38,7 @@ class FolderWeights:
     def __init__(self, folder: Path, ignored: tuple[str, ...] = ()) -> None:
         self._folder = folder
         self._files = _weight_files(folder)
-        self._tensors: dict[str, StoredTensor] = {}
+        tensors: dict[str, StoredTensor] = {}
         for path, listed in self._files.items():
             contents = open_contents(path)
             tree = contents.tree if isinstance(contents.tree, dict) else {}
@@ -57,9 +54,10 @@ class FolderWeights:
                 if not key.startswith(ignored)
             }
             check_tensors(path, kept)
-            for key in kept.keys() & self._tensors.keys():
+            for key in kept.keys() & tensors.keys():
                 raise CheckpointError(f"{folder} holds {key} in two files; download it again")
-            self._tensors |= kept
+            tensors |= kept
+        super().__init__(tensors)
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
@@ -67,18 +65,6 @@ class FolderWeights:
 
     def __str__(self) -> str:
         return str(self._folder)
-
-    def keys(self) -> Collection[str]:
-        return self._tensors.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._tensors[key].shape
-
-    def read(self, key: str) -> NDArray[Any]:
-        tensor = self._tensors[key].read().detach()
-        tensor = tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
-        array: NDArray[Any] = tensor.contiguous().numpy()
-        return array
 
 
 def read_folder_json(folder: Path, name: str) -> Value:

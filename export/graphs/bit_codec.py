@@ -7,7 +7,7 @@ import numpy as np
 
 from var_deploy import names
 from var_deploy.config import GraphForm
-from var_deploy.export.graphs.bits import codes, matrices, resize, to_maps, to_rows
+from var_deploy.export.graphs.bits import codes, resized, to_maps, to_rows
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.export.graphs.codec import Autoencoder
 from var_deploy.image.resize import area_matrix
@@ -33,13 +33,7 @@ def build_bit_encoder(spec: BitTokenizerSpec, form: GraphForm) -> GraphBuilder:
     last = len(spec.grids) - 1
     for scale, grid in enumerate(spec.latent_grids):
         with b.scope(f"scale_{scale:02d}"):
-            z = residual
-            if scale != last:
-                rows, columns = (
-                    b.constant(area_matrix(s, t))
-                    for s, t in zip(spec.latent_grid, grid, strict=True)
-                )
-                z = resize(b, rows, columns, z)
+            z = resized(b, spec.latent_grid, grid, residual, area_matrix)
             positive = b.cast(b.op("Greater", z, b.constant(0.0, np.float32)), np.int64)
             name = names.encoder_tokens(scale)
             bits = to_rows(b, spec, positive, scale, out=name)
@@ -72,5 +66,5 @@ def build_bit_accumulate(spec: BitTokenizerSpec, form: GraphForm) -> GraphBuilde
 
 def _on_latent_grid(b: GraphBuilder, spec: BitTokenizerSpec, bits: str, scale: int) -> str:
     """Return what the bits [B, L_k, e] of a scale add to f_hat, [B, d, h_K, w_K]."""
-    h, grid = to_maps(b, spec, codes(b, spec, bits), scale), spec.latent_grids[scale]
-    return h if grid == spec.latent_grid else resize(b, *matrices(b, grid, spec.latent_grid), h)
+    h = to_maps(b, spec, codes(b, spec, bits), scale)
+    return resized(b, spec.latent_grids[scale], spec.latent_grid, h)

@@ -3,15 +3,18 @@ fp32 (Infinity, arXiv 2412.04431)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.export.graphs.builder import GraphBuilder
+from var_deploy.export.graphs.quantizer import resize
 from var_deploy.image.resize import linear_matrix
 from var_deploy.names import COLUMNS, NEXT_COLUMN_COUNT, NEXT_ROW_COUNT, ROWS
-from var_deploy.spec import BitTokenizerSpec
+from var_deploy.spec import BitTokenizerSpec, Grid
 
 
 class BitMaps(Protocol):
@@ -24,11 +27,6 @@ class BitMaps(Protocol):
     def next_input(self) -> None:
         """Make NEXT_INPUT [B, L_{k+1}, e] from NEW_F_HAT."""
         ...
-
-
-def resize(b: GraphBuilder, rows: str, columns: str, maps: str) -> str:
-    """Resize maps [..., h, w] to [..., h', w'] by two matrices [h', h] and [w', w]."""
-    return b.op("MatMul", b.op("MatMul", rows, maps), b.transpose(columns, 1, 0))
 
 
 def codes(b: GraphBuilder, spec: BitTokenizerSpec, bits: str) -> str:
@@ -63,10 +61,18 @@ def to_rows(
     return b.op("Reshape", x, shape, out=out)
 
 
-def matrices(b: GraphBuilder, source: tuple[int, int], target: tuple[int, int]) -> tuple[str, str]:
-    """Return the constants that resize maps of one grid to another."""
-    rows, columns = (b.constant(linear_matrix(s, t)) for s, t in zip(source, target, strict=True))
-    return rows, columns
+def resized(
+    b: GraphBuilder,
+    source: Grid,
+    target: Grid,
+    maps: str,
+    matrix: Callable[[int, int], NDArray[np.float32]] = linear_matrix,
+) -> str:
+    """Return maps of one grid on another, by constant matrices; unchanged where both are equal."""
+    if source == target:
+        return maps
+    rows, columns = (b.constant(matrix(s, t)) for s, t in zip(source, target, strict=True))
+    return resize(b, rows, maps, columns)
 
 
 class StaticMaps:
@@ -79,17 +85,14 @@ class StaticMaps:
         b, spec = self.b, self.spec
         with b.scope("quantize"):
             h = to_maps(b, spec, codes(b, spec, bits), self.scale)
-            grid = spec.latent_grids[self.scale]
-            if grid != spec.latent_grid:
-                h = resize(b, *matrices(b, grid, spec.latent_grid), h)
+            h = resized(b, spec.latent_grids[self.scale], spec.latent_grid, h)
             b.op("Add", f_hat, h, out=names.NEW_F_HAT)
 
     def next_input(self) -> None:
         b, spec, following = self.b, self.spec, self.scale + 1
         with b.scope("next_input"):
-            h, grid = names.NEW_F_HAT, spec.latent_grids[following]
-            if grid != spec.latent_grid:
-                h = resize(b, *matrices(b, spec.latent_grid, grid), h)
+            grid = spec.latent_grids[following]
+            h = resized(b, spec.latent_grid, grid, names.NEW_F_HAT)
             to_rows(b, spec, h, following, out=names.NEXT_INPUT)
 
 
@@ -120,13 +123,13 @@ class DynamicMaps:
                 parts = (batch, height, width, bits_, patch, patch)
                 x = b.op("Reshape", x, b.op("Concat", *parts, axis=0))
                 h = b.op("Reshape", b.transpose(x, 0, 3, 1, 4, 2, 5), shape)
-            h = resize(b, names.UP_ROWS, names.UP_COLUMNS, h)
+            h = resize(b, names.UP_ROWS, h, names.UP_COLUMNS)
             b.op("Add", f_hat, h, out=names.NEW_F_HAT)
 
     def next_input(self) -> None:
         b, spec, batch = self.b, self.spec, self.b.form.batch
         with b.scope("next_input"):
-            h = resize(b, names.NEXT_ROWS, names.NEXT_COLUMNS, names.NEW_F_HAT)
+            h = resize(b, names.NEXT_ROWS, names.NEW_F_HAT, names.NEXT_COLUMNS)
             if spec.patch == 1:
                 flat = b.reshape(h, batch, spec.bits, -1)
                 b.op("Transpose", flat, perm=[0, 2, 1], out=names.NEXT_INPUT)

@@ -15,9 +15,10 @@ from var_deploy.image.resize import area_matrix, bicubic_matrix
 from var_deploy.spec import ModelSpec, TokenizerSpec
 
 
-def resize(b: GraphBuilder, matrix: str, maps: str) -> str:
-    """Resize maps [..., p, p] by a matrix: M · X · Mᵀ."""
-    return b.op("MatMul", b.op("MatMul", matrix, maps), b.transpose(matrix, 1, 0))
+def resize(b: GraphBuilder, matrix: str, maps: str, columns: str | None = None) -> str:
+    """Resize maps [..., h, w] by a matrix for the rows and one for the columns, M · X · Nᵀ; the
+    same for both where `columns` is left out."""
+    return b.op("MatMul", b.op("MatMul", matrix, maps), b.transpose(columns or matrix, 1, 0))
 
 
 def codebook(b: GraphBuilder, spec: TokenizerSpec, scale: int) -> str:

@@ -43,9 +43,9 @@ def build_text_condition(spec: TextModelSpec, form: GraphForm) -> GraphBuilder:
         scores = b.weight(f"{POOL}.scores", (t.text_width, t.pool_heads), _pool_scores(spec))
         cond = _pool(b, spec, text, b.op("MatMul", text, scores), mask)
         tokens = b.to_compute(b.transpose(text, 1, 0, 2))  # [S, B, Ct]
-        h = _linear(b, "text_proj_for_ca.0", tokens, t.text_width, t.width)
+        h = biased_linear(b, "text_proj_for_ca.0", tokens, t.text_width, t.width)
         h = b.op("Gelu", h, approximate="tanh")
-        h = _linear(b, "text_proj_for_ca.2", h, t.width, t.width)
+        h = biased_linear(b, "text_proj_for_ca.2", h, t.width, t.width)
     for layer in range(t.depth):
         with b.scope(f"blocks.{layer}.ca"):
             prefix = f"blocks.{layer}.ca"
@@ -118,7 +118,7 @@ def _heads(spec: TextModelSpec) -> tuple[int, int]:
     return spec.transformer.heads, spec.transformer.head_width
 
 
-def _linear(b: GraphBuilder, key: str, x: str, width_in: int, width_out: int) -> str:
+def biased_linear(b: GraphBuilder, key: str, x: str, width_in: int, width_out: int) -> str:
     """Add x [..., B, in] → [..., B, out] in the compute type, with the checkpoint's bias."""
     bias = b.weight(f"{key}.bias", (width_out,), dtype=b.compute)
     return b.linear(x, f"{key}.weight", width_in, width_out, bias)
@@ -156,10 +156,10 @@ def _finish(b: GraphBuilder, spec: TextModelSpec, cond: str) -> None:
     b.op("Reshape", first, b.ints(batch, 1, t.width), out=names.FIRST_INPUT)
     x = b.to_compute(b.silu(cond))
     with b.scope("modulation"):
-        shared = b.to_float(_linear(b, "shared_ada_lin.1", x, t.width, 6 * t.width))
+        shared = b.to_float(biased_linear(b, "shared_ada_lin.1", x, t.width, 6 * t.width))
         own = b.weight("ada_gss", (t.depth, 6, t.width), _own_modulation(t.depth))
         blocks = b.op("Add", b.reshape(shared, batch, 1, 6, t.width), own)
-        head = b.to_float(_linear(b, "head_nm.ada_lin.1", x, t.width, 2 * t.width))
+        head = b.to_float(biased_linear(b, "head_nm.ada_lin.1", x, t.width, 2 * t.width))
         head = b.op(
             "Add",
             b.reshape(head, batch, 2, t.width),

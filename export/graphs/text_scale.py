@@ -22,7 +22,7 @@ from var_deploy.config import GraphForm
 from var_deploy.export.graphs.bits import BitMaps, DynamicMaps, StaticMaps
 from var_deploy.export.graphs.blocks import l2_normalize, query_scale
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
-from var_deploy.export.graphs.text_condition import additive_mask
+from var_deploy.export.graphs.text_condition import additive_mask, biased_linear
 from var_deploy.rope import rope_tables
 from var_deploy.spec import TextModelSpec
 
@@ -215,9 +215,9 @@ def _block(
         x = b.op("Add", x, b.to_float(h))
     with b.scope(f"{prefix}.ffn"):
         h = b.to_compute(_modulated(b, spec, x, scale2, shift2))
-        h = _linear(b, f"{prefix}.ffn.fc1", h, t.width, t.ffn_width)
+        h = biased_linear(b, f"{prefix}.ffn.fc1", h, t.width, t.ffn_width)
         h = b.op("Gelu", h, approximate="tanh")
-        h = _linear(b, f"{prefix}.ffn.fc2", h, t.ffn_width, t.width)
+        h = biased_linear(b, f"{prefix}.ffn.fc2", h, t.ffn_width, t.width)
         return b.op("Add", x, b.op("Mul", b.to_float(h), gamma2))
 
 
@@ -254,18 +254,18 @@ def _self_attention(b: GraphBuilder, spec: TextModelSpec, h: str, layer: int, pl
     mixed = b.transpose(mixed, 2, 0, 1, 3)  # [L, G, H, D]
     if place.alone is not None:
         mixed = b.op("Where", place.alone, new_v, mixed)  # see `graphs/blocks.py`
-    return _linear(b, f"{prefix}.proj", b.reshape(mixed, -1, rows, t.width), t.width, t.width)
+    return biased_linear(b, f"{prefix}.proj", b.reshape(mixed, -1, rows, t.width), t.width, t.width)
 
 
 def _cross_attention(b: GraphBuilder, spec: TextModelSpec, h: str, layer: int, place: Place) -> str:
     t, prefix, rows = spec.transformer, f"blocks.{layer}.ca", b.form.rows
-    q = _linear(b, f"{prefix}.mat_q", h, t.width, t.width)
+    q = biased_linear(b, f"{prefix}.mat_q", h, t.width, t.width)
     q = b.op("Mul", q, b.constant(t.head_width**-0.5, b.compute))
     q = b.transpose(b.reshape(q, -1, rows, t.heads, t.head_width), 1, 2, 0, 3)
     sizes = (rows, t.heads, place.most[0], t.text_length)
     mixed = attend(b, q, names.text_key(layer), names.text_value(layer), sizes, place.mask)
     mixed = b.reshape(b.transpose(mixed, 2, 0, 1, 3), -1, rows, t.width)
-    return _linear(b, f"{prefix}.proj", mixed, t.width, t.width)
+    return biased_linear(b, f"{prefix}.proj", mixed, t.width, t.width)
 
 
 def attend(
@@ -373,11 +373,6 @@ def _rotate(b: GraphBuilder, x: str, place: Place, head_width: int, out: str | N
         b.op("Add", b.op("Mul", first, place.sin), b.op("Mul", second, place.cos)),
     )
     return b.op("Concat", *turned, axis=3, out=out)
-
-
-def _linear(b: GraphBuilder, key: str, x: str, width_in: int, width_out: int) -> str:
-    bias = b.weight(f"{key}.bias", (width_out,), dtype=b.compute)
-    return b.linear(x, f"{key}.weight", width_in, width_out, bias)
 
 
 def paired_halves(heads: int, head_width: int) -> NDArray[np.int64]:

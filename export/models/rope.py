@@ -1,4 +1,8 @@
-"""Angles of Infinity's rotary position embedding in two axes (arXiv 2412.04431)."""
+"""Angles of Infinity's rotary position embedding in two axes (arXiv 2412.04431).
+
+Apart from `var_deploy.rope` on purpose: `verify` compares the graphs, which take theirs from there,
+with the reference module, which takes these.
+"""
 
 from __future__ import annotations
 

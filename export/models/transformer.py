@@ -7,6 +7,7 @@ behind both, `modulation`, which depends on the label alone and is computed once
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -152,7 +153,7 @@ class Modulation(NamedTuple):
     first: Tensor  # input of scale 0, [G, 1, C]
 
 
-class NextScaleTransformer(nn.Module):
+class NextScaleTransformer(nn.Module, ABC):
     """The interface of the reference module of every family, as the scale loop drives it.
 
     Attributes:
@@ -161,13 +162,13 @@ class NextScaleTransformer(nn.Module):
 
     spec: ModelSpec
 
+    @abstractmethod
     def modulation(self, labels_G: Tensor) -> Modulation:
         """Return the values that depend on the labels of G rows alone; computed once per image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, scale: int, input_BLC: Tensor | None, mod: Modulation, cache: Cache) -> Tensor:
         """Logits [G, L_k, V] of one scale, whose input is None at scale 0; extends the cache."""
-        raise NotImplementedError
 
 
 class Transformer(NextScaleTransformer):

@@ -69,7 +69,7 @@ class GenerationInputs(NamedTuple):
 
     @property
     def conditions(self) -> list[int]:
-        """What a scale loop takes."""
+        """The labels, as `ScaleLoop.run` takes them."""
         return self.labels
 
 

@@ -223,8 +223,8 @@ def trace_text_generation(
 
 
 def _condition_arrays(transformer: InfinityTransformer, condition: TextCondition) -> Arrays:
-    """What the condition graphs make, for all rows: first input, modulation [G, 6N + 2, C] with the
-    ones already added, keys and values of the text."""
+    """Return the outputs of the condition graphs for all rows: first input, modulation
+    [G, 6N + 2, C] with the ones already added, keys and values of the text."""
     blocks = torch.cat([m.squeeze(2) for m in condition.blocks])
     ones = torch.tensor([0.0, 0, 1, 1, 0, 0] * len(condition.blocks) + [1, 0]).view(-1, 1, 1)
     table = torch.cat((blocks, condition.head.squeeze(2))) + ones

@@ -1,4 +1,4 @@
-"""What a process loads before its first image."""
+"""Which modules a command imports, and which it must not."""
 
 from __future__ import annotations
 

@@ -185,8 +185,8 @@ RUNTIME = ("precision", "layout", "backend", "threads", "cuda_graph")
 
 
 def load_options(command: Command) -> Command:
-    """Those of `runtime_options`, and --check, as a `RuntimeConfig`: for a command that loads the
-    bundle itself."""
+    """Add the options of `runtime_options` and --check, as a `RuntimeConfig`, for a command that
+    loads the bundle itself."""
     check = click.option(
         "--check",
         type=click.Choice(CHECKS),

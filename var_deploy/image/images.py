@@ -205,8 +205,8 @@ def _from_exif(exif: Image.Exif) -> dict[str, str]:
 
 
 def prompt_text(prompts: Sequence[str]) -> str:
-    """What a file says of the prompts of its images: the prompt, or a JSON list of one per image
-    where they differ."""
+    """Return the text of a file about its images' prompts: the prompt, or a JSON list with one per
+    image where they differ."""
     same = len(set(prompts)) == 1
     return prompts[0] if same else json.dumps(list(prompts), ensure_ascii=False)
 
