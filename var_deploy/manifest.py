@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef, graph_ref
 from var_deploy.bundle.json_values import DamagedError, Value, read_json, shown
-from var_deploy.errors import BundleError, UsageError, one_line
+from var_deploy.errors import BundleChangedError, BundleError, UsageError, one_line
 from var_deploy.files import whole_file
 from var_deploy.files.held_files import HeldFile
 from var_deploy.sampling import BitSampling, Sampling
@@ -377,7 +377,8 @@ def check_hash(
     record: HashRecord | None = None,
 ) -> None:
     """Compare the content of an open file with its hash, and set its identity to the one that was
-    read. A hash of the record is taken as it is. Raises BundleError."""
+    read. A hash of the record is taken as it is. Raises BundleError, BundleChangedError where the
+    file keeps changing."""
     try:
         found = file.sha256(progress, record)
     except OSError as error:
@@ -385,7 +386,7 @@ def check_hash(
             f"{file.path} cannot be read ({error.strerror or error}); export the bundle again"
         ) from None
     if found is None:
-        raise BundleError(f"{file.path} changed while it was read; load the bundle again")
+        raise BundleChangedError(f"{file.path} changed while it was read; load the bundle again")
     digest, file.identity = found
     if digest != info.sha256:
         raise BundleError(

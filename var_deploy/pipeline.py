@@ -151,7 +151,7 @@ class Pipeline:
         """
         folder = Path(bundle)
 
-        def load() -> Pipeline:
+        def load(*, again: bool = False) -> Pipeline:
             manifest = read_manifest(folder)
             if digest not in (None, manifest.digest()):
                 raise BundleChangedError(
@@ -160,12 +160,12 @@ class Pipeline:
                 )
             text = find_text_encoder(folder, manifest, config, text_encoder, cores)
             choice = choose_backend(folder, manifest, config, cores=cores)
-            return cls.assemble(folder, manifest, choice, text)
+            return cls.assemble(folder, manifest, choice, text, check_first=again)
 
         try:
             return load()
         except BundleChangedError:
-            return load()
+            return load(again=True)
 
     @classmethod
     def assemble(
@@ -174,8 +174,13 @@ class Pipeline:
         manifest: Manifest,
         choice: Choice,
         text: PromptEncoder | None = None,
+        *,
+        check_first: bool = False,
     ) -> Pipeline:
         """What `open` does once the text encoder is found and a backend is chosen.
+
+        `check_first` hashes all files before the first graph is opened instead of meanwhile, which
+        takes longer and holds while other programs make hard links to the files.
 
         The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
         `load`; BundleChangedError where the bundle is no longer the one of the manifest.
@@ -188,7 +193,7 @@ class Pipeline:
         try:
             try:
                 if choice.reads_graphs:
-                    files.begin_check(check_weights)
+                    files.begin_check(check_weights, beside=not check_first)
             except BaseException:
                 backend.close()
                 raise

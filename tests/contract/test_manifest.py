@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from var_deploy import files, names
-from var_deploy.errors import BundleError
+from var_deploy.errors import BundleChangedError, BundleError
 from var_deploy.manifest import (
     SCHEMA_VERSION,
     FileInfo,
@@ -337,13 +337,39 @@ def test_a_listed_file_that_is_a_fifo(bundle: Path, hashes: bool) -> None:
         check_files(bundle, read_manifest(bundle), hashes=hashes)
 
 
-def test_a_file_that_changes_while_it_is_hashed(bundle: Path) -> None:
+def test_a_file_that_keeps_changing_while_it_is_hashed(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, content = os.read, (bundle / WEIGHTS).read_bytes()
+
+    def touch(file: int, most: int) -> bytes:
+        (bundle / WEIGHTS).write_bytes(content)
+        return read(file, most)
+
+    manifest = read_manifest(bundle)
+    monkeypatch.setattr(os, "read", touch)
+    with pytest.raises(BundleChangedError, match="changed while it was read"):
+        check_files(bundle, manifest, prefix=WEIGHTS)
+
+
+def test_a_file_that_changes_once_while_it_is_hashed(bundle: Path) -> None:
     def touch(count: int) -> None:
         (bundle / WEIGHTS).write_bytes(b"WEIGHTS")
 
-    manifest = read_manifest(bundle)
-    with pytest.raises(BundleError, match="changed while it was read"):
-        check_files(bundle, manifest, prefix=WEIGHTS, progress=touch)
+    with pytest.raises(BundleError, match="does not match its hash"):
+        check_files(bundle, read_manifest(bundle), prefix=WEIGHTS, progress=touch)
+
+
+def test_a_file_that_gets_a_hard_link_while_it_is_hashed(bundle: Path) -> None:
+    """Its times change and its content does not, so it is read once more."""
+    links = list[Path]()
+
+    def link(count: int) -> None:
+        links.append(bundle / f"link-{len(links)}")
+        os.link(bundle / WEIGHTS, links[-1])
+
+    check_files(bundle, read_manifest(bundle), prefix=WEIGHTS, progress=link)
+    assert links
 
 
 def test_a_write_right_after_a_hash_is_noticed(bundle: Path) -> None:

@@ -103,7 +103,7 @@ def test_tokens_of_the_published_encoder(
 EXPORT_AGAIN = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 from conftest import load_golden
 from var_deploy.export.bundle import ExportOptions, export_bundle
 options = ExportOptions(precisions=("fp32", "fp16"), batch=1)
@@ -116,7 +116,7 @@ def test_the_same_input_gives_the_same_bytes(
 ) -> None:
     first = hashes(golden_bundle("seeded-shared-aln"))
     subprocess.run(
-        [sys.executable, "-c", EXPORT_AGAIN, str(TESTS)],
+        [sys.executable, "-c", EXPORT_AGAIN, str(TESTS), str(TESTS.parent)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONHASHSEED": "99"},
         check=True,

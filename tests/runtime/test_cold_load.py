@@ -230,7 +230,12 @@ def test_weights_that_change_while_graphs_are_opened(
     damage(bundle)
     found = list[bytes]()
     loads, real = list[int](), BundleFiles.begin_check
-    monkeypatch.setattr(BundleFiles, "begin_check", lambda *rest: loads.append(1) or real(*rest))
+
+    def counted(*rest: Any, **how: Any) -> None:
+        loads.append(1)
+        real(*rest, **how)
+
+    monkeypatch.setattr(BundleFiles, "begin_check", counted)
     thread = threading.Thread(target=lambda: found.append(image(bundle)))
     thread.start()
     held.wait_for_sessions()
@@ -238,6 +243,29 @@ def test_weights_that_change_while_graphs_are_opened(
     held.go.set()
     thread.join(60)
     assert loads == [1, 1], "loaded once more, from the beginning"
+    assert found == [image(bundle)]
+
+
+def test_a_hard_link_that_is_made_while_graphs_are_opened(
+    bundle: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `var-deploy triton`: it changes the times of the file, and nothing that matters."""
+    found, loads, real = list[bytes](), list[bool](), BundleFiles.begin_check
+
+    def counted(files: BundleFiles, then: Any = None, *, beside: bool = True) -> None:
+        loads.append(beside)
+        real(files, then, beside=beside)
+        if not beside:
+            os.link(bundle / WEIGHTS, bundle.with_name("link-2"))
+
+    monkeypatch.setattr(BundleFiles, "begin_check", counted)
+    thread = threading.Thread(target=lambda: found.append(image(bundle)))
+    thread.start()
+    held.wait_for_sessions()
+    os.link(bundle / WEIGHTS, bundle.with_name("link-1"))
+    held.go.set()
+    thread.join(60)
+    assert loads == [True, False], "loaded once more, in the way that links do not disturb"
     assert found == [image(bundle)]
 
 

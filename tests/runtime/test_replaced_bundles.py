@@ -178,14 +178,14 @@ def test_a_bundle_that_was_there_for_a_moment_is_not_told_as_damage(
     shutil.copytree(two[1].bundle, other)
     original = BundleFiles.begin_check
 
-    def visited(files: BundleFiles, *arguments: Any) -> None:
+    def visited(files: BundleFiles, *arguments: Any, **how: Any) -> None:
         if moments:
-            return original(files, *arguments)
+            return original(files, *arguments, **how)
         moments.append("once")
         bundle.rename(away)
         other.rename(bundle)
         try:
-            original(files, *arguments)
+            original(files, *arguments, **how)
         finally:
             bundle.rename(other)
             away.rename(bundle)
@@ -246,8 +246,8 @@ def test_a_bundle_replaced_after_its_check_is_loaded_again(
 ) -> None:
     swaps, checked = [two[1]], BundleFiles.begin_check
 
-    def check_and_swap(files: BundleFiles, *args: Any) -> None:
-        checked(files, *args)
+    def check_and_swap(files: BundleFiles, *args: Any, **how: Any) -> None:
+        checked(files, *args, **how)
         if swaps:
             replace(bundle, swaps.pop().bundle)
 

@@ -111,11 +111,15 @@ class BundleFiles:
         self._open(progress)
         self._check_hashes(progress)
 
-    def begin_check(self, then: Callable[[BundleFiles], None] | None = None) -> None:
-        """Open every file of the precision, check the graphs, and begin to hash the large files in
-        a thread, so that graphs can be opened meanwhile: `verified` waits for the result.
+    def begin_check(
+        self, then: Callable[[BundleFiles], None] | None = None, *, beside: bool = True
+    ) -> None:
+        """Open every file of the precision, check the graphs, and hash the large files.
 
-        `then` is called in that thread once the hashes were compared. Raises BundleError.
+        `beside` does the latter in a thread, so that graphs can be opened meanwhile: `verified`
+        waits for the result, which is BundleChangedError where so much as a hard link was made in
+        between. Without, it is done when this returns. `then` is called once the hashes were
+        compared. Raises BundleError.
         """
         self._open(None)
         if not self._hashes:
@@ -127,13 +131,16 @@ class BundleFiles:
 
         def check() -> None:
             self._check_hashes(None)
-            if weights.identity != opened:
+            if beside and weights.identity != opened:
                 raise self._changed()
             if then is not None:
                 then(self)
             if self._record is not None:
                 self._record.save()
 
+        if not beside:
+            check()
+            return
         threads = ThreadPoolExecutor(1, thread_name_prefix="var-deploy-hashes")
         self._checking = threads.submit(check)
         threads.shutdown(wait=False)
@@ -362,7 +369,7 @@ class BundleFiles:
             return
         # a link made or a name removed changes the times as well, but not the content
         expected = self._manifest.files[self._weights_name].sha256
-        found = next(filter(None, (weights.sha256() for _ in range(3))), None)
+        found = weights.sha256()
         if not self._loaded and (found is None or found[0] != expected):
             raise self._changed()
         if found is None or found[0] != expected:

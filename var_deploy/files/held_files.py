@@ -24,6 +24,7 @@ CHUNK = 1 << 22
 # Two changes within one tick of a file system's clock leave the same time. The clocks of today's
 # tick every few milliseconds; where a time has no fraction of a second they may tick every two.
 FINE_TICK, COARSE_TICK = 0.05, 2.0
+TRIES = 3  # how often a file is read that changes meanwhile
 REMEMBERED = 4096  # hashes of files, so that a process reads no file twice without need
 
 # device, inode, size, time of the last write, time of the last change of any kind
@@ -107,11 +108,23 @@ class HeldFile:
         progress: Callable[[int], None] | None = None,
         record: HashRecord | None = None,
     ) -> tuple[str, Identity] | None:
-        """Return the hash of the content and its identity, None where the file changes meanwhile.
+        """Return the hash of the content and its identity, None where the file keeps changing.
 
-        A hash that this process knows is not computed again, nor one of the record, which learns
-        those that are computed. `progress` is called with bytes read.
+        A file that changes while it is read is read again: its times change with its content, but
+        also where another program makes a hard link to it or removes one. A hash that this process
+        knows is not computed again, nor one of the record, which learns those that are computed.
+        `progress` is called with bytes read.
         """
+        for attempt in range(TRIES):
+            found = self._sha256(None if attempt else progress, record)
+            if found is not None:
+                return found
+        return None
+
+    def _sha256(
+        self, progress: Callable[[int], None] | None, record: HashRecord | None
+    ) -> tuple[str, Identity] | None:
+        """Do what `sha256` does once."""
         before = self.settled()
         known = _hashes.get(before) or (record.sha256(before) if record else None)
         if known is not None:
