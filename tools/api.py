@@ -30,7 +30,7 @@ Made from the docstrings by `python -m tools.api`; examples are in
 scales, L_k the tokens of scale k.
 """
 METHODS = (
-    *("load", "generate", "edit", "vary", "encode", "decode"),
+    *("load", "generate", "__call__", "edit", "vary", "encode", "decode"),
     *("labels", "sizes", "describe", "cancel", "close"),
 )
 # (heading, what is imported, name, methods and properties that are shown)

@@ -23,6 +23,7 @@ from var_deploy.errors import BackendError, BundleChangedError, BundleError, Usa
 from var_deploy.image.images import grid_columns
 from var_deploy.image.pictures import Mask, Picture, frame_of, read_edit, read_pictures
 from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.runtime import diffusers_call
 from var_deploy.runtime.backends.choice import Choice, choose_backend
 from var_deploy.runtime.backends.protocol import Clock
 from var_deploy.runtime.calls import Call, Prompts, call_anew, call_of
@@ -34,13 +35,7 @@ from var_deploy.runtime.generation_options import (
 )
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.prompts import PromptEncoder, PromptRows
-from var_deploy.runtime.request import (
-    Batches,
-    Request,
-    ScaleEvent,
-    end_of,
-    to_uint8,
-)
+from var_deploy.runtime.request import Batches, Request, ScaleEvent, end_of, to_uint8
 from var_deploy.runtime.text_features import TextFeatures, find_text_encoder
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
@@ -267,6 +262,46 @@ class Pipeline:
         with self._running():
             images = self._generate(asked.request, options, end)
         return self._signed(images, asked, options)
+
+    @takes_generation_options
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        generator: diffusers_call.Generators | None = None,
+        seed: int | Sequence[int] = 0,
+        output_type: diffusers_call.OutputType = "pil",
+        **options: Unpack[GenerationOptions],
+    ) -> diffusers_call.PipelineOutput:
+        """`generate` in the words of diffusers: `pipe("a red star").images[0]` is a PIL image.
+
+        Args:
+            prompt, negative_prompt: of a text-to-image model.
+            class_labels: of a model with classes, numbers or names; none is an image without one.
+            num_images_per_prompt: images of each prompt or label, which stand in a row.
+            guidance_scale: instead of `cfg`, see `diffusers_call.cfg_of`; up to 1 is none.
+            generator: a `torch.Generator`, or one per image, whose seed is taken; else `seed`.
+            output_type: "pil" or "np".
+
+        The other arguments, the seeds of images and the errors are those of `generate`.
+        """
+        return diffusers_call.draw(
+            self.generate,
+            self.manifest,
+            options,
+            prompt=prompt,
+            class_labels=class_labels,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            seed=seed,
+            output_type=output_type,
+        )
 
     def draw(
         self,
