@@ -11,10 +11,12 @@ from typing import Any
 
 from var_deploy import names
 from var_deploy.config import AUTO, TENSORRT, TENSORRT_RTX, RuntimeConfig
-from var_deploy.errors import UsageError
+from var_deploy.errors import UsageError, one_line
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.prompts import PromptEncoder, PromptRows
 from var_deploy.spec import TextModelSpec
+
+MOST_LISTED, LONGEST_LISTED = 10, 40  # words, and characters of a word, in a remark
 
 
 class TextFeatures:
@@ -56,13 +58,18 @@ class TextFeatures:
             )
         return self._encoder
 
-    def truncations(self, prompts: Sequence[str]) -> list[str]:
-        """Return where prompts are cut off, see `Pipeline.truncations`."""
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Return what there is to say of prompts, see `Pipeline.remarks`."""
         if self._encoder is None:
             return []
         length, encoder = self._length(), self._encoder
-        found = (encoder.tokenize(prompt, length) for prompt in dict.fromkeys(prompts))
-        return [tokens.truncation for tokens in found if tokens.truncation]
+        found = [encoder.tokenize(prompt, length) for prompt in dict.fromkeys(prompts)]
+        lines = [tokens.truncation for tokens in found if tokens.truncation]
+        unknown = dict.fromkeys(word for tokens in found for word in tokens.unknown)
+        if unknown:
+            name = self._manifest.preset or "the text encoder"
+            lines.append(f"{name} does not know: {_listed(list(unknown))}")
+        return lines
 
     def close(self) -> None:
         """Release the text encoder; safe to call twice."""
@@ -76,6 +83,13 @@ class TextFeatures:
             return model.transformer.text_length
         takes = "labels" if model.transformer.conditional else "no condition"
         raise UsageError(f"this bundle takes {takes}, not prompts")
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Return words as one line: the first MOST_LISTED of them, and how many there are besides."""
+    first = ", ".join(one_line(ValueError(word[:LONGEST_LISTED])) for word in words[:MOST_LISTED])
+    rest = len(words) - MOST_LISTED
+    return f"{first} and {rest} more" if rest > 0 else first
 
 
 def find_text_encoder(

@@ -459,12 +459,10 @@ class Pipeline:
         if self.manifest.takes_text:
             self._text.found()
 
-    def truncations(self, prompts: Sequence[str]) -> list[str]:
-        """One line for each prompt that is longer than the bundle takes: where it is cut off.
-
-        Raises as `generate` for prompts.
-        """
-        return self._text.truncations(prompts)
+    def remarks(self, prompts: Sequence[str]) -> list[str]:
+        """Say, in a line each, which prompts are cut off and where, and which words the text
+        encoder does not know. Raises as `generate` for prompts."""
+        return self._text.remarks(prompts)
 
     @property
     def labels(self) -> tuple[str, ...]:

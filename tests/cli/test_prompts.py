@@ -15,7 +15,7 @@ from cli_steps import done, pixels, refused, run
 from var_deploy.image.images import read_settings
 from var_deploy.pipeline import Pipeline
 
-FOX = "a red fox in the snow"
+DEER = "a red deer in the snow"
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +24,28 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_image_of_a_prompt_and_what_its_file_says(bundle: Path, tmp_path: Path) -> None:
-    out = tmp_path / "fox.png"
-    done("generate", bundle, "--prompt", FOX, "--negative", "fog", "--seed", 5, "--out", out)
+    out = tmp_path / "deer.png"
+    done("generate", bundle, "--prompt", DEER, "--negative", "fog", "--seed", 5, "--out", out)
     assert pixels(out).shape == (HEIGHT, WIDTH, 3)
     text = read_settings(out)
-    assert (text["prompt"], text["negative"], text["seed"]) == (FOX, "fog", "5")
+    assert (text["prompt"], text["negative"], text["seed"]) == (DEER, "fog", "5")
     assert not {"labels", "top_k"} & text.keys()
     with Pipeline.load(bundle) as pipe:
-        images = pipe.generate(prompts=[FOX], negative="fog", seed=5)
-        other = pipe.generate(prompts=[FOX], seed=5)
+        images = pipe.generate(prompts=[DEER], negative="fog", seed=5)
+        other = pipe.generate(prompts=[DEER], seed=5)
     np.testing.assert_array_equal(images[0], pixels(out))
     assert (other[0] != images[0]).any(), "the negative prompt matters"
 
 
 def test_a_series_and_its_tiles(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text(f"{FOX}\n\na boat\n", encoding="utf-8")
+    file.write_text(f"{DEER}\n\na boat\n", encoding="utf-8")
     printed = done(
         "generate", bundle, "--prompts", file, "--count", 4, "--seed", 3, "--cfg", "1:4",
         "--out", tmp_path / "all", "--json",
     )
     settings = json.loads(printed.stdout)["settings"]
-    assert settings["prompt"] == [FOX, "a boat"] * 2
+    assert settings["prompt"] == [DEER, "a boat"] * 2
     assert settings["seed"] == [3, 4, 5, 6]
     names = sorted(path.name for path in (tmp_path / "all").iterdir())
     assert names[1] == "001_a-boat.png"
@@ -61,7 +61,7 @@ def test_a_series_and_its_tiles(bundle: Path, tmp_path: Path) -> None:
 def test_previews_and_deadlines(bundle: Path, tmp_path: Path) -> None:
     strip = tmp_path / "strip.png"
     done(
-        "generate", bundle, "--prompt", FOX, "--preview", strip, "--deadline", 600,
+        "generate", bundle, "--prompt", DEER, "--preview", strip, "--deadline", 600,
         "--out", tmp_path / "x.png",
     )
     with Image.open(strip) as image:
@@ -75,16 +75,30 @@ def test_a_long_prompt_is_cut_off_and_said_so(bundle: Path, tmp_path: Path) -> N
     assert f"takes {TEXT_LENGTH}" in result.stderr
 
 
+def test_words_that_the_text_encoder_lacks_are_told(bundle: Path, tmp_path: Path) -> None:
+    """The golden tokenizer has no piece for an x."""
+    words = ("--prompt", "a red fox", "--negative", "a box", "--out", tmp_path / "x.png")
+    told = "the text encoder does not know: fox, box"
+    result = run("generate", bundle, *words)
+    assert result.exit_code == 0 and told in result.stderr
+    result = run("generate", bundle, *words, "--json")
+    assert json.loads(result.stdout)["remarks"] == [told] and not result.stderr
+    many = " ".join(f"{n}x" for n in range(12))
+    assert "8x, 9x and 3 more" in run("generate", bundle, "--prompt", many, *words[2:]).stderr
+
+
 @pytest.mark.parametrize(
     "prompt", ["", "\u0442\u0438\u0433\u0440", "</s><extra_id_3>", "a\tb\x07c"]
 )
 def test_odd_prompts_are_drawn(bundle: Path, tmp_path: Path, prompt: str) -> None:
-    done("generate", bundle, "--prompt", prompt, "--out", tmp_path / "x.png")
+    result = run("generate", bundle, "--prompt", prompt, "--out", tmp_path / "x.png")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("\n") == ("not know" in result.stderr), "one line at most"
 
 
 def test_edit_and_reconstruct(bundle: Path, tmp_path: Path) -> None:
     picture, out = tmp_path / "picture.png", tmp_path / "edit.png"
-    done("generate", bundle, "--prompt", FOX, "--out", picture)
+    done("generate", bundle, "--prompt", DEER, "--out", picture)
     box = f"0,0,{WIDTH // 2},{HEIGHT}"
     done(
         "edit", bundle, picture, "--box", box, "--prompt", "a boat", "--keep-pixels", "--seed", 9,
@@ -107,12 +121,12 @@ def test_the_wrong_condition(bundle: Path, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     refused(2, "generate", bundle, "--labels", "1", "--out", out, parts=("prompts, not labels",))
     refused(2, "generate", bundle, "--out", out, parts=('--prompt "…"',))
-    refused(2, "generate", made, "--prompt", FOX, "--out", out, parts=("takes labels",))
+    refused(2, "generate", made, "--prompt", DEER, "--out", out, parts=("takes labels",))
     refused(
-        2, "generate", bundle, "--prompt", FOX, "--top-k", "5", "--out", out, parts=("top_p",)
+        2, "generate", bundle, "--prompt", DEER, "--top-k", "5", "--out", out, parts=("top_p",)
     )
     refused(
-        2, "generate", bundle, "--prompt", FOX, "--prompt", "boat", "--count", 1, "--out", out,
+        2, "generate", bundle, "--prompt", DEER, "--prompt", "boat", "--count", 1, "--out", out,
         parts=("2 prompts for 1 image",),
     )
     refused(2, "generate", bundle, "--prompts", tmp_path / "no", "--out", out, parts=("--prompts",))
@@ -121,12 +135,12 @@ def test_the_wrong_condition(bundle: Path, made: Path, tmp_path: Path) -> None:
 def test_a_text_encoder_that_is_not_there_or_another(bundle: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(bundle, tmp_path / "alone"))
     out = tmp_path / "x.png"
-    refused(2, "generate", alone, "--prompt", FOX, "--out", out, parts=("--text-encoder",))
+    refused(2, "generate", alone, "--prompt", DEER, "--out", out, parts=("--text-encoder",))
     place = bundle.parent / "t5"
-    done("generate", alone, "--prompt", FOX, "--text-encoder", place, "--out", out)
+    done("generate", alone, "--prompt", DEER, "--text-encoder", place, "--out", out)
     other = Path(shutil.copytree(place, tmp_path / "other"))
     (other / "tokenizer.json").write_bytes((place / "tokenizer.json").read_bytes() + b" ")
-    refused(1, "generate", alone, "--prompt", FOX, "--text-encoder", other, "--out", out)
+    refused(1, "generate", alone, "--prompt", DEER, "--text-encoder", other, "--out", out)
 
 
 def test_inspect_names_what_it_takes(bundle: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import t5_case
 from var_deploy.errors import BackendError, BundleError, UsageError, VarDeployError
 from var_deploy.host.installation import pip_install
 from var_deploy.text import tokenizer_json
@@ -39,6 +40,28 @@ def test_the_published_encodings(number: int, tokenize: PromptTokenizer) -> None
     assert not found.ids[~found.mask].any()
     assert found.length == found.tokens == len(case["ids"])
     assert found.truncation == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a red fo", ()),
+        ("a red fox, zeppe", ("fox",)),
+        ("你好! 🦊 fox and fox", ("你好", "🦊", "fox")),
+        ("fo🦊", ("🦊",)),
+        ("", ()),
+    ],
+)
+def test_words_that_the_vocabulary_lacks(prompt: str, unknown: tuple[str, ...]) -> None:
+    """The golden tokenizer has no piece for an x alone."""
+    assert PromptTokenizer(t5_case.TOKENIZER_JSON, 32)(prompt).unknown == unknown
+
+
+def test_a_vocabulary_without_an_unknown_token_knows_everything() -> None:
+    data = json.loads(t5_case.TOKENIZER_JSON)
+    data["model"]["unk_id"] = None
+    tokenizer = PromptTokenizer(json.dumps(data).encode(), 32)
+    assert tokenizer("a red fo").unknown == ()
 
 
 def test_truncation_keeps_the_end_token() -> None:

@@ -130,7 +130,7 @@ def edit(
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
-            cut = pipe.truncations([*texts, prompts.negative or ""]) if texts else []
+            remarks = pipe.remarks([*texts, prompts.negative or ""]) if texts else []
             images = pipe.edit(
                 prepared.pixels[0],
                 prepared.new,
@@ -162,10 +162,11 @@ def edit(
 
     if as_json:
         done = {"out": str(target.path), "count": len(seeds), "seconds": round(seconds, 3)}
+        told = {"remarks": remarks} if texts else {}
         settled = drawn.settings(written)
-        target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
+        target.tell_json({**done, **told, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
-        for line in cut:
+        for line in remarks:
             say(line, err=True)
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
 

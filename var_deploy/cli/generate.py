@@ -168,7 +168,7 @@ def generate(
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
-            cut = pipe.truncations([*wanted_texts, prompts.negative or ""]) if texts else []
+            remarks = pipe.remarks([*wanted_texts, prompts.negative or ""]) if texts else []
             how = pipe.describe()
             images: Any
             what: dict[str, Any] = {}
@@ -213,10 +213,12 @@ def generate(
         done: dict[str, Any] = {**files, "count": count, "seconds": round(seconds, 3)}
         if drawn.scales_done is not None:
             done["scales_done"] = drawn.scales_done
+        if texts:
+            done["remarks"] = remarks
         settled = drawn.settings(written)
         target.tell_json({**done, "settings": settled, "runtime": runtime_json(how)})
     elif not quiet:
-        for line in cut:
+        for line in remarks:
             say(line, err=True)
         target.tell(f"wrote {target} ({drawn}, {seconds:.1f} s)")
         for path in list(files.values())[1:]:

@@ -8,6 +8,9 @@ features in both programs. Such a token is a position of the text like any other
 
 from __future__ import annotations
 
+import bisect
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ from var_deploy.text.tokenizer_json import check_tokenizer_json
 PADDING, END = 0, "</s>"
 MAX_CHARACTERS = 20_000  # of a prompt; no released model reads more than 512 tokens
 MAX_LENGTH = 4096  # most tokens that a text encoder takes
+WORDS = re.compile(r"\w+|[^\w\s]+")
 ENDING = 24  # characters of the place at which a prompt is cut off, in the message
 
 
@@ -35,6 +39,8 @@ class TokenizedPrompt:
         length: tokens that are used, `</s>` included: at least 1, at most S.
         tokens: tokens of the whole prompt, `</s>` included.
         truncation: one line that says where the prompt was cut off; "" where it was not.
+        unknown: words of the prompt that hold a character or a piece which the vocabulary lacks,
+            in their order; the model reads each as "something".
     """
 
     ids: NDArray[np.int64]
@@ -42,6 +48,7 @@ class TokenizedPrompt:
     length: int
     tokens: int
     truncation: str
+    unknown: tuple[str, ...] = ()
 
 
 class PromptTokenizer:
@@ -68,8 +75,9 @@ class PromptTokenizer:
                 f"tokenizers is not installed; run {pip_install('text', 'tokenizers')}"
             ) from None
         checked = check_tokenizer_json(tokenizer_json)
+        self._unknown = checked.unknown
         try:
-            self._tokenizer: Any = Tokenizer.from_str(checked)
+            self._tokenizer: Any = Tokenizer.from_str(checked.json)
             ids = self._tokenizer.get_vocab(with_added_tokens=True)
             end = self._tokenizer.token_to_id(END)
             alone = self._tokenizer.encode("").ids
@@ -117,7 +125,18 @@ class PromptTokenizer:
             length=length,
             tokens=len(found),
             truncation=truncation,
+            unknown=tuple(dict.fromkeys(self._unknown_words(prompt, encoded))),
         )
+
+    def _unknown_words(self, prompt: str, encoded: Any) -> Iterator[str]:
+        """Yield the words, and the signs between them, that hold an unknown token."""
+        tokens = zip(encoded.ids, encoded.offsets, strict=True)
+        spans = [span for token, span in tokens if token == self._unknown]
+        ends = [end for _, end in spans]
+        for word in WORDS.finditer(prompt):
+            nearest = bisect.bisect_right(ends, word.start())  # ends behind it
+            if nearest < len(spans) and spans[nearest][0] < word.end():
+                yield word.group()
 
 
 def check_prompt(prompt: object) -> None:

@@ -12,6 +12,7 @@ import base64
 import binascii
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from var_deploy.bundle.json_values import DamagedError, Value, parse_json, shown
@@ -33,8 +34,21 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _SPACES = " {2,}"  # the one regular expression that converters of SentencePiece models write
 
 
-def check_tokenizer_json(data: bytes) -> str:
-    """Return the checked tokenizer as JSON for `Tokenizer.from_str`.
+@dataclass(frozen=True, kw_only=True)
+class CheckedTokenizer:
+    """A tokenizer that passed.
+
+    Attributes:
+        json: for `Tokenizer.from_str`.
+        unknown: id of the token that stands for what the vocabulary lacks, or None.
+    """
+
+    json: str
+    unknown: int | None
+
+
+def check_tokenizer_json(data: bytes) -> CheckedTokenizer:
+    """Return the checked tokenizer.
 
     Parts that are not used here (truncation, padding, decoder) are left out, so exactly what was
     checked is what the library reads. Raises BundleError, one line.
@@ -42,11 +56,14 @@ def check_tokenizer_json(data: bytes) -> str:
     if len(data) > MAX_BYTES:
         raise BundleError(f"tokenizer.json has {len(data)} bytes, at most {MAX_BYTES} are expected")
     try:
-        return json.dumps(_tokenizer(Value(parse_json(data))), ensure_ascii=False)
+        checked = _tokenizer(Value(parse_json(data)))
     except DamagedError as error:
         raise BundleError(f"tokenizer.json is not a T5 tokenizer: {error}") from None
     except ValueError as error:
         raise BundleError(f"tokenizer.json is not JSON: {error}") from None
+    return CheckedTokenizer(
+        json=json.dumps(checked, ensure_ascii=False), unknown=checked["model"]["unk_id"]
+    )
 
 
 def _tokenizer(data: Value) -> dict[str, Any]:
