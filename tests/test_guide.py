@@ -165,7 +165,7 @@ class Walk:
     def _python(self, block: Block) -> None:
         if self.from_nothing:
             ran = self._bash(f"python - <<'EOF'\n{block.text}EOF")
-            _, complaints = ran.communicate(timeout=300)
+            _, complaints = ran.communicate(timeout=900)
             assert (ran.returncode, complaints) == (0, ""), f"{block}:\n{complaints}"
             return
         here = Path.cwd()
@@ -184,7 +184,7 @@ class Walk:
             self.address = re.findall(r"http://[\d.:]+", printed)[0]
         else:
             ran = self._bash(script.replace(ADDRESS, self.address))
-            printed, complaints = ran.communicate(timeout=300)
+            printed, complaints = ran.communicate(timeout=900)
             assert ran.returncode == 0, f"{block}:\n{complaints}"
             # pip and the tools that build a wheel warn of what is theirs
             assert not complaints or re.search(r"^(pip|make) ", script, re.M), complaints
