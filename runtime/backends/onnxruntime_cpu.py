@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from var_deploy.bundle.files import GraphFile
+from var_deploy.config import CPU
 from var_deploy.errors import BackendError, one_line
 from var_deploy.host.installation import pip_install
 from var_deploy.host.machine import (
@@ -102,7 +103,7 @@ class OrtCpuBackend(HostMemory):
     Raises BackendError where onnxruntime is not installed, UsageError for threads out of range.
     """
 
-    name = "onnxruntime-cpu"
+    name = CPU
 
     def __init__(self, threads: int | None = None) -> None:
         threads = check_threads(threads, machine=Machine())

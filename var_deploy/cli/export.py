@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -22,6 +22,7 @@ from var_deploy.cli.options import (
     report_options,
 )
 from var_deploy.cli.outputs import OUTPUT
+from var_deploy.config import LAYOUT_SETS, LayoutSet, Precision
 from var_deploy.errors import UsageError
 from var_deploy.files.paths import utf8_path
 from var_deploy.labels.class_names import read_class_names
@@ -78,7 +79,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 )
 @click.option(
     "--layout",
-    type=click.Choice(["both", "per-scale", "shared"]),
+    type=click.Choice(LAYOUT_SETS),
     default="both",
     show_default=True,
     help="One graph a scale, one for all scales, or both over the same weights.",
@@ -124,11 +125,11 @@ def export(
     out: Path,
     weights: CheckpointOptions,
     random_weights: int | None,
-    precision: tuple[Literal["fp32", "fp16", "int8"], ...],
+    precision: tuple[Precision, ...],
     batch: int,
     guidance: bool | None,
     more_smooth: bool,
-    layout: Literal["both", "per-scale", "shared"],
+    layout: LayoutSet,
     calibration: int | None,
     class_names: Path | None,
     resolution: str | None,
@@ -245,7 +246,7 @@ def _text_encoder(
     given: Path | None,
     model: Any,
     out: Path,
-    precisions: tuple[Literal["fp32", "fp16", "int8"], ...],
+    precisions: tuple[Precision, ...],
     random_weights: int | None,
     force: bool,
     progress: Any,

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from var_deploy.config import TENSORRT, TENSORRT_RTX
 from var_deploy.device_check.bundle_check import NO_GPU, BundleCheck, Here
 from var_deploy.device_check.measure import BUDGET
 from var_deploy.device_check.report import DeviceReport, Found, NotRunError, latency_table
@@ -345,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--library",
-        choices=("tensorrt", "tensorrt_rtx"),
+        choices=(TENSORRT, TENSORRT_RTX),
         help="which TensorRT (default: the one that is installed)",
     )
     parser.add_argument(
