@@ -209,8 +209,8 @@ def _settle(
         raise
     if ahead is not None and not library.is_rtx:
         raise UsageError(
-            f"--compute-capability is for {TENSORRT_RTX} alone: {TENSORRT} builds for the device it "
-            "runs on"
+            f"--compute-capability is for {TENSORRT_RTX} alone: {TENSORRT} builds for the device "
+            "it runs on"
         )
     if library.is_rtx:
         device = ANY_DEVICE
