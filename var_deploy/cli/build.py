@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     type=click.Choice([AUTO, "shared", "per-scale", "both"]),
     default=AUTO,
     show_default=True,
-    help="One engine for all scales, which holds the weights once, or one a scale.",
+    help="One engine for all scales, which holds the weights once, or one per scale.",
 )
 @click.option(
     "--workspace",

@@ -1,4 +1,4 @@
-"""`var-deploy edit`: a part of an image drawn anew."""
+"""`var-deploy edit`: inpaints a part of an image, or continues it outside of a box."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from var_deploy.sampling import image_seeds, parse_seeds
 )
 @count_option(
     type=click.IntRange(1),
-    show_default="one a seed",
+    show_default="one per seed",
     help="Images.",
 )
 @click.option(

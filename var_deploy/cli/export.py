@@ -64,7 +64,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     type=click.IntRange(1, MOST_BATCH),
     default=1,
     show_default=True,
-    help="Images a launch; fixed in the graphs.",
+    help="Images per launch; fixed in the graphs.",
 )
 @click.option(
     "--guidance/--no-guidance",
@@ -75,14 +75,14 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 @click.option(
     "--more-smooth",
     is_flag=True,
-    help="Mix codes as the published more_smooth does: softer images, for the eye alone.",
+    help="Mix codes as the published more_smooth does: smoother images; worsens FID.",
 )
 @click.option(
     "--layout",
     type=click.Choice(LAYOUT_SETS),
     default="both",
     show_default=True,
-    help="One graph a scale, one for all scales, or both over the same weights.",
+    help="One graph per scale, one for all scales, or both over the same weights.",
 )
 @click.option(
     "--calibration",

@@ -60,7 +60,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 )
 @prompt_options()
 @count_option(
-    type=click.IntRange(1), show_default="one a label, prompt or seed", help="Images."
+    type=click.IntRange(1), show_default="one per label, prompt or seed", help="Images."
 )
 @click.option(
     "--seed",
@@ -78,10 +78,10 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     "--preview",
     type=OUTPUT,
     metavar="FILE",
-    help="How they appear: a row an image, a column a scale.",
+    help="Strip of previews: a row per image, a column per scale.",
 )
 @click.option(
-    "--gif", type=OUTPUT, metavar="FILE.gif", help="The same, moving."
+    "--gif", type=OUTPUT, metavar="FILE.gif", help="The previews as a moving image."
 )
 @click.option(
     "--deadline",
@@ -290,7 +290,7 @@ def _story(
 
 
 def _deadline(seconds: float) -> float:
-    """The same, once it is sure that it is one."""
+    """Return `seconds` after validating that it is a positive number."""
     from var_deploy.runtime.request import end_of
 
     end_of(seconds)

@@ -136,9 +136,9 @@ def sample(
     """Make a labelled set of images in shards, such as the 50 000 that FID needs.
 
     A shard is a file of PNGs, with label and seed beside each. Image n has label n mod classes,
-    and depends on --seed, n and the settings alone: the set is the same whoever makes which
-    shard. After Ctrl-C or a failure the same command makes what is missing. Several processes,
-    on machines that share the folder, take a part each with --shards; --ray has a cluster draw
+    and depends on --seed, n and the settings alone: the set is the same whichever process makes
+    a shard. After Ctrl-C or a failure the same command makes what is missing. Several processes,
+    on machines that share the folder, take a part each with --shards; --ray has a cluster generate
     all of them.
 
     \b

@@ -1,4 +1,4 @@
-"""`var-deploy serve`: images over HTTP."""
+"""`var-deploy serve`: runs the HTTP service."""
 
 from __future__ import annotations
 

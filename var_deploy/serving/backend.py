@@ -127,7 +127,7 @@ class Backend(Protocol):
         ...
 
     def draw(self, work: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Generate images: yields Queued, ScaleDone after each scale with `work.previews`, then Drawn.
+        """Generate images: yields Queued, ScaleDone per scale with `work.previews`, then Drawn.
 
         Closing the generator withdraws the request, and stops a batch that no other client waits
         for. Raises RefusedError, and the errors of `Pipeline.draw`.

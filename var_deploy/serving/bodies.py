@@ -49,7 +49,7 @@ class BodiesFullError(RefusedError):
 
 
 class Body:
-    """The bytes of one body. Large ones are in pages of their own, which `close` returns at once."""
+    """The bytes of one body. Large ones are in pages of their own, which `close` returns."""
 
     def __init__(self, small: int, limit: int) -> None:
         self._small, self._limit, self._length = small, limit, 0
@@ -217,7 +217,7 @@ class _Pairs(list[tuple[str, Any]]):
 
 def _outline(body: Body, limit: int) -> tuple[bytearray, dict[str, EncodedText]]:
     """The body with a short name in place of every long text, and these texts by their names."""
-    mark = f"text-{secrets.token_hex(8)}-"  # which nobody can have sent
+    mark = f"text-{secrets.token_hex(8)}-"  # random, so that no client can have sent it
     outline, long = bytearray(), dict[str, EncodedText]()
     kept = end = 0  # up to where the body is copied; up to where it is looked at
     for _ in range(limit):
