@@ -138,7 +138,7 @@ def _look_around(report: DeviceReport, options: Options, machine: Machine) -> He
     report.step("GPU", partial(_find_gpu, here))
     report.step("TensorRT", partial(_find_tensorrt, here, options.library))
     here.low_memory = options.low_memory
-    report.step("rates", partial(_rates, here, machine))
+    report.step("rates", partial(find_rates, here, machine))
     return here
 
 
@@ -168,8 +168,8 @@ def _find_tensorrt(here: Here, wanted: str | None) -> Found:
     return Found(result=found, headline=f"{library.name} {library.version}")
 
 
-def _rates(here: Here, machine: Machine) -> Found:
-    """Rates of this machine: measured by PyTorch where possible, else the published ones."""
+def find_rates(here: Here, machine: Machine) -> Found:
+    """Find the rates of this machine: measured by PyTorch where possible, else published."""
     try:
         device = find_device("this", machine)
     except UsageError as error:
@@ -180,7 +180,7 @@ def _rates(here: Here, machine: Machine) -> Found:
     try:
         if not here.gpu:
             raise NotRunError(NO_GPU)
-        _, measured = _ask_pytorch("--rates")
+        _, measured = ask_pytorch("--rates")
         here.device = dataclasses.replace(
             device,
             bandwidth=float(measured["bandwidth"]),
@@ -214,7 +214,7 @@ def _rates_of(device: Device) -> dict[str, float]:
 # PyTorch, in a process of its own
 
 
-def _ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
+def ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
     """Run the program PEERS and return its lines; after a time-out the last one is a problem.
 
     Raises NotRunError where PyTorch or its CUDA is missing, BackendError where it fails.
@@ -253,7 +253,7 @@ def _peers(bundle: Path, check: BundleCheck, here: Here, options: Options) -> Fo
         raise NotRunError("left out, as asked for")
     if not here.gpu:
         raise NotRunError(NO_GPU)
-    about, *rows = _ask_pytorch(str(bundle))
+    about, *rows = ask_pytorch(str(bundle))
     ours, told = check.best(), []
     for row in rows:
         if "median_ms" not in row:
@@ -271,7 +271,7 @@ def _peers(bundle: Path, check: BundleCheck, here: Here, options: Options) -> Fo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 without failures, 1 after a failed step, 2 for bad usage, 130 after Ctrl-C."""
     open_standard_streams()
-    parser = _parser()
+    parser = argument_parser()
     given = parser.parse_args(arguments)
     try:
         report = check_device(
@@ -315,7 +315,8 @@ def _default_bundle() -> Path:
     return DEFAULT_BUNDLE
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the program's options."""
     parser = argparse.ArgumentParser(
         prog="python -m var_deploy.device_check",
         description="Build, compare and time bundles on this machine's GPU, and write a report.",
