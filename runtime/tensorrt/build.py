@@ -27,7 +27,7 @@ from var_deploy.planning.selection import choose_layout
 from var_deploy.progress import Progress
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
-from var_deploy.runtime.tensorrt.job import Job, open_folder, run_in_child, run_job
+from var_deploy.runtime.tensorrt.job import BuildJob, open_folder, run_in_child, run_job
 from var_deploy.runtime.tensorrt.library import Library, load_library
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
 from var_deploy.runtime.weights_check import check_weights
@@ -148,7 +148,7 @@ def build_bundle(
     wanted = [g for g in graphs if force or not _finished(folder, g, keys[g])]
     _check_disk(folder, manifest, precision, wanted)
     for number, graph in enumerate(wanted):
-        job = Job(
+        job = BuildJob(
             bundle=bundle,
             graph=graph,
             precision=precision,

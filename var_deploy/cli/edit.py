@@ -21,7 +21,13 @@ from var_deploy.cli.options import (
     report_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels, runtime_json
+from var_deploy.cli.outputs import (
+    GeneratedImages,
+    check_at_once,
+    image_target,
+    known_labels,
+    runtime_json,
+)
 from var_deploy.cli.prompts import PromptOptions, prompt_options
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -150,7 +156,7 @@ def edit(
     text |= {"box": box.strip()} if box is not None else {"mask": mask.name if mask else ""}
     text |= {"outside": "yes"} if outside else {}
     text |= {"keep_pixels": "yes"} if keep_pixels else {}
-    drawn = Drawn(
+    drawn = GeneratedImages(
         manifest=manifest,
         images=images,
         labels=[chosen] * len(seeds),

@@ -25,7 +25,7 @@ from var_deploy.cli.options import (
 )
 from var_deploy.cli.outputs import (
     OUTPUT,
-    Drawn,
+    GeneratedImages,
     check_at_once,
     check_files,
     image_file,
@@ -186,7 +186,7 @@ def generate(
                     on_progress=progress.images(count),
                     **watched,
                 )
-            drawn = Drawn(
+            drawn = GeneratedImages(
                 manifest=manifest,
                 images=images,
                 labels=wanted,

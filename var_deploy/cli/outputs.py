@@ -147,7 +147,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class GeneratedImages:
     """Generated images with the values that their files record.
 
     Attributes:

@@ -31,7 +31,7 @@ from var_deploy.errors import BackendError, UsageError, VarDeployError, one_line
 from var_deploy.host.doctor import examine
 from var_deploy.host.installation import module_command, pip_command
 from var_deploy.host.machine import Machine
-from var_deploy.host.terminal import open_standard_streams, visible
+from var_deploy.host.terminal import INTERRUPTED, open_standard_streams, visible
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.runtime.backends.cuda import Cuda
 from var_deploy.runtime.tensorrt.library import load_library
@@ -41,7 +41,6 @@ DEFAULT_OUT = Path("device-report.json")
 # run as a program, since it needs PyTorch, which this package must not import
 PEERS = "var_deploy.export.baselines.torch_peers"
 PEER_SECONDS = 1200.0
-INTERRUPTED = 130  # what shells report for Ctrl-C
 SHOWN = ("system", "board", "JetPack", "power mode", "CUDA", "onnxruntime")
 
 
