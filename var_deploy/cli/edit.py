@@ -49,14 +49,14 @@ from var_deploy.sampling import image_seeds, parse_seeds
     "is not 0), or where it is transparent.",
 )
 @click.option("--box", metavar="X0,Y0,X1,Y1", help="New from (X0, Y0) up to (X1, Y1), in pixels.")
-@click.option("--outside", is_flag=True, help="Draw what lies outside of the mask or box.")
+@click.option("--outside", is_flag=True, help="Generate the part outside of the mask or box.")
 @label_option(
     "--label",
     "--labels",
     how="give it once, with one class",
     metavar="NAME",
     show_default="none: what is around decides",
-    help="What to draw there: a name, a number, or none.",
+    help="What to generate there: a name, a number, or none.",
 )
 @prompt_options(one=True)
 @click.option(
@@ -101,7 +101,7 @@ def edit(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Draw a part of IMAGE anew: fill a hole, change a thing, or go on outside of a box.
+    """Inpaint a part of IMAGE: fill a hole, change a thing, or continue it outside of a box.
 
     Tokens stay where the mask leaves at least half of their area, so the rest is kept as the
     tokenizer reconstructs it, and near the edge it changes a little; --keep-pixels puts it back as

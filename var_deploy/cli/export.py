@@ -46,7 +46,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     "--random-weights",
     type=click.IntRange(0, MAX_SEED),
     metavar="SEED",
-    help="Draw the weights of a preset instead of loading them, for benchmarks.",
+    help="Generate random weights for a preset instead of loading them, for benchmarks.",
 )
 @click.option(
     "--precision",

@@ -226,8 +226,8 @@ def generate(
 
 
 class _OneByOne:
-    """Images [N, H, W, C] that are drawn batch by batch while somebody goes through them: more of
-    them than are kept in memory. They are those that one call would give."""
+    """Images [N, H, W, C] that are generated batch by batch during iteration, for more of them
+    than memory should hold. They equal those of one call."""
 
     def __init__(
         self,

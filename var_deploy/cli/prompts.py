@@ -108,7 +108,7 @@ def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
             multiple=True,
             callback=single,
             metavar="TEXT",
-            help=f"What to draw, for a bundle that takes prompts{several}.",
+            help=f"Text that describes the image, for a bundle that takes prompts{several}.",
         ),
         *([] if one else [file]),
         click.option("--negative", metavar="TEXT", help="What to guide away from."),

@@ -101,8 +101,8 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     "--ray",
     "cluster",
     metavar="ADDRESS",
-    show_default="draw in this process",
-    help="Draw on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT.",
+    show_default="generate in this process",
+    help="Generate on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT.",
 )
 @click.option(
     "--workers",
@@ -111,7 +111,9 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     show_default="one a device",
     help="With --ray: at most so many, each on a GPU or on --threads CPUs (1 unless given).",
 )
-@click.option("--check", is_flag=True, help="Draw nothing: read what is there against its hashes.")
+@click.option(
+    "--check", is_flag=True, help="Only compare the shards that exist with their hashes."
+)
 @sampling_options
 @runtime_options
 @report_options

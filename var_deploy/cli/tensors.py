@@ -27,7 +27,7 @@ ROLES = {
     names.TEMPERATURE: "setting: divides the logits",
     names.TOP_K: "setting: codes that stay, 0 = all",
     names.TOP_P: "setting: mass that stays, 0 = all",
-    names.KEEP_MASK: "where a token is not drawn",
+    names.KEEP_MASK: "where a token is kept, not sampled",
     names.KEEP_TOKENS: "the tokens that stand there",
     names.TOKENS: "the codes of this scale",
     names.NEW_F_HAT: "the sum with this scale's codes",
