@@ -32,9 +32,11 @@ $(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
 bundle: $(BUNDLE)/manifest.json
 	$(BIN)/python -m var_deploy.export.pocket.pack_demo $(BUNDLE)
 
-# Two processes, each with files of its own: in one it takes nearly twice as long.
+# Two processes, each with files of its own: in one it takes nearly twice as long. The order is that
+# of tests/conftest.py; xdist would else start the files with few tests last, and those take longest.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(CHECKS) $(TRITON_READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Needs an NVIDIA GPU, cuda-python and onnxruntime-gpu in the environment; what is missing is named.
 # `make test` runs these tests as well, and skips them in the same way.
@@ -43,7 +45,7 @@ test-gpu: $(CHECKS)
 
 # What fits into two minutes: all but the files of tests/slow_files.py
 test-fast: $(CHECKS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # The damaged inputs of tests/fuzz, twenty times as many as in the tests; prints what became of them
 fuzz: $(CHECKS)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -19,7 +19,7 @@ import var_deploy
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef, generation_graphs, tokenizer_graphs
 from var_deploy.bundle.place import BUNDLE, check_place
-from var_deploy.config import GraphForm, Precision
+from var_deploy.config import LAYOUT_SETS, GraphForm, LayoutSet, Precision
 from var_deploy.errors import ExportError, UsageError
 from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.checkpoint.files import WeightSource
@@ -51,8 +51,6 @@ from var_deploy.progress import Progress
 from var_deploy.sampling import BitSampling, Sampling
 from var_deploy.spec import ModelSpec, TextModelSpec
 
-ExportLayout = Literal["both", "per-scale", "shared"]
-
 CALIBRATION = 0.5  # share of an int8 export's progress: generating images takes longer than writing
 
 
@@ -75,7 +73,7 @@ class ExportOptions:
     batch: int = 1
     guidance: bool | None = True
     more_smooth: bool = False
-    layout: ExportLayout = "both"
+    layout: LayoutSet = "both"
     calibration: int = 8
 
     def __post_init__(self) -> None:
@@ -86,7 +84,7 @@ class ExportOptions:
             raise UsageError(f"calibration must be at least 1 image, found {self.calibration}")
         if self.batch < 1:
             raise UsageError(f"batch must be at least 1, found {self.batch}")
-        if self.layout not in ("both", "per-scale", "shared"):
+        if self.layout not in LAYOUT_SETS:
             raise UsageError(f"layout must be both, per-scale or shared, found {self.layout!r}")
 
     def form(self, precision: Precision) -> GraphForm:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from var_deploy.config import Precision
+from var_deploy.config import LayoutSet, Precision
 from var_deploy.errors import UsageError, one_line
-from var_deploy.export.bundle import ExportLayout, ExportOptions, export_bundle
+from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import as_loaded_model
 from var_deploy.files.paths import utf8_path
 from var_deploy.manifest import Manifest
@@ -30,7 +30,7 @@ def export_modules(
     batch: int = 1,
     guidance: bool | None = None,
     more_smooth: bool = False,
-    layout: ExportLayout = "both",
+    layout: LayoutSet = "both",
     calibration: int = 8,
     labels: Sequence[str] = (),
     defaults: Sampling | None = None,

@@ -39,6 +39,10 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 # pytest-xdist tells its workers how wide the terminal is, and tables would be fitted to that
 os.environ.pop("COLUMNS", None)
 
+# beside another process of tests, a second thread of PyTorch only waits for a processor
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 GOLDEN = Path(__file__).parent / "golden"
 # the larger cases hold weights and lie beside the repository, where they are at hand at all
 SHARED_GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
@@ -49,13 +53,17 @@ TINY = ("tiny-adaln", "tiny-shared-aln")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of slow files, so that `-m "not slow"` is a quick run.
 
-    Those at the top, which install and build, take minutes each: they go first, since beside the
-    last of them the other process would have nothing left to do.
+    The longest files go first, since beside the last file the other process has nothing left to do:
+    those at the top, which install and build, take minutes each; then all that are slow.
     """
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    tests = Path(__file__).parent
+    rank = {}
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).as_posix() in FILES:
+        slow = item.path.relative_to(tests).as_posix() in FILES
+        rank[item] = 0 if item.path.parent == tests else 1 if slow else 2
+        if slow:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=rank.__getitem__)
 
 
 class SeededWeights:

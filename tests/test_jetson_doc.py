@@ -17,7 +17,7 @@ from cli_steps import run
 from var_deploy import __version__
 from var_deploy.cli import main
 from var_deploy.device_check.agreement import FORCED_PSNR, MARGIN, SAME_PSNR
-from var_deploy.device_check.command import _parser
+from var_deploy.device_check.command import argument_parser
 from var_deploy.planning.devices import DEVICES
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,11 @@ TEXT = (ROOT / "docs" / "JETSON.md").read_text(encoding="utf-8")
 MODELS = ("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36")
 BOARDS = ("orin-nano-4gb", "orin-nano-8gb", "orin-nx-16gb", "agx-orin-64gb", "thor")
 CHECK = "python -m var_deploy.device_check"
+
+
+def known_options() -> set[str]:
+    """Every option of device_check, as its usage line shows them."""
+    return set(re.findall(r"--[a-z-]+|-h", argument_parser().format_usage()))
 
 
 @cache
@@ -99,7 +104,7 @@ def unknown(words: list[str]) -> list[str]:
     """What of a var-deploy command does not exist; [] for commands of others."""
     line = " ".join(words)
     if line.startswith(CHECK):
-        known = {option for action in _parser()._actions for option in action.option_strings}
+        known = known_options()
         return [word for word in words[3:] if word.startswith("-") and word not in known]
     if words[:1] == ["make"]:
         rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -153,7 +158,7 @@ def test_what_does_not_exist_is_seen(line: str) -> None:
 def test_options_in_the_text_belong_to_some_command() -> None:
     parameters = [p for command in main.commands.values() for p in command.params]
     known = {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
-    known |= {option for action in _parser()._actions for option in action.option_strings}
+    known |= known_options()
     prose = re.sub(r"```.*?```", "", TEXT, flags=re.S)
     named = set(re.findall(r"`(--[a-z-]+)", prose))
     assert len(named) >= 8

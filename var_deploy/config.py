@@ -11,6 +11,7 @@ from var_deploy.host.machine import check_threads
 
 Precision = Literal["fp32", "fp16", "int8"]
 Layout = Literal["per-scale", "shared"]
+LayoutSet = Literal["per-scale", "shared", "both"]  # of exports and of engine builds
 
 CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
@@ -19,6 +20,7 @@ BACKENDS = (AUTO, TENSORRT, TENSORRT_RTX, CUDA, CPU)
 PRECISIONS = (AUTO, "fp32", "fp16", "int8")
 LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 LAYOUT_CHOICES = (AUTO, *LAYOUTS)
+LAYOUT_SETS: tuple[LayoutSet, ...] = ("both", *LAYOUTS)
 CHECKS = ("changed", "hashes", "sizes")
 
 

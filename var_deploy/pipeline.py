@@ -139,7 +139,7 @@ class Pipeline:
         cores: int | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
-        """`load` with all its options but the digest and the text encoder in one value.
+        """Load a bundle as `load` does, with its options in one value.
 
         `cores` is how many CPU threads are taken where `config` leaves that open, as in a process
         that shares the machine with others; None takes those that the process may use.
@@ -310,7 +310,7 @@ class Pipeline:
         deadline: float | None = None,
         unwanted: Callable[[], bool] | None = None,
     ) -> Images:
-        """The images of a request, for whose values the caller answers; see `generate`.
+        """Generate the images of a request whose values the caller has validated; see `generate`.
 
         `unwanted` is asked before each launch: True ends the call as `cancel` does.
         """
@@ -318,14 +318,14 @@ class Pipeline:
             return self._batches.draw(request, None, on_scale, end_of(deadline), unwanted)
 
     def encode(self, images: Picture | Sequence[Picture]) -> list[NDArray[np.int64]]:
-        """Tokens [N, L_k] of every scale.
+        """Encode images to the tokens [N, L_k] of every scale.
 
         Args:
             images: arrays, PIL images or paths, see `pictures.read_pictures`: of any size, brought
                 to the model's as in its training.
 
-        Raises UsageError for what is no picture, BundleError or BackendError where the encoder
-        cannot be run.
+        Raises UsageError for files that are not pictures, BundleError or BackendError where the
+        encoder cannot be run.
         """
         pixels = self._pixels(images)
         with self._running():
@@ -334,10 +334,10 @@ class Pipeline:
     def decode(
         self, tokens: Sequence[NDArray[np.int64]], scales: int | None = None
     ) -> NDArray[np.uint8]:
-        """Images uint8 [N, side, side, channels] of the tokens of the first `scales` scales.
+        """Decode tokens of the first `scales` scales to images uint8 [N, height, width, channels].
 
         `tokens` has [N, L_k] a scale; without `scales` all that are given are taken. Raises
-        UsageError for tokens that are none of this model's, BundleError for a bundle from before
+        UsageError for tokens that this model cannot have, BundleError for a bundle from before
         it could do this.
         """
         scales = len(tokens) if scales is None else scales
@@ -364,7 +364,7 @@ class Pipeline:
         count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
-        """Draw a part of an image anew, [N, side, side, channels] uint8.
+        """Inpaint a part of an image: generated images [N, height, width, channels] uint8.
 
         The image's tokens stay outside the mask at every scale, see `editing.keep_masks`, and far
         from it the image comes back as the tokenizer reconstructs it.
@@ -408,7 +408,7 @@ class Pipeline:
         count: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Images:
-        """Keep an image's tokens of the scales before `from_scale` and draw the others anew.
+        """Keep an image's tokens of the scales before `from_scale` and sample the others.
 
         [N, side, side, channels] uint8. `from_scale` 0 keeps nothing, K everything. The other
         arguments and errors are those of `edit`; image i has seed + i.
@@ -432,10 +432,10 @@ class Pipeline:
         return self._signed(images, asked, options, told)
 
     def cancel(self) -> None:
-        """Stop what is being drawn, from another thread or from a callback.
+        """Cancel the running generation, from another thread or from a callback.
 
-        The call that draws raises CancelledError before its next launch; the pipeline can be used
-        again. Nothing happens where nothing is drawn; calls that wait for their turn go on.
+        The running call raises CancelledError before its next launch; the pipeline can be used
+        again. Without a running call nothing happens; calls that wait for their turn go on.
         """
         if self._busy:
             self._cancelled.set()
@@ -475,7 +475,7 @@ class Pipeline:
         return sizes_of(self.manifest)
 
     def describe(self) -> Loaded:
-        """Backend, versions, precision, layout: what a result should be reported with."""
+        """Return backend, versions, precision and layout, to be reported with a result."""
         return self._loaded
 
     def start_clock(self) -> Clock:
@@ -485,7 +485,7 @@ class Pipeline:
             return loop.start_clock()
 
     def close(self) -> None:
-        """Release the sessions; safe to call twice."""
+        """Release all sessions and memory; safe to call twice."""
         with self._lock:
             self._refuse_callback()
             if self._graphs is not None:

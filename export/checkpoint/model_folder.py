@@ -17,14 +17,11 @@ from var_deploy.errors import CheckpointError, one_line
 from var_deploy.export.checkpoint.files import MAX_NAME, StoredWeights, check_tensors
 from var_deploy.export.checkpoint.formats import MAX_NAMES, open_contents, shown
 from var_deploy.export.checkpoint.mapped_file import StoredTensor
+from var_deploy.export.checkpoint.shard_index import INDICES, MAX_SHARDS, WHOLE
 from var_deploy.manifest import file_sha256
 
 CONFIG = "config.json"
-# in order of preference: a single file, then the index of several
-WHOLE = ("model.safetensors", "pytorch_model.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAX_JSON = 8 << 20  # bytes; the index of a model of 20 billion parameters has 0.1 MB
-MAX_SHARDS = 1000
 _FILE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}")
 
 
@@ -100,12 +97,12 @@ def _weight_files(folder: Path) -> dict[Path, frozenset[str]]:
     for name in WHOLE:
         if (folder / name).exists():
             return {folder / name: frozenset()}
-    for name in INDEXES:
+    for name in INDICES:
         if (folder / name).exists():
             return _indexed(folder, name)
     raise CheckpointError(
         f"{folder} has no weights; expected {' or '.join(WHOLE)}, or the index of several files "
-        f"({INDEXES[0]})"
+        f"({INDICES[0]})"
     )
 
 

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle.files import by_descriptor
+from var_deploy.config import TENSORRT, TENSORRT_RTX
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.debug.interpreter import TorchGraph
 from var_deploy.export.verify.graph_runner import add_outputs, run_session, session_options
 from var_deploy.files.held_files import HeldFile
 from var_deploy.host.installation import pip_command
 from var_deploy.runtime.backends.ort_session import EXTERNAL_FOLDER
-from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, load_library
+from var_deploy.runtime.tensorrt.library import load_library
 
 Values = Mapping[str, NDArray[Any]]
 # (graph file, inputs, names of the values wanted) → those of them that the backend has
@@ -110,7 +111,7 @@ class _Complaints(logging.Handler):
 def _polygraphy(library: str, complaints: logging.Handler) -> Any:
     """Import polygraphy.backend.trt for `library`, which Polygraphy reads when it is imported."""
     load_library(library)  # says what to install
-    rtx = library == RTX
+    rtx = library == TENSORRT_RTX
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if rtx else "0"
     try:
         config = importlib.import_module("polygraphy.config")
@@ -134,5 +135,5 @@ RUNNERS: dict[str, Runner] = {
     "onnxruntime": run_onnxruntime,
     "pytorch": run_pytorch,
     TENSORRT: partial(run_tensorrt, TENSORRT),
-    RTX: partial(run_tensorrt, RTX),
+    TENSORRT_RTX: partial(run_tensorrt, TENSORRT_RTX),
 }

@@ -89,12 +89,12 @@ def choose_backend(
                     return _choice(selection, processor, reads_graphs=True)
                 facts = dataclasses.replace(facts, int8_problem=problem)
                 continue
-            if backend == CUDA and config.backend == AUTO and not _has_cuda_provider():
+            if backend == CUDA and config.backend == AUTO and not has_cuda_provider():
                 facts = dataclasses.replace(facts, cuda=False)
                 continue
             try:
                 if backend == CUDA:
-                    return _choice(selection, _open_cuda(config.cuda_graph), reads_graphs=True)
+                    return _choice(selection, open_cuda(config.cuda_graph), reads_graphs=True)
                 if found is None:
                     asked = None if config.backend == AUTO else config.backend
                     found = _find_engines(bundle, manifest, asked, config.precision)
@@ -136,12 +136,12 @@ def choose_single_graph_backend(
     wants_cpu = config.threads is not None or precision == "int8"
     if config.backend == CUDA or (config.backend == AUTO and not wants_cpu):
         try:
-            if config.backend == AUTO and not _has_cuda_provider():
+            if config.backend == AUTO and not has_cuda_provider():
                 raise BackendError("ONNX Runtime here is not built for a GPU")
             taken = gpu_precision(held, CUDA) if precision == AUTO else precision
             settings = dataclasses.replace(config, backend=CUDA, precision=taken)
             selection = Selection(config=settings, reason=ASKED if config.backend == CUDA else "")
-            return _choice(selection, _open_cuda(config.cuda_graph), reads_graphs=True)
+            return _choice(selection, open_cuda(config.cuda_graph), reads_graphs=True)
         except BackendError as error:
             if config.backend == CUDA:
                 raise
@@ -167,7 +167,7 @@ def facts_here(bundle: Path) -> Facts:
     """
     return Facts(
         engines=Engines() if (bundle / names.ENGINES).is_dir() else None,
-        cuda=_has_cuda_provider() and _has_gpu(),
+        cuda=has_cuda_provider() and has_gpu(),
         cores=usable_cores(),
     )
 
@@ -181,7 +181,8 @@ def _choice(selection: Selection, backend: Backend, *, reads_graphs: bool) -> Ch
     )
 
 
-def _open_cuda(cuda_graph: bool) -> Backend:
+def open_cuda(cuda_graph: bool) -> Backend:
+    """Open ONNX Runtime on the first GPU. Raises BackendError where that cannot be used."""
     from var_deploy.runtime.backends.onnxruntime_cuda import OrtCudaBackend
 
     return OrtCudaBackend(cuda_graph=cuda_graph)
@@ -249,7 +250,8 @@ def _find_engines(
         raise
 
 
-def _has_cuda_provider() -> bool:
+def has_cuda_provider() -> bool:
+    """Whether the installed ONNX Runtime was built for CUDA."""
     try:
         import onnxruntime
     except ImportError:
@@ -259,7 +261,8 @@ def _has_cuda_provider() -> bool:
     return CUDA_PROVIDER in onnxruntime.get_available_providers()
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether CUDA finds a GPU that this process can use."""
     from var_deploy.runtime.backends.cuda import Cuda
 
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from var_deploy.bundle.files import GraphFile
+from var_deploy.config import CPU
 from var_deploy.errors import BackendError, one_line
 from var_deploy.host.installation import pip_install
 from var_deploy.host.machine import (
@@ -36,17 +37,21 @@ AT_ONCE = 2  # sessions that are created side by side: each packs on one core
 
 class OrtSession:
     """One graph, loaded or still being loaded; its weights are mapped from weights.bin and packed
-    once."""
+    once.
+
+    Attributes:
+        loading: the session, which equal graphs of a process share; None once closed.
+    """
 
     def __init__(self, loading: Future[Any], graph: str, options: Any = None) -> None:
-        self._loading: Future[Any] | None = loading
+        self.loading: Future[Any] | None = loading
         self._graph, self._options = graph, options
 
     def bind(self, inputs: Arrays, outputs: Arrays) -> OrtLaunch:
         """Bind buffers once the session is there; raises BackendError where it cannot be made."""
-        if self._loading is None:
+        if self.loading is None:
             raise BackendError(f"{self._graph} was closed")
-        session = self._loading.result()
+        session = self.loading.result()
         try:
             binding = session.io_binding()
             for name, array in inputs.items():
@@ -56,13 +61,13 @@ class OrtSession:
         except Exception as error:  # ONNX Runtime raises types of its own, all Exception
             words = one_line(error)
             raise BackendError(f"ONNX Runtime refuses buffers of {self._graph}: {words}") from error
-        keep = (inputs, outputs, self._loading)
+        keep = (inputs, outputs, self.loading)
         return OrtLaunch(session, binding, keep, self._graph, self._options)
 
     def close(self) -> None:
-        if self._loading is not None:
-            wait([self._loading])  # it reads from files that are closed next
-            self._loading = None
+        if self.loading is not None:
+            wait([self.loading])  # it reads from files that are closed next
+            self.loading = None
 
 
 class OrtLaunch:
@@ -102,7 +107,7 @@ class OrtCpuBackend(HostMemory):
     Raises BackendError where onnxruntime is not installed, UsageError for threads out of range.
     """
 
-    name = "onnxruntime-cpu"
+    name = CPU
 
     def __init__(self, threads: int | None = None) -> None:
         threads = check_threads(threads, machine=Machine())

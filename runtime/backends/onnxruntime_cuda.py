@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from var_deploy.bundle.files import GraphFile
+from var_deploy.config import CUDA
 from var_deploy.errors import BackendError, one_line
 from var_deploy.host.installation import pip, pip_command, pip_install
 from var_deploy.runtime.backends.cuda import DEVICE, Cuda, CudaMemory, Graph
@@ -152,7 +153,7 @@ class OrtCudaBackend(CudaMemory):
     Raises BackendError where onnxruntime-gpu, its CUDA provider or cuda-python is missing.
     """
 
-    name = "onnxruntime-cuda"
+    name = CUDA
 
     def __init__(
         self, ort: Any = None, cuda: Cuda | None = None, *, cuda_graph: bool = True

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
 from var_deploy.bundle.graph_refs import generation_graphs, tokenizer_graphs
+from var_deploy.config import AUTO, LAYOUT_SETS, TENSORRT, TENSORRT_RTX, LayoutSet
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.host.doctor import gpu_problem
 from var_deploy.host.machine import Machine
@@ -26,15 +27,13 @@ from var_deploy.planning.selection import choose_layout
 from var_deploy.progress import Progress
 from var_deploy.runtime.tensorrt import engine_files
 from var_deploy.runtime.tensorrt.engine_files import EngineFolder, EngineRecord
-from var_deploy.runtime.tensorrt.job import Job, open_folder, run_in_child, run_job
-from var_deploy.runtime.tensorrt.library import RTX, TENSORRT, Library, load_library
+from var_deploy.runtime.tensorrt.job import BuildJob, open_folder, run_in_child, run_job
+from var_deploy.runtime.tensorrt.library import Library, load_library
 from var_deploy.runtime.tensorrt.target import ANY_DEVICE, BuildOptions, Target
 from var_deploy.runtime.weights_check import check_weights
 
-BuildLayout = Literal["shared", "per-scale", "both"]
 FindDevice = Callable[[], tuple[str, int]]
 
-LAYOUTS = ("shared", "per-scale", "both", "auto")
 SHARED_PROFILES_FIXED = (10, 8)
 
 
@@ -61,7 +60,7 @@ class BuildReport:
 
     folder: Path
     target: Target
-    layout: BuildLayout
+    layout: LayoutSet
     reason: str
     engines: tuple[EngineResult, ...]
     notes: tuple[str, ...]
@@ -70,7 +69,7 @@ class BuildReport:
         return {**dataclasses.asdict(self), "folder": str(self.folder)}
 
 
-def engines_of(manifest: Manifest, precision: str, layout: BuildLayout, encoder: bool) -> list[str]:
+def engines_of(manifest: Manifest, precision: str, layout: LayoutSet, encoder: bool) -> list[str]:
     """Names of the engines of a layout, in the order of a generation.
 
     `encoder` adds the graphs `encoder` and `accumulate`. `accumulate` is left out where an older
@@ -97,7 +96,7 @@ def build_bundle(
     bundle: Path,
     *,
     precision: str | None = None,
-    layout: BuildLayout | Literal["auto"] = "auto",
+    layout: LayoutSet | Literal["auto"] = "auto",
     options: BuildOptions | None = None,
     low_memory: bool = False,
     library: Library | str | None = None,
@@ -125,8 +124,9 @@ def build_bundle(
     after Ctrl-C. Engines that were finished before are kept.
     """
     report = progress or (lambda message, fraction: None)
-    if layout not in LAYOUTS:
-        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
+    if layout not in (AUTO, *LAYOUT_SETS):
+        known = ", ".join((AUTO, *LAYOUT_SETS))
+        raise UsageError(f"layout must be one of {known}, found {layout!r}")
     bundle = bundle.absolute()  # a child process may have another working directory
     manifest = read_manifest(bundle)
     if precision is None:
@@ -148,7 +148,7 @@ def build_bundle(
     wanted = [g for g in graphs if force or not _finished(folder, g, keys[g])]
     _check_disk(folder, manifest, precision, wanted)
     for number, graph in enumerate(wanted):
-        job = Job(
+        job = BuildJob(
             bundle=bundle,
             graph=graph,
             precision=precision,
@@ -196,20 +196,21 @@ def _settle(
     ahead, device, sm = options.compute_capability, ANY_DEVICE, options.compute_capability or 0
     try:
         if not isinstance(library, Library):
-            library = load_library(library or (RTX if ahead is not None else None))
+            library = load_library(library or (TENSORRT_RTX if ahead is not None else None))
         if ahead is None:
             device, sm = (find_device or _this_device)()
     except BackendError:
         # without a GPU it does not matter which library is missing
         if ahead is None and find_device is None and (problem := gpu_problem(Machine())):
             raise BackendError(
-                f"{problem}; engines for another machine are built with {RTX} and "
+                f"{problem}; engines for another machine are built with {TENSORRT_RTX} and "
                 "--compute-capability"
             ) from None
         raise
     if ahead is not None and not library.is_rtx:
         raise UsageError(
-            f"--compute-capability is for {RTX} alone: {TENSORRT} builds for the device it runs on"
+            f"--compute-capability is for {TENSORRT_RTX} alone: {TENSORRT} builds for the device "
+            "it runs on"
         )
     if library.is_rtx:
         device = ANY_DEVICE
@@ -249,7 +250,7 @@ def _check_sources(bundle: Path, manifest: Manifest, precision: str, report: Pro
         files.close()
 
 
-def _version_notes(library: Library, layout: BuildLayout) -> list[str]:
+def _version_notes(library: Library, layout: LayoutSet) -> list[str]:
     parts = tuple(int(p) for p in library.version.split(".")[:2] if p.isdigit())
     if layout == "per-scale" or library.is_rtx or parts >= SHARED_PROFILES_FIXED:
         return []

@@ -25,6 +25,7 @@ from typing import IO, Any
 from var_deploy.bundle.files import BundleFiles
 from var_deploy.errors import BackendError, BundleChangedError, VarDeployError
 from var_deploy.host.installation import module_command
+from var_deploy.host.terminal import INTERRUPTED
 from var_deploy.manifest import read_manifest
 from var_deploy.progress import Progress
 from var_deploy.runtime.tensorrt import engine_files
@@ -34,13 +35,12 @@ from var_deploy.runtime.tensorrt.monitor import held_interrupt
 from var_deploy.runtime.tensorrt.network import build_engine
 from var_deploy.runtime.tensorrt.target import BuildOptions, Target
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
 KILLED = 9  # the signal that Linux sends to a process when memory runs out
 PROGRESS_PAUSE = 0.1  # seconds between two lines
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class BuildJob:
     """One engine to build; can be sent to a child process as JSON."""
 
     bundle: Path
@@ -54,7 +54,7 @@ class Job:
         return {**dataclasses.asdict(self), "bundle": str(self.bundle)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Job:
+    def from_json(cls, data: Mapping[str, Any]) -> BuildJob:
         return cls(
             bundle=Path(data["bundle"]),
             graph=data["graph"],
@@ -65,7 +65,7 @@ class Job:
         )
 
 
-def run_job(job: Job, library: Library, progress: Progress) -> list[str]:
+def run_job(job: BuildJob, library: Library, progress: Progress) -> list[str]:
     """Build one engine and add it to the bundle. Returns notes; raises as `build_engine`."""
     manifest = read_manifest(job.bundle)
     files = BundleFiles(job.bundle, manifest, job.precision)
@@ -122,7 +122,7 @@ def open_folder(bundle: Path, target: Target) -> tuple[EngineFolder, list[str]]:
     return folder, []
 
 
-def run_in_child(job: Job, library: Library, progress: Progress) -> list[str]:
+def run_in_child(job: BuildJob, library: Library, progress: Progress) -> list[str]:
     """Run `run_job` in a child process. Raises BackendError also where the child is killed."""
     request = {"job": job.to_json(), "module": library.module.__name__}
     last: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def run_in_child(job: Job, library: Library, progress: Progress) -> list[str]:
     raise BackendError(_death(job, code, complaint))
 
 
-def _death(job: Job, code: int, complaint: str) -> str:
+def _death(job: BuildJob, code: int, complaint: str) -> str:
     if code == -KILLED:
         return (
             f"the build of {job.graph} was killed (signal 9): memory ran out, most likely; close "
@@ -202,7 +202,7 @@ def main() -> int:
 
     try:
         request = json.load(sys.stdin)
-        job = Job.from_json(request["job"])
+        job = BuildJob.from_json(request["job"])
         library = Library(importlib.import_module(request["module"]), job.target.library)
         tell(notes=run_job(job, library, progress))
     except KeyboardInterrupt:

@@ -10,16 +10,16 @@ from collections import deque
 from functools import cache
 from typing import Any
 
+from var_deploy.config import TENSORRT, TENSORRT_RTX
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.host.installation import pip_command, pip_install
 
-TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 OLDEST = (10, 3)  # JetPack 6.1
 KEPT_LINES = 20
 SHOWN_LINES = 3
 SHOWN_CHARACTERS = 700
 
-LIBRARIES = (TENSORRT, RTX)
+LIBRARIES = (TENSORRT, TENSORRT_RTX)
 
 
 class Library:
@@ -39,7 +39,7 @@ class Library:
 
     @property
     def is_rtx(self) -> bool:
-        return self.name == RTX
+        return self.name == TENSORRT_RTX
 
     def words(self) -> str:
         """TensorRT's errors since the logger was cleared, on one line.
@@ -61,8 +61,8 @@ def load_library(prefer: str | None = None) -> Library:
     is too old, with what to do about it.
     """
     if prefer is not None and prefer not in LIBRARIES:
-        raise UsageError(f"library must be {TENSORRT} or {RTX}, found {prefer!r}")
-    for name in (prefer,) if prefer else (TENSORRT, RTX):
+        raise UsageError(f"library must be {TENSORRT} or {TENSORRT_RTX}, found {prefer!r}")
+    for name in (prefer,) if prefer else (TENSORRT, TENSORRT_RTX):
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -72,7 +72,7 @@ def load_library(prefer: str | None = None) -> Library:
         except Exception as error:  # a shared library that is missing, of any exception type
             raise BackendError(_broken(name, error)) from None
         return _checked(module, name)
-    missing = f"{prefer} is not" if prefer else f"neither {TENSORRT} nor {RTX} is"
+    missing = f"{prefer} is not" if prefer else f"neither {TENSORRT} nor {TENSORRT_RTX} is"
     raise BackendError(f"{missing} installed: {_remedy(prefer or TENSORRT)}")
 
 
@@ -98,8 +98,8 @@ def _broken(name: str, error: Exception) -> str:
 
 def _remedy(name: str) -> str:
     """How to install the library."""
-    if name == RTX:
-        return f"run {pip_command(RTX)}"
+    if name == TENSORRT_RTX:
+        return f"run {pip_command(TENSORRT_RTX)}"
     return (
         "on a Jetson it comes with JetPack (make the virtual environment with "
         f"--system-site-packages), elsewhere run {pip_install('tensorrt')}"

@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 
 from cli_steps import SIDE, done, pixels, refused, run
 from var_deploy.cli.filmstrip import LAST_MS, SCALE_MS, Filmstrip
-from var_deploy.cli.outputs import Drawn
+from var_deploy.cli.outputs import GeneratedImages
 from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -125,7 +125,7 @@ def test_images_that_came_unequally_far(made: Path, tmp_path: Path) -> None:
         [0, 100, 220],
         [0, 100, 200],
     ]
-    drawn = Drawn(
+    drawn = GeneratedImages(
         manifest=manifest,
         images=images,
         labels=[0] * 3,

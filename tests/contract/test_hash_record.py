@@ -48,14 +48,14 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh() -> None:
     """As in a process that has hashed nothing yet."""
-    monkeypatch.setattr(held_files, "_hashes", {})
+    held_files.discard_hashes()
 
 
 def bytes_hashed(file: Path, path: Path | None) -> int:
     """Bytes that a new process reads to know a file's hash, which is compared with the content."""
-    held_files._hashes.clear()
+    held_files.discard_hashes()
     record, read = HashRecord(path), list[int]()
     held = HeldFile(file)
     real = os.read

@@ -228,8 +228,8 @@ def test_cuda_that_fails_is_passed_over(
     def broken(*args: object) -> None:
         raise BackendError("cudaMalloc failed")
 
-    monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
-    monkeypatch.setattr(backends, "_open_cuda", broken)
+    monkeypatch.setattr(backends, "has_cuda_provider", lambda: True)
+    monkeypatch.setattr(backends, "open_cuda", broken)
     with Pipeline.load(bundle) as pipe:
         how = pipe.describe()
     assert how.backend == "onnxruntime-cpu"

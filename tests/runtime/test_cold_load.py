@@ -44,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, small_model: Callable[...
 def bundle(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy, in a process that has hashed and opened nothing, with a record of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(held_files, "_hashes", {})
+    held_files.discard_hashes()
     moment = time.time() + RECENT + 1
     monkeypatch.setattr(hash_record.time, "time", lambda: moment)
     yield Path(shutil.copytree(exported, tmp_path / "bundle"))
@@ -64,7 +64,7 @@ def weights_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
         return data
 
     def since() -> int:
-        held_files._hashes.clear()
+        held_files.discard_hashes()
         found = sum(read)
         read.clear()
         return found
@@ -112,7 +112,7 @@ def test_weights_are_hashed_once_until_they_change(
 @pytest.mark.parametrize("check", ["changed", "hashes"])
 def test_a_change_is_found_in_spite_of_the_record(bundle: Path, check: str) -> None:
     image(bundle)
-    held_files._hashes.clear()
+    held_files.discard_hashes()
     damage(bundle)
     with pytest.raises(BundleError, match=r"weights\.bin does not match its hash"):
         load(bundle, check=check)

@@ -75,7 +75,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cudart.reset()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda_module())
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
-    monkeypatch.setattr(command, "_ask_pytorch", lambda *a: pytorch_lacks())
+    monkeypatch.setattr(command, "ask_pytorch", lambda *a: pytorch_lacks())
     yield
     assert cudart.live() == {}, "something was left on the device"
 
@@ -298,7 +298,7 @@ def test_onnxruntime_on_the_gpu_and_pytorch_beside_it(
             {"mode": "torch.compile", "batch": 1, "problem": "no compiler"},
         ]
 
-    monkeypatch.setattr(command, "_ask_pytorch", pytorch)
+    monkeypatch.setattr(command, "ask_pytorch", pytorch)
     found = check(bundle)
     assert asked == [("--rates",), (str(bundle),)]
     assert found["rates"]["result"]["used"] == "measured by PyTorch"
@@ -423,7 +423,7 @@ def test_bad_usage_and_no_bundle(
 def test_pytorch_without_a_gpu_is_a_reason() -> None:
     pytest.importorskip("torch")
     with pytest.raises(NotRunError, match="finds no GPU"):
-        command._ask_pytorch("--rates")
+        command.ask_pytorch("--rates")
 
 
 def test_what_pytorch_prints_is_kept_when_time_runs_out(
@@ -437,20 +437,20 @@ def test_what_pytorch_prints_is_kept_when_time_runs_out(
     monkeypatch.setattr(command, "PEER_SECONDS", 1.5)
     monkeypatch.setattr(command, "PEERS", "slow_peer")
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: object())
-    assert command._ask_pytorch("x") == [
+    assert command.ask_pytorch("x") == [
         {"torch": "1"},
         {"mode": "eager"},
         {"problem": "stopped after 2 s"},
     ]
     monkeypatch.setattr(command, "PEERS", "broken_peer")
     with pytest.raises(BackendError, match="PyTorch failed: CUDA went away"):
-        command._ask_pytorch("x")
+        command.ask_pytorch("x")
 
 
 def test_boards_build_one_engine_at_a_time() -> None:
     for machine, expected in ((jetson(), True), (workstation(), False)):
         here = bundle_check.Here()
-        command._rates(here, machine)
+        command.find_rates(here, machine)
         assert here.low_memory is expected
 
 

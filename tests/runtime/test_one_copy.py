@@ -115,12 +115,12 @@ def test_pipelines_share_sessions_while_they_live(export_to: ExportTo, tmp_path:
 
     backend, other = OrtCpuBackend(), OrtCpuBackend(7)
     first, second = backend.open(graph()), OrtCpuBackend().open(graph())
-    assert second._loading is first._loading
-    assert other.open(graph())._loading is not first._loading, "another number of threads"
+    assert second.loading is first.loading
+    assert other.open(graph()).loading is not first.loading, "another number of threads"
     # a bundle written anew in the same place is another one
     shutil.rmtree(bundle)
     shutil.copytree(export_to(), bundle)
-    assert backend.open(graph())._loading is not first._loading
+    assert backend.open(graph()).loading is not first.loading
 
 
 def test_closing_one_pipeline_leaves_the_other(export_to: ExportTo) -> None:

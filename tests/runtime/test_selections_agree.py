@@ -51,8 +51,8 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with a GPU and ONNX Runtime for it, without TensorRT."""
     cudart.reset()
     monkeypatch.setattr("var_deploy.runtime.backends.cuda.load_api", lambda: cudart)
-    monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
-    monkeypatch.setattr(backends, "_open_cuda", CudaStandIn)
+    monkeypatch.setattr(backends, "has_cuda_provider", lambda: True)
+    monkeypatch.setattr(backends, "open_cuda", CudaStandIn)
     yield
     assert cudart.live() == {}, "something was left on the device"
 
@@ -77,9 +77,9 @@ def test_a_provider_without_a_gpu(
     def nothing(*arguments: object) -> Any:
         raise BackendError("no GPU")
 
-    monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
+    monkeypatch.setattr(backends, "has_cuda_provider", lambda: True)
     monkeypatch.setattr("var_deploy.runtime.backends.cuda.load_api", nothing)
-    monkeypatch.setattr(backends, "_open_cuda", nothing)
+    monkeypatch.setattr(backends, "open_cuda", nothing)
     with Pipeline.load(bundle) as pipe:
         assert pipe.describe().reason == "onnxruntime-cuda: no GPU"
     assert not on_gpu(bundle, manifest, RuntimeConfig())

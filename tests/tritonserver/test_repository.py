@@ -186,8 +186,8 @@ def test_a_gpu_without_engines(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a pipeline would take ONNX Runtime's CUDA provider, instances belong to the GPU."""
-    monkeypatch.setattr(backends, "_has_cuda_provider", lambda: True)
-    monkeypatch.setattr(backends, "_has_gpu", lambda: True)
+    monkeypatch.setattr(backends, "has_cuda_provider", lambda: True)
+    monkeypatch.setattr(backends, "has_gpu", lambda: True)
     for name, options, kind in (
         ("a", (), "gpu"),
         ("b", ("--threads", 1), "cpu"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from var_deploy import names
-from var_deploy.config import LAYOUTS, Layout
+from var_deploy.config import LAYOUTS, Layout, LayoutSet
 from var_deploy.spec import ModelSpec, NextScaleSpec, TextModelSpec
 
 Kind = Literal[
@@ -46,7 +46,7 @@ class GraphRef:
 
 def generation_graphs(
     model: NextScaleSpec,
-    layout: Layout | Literal["both"],
+    layout: LayoutSet,
     precision: str = "",
     *,
     guidance: bool = True,

@@ -1,4 +1,4 @@
-"""`var-deploy bench`: a bundle's speed beside others', and beside what the machine could do."""
+"""`var-deploy bench`: times a bundle, other runtimes, and the roofline of the machine."""
 
 from __future__ import annotations
 

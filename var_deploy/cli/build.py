@@ -10,6 +10,7 @@ import click
 
 from var_deploy.cli.console import Progress, echo, fitted, human_bytes, needs_extra, table
 from var_deploy.cli.options import ComputeCapability, report_options, verbose_option
+from var_deploy.config import AUTO, TENSORRT, TENSORRT_RTX, LayoutSet
 
 if TYPE_CHECKING:
     from var_deploy.runtime.tensorrt.build import BuildReport
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--layout",
-    type=click.Choice(["auto", "shared", "per-scale", "both"]),
-    default="auto",
+    type=click.Choice([AUTO, "shared", "per-scale", "both"]),
+    default=AUTO,
     show_default=True,
-    help="One engine for all scales, which holds the weights once, or one a scale.",
+    help="One engine for all scales, which holds the weights once, or one per scale.",
 )
 @click.option(
     "--workspace",
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 @click.option("--low-memory", is_flag=True, help="Build each engine in a process of its own.")
 @click.option(
     "--library",
-    type=click.Choice(["tensorrt", "tensorrt_rtx"]),
+    type=click.Choice([TENSORRT, TENSORRT_RTX]),
     show_default="the one that is installed",
     help="Which TensorRT.",
 )
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 def build(
     bundle: Path,
     precision: str | None,
-    layout: Literal["auto", "shared", "per-scale", "both"],
+    layout: LayoutSet | Literal["auto"],
     workspace: int | None,
     optimization_level: int,
     low_memory: bool,

@@ -1,4 +1,4 @@
-"""What all commands share: what is printed, errors in one line, progress on a terminal, tables.
+"""Terminal output of all commands: text, one-line errors, progress bars and tables.
 
 Commands print with `say`, `echo` and `echo_json` alone. Texts may come from a bundle that a
 stranger made, from a file name or a picture: no character of them reaches a terminal that would
@@ -50,7 +50,7 @@ LEAST_CELL = 16  # columns of a cell that is broken into lines
 
 
 class Terminated(BaseException):
-    """A signal asks the program to end, which cleans up as it does after Ctrl-C."""
+    """Raised for a signal that ends the program, which cleans up as after Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -244,7 +244,7 @@ def _traceback_wanted() -> bool:
 
 def _fail(message: str, code: int, prefix: str = "error: ") -> None:
     """End with one line on stderr."""
-    # where nobody can read it any more, the exit code still tells
+    # the reader of the output may be gone; the exit code still tells
     with contextlib.suppress(OSError, VarDeployError):
         echo(paint(prefix, "red") + visible(_bounded(message)), err=True)
     sys.exit(code)
@@ -408,7 +408,7 @@ def wrapped(text: str, head: str = "", indent: str = "  ") -> str:
 
 
 def fitted(text: str) -> str:
-    """A line as it is in a pipe or a file, where somebody may search for it, and wrapped on a
+    """A line, whole in a pipe or a file, where it may be searched for, and wrapped on a
     terminal."""
     width = fitted_width()
     return text if width is None else textwrap.fill(

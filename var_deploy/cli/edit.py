@@ -1,4 +1,4 @@
-"""`var-deploy edit`: a part of an image drawn anew."""
+"""`var-deploy edit`: inpaints a part of an image, or continues it outside of a box."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from var_deploy.cli.options import (
     report_options,
     sampling_options,
 )
-from var_deploy.cli.outputs import Drawn, check_at_once, image_target, known_labels, runtime_json
+from var_deploy.cli.outputs import (
+    GeneratedImages,
+    check_at_once,
+    image_target,
+    known_labels,
+    runtime_json,
+)
 from var_deploy.cli.prompts import PromptOptions, prompt_options
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -43,14 +49,14 @@ from var_deploy.sampling import image_seeds, parse_seeds
     "is not 0), or where it is transparent.",
 )
 @click.option("--box", metavar="X0,Y0,X1,Y1", help="New from (X0, Y0) up to (X1, Y1), in pixels.")
-@click.option("--outside", is_flag=True, help="Draw what lies outside of the mask or box.")
+@click.option("--outside", is_flag=True, help="Generate the part outside of the mask or box.")
 @label_option(
     "--label",
     "--labels",
     how="give it once, with one class",
     metavar="NAME",
     show_default="none: what is around decides",
-    help="What to draw there: a name, a number, or none.",
+    help="What to generate there: a name, a number, or none.",
 )
 @prompt_options(one=True)
 @click.option(
@@ -62,7 +68,7 @@ from var_deploy.sampling import image_seeds, parse_seeds
 )
 @count_option(
     type=click.IntRange(1),
-    show_default="one a seed",
+    show_default="one per seed",
     help="Images.",
 )
 @click.option(
@@ -95,7 +101,7 @@ def edit(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Draw a part of IMAGE anew: fill a hole, change a thing, or go on outside of a box.
+    """Inpaint a part of IMAGE: fill a hole, change a thing, or continue it outside of a box.
 
     Tokens stay where the mask leaves at least half of their area, so the rest is kept as the
     tokenizer reconstructs it, and near the edge it changes a little; --keep-pixels puts it back as
@@ -150,7 +156,7 @@ def edit(
     text |= {"box": box.strip()} if box is not None else {"mask": mask.name if mask else ""}
     text |= {"outside": "yes"} if outside else {}
     text |= {"keep_pixels": "yes"} if keep_pixels else {}
-    drawn = Drawn(
+    drawn = GeneratedImages(
         manifest=manifest,
         images=images,
         labels=[chosen] * len(seeds),

@@ -43,7 +43,7 @@ def encode(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write the tokens of IMAGE: what the model says it in, scale by scale.
+    """Write the tokens of IMAGE, one array per scale.
 
     The image may have any size and mode: it is turned as its EXIF tag says, put on white where it
     is transparent, resized and cropped to the middle as in the model's training. Of an animation

@@ -1,4 +1,4 @@
-"""The TensorRT engines that lie in a bundle, for `var-deploy inspect`: for whom, and how fresh.
+"""Lists the TensorRT engines of a bundle for `var-deploy inspect`: devices, and what is stale.
 
 No TensorRT is needed for it, and whether they run on this machine is not looked at.
 """
@@ -75,7 +75,7 @@ class Engines:
 
 
 def read_all(bundle: Path, manifest: Manifest) -> list[Engines]:
-    """Every folder of engines that the bundle has, by name."""
+    """Return the engines of a bundle, one entry per target, sorted by name."""
     from var_deploy.runtime.tensorrt.engine_files import ENGINE_JSON, ENGINES
 
     found = sorted((bundle / ENGINES).glob(f"*/{ENGINE_JSON}"))

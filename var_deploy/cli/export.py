@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -22,6 +22,7 @@ from var_deploy.cli.options import (
     report_options,
 )
 from var_deploy.cli.outputs import OUTPUT
+from var_deploy.config import LAYOUT_SETS, LayoutSet, Precision
 from var_deploy.errors import UsageError
 from var_deploy.files.paths import utf8_path
 from var_deploy.labels.class_names import read_class_names
@@ -45,7 +46,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     "--random-weights",
     type=click.IntRange(0, MAX_SEED),
     metavar="SEED",
-    help="Draw the weights of a preset instead of loading them, for benchmarks.",
+    help="Generate random weights for a preset instead of loading them, for benchmarks.",
 )
 @click.option(
     "--precision",
@@ -63,7 +64,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     type=click.IntRange(1, MOST_BATCH),
     default=1,
     show_default=True,
-    help="Images a launch; fixed in the graphs.",
+    help="Images per launch; fixed in the graphs.",
 )
 @click.option(
     "--guidance/--no-guidance",
@@ -74,14 +75,14 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 @click.option(
     "--more-smooth",
     is_flag=True,
-    help="Mix codes as the published more_smooth does: softer images, for the eye alone.",
+    help="Mix codes as the published more_smooth does: smoother images; worsens FID.",
 )
 @click.option(
     "--layout",
-    type=click.Choice(["both", "per-scale", "shared"]),
+    type=click.Choice(LAYOUT_SETS),
     default="both",
     show_default=True,
-    help="One graph a scale, one for all scales, or both over the same weights.",
+    help="One graph per scale, one for all scales, or both over the same weights.",
 )
 @click.option(
     "--calibration",
@@ -124,11 +125,11 @@ def export(
     out: Path,
     weights: CheckpointOptions,
     random_weights: int | None,
-    precision: tuple[Literal["fp32", "fp16", "int8"], ...],
+    precision: tuple[Precision, ...],
     batch: int,
     guidance: bool | None,
     more_smooth: bool,
-    layout: Literal["both", "per-scale", "shared"],
+    layout: LayoutSet,
     calibration: int | None,
     class_names: Path | None,
     resolution: str | None,
@@ -245,7 +246,7 @@ def _text_encoder(
     given: Path | None,
     model: Any,
     out: Path,
-    precisions: tuple[Literal["fp32", "fp16", "int8"], ...],
+    precisions: tuple[Precision, ...],
     random_weights: int | None,
     force: bool,
     progress: Any,

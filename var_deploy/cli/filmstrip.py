@@ -1,4 +1,4 @@
-"""How images came about: what they looked like after each scale, as a strip and as a GIF."""
+"""Previews of images after each scale, saved as a strip (PNG) or as a GIF."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Filmstrip:
             self._frames[done - 1 :, n] = images[n]
 
     def save_strip(self, path: Path, text: Mapping[str, str]) -> None:
-        """A row an image, a column a scale; white where an image was stopped before."""
+        """Save a grid: a row per image, a column per scale; white where an image was stopped."""
         rows = self._frames.swapaxes(0, 1).copy()  # [N, K, H, W, C]
         scales = rows.shape[1]
         rows[np.arange(scales) >= self._done[:, None]] = BACKGROUND
         save_image(path, grid(rows.reshape(-1, *rows.shape[2:]), columns=scales), text)
 
     def save_gif(self, path: Path, columns: int | None = None) -> None:
-        """A frame a scale, in each the grid of all images."""
+        """Save a GIF with a frame per scale; each shows the grid of all images."""
         frames = np.stack(
             [frame[0] if len(frame) == 1 else grid(frame, columns) for frame in self._frames]
         )

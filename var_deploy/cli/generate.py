@@ -25,7 +25,7 @@ from var_deploy.cli.options import (
 )
 from var_deploy.cli.outputs import (
     OUTPUT,
-    Drawn,
+    GeneratedImages,
     check_at_once,
     check_files,
     image_file,
@@ -60,7 +60,7 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 )
 @prompt_options()
 @count_option(
-    type=click.IntRange(1), show_default="one a label, prompt or seed", help="Images."
+    type=click.IntRange(1), show_default="one per label, prompt or seed", help="Images."
 )
 @click.option(
     "--seed",
@@ -78,10 +78,10 @@ FEW_CLASSES = 16  # up to here, a call without labels takes every class once
     "--preview",
     type=OUTPUT,
     metavar="FILE",
-    help="How they appear: a row an image, a column a scale.",
+    help="Strip of previews: a row per image, a column per scale.",
 )
 @click.option(
-    "--gif", type=OUTPUT, metavar="FILE.gif", help="The same, moving."
+    "--gif", type=OUTPUT, metavar="FILE.gif", help="The previews as a moving image."
 )
 @click.option(
     "--deadline",
@@ -186,7 +186,7 @@ def generate(
                     on_progress=progress.images(count),
                     **watched,
                 )
-            drawn = Drawn(
+            drawn = GeneratedImages(
                 manifest=manifest,
                 images=images,
                 labels=wanted,
@@ -228,8 +228,8 @@ def generate(
 
 
 class _OneByOne:
-    """Images [N, H, W, C] that are drawn batch by batch while somebody goes through them: more of
-    them than are kept in memory. They are those that one call would give."""
+    """Images [N, H, W, C] that are generated batch by batch during iteration, for more of them
+    than memory should hold. They equal those of one call."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ def _story(
 
 
 def _deadline(seconds: float) -> float:
-    """The same, once it is sure that it is one."""
+    """Return `seconds` after validating that it is a positive number."""
     from var_deploy.runtime.request import end_of
 
     end_of(seconds)

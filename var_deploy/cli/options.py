@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is made of them.
+"""Command-line options that several commands share, and the values made of them.
 
 Each decorator adds its options to a command. `sampling_options` hands them over as one argument
 `sampling`, `runtime_options` and `load_options` as one argument `config`, `checkpoint_options` as
@@ -124,13 +124,13 @@ verbose_option = functools.partial(  # read by `console.table`, so no command pa
 )
 
 # far above what is of use; a slip of the finger ends before any work
-MOST_BATCH = 1024  # images a launch, clients of a service, processes of a model
+MOST_BATCH = 1024  # images per launch, clients of a service, processes of a model
 MOST_ROUNDS = 100_000  # of a measurement, images of a check
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Settings as they were typed; None where the bundle's default holds."""
+    """Sampling settings of a command line; None stands for the bundle's default."""
 
     cfg: str | None
     top_k: str | None
@@ -221,7 +221,7 @@ def _runtime_options(
             type=click.Choice(LAYOUT_CHOICES),
             default=AUTO,
             show_default=True,
-            help="One graph a scale, or one for all of them.",
+            help="One graph per scale, or one for all of them.",
         ),
         click.option(
             "--backend",
@@ -249,7 +249,7 @@ def _runtime_options(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Checkpoint files, and what they may not tell themselves."""
+    """Checkpoint files, and facts about the model that they may lack."""
 
     checkpoint: Path | None
     tokenizer: Path | None

@@ -1,4 +1,4 @@
-"""Where a command's results go: files and folders that are checked before anything is computed.
+"""Output files and folders of commands, which are checked before anything is computed.
 
 Images go into one PNG, JPEG or WebP file, a grid of several, or a folder of single PNGs. One PNG
 may go to standard output, written as "-"; what a command tells otherwise goes to stderr then.
@@ -71,7 +71,7 @@ OUTPUT = OutputPath()
 
 
 def refusal(name: str) -> str:
-    """What to say of an output that is called "" or "-"."""
+    """Return the error message for an output that is called "" or "-"."""
     if name == STDOUT:
         return '"-" is standard output, which takes one PNG and nothing else; name a file or folder'
     return "the name is empty; name a file or folder"
@@ -79,8 +79,8 @@ def refusal(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What --out asks for; `folder` for single PNGs, `stdout` for one PNG on standard output, else
-    one PNG, JPEG or WebP file."""
+    """The output that --out names: one PNG, JPEG or WebP file; with `folder` a folder of PNGs, with
+    `stdout` one PNG on standard output."""
 
     path: Path
     folder: bool = False
@@ -139,7 +139,7 @@ class Target:
         say(line, err=self.stdout)
 
     def tell_json(self, data: Mapping[str, Any]) -> None:
-        """Print what was done as JSON, likewise."""
+        """Print a report as JSON, on stderr where the image goes to stdout."""
         echo(json.dumps(data, indent=1, default=str), err=self.stdout)
 
     def __str__(self) -> str:
@@ -147,14 +147,14 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """Images of a request, for writing.
+class GeneratedImages:
+    """Generated images with the values that their files record.
 
     Attributes:
         images: uint8 [N, H, W, C].
-        labels: one an image, None where it has no class.
-        prompts: one an image of a text-to-image model; else none.
-        seeds: one an image.
+        labels: one per image, None for an image without a class.
+        prompts: one per image of a text-to-image model; else empty.
+        seeds: one per image.
         text: what they have in common, for the text of their PNGs.
         scales_done: [N], scales that each is made of; None where nothing could stop it early.
     """
@@ -168,7 +168,7 @@ class Drawn:
     prompts: Sequence[str] = ()
 
     def save(self, target: Target, columns: int | None = None) -> dict[str, str]:
-        """Write them; returns the text of all of them together."""
+        """Write the images to the target; returns the settings text of all of them together."""
         whole = self._text(range(len(self.images)))
         if target.folder:
             indices = range(len(self.images))
@@ -257,7 +257,7 @@ def image_target(out: str) -> Target:
 
 
 def file_target(out: str) -> Target:
-    """One image, as a file or on standard output. Raises UsageError as `image_target`."""
+    """Return the target for one image: a file, or standard output. Raises UsageError."""
     if not out:
         raise UsageError(f"--out: {refusal(out)}")
     if out != STDOUT:
@@ -284,7 +284,7 @@ def _value(text: str) -> Any:
 
 
 def runtime_json(how: Loaded) -> dict[str, Any]:
-    """What ran the bundle, as JSON values."""
+    """Return backend, precision and layout as JSON values."""
     return {**how.to_json(), **({} if how.threads is None else {"threads": how.threads})}
 
 

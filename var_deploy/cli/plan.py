@@ -42,7 +42,7 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     "(its processor); a wrong name lists all.",
 )
 @click.option(
-    "--batch", type=click.IntRange(1, MOST_BATCH), show_default="1", help="Images a launch."
+    "--batch", type=click.IntRange(1, MOST_BATCH), show_default="1", help="Images per launch."
 )
 @click.option(
     "--precision",
@@ -56,14 +56,14 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     "--guidance/--no-guidance",
     default=None,
     show_default="two",
-    help="Two rows an image for classifier-free guidance, or one.",
+    help="Two rows per image for classifier-free guidance, or one.",
 )
 @click.option(
     "--layout",
     type=click.Choice(["auto", "per-scale", "shared"]),
     default="auto",
     show_default=True,
-    help="One engine a scale, or one for all of them.",
+    help="One engine per scale, or one for all of them.",
 )
 @verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")

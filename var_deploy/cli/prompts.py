@@ -20,11 +20,11 @@ MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Prompts as they were given.
+    """Values of the options for prompts.
 
     Attributes:
         prompt: those of --prompt.
-        prompts: a file with one prompt a line; "-" is standard input.
+        prompts: a file with one prompt per line; "-" is standard input.
         negative: what images are guided away from.
         text_encoder: folder of the text encoder, where the bundle does not hold it.
     """
@@ -49,7 +49,7 @@ class PromptOptions:
         return []
 
     def told(self, text: Mapping[str, str]) -> dict[str, str]:
-        """The text of an image with the negative prompt in it."""
+        """Return the settings text of an image with the negative prompt added."""
         return {**text, **({"negative": self.negative} if self.negative else {})}
 
     def _from_file(self) -> list[str]:
@@ -100,7 +100,7 @@ def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
     file = click.option(
         "--prompts",
         metavar="FILE",
-        help="A file with one prompt a line, - for standard input.",
+        help="A file with one prompt per line, - for standard input.",
     )
     options = [
         click.option(
@@ -108,7 +108,7 @@ def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
             multiple=True,
             callback=single,
             metavar="TEXT",
-            help=f"What to draw, for a bundle that takes prompts{several}.",
+            help=f"Text that describes the image, for a bundle that takes prompts{several}.",
         ),
         *([] if one else [file]),
         click.option("--negative", metavar="TEXT", help="What to guide away from."),

@@ -101,8 +101,8 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     "--ray",
     "cluster",
     metavar="ADDRESS",
-    show_default="draw in this process",
-    help="Draw on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT.",
+    show_default="generate in this process",
+    help="Generate on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT.",
 )
 @click.option(
     "--workers",
@@ -111,7 +111,9 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     show_default="one a device",
     help="With --ray: at most so many, each on a GPU or on --threads CPUs (1 unless given).",
 )
-@click.option("--check", is_flag=True, help="Draw nothing: read what is there against its hashes.")
+@click.option(
+    "--check", is_flag=True, help="Only compare the shards that exist with their hashes."
+)
 @sampling_options
 @runtime_options
 @report_options
@@ -136,9 +138,9 @@ def sample(
     """Make a labelled set of images in shards, such as the 50 000 that FID needs.
 
     A shard is a file of PNGs, with label and seed beside each. Image n has label n mod classes,
-    and depends on --seed, n and the settings alone: the set is the same whoever makes which
-    shard. After Ctrl-C or a failure the same command makes what is missing. Several processes,
-    on machines that share the folder, take a part each with --shards; --ray has a cluster draw
+    and depends on --seed, n and the settings alone: the set is the same whichever process makes
+    a shard. After Ctrl-C or a failure the same command makes what is missing. Several processes,
+    on machines that share the folder, take a part each with --shards; --ray has a cluster generate
     all of them.
 
     \b

@@ -1,4 +1,4 @@
-"""`var-deploy serve`: images over HTTP."""
+"""`var-deploy serve`: runs the HTTP service."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ FORMATS = ("text", "json")
     "--replicas",
     metavar="N|MIN:MAX",
     show_default="1",
-    help="With --ray: pipelines that draw; MIN:MAX lets their number follow the load.",
+    help="With --ray: pipelines that generate; MIN:MAX lets their number follow the load.",
 )
 @click.option(
     "--text-encoder",
@@ -151,7 +151,7 @@ def serve(
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Serve BUNDLE over HTTP, with a page to draw and edit in the browser.
+    """Serve BUNDLE over HTTP, with a page to generate and edit images in the browser.
 
     /docs describes the routes, /metrics is for Prometheus. Ctrl-C or SIGTERM finishes what was
     taken and refuses the rest; a second one drops it. A request that names the service otherwise

@@ -1,4 +1,4 @@
-"""What `var-deploy bench` tells of services."""
+"""The text report of `var-deploy bench` on services."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEGEND = (
 
 
 def load_text(report: LoadReport) -> str:
-    """The report on a terminal."""
+    """Return the report of a load test as text for a terminal."""
     names = [f"{n} {result.service.kind}" for n, result in enumerate(report.results, 1)]
     about = []
     for name, result in zip(names, report.results, strict=True):

@@ -27,7 +27,7 @@ ROLES = {
     names.TEMPERATURE: "setting: divides the logits",
     names.TOP_K: "setting: codes that stay, 0 = all",
     names.TOP_P: "setting: mass that stays, 0 = all",
-    names.KEEP_MASK: "where a token is not drawn",
+    names.KEEP_MASK: "where a token is kept, not sampled",
     names.KEEP_TOKENS: "the tokens that stand there",
     names.TOKENS: "the codes of this scale",
     names.NEW_F_HAT: "the sum with this scale's codes",
@@ -48,7 +48,7 @@ FAMILIES = (  # of tensors that a graph has many of
 
 
 def role(name: str) -> str:
-    """What a tensor is for; "" for one that this version does not know."""
+    """Return the purpose of a tensor in words; "" for a name that this version does not know."""
     if name in ROLES:
         return ROLES[name]
     same = [what for first, what in FAMILIES if _family(first) == _family(name)]
@@ -61,9 +61,9 @@ def _family(name: str) -> str:
 
 
 def find_graph(manifest: Manifest, name: str, precision: str | None) -> str:
-    """The precision whose graph is meant: the one that was asked for, or the first that has it.
+    """Return the precision whose graph to show: the requested one, else the first that has it.
 
-    Raises UsageError with what there is where there is no such graph.
+    Raises UsageError with the known names for an unknown graph.
     """
     if precision is not None and precision not in manifest.graphs:
         manifest.graph(precision, name)

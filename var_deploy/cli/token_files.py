@@ -1,4 +1,4 @@
-"""Tokens of images as files: an .npz with one array [N, L_k] a scale, named as in the graphs."""
+"""Tokens of images as files: an .npz with one array [N, L_k] per scale, named as in the graphs."""
 
 from __future__ import annotations
 

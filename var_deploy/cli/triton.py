@@ -31,7 +31,7 @@ MAX_DELAY = 60_000  # milliseconds
     default=1,
     show_default=True,
     metavar="N",
-    help="Processes that draw, each with weights of its own.",
+    help="Processes that generate, each with weights of its own.",
 )
 @click.option(
     "--queue",

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from var_deploy.bench.roofline import reached, rooflines
 from var_deploy.bundle.graph_refs import held_layouts
-from var_deploy.config import LAYOUTS, Layout, Precision
+from var_deploy.config import CPU, CUDA, LAYOUTS, TENSORRT, Layout, Precision
 from var_deploy.device_check.agreement import (
     Outcome,
     Reference,
@@ -26,14 +26,7 @@ from var_deploy.device_check.agreement import (
 )
 from var_deploy.device_check.measure import Latency, time_images
 from var_deploy.device_check.report import DeviceReport, Found, NotRunError
-from var_deploy.device_check.variants import (
-    ORT_CPU,
-    ORT_CUDA,
-    TENSORRT,
-    Variant,
-    onnxruntime_lacks,
-    opened,
-)
+from var_deploy.device_check.variants import Variant, onnxruntime_lacks, opened
 from var_deploy.host.installation import pip_install
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pipeline import Pipeline
@@ -106,14 +99,14 @@ class BundleCheck:
             for graphs in (True, False)
         ]
         others = [
-            Variant(backend=ORT_CUDA, precision=precision, layout=layout, cuda_graph=graphs)
-            for precision in self.manifest.graphs
+            Variant(backend=CUDA, precision=precision, layout=layout, cuda_graph=graphs)
+            for precision in self._precisions
             if precision != "int8"  # for CPUs
             for layout in LAYOUTS
             for graphs in (True, False)
         ]
         rehearsal = [
-            Variant(backend=ORT_CPU, precision=self.precision, layout=layout) for layout in LAYOUTS
+            Variant(backend=CPU, precision=self.precision, layout=layout) for layout in LAYOUTS
         ]
         for variant in (*engines, *others, *rehearsal):
             report.step(variant.title, partial(self._run, variant))
@@ -128,16 +121,21 @@ class BundleCheck:
         report.step("generate", self._generate)
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         """Precision of the engines."""
-        return "fp16" if "fp16" in self.manifest.graphs else next(iter(self.manifest.graphs))
+        return "fp16" if "fp16" in self._precisions else self._precisions[0]
+
+    @property
+    def _precisions(self) -> tuple[Precision, ...]:
+        """Precisions that the bundle holds, in its order."""
+        return cast("tuple[Precision, ...]", tuple(self.manifest.graphs))
 
     def best(self) -> float | None:
         """Seconds of one generation with the fastest variant on a GPU, None where none ran."""
         found = [
             latency.image.median
             for variant, latency in self._latencies.items()
-            if variant.backend != ORT_CPU
+            if variant.backend != CPU
         ]
         return min(found, default=None)
 
@@ -165,7 +163,7 @@ class BundleCheck:
     def _plan(self) -> Found:
         if self._here.published is None:
             raise NotRunError("the rates of this machine are not known")
-        workload = workload_of(self.manifest, cast(Precision, self.precision))
+        workload = workload_of(self.manifest, self.precision)
         plan = make_plan(
             workload, self._here.published, name=self._name, manifest=self.manifest
         )
@@ -259,7 +257,7 @@ class BundleCheck:
         result["latency"] = latency.to_json()
         told, problems = [f"image {latency.image.median * 1e3:.2f} ms"], list[str]()
         if self._here.device is not None:
-            workload = workload_of(manifest, cast(Precision, variant.precision))
+            workload = workload_of(manifest, variant.precision)
             least = rooflines(workload, self._here.device)
             part = reached(latency.launches, latency.image, least)
             result["floor"] = {"rates": self._here.rates, **part}
@@ -277,9 +275,9 @@ class BundleCheck:
     def _refuse(self, variant: Variant) -> None:
         """Raise NotRunError where a variant cannot run on this machine, or need not."""
         here = self._here
-        if variant.backend == ORT_CPU and here.gpu:
+        if variant.backend == CPU and here.gpu:
             raise NotRunError("a rehearsal, for machines without a GPU")
-        if variant.backend != ORT_CPU and not here.gpu:
+        if variant.backend != CPU and not here.gpu:
             raise NotRunError(NO_GPU)
         if variant.backend == TENSORRT:
             if here.library is None:
@@ -295,7 +293,7 @@ class BundleCheck:
 
         The prediction is without the CUDA context, which exists before.
         """
-        workload = workload_of(self.manifest, cast(Precision, variant.precision))
+        workload = workload_of(self.manifest, variant.precision)
         held = footprint(workload, variant.layout, "tensorrt")
         return {
             "free_before": before,

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from var_deploy.config import TENSORRT, TENSORRT_RTX
 from var_deploy.device_check.bundle_check import NO_GPU, BundleCheck, Here
 from var_deploy.device_check.measure import BUDGET
 from var_deploy.device_check.report import DeviceReport, Found, NotRunError, latency_table
@@ -30,7 +31,7 @@ from var_deploy.errors import BackendError, UsageError, VarDeployError, one_line
 from var_deploy.host.doctor import examine
 from var_deploy.host.installation import module_command, pip_command
 from var_deploy.host.machine import Machine
-from var_deploy.host.terminal import open_standard_streams, visible
+from var_deploy.host.terminal import INTERRUPTED, open_standard_streams, visible
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.runtime.backends.cuda import Cuda
 from var_deploy.runtime.tensorrt.library import load_library
@@ -40,7 +41,6 @@ DEFAULT_OUT = Path("device-report.json")
 # run as a program, since it needs PyTorch, which this package must not import
 PEERS = "var_deploy.export.baselines.torch_peers"
 PEER_SECONDS = 1200.0
-INTERRUPTED = 130  # what shells report for Ctrl-C
 SHOWN = ("system", "board", "JetPack", "power mode", "CUDA", "onnxruntime")
 
 
@@ -137,7 +137,7 @@ def _look_around(report: DeviceReport, options: Options, machine: Machine) -> He
     report.step("GPU", partial(_find_gpu, here))
     report.step("TensorRT", partial(_find_tensorrt, here, options.library))
     here.low_memory = options.low_memory
-    report.step("rates", partial(_rates, here, machine))
+    report.step("rates", partial(find_rates, here, machine))
     return here
 
 
@@ -167,8 +167,8 @@ def _find_tensorrt(here: Here, wanted: str | None) -> Found:
     return Found(result=found, headline=f"{library.name} {library.version}")
 
 
-def _rates(here: Here, machine: Machine) -> Found:
-    """Rates of this machine: measured by PyTorch where possible, else the published ones."""
+def find_rates(here: Here, machine: Machine) -> Found:
+    """Find the rates of this machine: measured by PyTorch where possible, else published."""
     try:
         device = find_device("this", machine)
     except UsageError as error:
@@ -179,7 +179,7 @@ def _rates(here: Here, machine: Machine) -> Found:
     try:
         if not here.gpu:
             raise NotRunError(NO_GPU)
-        _, measured = _ask_pytorch("--rates")
+        _, measured = ask_pytorch("--rates")
         here.device = dataclasses.replace(
             device,
             bandwidth=float(measured["bandwidth"]),
@@ -213,7 +213,7 @@ def _rates_of(device: Device) -> dict[str, float]:
 # PyTorch, in a process of its own
 
 
-def _ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
+def ask_pytorch(*arguments: str) -> list[dict[str, Any]]:
     """Run the program PEERS and return its lines; after a time-out the last one is a problem.
 
     Raises NotRunError where PyTorch or its CUDA is missing, BackendError where it fails.
@@ -252,7 +252,7 @@ def _peers(bundle: Path, check: BundleCheck, here: Here, options: Options) -> Fo
         raise NotRunError("left out, as asked for")
     if not here.gpu:
         raise NotRunError(NO_GPU)
-    about, *rows = _ask_pytorch(str(bundle))
+    about, *rows = ask_pytorch(str(bundle))
     ours, told = check.best(), []
     for row in rows:
         if "median_ms" not in row:
@@ -270,7 +270,7 @@ def _peers(bundle: Path, check: BundleCheck, here: Here, options: Options) -> Fo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 without failures, 1 after a failed step, 2 for bad usage, 130 after Ctrl-C."""
     open_standard_streams()
-    parser = _parser()
+    parser = argument_parser()
     given = parser.parse_args(arguments)
     try:
         report = check_device(
@@ -314,7 +314,8 @@ def _default_bundle() -> Path:
     return DEFAULT_BUNDLE
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the program's options."""
     parser = argparse.ArgumentParser(
         prog="python -m var_deploy.device_check",
         description="Build, compare and time bundles on this machine's GPU, and write a report.",
@@ -345,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--library",
-        choices=("tensorrt", "tensorrt_rtx"),
+        choices=(TENSORRT, TENSORRT_RTX),
         help="which TensorRT (default: the one that is installed)",
     )
     parser.add_argument(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from var_deploy.bundle.graph_refs import held_layouts
-from var_deploy.config import Layout
+from var_deploy.config import CPU, CUDA, Layout, Precision
 from var_deploy.host.installation import pip, pip_install
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.backends.cuda import Cuda
@@ -23,15 +23,18 @@ from var_deploy.runtime.tensorrt.library import Library
 from var_deploy.runtime.tensorrt.session import TensorRtBackend
 from var_deploy.runtime.tensorrt.target import Target
 
-TENSORRT, ORT_CUDA, ORT_CPU = "tensorrt", "onnxruntime-cuda", "onnxruntime-cpu"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A backend, precision and layout for a bundle; "tensorrt" includes tensorrt_rtx."""
+    """A backend, precision and layout for a bundle.
+
+    Attributes:
+        backend: `config.CPU`, `CUDA` or `TENSORRT`, which here stands for tensorrt_rtx as well.
+        cuda_graph: on a GPU, record each launch once and replay it.
+    """
 
     backend: str
-    precision: str
+    precision: Precision
     layout: Layout
     cuda_graph: bool = True
 
@@ -64,7 +67,7 @@ def onnxruntime_lacks(manifest: Manifest, variant: Variant) -> str:
         return f"onnxruntime is not installed; run {pip_install('cpu')}"
     if variant.layout not in held_layouts(manifest.graphs.get(variant.precision, {})):
         return f"the bundle has no layout {variant.layout} in {variant.precision}"
-    if variant.backend == ORT_CUDA:
+    if variant.backend == CUDA:
         import onnxruntime
 
         if PROVIDER not in onnxruntime.get_available_providers():
@@ -86,7 +89,7 @@ def opened(
     """
     cuda, free = None, 0
     backend: Backend
-    if variant.backend == ORT_CPU:
+    if variant.backend == CPU:
         backend = OrtCpuBackend()
         if variant.precision == "int8":
             check_int8(backend)
@@ -94,7 +97,7 @@ def opened(
         cuda = Cuda()
         try:
             free = cuda.free_memory()[0]
-            if variant.backend == ORT_CUDA:
+            if variant.backend == CUDA:
                 backend = OrtCudaBackend(cuda=cuda, cuda_graph=variant.cuda_graph)
             else:
                 assert library is not None

@@ -33,6 +33,11 @@ Identity = tuple[int, int, int, int, int]
 _hashes: dict[Identity, str] = {}
 
 
+def discard_hashes() -> None:
+    """Discard the hashes that this process remembers, as if it had just been started."""
+    _hashes.clear()
+
+
 def open_regular(path: Path | str, folder: int | None = None) -> int:
     """Open a regular file for reading and return its descriptor; never waits for a FIFO.
 

@@ -22,7 +22,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
-    """Tokens that are not drawn.
+    """Tokens that are kept instead of sampled.
 
     Attributes:
         masks: one [B, L_k] bool a scale, True where the token stays.
@@ -33,7 +33,7 @@ class Kept:
     tokens: tuple[NDArray[np.int64], ...]
 
     def rows(self, rows: Sequence[int]) -> Kept:
-        """Those of some images, in this order."""
+        """Return the kept tokens of some images, in this order."""
         chosen = list(rows)
         return Kept(
             masks=tuple(mask[chosen] for mask in self.masks),
@@ -53,7 +53,7 @@ class Kept:
 
     @classmethod
     def joined(cls, parts: Sequence[Kept]) -> Kept:
-        """Those of several groups of images, one group after another."""
+        """Concatenate the kept tokens of several groups of images."""
         return cls(
             masks=tuple(map(np.concatenate, zip(*(part.masks for part in parts), strict=True))),
             tokens=tuple(map(np.concatenate, zip(*(part.tokens for part in parts), strict=True))),
@@ -62,7 +62,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Edit:
-    """A picture and what of it is to be new, made by `pictures.read_edit`.
+    """A picture with the mask of its part to be generated, made by `pictures.read_edit`.
 
     Attributes:
         pixels: the picture, uint8 [1, height, width, C].
@@ -77,11 +77,11 @@ class Edit:
     keep_pixels: bool
 
     def kept(self, tokens: Sequence[NDArray[np.int64]]) -> Kept:
-        """What one image keeps; `tokens` are those of the picture, [1, L_k] a scale."""
+        """Return what one image keeps; `tokens` [1, L_k] per scale are those of the picture."""
         return Kept(masks=tuple(mask[None] for mask in self.masks), tokens=tuple(tokens))
 
     def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Generated images [N, side, side, C] as they are given away."""
+        """Return generated images [N, H, W, C], with `keep_pixels` blended with the picture."""
         return blend(images, self.pixels[0], self.new) if self.keep_pixels else images
 
 
@@ -98,14 +98,14 @@ class Variation:
     from_scale: int
 
     def kept(self, tokens: Sequence[NDArray[np.int64]]) -> Kept:
-        """What one image keeps; `tokens` are those of the picture, [1, L_k] a scale."""
+        """Return what one image keeps; `tokens` [1, L_k] per scale are those of the picture."""
         return Kept(
             masks=tuple(np.full(t.shape[:2], k < self.from_scale) for k, t in enumerate(tokens)),
             tokens=tuple(tokens),
         )
 
     def finish(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Generated images [N, side, side, C] as they are given away."""
+        """Return generated images [N, H, W, C], which a variation leaves as they are."""
         return images
 
 
@@ -114,7 +114,7 @@ def keep_masks(
     grids: Sequence[int | tuple[int, int]],
     threshold: float = THRESHOLD,
 ) -> list[NDArray[np.bool_]]:
-    """[L_k] a scale, True where the token stays: at most `threshold` of its cell is new.
+    """Masks [L_k] of all scales: True keeps a token, as at most `threshold` of its cell is new.
 
     `new` is [height, width], True where the image is to be new; `grids` are rows and columns of
     each scale's tokens, or the side of a square one. Scale 0 stays unless all is new.

@@ -58,7 +58,7 @@ def grid(images: NDArray[np.uint8], columns: int | None = None, gap: int = 2) ->
 
 
 def grid_columns(labels: int, count: int) -> int | None:
-    """Columns of a grid of `count` images that go through so many labels again and again.
+    """Columns for a grid of `count` images that repeat a list of so many labels.
 
     One per label where that makes a grid at least as wide as high; else None.
     """
@@ -150,7 +150,7 @@ def save_folder(
 
 
 def origin_text(manifest: Manifest, precision: str) -> dict[str, str]:
-    """What made an image, for the text of its PNG."""
+    """Return the model, precision and version that made an image, as text for its file."""
     return {
         "Software": f"var-deploy {__version__}",
         "model": manifest.preset or "no preset",
@@ -162,7 +162,7 @@ def origin_text(manifest: Manifest, precision: str) -> dict[str, str]:
 def settings_text(
     manifest: Manifest, precision: str, sampling: Sampling, seeds: Sequence[int]
 ) -> dict[str, str]:
-    """The same, and what it was drawn with: enough, with labels, to make it again."""
+    """Return `origin_text` with settings and seeds: with the labels, enough to make it again."""
     return {
         **origin_text(manifest, precision),
         "seed": ",".join(map(str, seeds)),
@@ -193,7 +193,7 @@ def read_settings(path: Path) -> dict[str, str]:
 
 
 def _from_exif(exif: Image.Exif) -> dict[str, str]:
-    """The text of `_exif`; empty where a comment is somebody else's."""
+    """Return the text that `_exif` stored; empty for a comment of other origin."""
     comment = exif.get_ifd(EXIF).get(USER_COMMENT, b"")
     if not isinstance(comment, bytes) or not comment.startswith(ASCII):
         return {}
@@ -239,7 +239,7 @@ def _as_picture(image: NDArray[np.uint8]) -> Image.Image:
 
 
 def psnr(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Of images in [0, 1], in dB; 200 stands for equal, -inf where a value is no number."""
+    """PSNR of images in [0, 1] in dB: 200 for equal ones, -inf where a value is not finite."""
     error = float(np.square(found.astype(np.float64) - expected).mean())
     if not math.isfinite(error):
         return -math.inf

@@ -1,4 +1,4 @@
-"""Pictures as people have them, brought to what a model was trained on."""
+"""Reads pictures and masks of any size and format, and fits them to the input of a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Mask = str | os.PathLike[str] | Image.Image | NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The pixels that a model takes of a picture, and how a picture is brought to them.
+    """The size of a model's images, and how a picture is cut and resized to it.
 
     Attributes:
         margin: see `fit`, for a square frame; 1 resizes a picture to cover the frame, as the
@@ -75,7 +75,7 @@ def read_pictures(
         pictures: a path, a PIL image, an array uint8 [H, W] or [H, W, 1, 3 or 4]; several of them
             as a sequence, or as an array [N, H, W, C].
 
-    Raises UsageError for what is no picture, or has more than MAX_PIXELS pixels.
+    Raises UsageError for a file that is not a picture, or has more than MAX_PIXELS pixels.
     """
     several: Sequence[Any]
     if isinstance(pictures, np.ndarray):
@@ -168,8 +168,8 @@ def read_edit(
 ) -> Edit:
     """A picture and its mask as an edit of the model needs them; see `read_mask`.
 
-    Raises UsageError for what is no picture or no mask of it, and UnchangedError where the mask is
-    too small to change a token.
+    Raises UsageError for files that are not a picture and a mask of it, and UnchangedError where
+    the mask is too small to change a token.
     """
     frame, channels = frame_of(tokenizer), tokenizer.image_channels
     image = upright(picture, channels)

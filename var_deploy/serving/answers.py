@@ -1,4 +1,4 @@
-"""Drawn images as PNG and as JSON."""
+"""Answers of the service: generated images as PNG and as JSON."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from var_deploy.serving.schemas import Answer, DrawnImage
 def png(
     image: NDArray[np.uint8], text: Mapping[str, str] | None = None, *, quick: bool = False
 ) -> bytes:
-    """An image [H, W, C] as PNG with `text` as text chunks; `quick` takes more bytes."""
+    """Encode an image [H, W, C] as PNG with `text` as text chunks; `quick`: faster, larger."""
     stream = io.BytesIO()
     write_png(stream, image, text or {}, quick=quick)
     return stream.getvalue()
 
 
 def as_text(data: bytes) -> str:
+    """Encode bytes as base64."""
     return base64.b64encode(data).decode()
 
 
 def label_of(manifest: Manifest, number: int) -> int | None:
-    """The class; None for "no class"."""
+    """Return the label of a class number; None for the number that stands for "no class"."""
     transformer = manifest.model.transformer
     return number if transformer.conditional and number < transformer.classes else None
 
 
 def label_name(manifest: Manifest, number: int) -> str | int | None:
-    """Name or number of a class; None for "no class"."""
+    """Return the name of a class, else its number; None for "no class"."""
     label = label_of(manifest, number)
     return label if label is None or not manifest.labels else manifest.labels[label]
 
@@ -46,7 +47,7 @@ def label_name(manifest: Manifest, number: int) -> str | int | None:
 def about(
     manifest: Manifest, precision: str, work: GenerationRequest, images: Sequence[int]
 ) -> dict[str, str]:
-    """What a PNG of some of the images says of itself, in the words of `var-deploy generate`."""
+    """Return the text chunks for a PNG of some of the images, as `var-deploy generate` has them."""
     request = work.request
     seeds = [request.rng_keys[n][0] for n in images]
     text = settings_text(manifest, precision, request.sampling, seeds)
@@ -59,7 +60,7 @@ def about(
 
 
 def as_png(manifest: Manifest, precision: str, work: GenerationRequest, drawn: Drawn) -> bytes:
-    """One PNG, a grid where there are several images."""
+    """Encode the images of a request as one PNG: a grid where there are several."""
     text = about(manifest, precision, work, range(work.count))
     return png(drawn.images[0] if work.count == 1 else grid(drawn.images), text)
 
@@ -67,6 +68,7 @@ def as_png(manifest: Manifest, precision: str, work: GenerationRequest, drawn: D
 def as_json(
     manifest: Manifest, precision: str, work: GenerationRequest, drawn: Drawn, seconds: float
 ) -> Answer:
+    """Return the JSON answer to a request; `seconds` since it was received."""
     images = [
         DrawnImage(
             png=as_text(png(image, about(manifest, precision, work, [n]))),
@@ -87,7 +89,7 @@ def as_json(
 
 
 def plain_settings(sampling: Sampling) -> dict[str, Any]:
-    """Numbers, or lists of one a scale."""
+    """Return each setting as JSON: a number, or a list of one number per scale."""
     return {
         field.name: list(value) if isinstance(value, tuple) else value
         for field in dataclasses.fields(sampling)

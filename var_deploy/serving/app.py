@@ -1,4 +1,4 @@
-"""The service as an ASGI application: routes, and what each error becomes."""
+"""The HTTP service as an ASGI application: its routes, and the answer to each error."""
 
 from __future__ import annotations
 
@@ -84,11 +84,15 @@ def create_app(
     name: str = "",
     metrics: Metrics | None = None,
 ) -> FastAPI:
-    """The service. A `Pipeline` gets a queue of its own, and may not be used otherwise meanwhile.
+    """Make the ASGI application of the service.
 
-    `name` is what the model is called where it is no preset. `metrics` are those that a backend
-    other than a pipeline tells. The end of the application's life waits for what was taken;
-    closing the pipeline is the caller's.
+    Args:
+        backend: generates the images. A `Pipeline` gets a queue of its own, must not be used by
+            anything else meanwhile, and is closed by the caller.
+        name: name of a model that is not a preset.
+        metrics: those that a backend other than a pipeline writes to.
+
+    The shutdown of the application waits for all accepted requests.
     """
     settings, metrics = settings or Settings(), metrics or Metrics()
     if isinstance(backend, Pipeline):
@@ -145,7 +149,7 @@ def create_app(
 
 
 class Service:
-    """The routes."""
+    """Handlers of the routes; each method answers one."""
 
     def __init__(
         self, backend: Backend, settings: Settings, metrics: Metrics, name: str
@@ -266,7 +270,7 @@ class Service:
     async def _asked_picture(
         self, request: Request, ask: Callable[[Body], tuple[str | None, GenerationRequest]]
     ) -> tuple[str | None, GenerationRequest]:
-        """The format of the answer, and the work: the body itself is large, and goes."""
+        """Return the format of the answer and the request; the body, which is large, is freed."""
         limit = body_limit(request.scope, self._settings)
         async with self._memory.read(request.receive, limit) as data, self._unpacking:
             return await asyncio.to_thread(ask, data)
@@ -277,7 +281,7 @@ class Service:
         try:
             drawn = await while_wanted(request.receive, self._drawn(work))
         except GoneError:
-            return Response(status_code=GONE)  # which nobody reads
+            return Response(status_code=GONE)  # the client is gone
         except RefusedError as error:
             self._count(error)
             raise
@@ -320,7 +324,8 @@ class Service:
                 raise  # for the log
 
     def _event(self, one: Event, work: GenerationRequest, came: float) -> bytes:
-        """Makes PNGs, which takes a while: not for the event loop, but for Queued."""
+        """Encode an event. Except for Queued this encodes PNGs, which takes too long for the event
+        loop."""
         if isinstance(one, Queued):
             queued = schemas.QueuedEvent(position=one.position, seconds=self._expected(work))
             return event("queued", queued.model_dump_json())
@@ -329,13 +334,13 @@ class Service:
         return event("done", self._answered(work, one, came))
 
     def _expected(self, work: GenerationRequest) -> float | None:
-        """Seconds that drawing these images will take; None before the first batch."""
+        """Expected seconds to generate the images of a request; None before the first batch."""
         batch = self._metrics.batch_seconds
         batches = math.ceil(work.count / self._manifest.batch)
         return None if batch is None else round(batches * batch, 3)
 
     def _answered(self, work: GenerationRequest, drawn: Drawn, came: float) -> str:
-        """JSON of an `Answer`."""
+        """Return the `Answer` to a request as JSON."""
         seconds = time.perf_counter() - came
         return as_json(self._manifest, self._precision, work, drawn, seconds).model_dump_json()
 
@@ -373,14 +378,14 @@ async def _index() -> Response:
     return FileResponse(PAGE / "index.html")
 
 
-# what comes in
+# request bodies
 
 
 B = TypeVar("B", bound=schemas.Body)
 
 
 def _validated(kind: type[B], data: Body, settings: Settings) -> B:
-    """A body. Raises UsageError with the first thing that is wrong with it."""
+    """Parse and validate a body. Raises UsageError that names its first invalid field."""
     fields = parse_body(data, settings, schemas.PICTURES)
     try:
         return kind.model_validate(fields)
@@ -391,7 +396,7 @@ def _validated(kind: type[B], data: Body, settings: Settings) -> B:
     raise UsageError(f"{where}: {what}")
 
 
-# what is said of it
+# description of the routes
 
 
 def _described_body(body: type[schemas.Body]) -> dict[str, Any]:
@@ -400,7 +405,7 @@ def _described_body(body: type[schemas.Body]) -> dict[str, Any]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI with the bodies, which FastAPI does not see, since it does not read them."""
+    """Return the OpenAPI description, with the bodies, which the routes parse without FastAPI."""
     openapi = app.openapi()
     known = openapi["components"]["schemas"]
     for body in (schemas.ImagesBody, schemas.EditBody, schemas.VaryBody):

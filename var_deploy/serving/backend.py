@@ -1,10 +1,10 @@
-"""Between the HTTP side and what generates: a `GenerationRequest` goes in, events come out.
+"""The interface between HTTP and generation: a `GenerationRequest` goes in, events come out.
 
     VarDeployError
-    └── RefusedError      not drawn, for a reason that lies in the service; carries the HTTP status
+    └── RefusedError      the service cannot take the request now; carries the HTTP status
         ├── BusyError     429: the queue is full
-        ├── StoppingError 503: the service finishes what it has and takes nothing new
-        └── LateError     504: the deadline passed before anything could be drawn
+        ├── StoppingError 503: the service is stopping; it finishes accepted requests only
+        └── LateError     504: the deadline passed before the first scale
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from var_deploy.runtime.request import Request
 
 
 class RefusedError(VarDeployError):
-    """The service does not draw this now. `retry_after` is in seconds, None where that is moot."""
+    """The service cannot take a request now.
+
+    `retry_after` is in seconds, None where a retry would not help.
+    """
 
     status = 503
 
@@ -34,33 +37,33 @@ class RefusedError(VarDeployError):
 
 
 class BusyError(RefusedError):
-    """The queue is full."""
+    """The queue is full (HTTP status 429)."""
 
     status = 429
 
 
 class StoppingError(RefusedError):
-    """The service is being stopped."""
+    """The service is stopping (HTTP status 503)."""
 
 
 class LateError(RefusedError):
-    """The deadline came before the request's turn."""
+    """The deadline passed while the request was waiting (HTTP status 504)."""
 
     status = 504
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """Images that somebody waits for. Plain data: it can travel to another process.
+    """A validated request for images. Plain data: it can be sent to another process.
 
     Attributes:
-        request: labels, streams and settings, all of them valid; tokens to keep and features of
-            prompts are not there yet.
+        request: labels, random-number keys and settings. Tokens to keep and features of prompts
+            are computed later, by the backend.
         prompts: one per image, of a bundle that takes prompts; else empty.
-        negative: what all of the images are guided away from; "" for nothing.
-        edit: the picture that the images start from; None for images from nothing.
-        previews: whether the images are wanted after each scale as well.
-        deadline: seconds from now on.
+        negative: the prompt that all images are guided away from; "" for none.
+        edit: the picture that the images start from; None for new images.
+        previews: whether to send a preview after each scale.
+        deadline: seconds from the acceptance of the request; None without one.
     """
 
     request: Request
@@ -77,14 +80,17 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Queued:
-    """Always the first event, and again whenever the queue has moved."""
+    """Event: the request waits at this position of the queue.
+
+    Always the first event, and sent again whenever the position changes.
+    """
 
     position: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScaleDone:
-    """A scale is done, of the images from number `first` on: uint8 [n, side, side, C]."""
+    """Event: a scale is done. `images` uint8 [n, H, W, C] are those from number `first` on."""
 
     scale: int
     scales: int
@@ -94,7 +100,7 @@ class ScaleDone:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:
-    """The last event: uint8 [N, side, side, C], and the scales [N] that each is made of."""
+    """The last event: the images, uint8 [N, H, W, C], and the number of scales [N] of each."""
 
     images: NDArray[np.uint8]
     scales_done: NDArray[np.int64]
@@ -104,34 +110,34 @@ Event = Queued | ScaleDone | Drawn
 
 
 class Backend(Protocol):
-    """What draws. The service needs no more than this."""
+    """Generates the images of requests: the interface that the HTTP service needs."""
 
     @property
     def manifest(self) -> Manifest:
-        """Of the bundle that is drawn with."""
+        """Manifest of the bundle that generates the images."""
         ...
 
     @property
     def stopping(self) -> bool:
-        """Whether new work is refused."""
+        """Whether new requests are refused."""
         ...
 
     def describe(self) -> Loaded:
-        """As `Pipeline.describe`."""
+        """Return what runs the bundle, see `Pipeline.describe`."""
         ...
 
     def draw(self, work: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Queued, then ScaleDone where `work.previews`, then Drawn.
+        """Generate images: yields Queued, ScaleDone per scale with `work.previews`, then Drawn.
 
-        Closing the generator gives the place back; what is drawn for nobody else is stopped.
-        Raises RefusedError, and what `Pipeline.draw` raises.
+        Closing the generator withdraws the request, and stops a batch that no other client waits
+        for. Raises RefusedError, and the errors of `Pipeline.draw`.
         """
         ...
 
     async def stop(self) -> None:
-        """Refuse new work and return once all that was taken is done."""
+        """Refuse new requests and return once all accepted ones are done."""
         ...
 
     def abort(self) -> None:
-        """Refuse new work and drop what was taken, with StoppingError. From any thread."""
+        """Refuse new requests and end the accepted ones with StoppingError. From any thread."""
         ...

@@ -1,7 +1,8 @@
-"""Works that share batches: which images go together, and the drawing of one batch.
+"""Batches that requests share: which images go together, and the generation of one batch.
 
-A batch takes images from the first work, and where that leaves room, from later ones with equal
-settings: an image depends on its seed, number and label (or prompts) alone, not on its neighbours.
+A batch takes images of the first request that waits, and where that leaves room, of later requests
+with equal settings: an image depends on its seed, number and label (or prompt) alone, not on its
+neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ T = TypeVar("T")
 
 
 class PendingRequest:
-    """A `GenerationRequest` whose client waits for it.
+    """A `GenerationRequest` that was accepted, and the events for the client that waits for it.
 
-    Who waits and who draws are two threads: what changes is behind one lock.
+    The client waits in one thread and a batch runs in another: one lock guards what changes.
 
     Attributes:
-        came: when, on the clock of `time.perf_counter`.
-        end: by when it is to be done, None without a deadline.
+        came: time of acceptance, on the clock of `time.perf_counter`.
+        end: time of the deadline on that clock, None without a deadline.
     """
 
     def __init__(self, work: GenerationRequest) -> None:
@@ -49,49 +50,50 @@ class PendingRequest:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
-    # who waits
+    # called by the thread of the client
 
     async def next(self, timeout: float | None = None) -> Event:
-        """The next event. Raises what went wrong, and asyncio.TimeoutError."""
+        """Wait for the next event and return it. Re-raises an error of the generation; raises
+        asyncio.TimeoutError after `timeout` seconds."""
         event = await asyncio.wait_for(self._events.get(), timeout)
         if isinstance(event, Exception):
             raise event
         return event
 
     def leave(self) -> None:
-        """Nobody waits any more."""
+        """Record that the client no longer waits."""
         with self._lock:
             self._gone = True
 
-    # who draws
+    # called by the thread that generates
 
     @property
     def gone(self) -> bool:
-        """Whether nobody waits any more."""
+        """Whether the client no longer waits."""
         with self._lock:
             return self._gone
 
     @property
     def begun(self) -> bool:
-        """Whether any of its images were given to a batch."""
+        """Whether any of the request's images were taken into a batch."""
         with self._lock:
             return self._begun > 0
 
     @property
     def left(self) -> int:
-        """Images that no batch has taken yet."""
+        """Number of images that no batch has taken yet."""
         with self._lock:
             return self.work.count - self._begun
 
     def take(self, most: int) -> range:
-        """Up to `most` of the images that are left, as begun."""
+        """Take up to `most` of the images that are left into a batch; returns their numbers."""
         with self._lock:
             start = self._begun
             self._begun = min(start + most, self.work.count)
             return range(start, self._begun)
 
     def keep(self, encode: Callable[[NDArray[np.uint8]], Sequence[NDArray[np.int64]]]) -> None:
-        """Encode the picture of an edit; once, however many batches there are."""
+        """Encode the picture of an edit to tokens, once for all batches of the request."""
         edit = self.work.edit
         if edit is not None and self.kept is None:
             kept = edit.kept(encode(edit.pixels))
@@ -100,14 +102,14 @@ class PendingRequest:
 
     @property
     def kept(self) -> Kept | None:
-        """What each image keeps, [1, L_k]; None before `keep`, and where there is no edit."""
+        """Tokens [1, L_k] per scale that images keep; None before `keep` and without an edit."""
         with self._lock:
             return self._kept
 
     def deliver(
         self, rows: range, images: NDArray[np.uint8], scales_done: NDArray[np.int64]
     ) -> None:
-        """Images `rows` came back; with the last ones all are told."""
+        """Store the generated images `rows`; after the last ones, send `Drawn` with all of them."""
         place = slice(rows.start, rows.stop)
         with self._lock:
             if self._images is None:
@@ -121,17 +123,19 @@ class PendingRequest:
             self.tell(drawn)
 
     def tell(self, event: Event | Exception) -> None:
-        """From any thread."""
+        """Send an event to the client. May be called from any thread."""
         self._put(self._events, event)
 
     def _put(self, queue: asyncio.Queue[T], event: T) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: no client is left
             self._loop.call_soon_threadsafe(queue.put_nowait, event)
 
     def shares_batches_with(self, other: PendingRequest) -> bool:
-        """Previews slow a batch down, and a deadline may end it early: such do it to no other.
+        """Whether images of both requests may be in one batch.
 
-        Negative prompts may differ, but all images of a launch have one or none has.
+        The settings must be equal. Previews slow a batch down and a deadline may end it early, so
+        requests with previews share only with each other, and one with a deadline with none.
+        Negative prompts may differ, but either all images of a launch have one or none has.
         """
         mine, theirs = self.work, other.work
         return (
@@ -147,7 +151,7 @@ J = TypeVar("J", bound=PendingRequest)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSlice(Generic[J]):
-    """The images `rows` of a job, at `place` in a batch."""
+    """The images `rows` of a request, at the position `place` of a batch."""
 
     job: J
     rows: range
@@ -155,19 +159,17 @@ class BatchSlice(Generic[J]):
 
     @property
     def begins(self) -> bool:
-        """Whether these are the job's first images."""
+        """Whether these are the first images of the request."""
         return self.rows.start == 0
 
     def of(self, batch: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Its part of a batch, as it is given away."""
+        """Return the images of this slice, those of an edit with the picture's pixels put back."""
         images, edit = batch[self.place : self.place + len(self.rows)], self.job.work.edit
         return images if edit is None else edit.finish(images)
 
 
 def gather(waiting: Sequence[J], batch: int) -> list[BatchSlice[J]]:
-    """The next batch: images of the first job that waits, then of those that may share with it.
-
-    Counts them as begun.
+    """Take the next batch: images of the first waiting request, then of those that may share it.
     """
     first, place = waiting[0], 0
     shares = []
@@ -182,7 +184,7 @@ def gather(waiting: Sequence[J], batch: int) -> list[BatchSlice[J]]:
 
 
 class BatchRunner:
-    """Draws batches with a pipeline, which nobody else may use meanwhile.
+    """Generates batches with a pipeline, which must not be used by anything else meanwhile.
 
     Raises UsageError for a bundle that takes prompts and has no text encoder.
     """
@@ -195,7 +197,8 @@ class BatchRunner:
             pipeline.check_text_encoder()
 
     def draw(self, shares: Sequence[BatchSlice[J]]) -> Images:
-        """The images of a batch; previews are told on the way. Raises what `Pipeline.draw` does."""
+        """Generate the images of a batch, and send previews after each scale. Raises the errors of
+        `Pipeline.draw`."""
         for share in shares:
             share.job.keep(self._pipeline.encode)
         first, last = shares[0], self._manifest.model.scales - 1
@@ -212,7 +215,7 @@ class BatchRunner:
         )
 
     def hand_over(self, shares: Sequence[BatchSlice[J]], images: Images) -> None:
-        """Tell everyone whose images are in a batch."""
+        """Send the images of a batch to the clients of its requests."""
         scales = self._manifest.model.scales
         if shares[0].job.work.previews and images.scales_done[0] == scales:
             self._tell(shares, scales - 1, np.asarray(images))
@@ -247,7 +250,8 @@ class BatchRunner:
         )
 
     def _deadline(self, share: BatchSlice[J]) -> float | None:
-        """Seconds for this batch: its part of what a job has left. One scale is always drawn."""
+        """Seconds for this batch: its share of the time that the request has left. One scale is
+        generated in any case."""
         end = share.job.end
         if end is None:
             return None

@@ -1,6 +1,6 @@
-"""Bodies of requests: read within their limits, and taken apart without being believed.
+"""Reads and parses untrusted request bodies within bounds of memory and time.
 
-What a body may cost is settled before it is parsed. Text beyond 16 KiB, which only a picture can
+The cost of a body is bounded before it is parsed. Text beyond 16 KiB, which only a picture can
 be, stays where it lies in the body as an `EncodedText`; what is left is small, and becomes Python
 values with bounded lists and without nesting.
 """
@@ -41,15 +41,15 @@ class BodyTooLargeError(UsageError):
 
 
 class BodyTooSlowError(UsageError):
-    """A body did not come in time."""
+    """A body did not arrive in time."""
 
 
 class BodiesFullError(RefusedError):
-    """Other bodies take the memory that there is for them."""
+    """The memory for request bodies is taken by those of other requests."""
 
 
 class Body:
-    """The bytes of one body. Large ones lie in pages of their own, which go back at once."""
+    """The bytes of one body. Large ones are in pages of their own, which `close` returns."""
 
     def __init__(self, small: int, limit: int) -> None:
         self._small, self._limit, self._length = small, limit, 0
@@ -59,7 +59,7 @@ class Body:
         return self._length
 
     def append(self, part: bytes) -> None:
-        """Raises BodyTooLargeError."""
+        """Append bytes. Raises BodyTooLargeError beyond the limit."""
         end = self._length + len(part)
         if end > self._limit:
             raise too_large(self._limit)
@@ -71,31 +71,31 @@ class Body:
         self._length = end
 
     def find(self, byte: bytes, start: int) -> int:
-        """Where `byte` stands from `start` on; -1 where it does not."""
+        """Return the first position of `byte` from `start` on; -1 where there is none."""
         return self._data.find(byte, start, self._length)
 
     def part(self, start: int, end: int) -> bytes:
-        """A copy."""
+        """Return a copy of the bytes from `start` to `end`."""
         return bytes(self._data[start : min(end, self._length)])
 
     def close(self) -> None:
-        """Give the memory back, whoever still has the body."""
+        """Release the memory; the body is empty afterwards."""
         if isinstance(self._data, mmap.mmap):
             self._data.close()
         self._data, self._length = bytearray(), 0
 
 
 class BodyMemory:
-    """The bytes that the bodies of all requests may hold together, beyond `plain_body` of each."""
+    """Reads request bodies, all of which together have at most `Settings.bodies` bytes."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._held = settings, 0
 
     @contextlib.asynccontextmanager
     async def read(self, receive: Receive, limit: int) -> AsyncIterator[Body]:
-        """The body of a request, until the end of the block.
+        """Read the body of a request; its memory is released at the end of the block.
 
-        Raises BodyTooLargeError beyond `limit` bytes, BodyTooSlowError where it comes too slowly,
+        Raises BodyTooLargeError beyond `limit` bytes, BodyTooSlowError where it arrives too slowly,
         BodiesFullError where all bodies together are too large, and GoneError.
         """
         settings, taken = self._settings, 0
@@ -217,7 +217,7 @@ class _Pairs(list[tuple[str, Any]]):
 
 def _outline(body: Body, limit: int) -> tuple[bytearray, dict[str, EncodedText]]:
     """The body with a short name in place of every long text, and these texts by their names."""
-    mark = f"text-{secrets.token_hex(8)}-"  # which nobody can have sent
+    mark = f"text-{secrets.token_hex(8)}-"  # random, so that no client can have sent it
     outline, long = bytearray(), dict[str, EncodedText]()
     kept = end = 0  # up to where the body is copied; up to where it is looked at
     for _ in range(limit):

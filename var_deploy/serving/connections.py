@@ -1,4 +1,4 @@
-"""Connections that cannot be held open for nothing: a bound on their number, and on every wait.
+"""Bounds on HTTP connections: how many may be open, and how long each may wait.
 
 uvicorn's protocol waits for the head of a request, for its body and for the reader of an answer as
 long as the client likes. `Connection` adds what is missing, and `sweep` looks at all of them from
@@ -48,7 +48,7 @@ class _Parser(h11.Connection):
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """One connection. The class attribute is set on a subclass, see `protocol_for`."""
+    """An HTTP connection with time limits. `settings` is set on a subclass, see `protocol_for`."""
 
     settings = Settings()
     _buffer = memoryview(bytearray(LARGE))  # of all connections: what is read is copied at once
@@ -110,7 +110,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     # what is added
 
     def check(self, now: float) -> None:
-        """End the connection where the client has taken too long."""
+        """Close the connection if the client has taken too long."""
         limits = self.settings
         if self._reads_too_slowly(now):
             self.transport.abort()
@@ -207,12 +207,12 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
 
 def protocol_for(settings: Settings) -> type[Connection]:
-    """The class of a server's connections."""
+    """Return the class of connections for a server with these settings."""
     return type("Connection", (Connection,), {"settings": settings})
 
 
 async def sweep(connections: Iterable[Any]) -> None:
-    """Check all connections, again and again."""
+    """Check all connections every SWEEP seconds, until cancelled."""
     while True:
         await asyncio.sleep(SWEEP)
         now = time.monotonic()

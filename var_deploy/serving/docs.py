@@ -1,4 +1,4 @@
-"""/docs: the OpenAPI description as one page that needs no script and nothing from elsewhere."""
+"""The page /docs: the OpenAPI description as HTML without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ h3 { margin: 1.5rem 0 .3rem }
 
 
 def docs_page(openapi: dict[str, Any], root_path: str) -> str:
-    """HTML of every route and schema; `root_path` is where a proxy has put the service."""
+    """Return HTML that describes all routes and schemas; `root_path`: the path on a proxy."""
     info = openapi["info"]
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(info['title'])}</title>",

@@ -1,4 +1,4 @@
-"""Server-sent events, and work that ends when nobody waits for it any more."""
+"""Server-sent events, and coroutines that are cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class GoneError(Exception):
 
 
 def event(name: str, data: str) -> bytes:
-    """An event of https://html.spec.whatwg.org/multipage/server-sent-events.html.
+    """Encode a server-sent event; `data` is JSON on one line.
 
-    `data` is JSON on one line.
+    https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
     return f"event: {name}\ndata: {data}\n\n".encode()
 
 
 async def while_wanted(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled where the client goes away first.
+    """Return the result of `work`, which is cancelled if the client disconnects first.
 
     The body of the request must have been read. Raises GoneError.
     """
@@ -49,7 +49,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Sends what a generator makes, and closes the generator when the client goes away."""
+    """A response that sends what a generator yields, and closes it when the client disconnects."""
 
     media_type = "text/event-stream"
 

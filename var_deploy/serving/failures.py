@@ -1,4 +1,4 @@
-"""What each error becomes: a status, and one line in JSON."""
+"""The answer to each error: an HTTP status, and one line in JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATH = re.compile(r"""(?<![^\s'"(\[=:,])(?:[A-Za-z]:)?[\\/](?:[^\s'":,;]*[\\/])?
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let an application answer with these."""
+    """Add the exception handlers of this module to an application."""
     handlers: tuple[tuple[type[Exception], Any], ...] = (
         (VarDeployError, _refused),
         (GoneError, _gone),
@@ -56,8 +56,8 @@ def _status(error: VarDeployError) -> int:
 
 
 def reason(error: VarDeployError) -> str:
-    """What a client is told. Where the service failed, its log has all of it, and paths stay
-    there."""
+    """Return the message for the client. An internal error is logged in full, and its message here
+    has no paths."""
     if _status(error) != 500:
         return _line(str(error))
     log.error("%s: %s", type(error).__name__, one_line(error))
@@ -74,7 +74,7 @@ async def _refused(request: Request, error: VarDeployError) -> Response:
 
 
 async def _gone(request: Request, error: GoneError) -> Response:
-    return Response(status_code=GONE)  # which nobody reads
+    return Response(status_code=GONE)  # the client is gone
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -82,5 +82,5 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    """Nobody thought of this one: it goes on to the server's log."""
+    """Answer an unexpected error with status 500; the server logs its traceback."""
     return JSONResponse({"error": BROKEN}, 500)

@@ -1,4 +1,4 @@
-"""Around the routes: what the head of a request settles; each answer is counted and logged."""
+"""ASGI middleware around the routes: checks request headers, counts and logs each answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from var_deploy.serving.log import Access, plain, write_access
 from var_deploy.serving.metrics import Metrics
 from var_deploy.serving.settings import Settings
 
-# of pages and their scripts: whatever a page does, it asks nobody but this service
+# a page of the service loads scripts and sends requests only from and to this service
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (
@@ -25,12 +25,12 @@ HEADERS = [
 WITH_PICTURE = {"/v1/edit", "/v1/edit/stream", "/v1/vary", "/v1/vary/stream"}
 ROUTES = {"/", "/health", "/metrics", "/docs", "/openapi.json", "/v1/model"}
 ROUTES |= {"/v1/images", "/v1/images/stream", *WITH_PICTURE}
-GONE = 499  # nobody was there to answer
+GONE = 499  # the client closed the connection; the status of nginx for that
 IMAGES = "var_deploy.image.images"  # in a scope: how many images the answer holds
 
 
 class Guard:
-    """ASGI middleware: hosts, sizes and kinds of bodies, the path of a proxy, HEAD."""
+    """ASGI middleware: refuses foreign hosts and unsuitable bodies, handles HEAD and proxies."""
 
     def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
@@ -110,20 +110,22 @@ class Guard:
 
 
 def body_limit(scope: Scope, settings: Settings) -> int:
-    """Bytes of a body that the route takes."""
+    """Return the most bytes that a body may have on this route."""
     return settings.body if scope["path"] in WITH_PICTURE else settings.plain_body
 
 
 def inside(path: str, root_path: str) -> str:
-    """The path of a route: without the path of a proxy, where the proxy has left it there."""
+    """Return the path of a route without `root_path`, for proxies that leave it in the request."""
     if root_path and _route(path) == "other" and f"{path}/".startswith(f"{root_path}/"):
         return path[len(root_path) :]
     return path
 
 
 def redirection(path: str, asked: str, method: str) -> str | None:
-    """Where a path leads that is a route but for the slash at its end; relative, as addresses
-    behind a proxy are not known here."""
+    """Return where to redirect a path that is a route but for a slash at its end, else None.
+
+    The target is relative, since the address in front of a proxy is unknown here.
+    """
     if method not in ("GET", "HEAD", "POST"):
         return None
     if not path:
@@ -146,7 +148,7 @@ async def _answer(
 
 
 def _route(path: str) -> str:
-    """The path where it is one of ours; others share a name, or anyone could add to the metrics."""
+    """Return the path of a known route, else "other": clients must not add names to the metrics."""
     if path.startswith("/page/"):
         return "/page"
     return path if path in ROUTES else "other"

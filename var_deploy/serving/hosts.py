@@ -1,4 +1,4 @@
-"""Which `Host` headers are answered.
+"""Checks the `Host` headers of requests, against DNS rebinding.
 
 A web page of a stranger can let its own name point to an address inside of the reader's network
 (DNS rebinding), and the browser then takes the service for a part of that page. Such a request
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-
 
 
 class HostError(UsageError):
-    """A `Host` header that no client sends: missing, doubled or no host at all."""
+    """The `Host` header is missing, doubled or not a host."""
 
 
 def is_address(host: str) -> bool:
@@ -33,7 +33,7 @@ def is_address(host: str) -> bool:
 
 
 def validate_host(pattern: str) -> None:
-    """Raise UsageError where `pattern` is no host name, IP address, "*.NAME" or "*"."""
+    """Raise UsageError where `pattern` is not a host name, IP address, "*.NAME" or "*"."""
     name = pattern.lower().rstrip(".").removeprefix("*.")
     known = pattern == "*" or is_address(pattern) or _NAME.fullmatch(name)
     if not known or len(name) > LONGEST_NAME:
@@ -44,7 +44,7 @@ def validate_host(pattern: str) -> None:
 
 
 def own_names(host: str) -> tuple[str, ...]:
-    """The names by which a service that listens on `host` may be called without further ado.
+    """Return the host names that a service listening on `host` answers without being configured.
 
     They are `host` itself, and where it lets other machines in, the name of this machine.
     """
@@ -57,13 +57,13 @@ def own_names(host: str) -> tuple[str, ...]:
 
 
 class Hosts:
-    """The hosts that are answered: IP addresses, localhost, and `patterns`."""
+    """The hosts that the service answers: IP addresses, localhost, and `patterns`."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._patterns = {pattern.lower().rstrip(".") for pattern in ("localhost", *patterns)}
 
     def allow(self, host: str) -> bool:
-        """Whether a host, as `host_of` returns it, is answered."""
+        """Whether the service answers a host, which is as `host_of` returns it."""
         if "*" in self._patterns or host in self._patterns or is_address(host):
             return True
         parents = (host[n:] for n, character in enumerate(host) if character == ".")
@@ -71,9 +71,9 @@ class Hosts:
 
 
 def host_of(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    """The host of a request: a name in lower case or an IP address, without its port.
+    """Return the host of a request from its headers, without the port.
 
-    Raises HostError.
+    It is a name in lower case or an IP address. Raises HostError.
     """
     found = [value for name, value in headers if name == b"host"]
     if len(found) != 1:

@@ -1,8 +1,8 @@
-"""The service's log on stderr: one line per request, and what went wrong, as text or as JSON.
+"""The service's log on stderr: one line per request and per error, as text or as JSON.
 
-Lines hold printable ASCII alone, whatever a client sends: no line can be forged, and no terminal
-takes a part of it for a command. A thread writes them: where nobody reads stderr, lines are lost
-and counted, and the service goes on.
+Lines contain only printable ASCII, so that a client can neither forge a line nor send commands to a
+terminal. A thread writes them: if the reader of stderr is too slow, lines are dropped and counted,
+and no request waits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("var_deploy.serving")
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """What there is to say of a request. Method and path are empty where none could be read."""
+    """The log record of one request. Method and path are "" where the request was unreadable."""
 
     client: Any
     status: int
@@ -41,13 +41,13 @@ class Access:
 
 
 def write_access(access: Access) -> None:
-    """Write the line of a request, at level info."""
+    """Log one request at level info."""
     if access_log.isEnabledFor(logging.INFO):
         access_log.info("request", extra={"access": access})
 
 
 def plain(text: str, longest: int = LONGEST) -> str:
-    """Printable ASCII without spaces: everything else is escaped as in a URL, and long text cut."""
+    """Return a text as printable ASCII without spaces: escaped as in a URL, and cut where long."""
     short = text if len(text) <= longest else text[:longest] + "..."
     return "".join(
         c if "!" <= c <= "~" else "".join(f"%{b:02X}" for b in c.encode("utf-8", "replace"))
@@ -56,7 +56,7 @@ def plain(text: str, longest: int = LONGEST) -> str:
 
 
 def printable(text: str) -> str:
-    """One line of printable ASCII: everything else is escaped as in a string of Python."""
+    """Return a text as one line of printable ASCII, escaped as in a Python string."""
     return ascii(text)[1:-1]
 
 
@@ -80,7 +80,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 class TextFormat(logging.Formatter):
-    """TIME LEVEL and a message, or CLIENT METHOD PATH STATUS, seconds, bytes and images."""
+    """Formats a record as TIME LEVEL message, or CLIENT METHOD PATH STATUS seconds bytes images."""
 
     def format(self, record: logging.LogRecord) -> str:
         start = f"{_time(record)} {record.levelname.lower()}"
@@ -100,7 +100,7 @@ class TextFormat(logging.Formatter):
 
 
 class JsonFormat(logging.Formatter):
-    """An object per line."""
+    """Formats a record as one JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         said: dict[str, Any] = {"time": _time(record), "level": record.levelname.lower()}
@@ -115,7 +115,7 @@ class JsonFormat(logging.Formatter):
 
 
 class Writer(logging.Handler):
-    """Hands lines to a thread, which writes them to a stream."""
+    """A logging handler whose thread writes the lines to a stream."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Writer(logging.Handler):
             self.handleError(record)
 
     def end(self) -> None:
-        """Return once all lines are written, or nobody reads them."""
+        """Wait until all lines are written, FLUSH seconds at most."""
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=FLUSH)
             self._thread.join(FLUSH)

@@ -1,4 +1,4 @@
-"""What the service tells Prometheus about itself."""
+"""The metrics of the service, for Prometheus."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """One registry a service, so that several can live in one process."""
+    """Counters of one service, in a registry of its own, so that a process can hold several."""
 
     def __init__(self) -> None:
         self._registry = of = CollectorRegistry()
@@ -40,14 +40,15 @@ class Metrics:
         )
         self.drawing = histogram("drawing_seconds", "All launches of one batch.", SECONDS)
         self.batch = histogram("batch_images", "Images of one batch.", IMAGES)
-        self.batch_seconds: float | None = None  # the last ones counting most
+        self.batch_seconds: float | None = None  # moving average
         self._depth = Gauge("var_deploy_queue_depth", "Requests that wait.", registry=of)
 
     def watch_queue(self, depth: Callable[[], float]) -> None:
+        """Report the result of `depth` as the length of the queue."""
         self._depth.set_function(depth)
 
     def drew(self, images: int, seconds: float) -> None:
-        """A batch was drawn."""
+        """Count a batch of images that took `seconds`."""
         self.images.inc(images)
         self.batch.observe(images)
         self.drawing.observe(seconds)
@@ -55,4 +56,5 @@ class Metrics:
         self.batch_seconds = seconds if former is None else 0.7 * former + 0.3 * seconds
 
     def page(self) -> bytes:
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

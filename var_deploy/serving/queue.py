@@ -1,7 +1,7 @@
-"""The backend of one process: a bounded queue, and one thread that draws batches from it.
+"""The backend of one process: a bounded queue, and one thread that generates batches from it.
 
-Requests are served in the order in which they came, and share batches as `batches` says. Nobody
-waits for company.
+Requests are served first come first served, and share batches as `batches` says. A batch that is
+not full starts at once: it does not wait for further requests.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from var_deploy.serving.request_queue import RequestQueue
 
 
 class LocalQueue(RequestQueue):
-    """Draws with a pipeline, which nobody else may use meanwhile.
+    """A `Backend` that generates with a pipeline, which nothing else may use meanwhile.
 
     Args:
-        size: requests that may wait.
+        size: number of requests that may wait.
     """
 
     def __init__(self, pipeline: Pipeline, size: int, metrics: Metrics) -> None:
@@ -44,7 +44,7 @@ class LocalQueue(RequestQueue):
         return self._pipeline.describe()
 
     async def stop(self) -> None:
-        """See `backend.Backend`."""
+        """Refuse new requests and wait for the accepted ones, see `backend.Backend.stop`."""
         with self._lock:
             self._stopping = True
             self._lock.notify_all()
@@ -63,7 +63,7 @@ class LocalQueue(RequestQueue):
         return job
 
     def _wait(self) -> float:
-        """Seconds in which what waits is drawn, as far as is known."""
+        """Estimate of the seconds until all waiting requests are done; 0 before the first batch."""
         images = sum(job.left for job in self._waiting)
         return math.ceil(images / self.manifest.batch) * self._pace
 
@@ -74,15 +74,15 @@ class LocalQueue(RequestQueue):
             try:
                 self._draw(shares)
             except CancelledError:
-                pass  # it was for nobody
-            except Exception as error:  # whatever it is, the next batch may do better
+                pass  # no client waits for it
+            except Exception as error:  # of this batch alone: the next one may succeed
                 with self._lock:
                     for share in shares:
                         share.job.tell(error)
                         self._waiting = [job for job in self._waiting if job is not share.job]
 
     def _next(self) -> list[BatchSlice[PendingRequest]]:
-        """What to draw next; empty once there is nothing left and the service stops."""
+        """Wait for the next batch and return it; empty once nothing waits and the service stops."""
         with self._lock:
             self._drop_late()
             while not self._waiting:
@@ -99,7 +99,7 @@ class LocalQueue(RequestQueue):
             return shares
 
     def _draw(self, shares: Sequence[BatchSlice[PendingRequest]]) -> None:
-        """Draw a batch and tell everyone whose images are in it."""
+        """Generate a batch and send its images to the clients."""
         started = time.perf_counter()
         images = self._drawer.draw(shares)
         took = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Those who wait for their images, in the order in which they came; whoever draws them."""
+"""The queue of requests, first come first served: the part that all backends share."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ LONGEST_RETRY = 60  # seconds
 
 
 class RequestQueue(ABC):
-    """The half of a `backend.Backend` that faces who waits. The other half begins jobs."""
+    """The client-facing half of a Backend: accepts requests and streams events.
+
+    A subclass generates the images of the waiting requests.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._lock = threading.Condition()
         self._waiting: list[PendingRequest] = []  # until all of their images have begun
-        self._jobs: set[PendingRequest] = set()  # until nobody waits any more
+        self._jobs: set[PendingRequest] = set()  # until their client no longer waits
         self._stopping = False
         metrics.watch_queue(lambda: len(self._waiting))
 
@@ -40,7 +43,7 @@ class RequestQueue(ABC):
         return self._stopping
 
     async def draw(self, work: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """See `backend.Backend`."""
+        """Accept a request and yield its events, see `backend.Backend.draw`."""
         with self._lock:
             if self._stopping:
                 raise StoppingError("the service is stopping; it takes nothing new")
@@ -63,7 +66,7 @@ class RequestQueue(ABC):
             self._leave(job)
 
     def abort(self) -> None:
-        """See `backend.Backend`."""
+        """Refuse new requests and drop the accepted ones, see `backend.Backend.abort`."""
         with self._lock:
             self._stopping = True
             for job in self._jobs:
@@ -74,7 +77,7 @@ class RequestQueue(ABC):
 
     @abstractmethod
     def _accept(self, work: GenerationRequest) -> PendingRequest:
-        """A job for this work, under the lock. Raises RefusedError."""
+        """Accept a request; the lock is held. Raises RefusedError."""
 
     def _busy(self, retry_after: float) -> BusyError:
         return BusyError(
@@ -83,13 +86,13 @@ class RequestQueue(ABC):
         )
 
     def _patience(self, job: PendingRequest) -> float | None:
-        """Seconds until a job is too late to be begun; None where it no longer can be."""
+        """Seconds until the deadline of a request that waits; None where no deadline can pass."""
         if job.end is None or job.begun or job not in self._waiting:
             return None
         return max(job.end - time.perf_counter(), 0.001)
 
     def _drop_late(self) -> None:
-        """Refuse those whose deadline came before their turn."""
+        """Refuse the waiting requests whose deadline has passed."""
         now = time.perf_counter()
         late = [j for j in self._waiting if not j.begun and j.end is not None and j.end <= now]
         for job in late:
@@ -97,11 +100,11 @@ class RequestQueue(ABC):
             job.tell(LateError("the deadline came before this request's turn; nothing was drawn"))
 
     def _begins(self, job: PendingRequest) -> None:
-        """The first images of a job are about to be drawn."""
+        """Record the waiting time of a request whose first images are about to be generated."""
         self._metrics.waiting.observe(time.perf_counter() - job.came)
 
     def _leave(self, job: PendingRequest) -> None:
-        """Nobody waits for this job any more."""
+        """Remove a request whose client no longer waits."""
         with self._lock:
             job.leave()
             self._jobs.discard(job)

@@ -1,4 +1,4 @@
-"""The service on a socket, until somebody stops it."""
+"""Runs the service on a socket until a signal stops it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ FLUSH = 10  # seconds in which the last answers must have left
 
 
 class Server(uvicorn.Server):
-    """Stops in order: a first signal refuses new work and finishes what was taken, a second drops
-    it, a third waits for nothing."""
+    """The HTTP server. Signals stop it in three stages.
+
+    The first signal refuses new requests and finishes the accepted ones, the second drops these,
+    the third ends the server at once.
+    """
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(
@@ -51,7 +54,7 @@ class Server(uvicorn.Server):
                 await sweeping
 
     def stop(self) -> None:
-        """What a signal does; from any thread."""
+        """Handle a signal: go to the next stage of stopping. May be called from any thread."""
         self._signals += 1
         if self._signals == 1:
             self._loop.call_soon_threadsafe(self._begin_stop)
@@ -73,8 +76,11 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free. `::` is all addresses, those of IPv4 too
-    where the system can. Raises UsageError."""
+    """Open a listening socket; port 0 takes any free port.
+
+    `::` means all addresses, including those of IPv4 where the system supports both on one socket.
+    Raises UsageError where the address cannot be used.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         both = address[0] == "::" and socket.has_dualstack_ipv6()
@@ -89,10 +95,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(listening: socket.socket) -> str:
-    """See `url_of`."""
+    """Return the URL of a listening socket, see `url_of`."""
     return url_of(*listening.getsockname()[:2])
 
 
 def url_of(host: str, port: int) -> str:
-    """http://host:port, as a browser takes it."""
+    """Return http://host:port, with the brackets that an IPv6 address needs."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,4 +1,4 @@
-"""What an operator sets: how much a service takes on, and for whom."""
+"""Settings of the HTTP service: its limits, and the hosts that it answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Settings:
     """Limits of a service.
 
     Attributes:
-        queue: requests that may wait; the next one is told to come back later.
-        count: images a request may ask for.
-        pixels: of a picture that is sent.
-        prompt: characters of a prompt.
-        body: bytes of a request with a picture.
-        connections: that may be open at a time; the next one gets 503.
+        queue: most requests that wait; a further one gets status 429.
+        count: most images per request.
+        pixels: most pixels of a picture in a request.
+        prompt: most characters of a prompt.
+        body: most bytes of a request with a picture.
+        connections: most open connections; a further one gets status 503.
         hosts: names in a `Host` header that are answered besides IP addresses and localhost:
             "images.example.org", "*.example.org" for every name below it, "*" for all names.
         root_path: the path of a proxy below which the service is found, as in "/images".
@@ -60,10 +60,10 @@ class Settings:
 
     @property
     def plain_body(self) -> int:
-        """Bytes of a request without a picture."""
+        """Most bytes of a request without a picture."""
         return min(self.body, max(PLAIN_BODY, PER_IMAGE * self.count))
 
     @property
     def bodies(self) -> int:
-        """Bytes of all bodies that are held at a time, beyond `plain_body` of each."""
+        """Most bytes of all bodies in memory at a time, beyond `plain_body` of each."""
         return self.body + self.body // 4

@@ -33,7 +33,10 @@ class TooLargeError(UsageError):
 def validate_images(
     body: ImagesBody, manifest: Manifest, limits: Settings, previews: bool = False
 ) -> GenerationRequest:
-    """Raises UsageError for labels, prompts, seeds, counts or settings out of range."""
+    """Convert the body of /v1/images to a request.
+
+    Raises UsageError for labels, prompts, seeds, counts or settings out of range.
+    """
     if manifest.takes_text:
         prompts = _prompts(body, limits)
         if prompts is None:
@@ -45,10 +48,11 @@ def validate_images(
 def validate_edit(
     body: EditBody, manifest: Manifest, limits: Settings, precision: str, previews: bool = False
 ) -> GenerationRequest:
-    """Raises UsageError as `validate_images` does, and for what is no picture or no mask of it.
+    """Convert the body of /v1/edit to a request.
 
-    Unpacks the picture, which takes a while and much memory: not for an event loop, nor for two
-    threads at a time.
+    Decodes the picture, which takes time and much memory: not to be called in an event loop, nor in
+    two threads at a time. Raises UsageError as `validate_images` does, and for data that is not a
+    picture or not a mask of it.
     """
     if (body.mask is None) == (body.box is None):
         raise UsageError("an edit needs a mask or a box, and not both")
@@ -60,9 +64,9 @@ def validate_edit(
 def validate_vary(
     body: VaryBody, manifest: Manifest, limits: Settings, precision: str, previews: bool = False
 ) -> GenerationRequest:
-    """Raises UsageError as `validate_edit` does, and for a scale that the model does not have.
+    """Convert the body of /v1/vary to a request; decodes the picture, see `validate_edit`.
 
-    Unpacks the picture, see `validate_edit`.
+    Raises UsageError as `validate_edit` does, and for a scale that the model does not have.
     """
     scales = manifest.model.scales
     if not 0 <= body.from_scale <= scales:
@@ -142,7 +146,7 @@ def open_picture(text: EncodedText, what: str, pixels: int) -> Image.Image:
 
 
 def _labels(body: ImagesBody | EditBody | VaryBody) -> list[Label | None]:
-    """The classes that a body asks for, by either name of the field; [None] stands for none."""
+    """Return the labels in a body, by either name of the field; [None] where it has none."""
     if {"label", "labels"} <= body.model_fields_set:
         raise UsageError("label and labels are two names of one field: send one of them")
     given = body.labels if body.label is None else body.label
@@ -160,7 +164,7 @@ def _work(
     limits: Settings,
     previews: bool,
 ) -> GenerationRequest:
-    """Images of classes, or of nothing."""
+    """Convert a body for a bundle that takes labels, or no condition at all."""
     if body.prompt is not None or body.prompts is not None or body.negative:
         takes = "labels" if manifest.model.transformer.conditional else "no condition"
         raise UsageError(f"this bundle takes {takes}, not prompts: leave prompts and negative out")
@@ -179,7 +183,7 @@ def _work_in_words(
     limits: Settings,
     previews: bool,
 ) -> GenerationRequest:
-    """Images of prompts, whose features the backend computes when it draws."""
+    """Convert a body for a bundle that takes prompts; the backend computes their features."""
     if body.label is not None or body.labels is not None:
         raise UsageError("this bundle takes prompts, not labels: send prompts")
     negative = _text(body.negative or "", "negative", limits)
@@ -198,7 +202,7 @@ def _work_in_words(
 
 
 def _prompts(body: ImagesBody | EditBody | VaryBody, limits: Settings) -> list[str] | None:
-    """The prompts of a body, by either name of the field; None where there are none."""
+    """Return the prompts in a body, by either name of the field; None where it has none."""
     if body.prompt is not None and body.prompts is not None:
         raise UsageError("prompt and prompts are two names of one field: send one of them")
     given = body.prompts if body.prompt is None else body.prompt
@@ -227,8 +231,7 @@ def _text(text: str, what: str, limits: Settings) -> str:
 
 
 def _count(body: ImagesBody | EditBody | VaryBody, given: int, limits: Settings) -> int:
-    """The number of images, one per label or prompt or one per seed where the body leaves it
-    open."""
+    """Return the number of images; by default one per label, prompt or seed."""
     seeds = len(body.seed) if isinstance(body.seed, list) else 1
     count = max(given, seeds) if body.count is None else body.count
     if not 1 <= count <= limits.count:
@@ -243,7 +246,7 @@ def _sampling(body: Body, manifest: Manifest) -> Sampling:
 
 
 def _deadline(body: Body) -> float | None:
-    """The largest wait that makes sense is bounded too: a clock cannot hold any number."""
+    """Return the deadline in seconds; bounded above too, since a clock cannot hold any number."""
     if body.deadline is not None and not 0 < body.deadline <= 86400:
         raise UsageError(
             f"deadline must be a number of seconds above 0 and up to 86400, found {body.deadline}"
