@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from text_case import HEIGHT, TEXT_LENGTH, WIDTH, export_text_bundle
+from text_case import HEIGHT, SCALES, TEXT_LENGTH, WIDTH, export_text_bundle
 
 from cli_steps import done, pixels, refused, run
+from var_deploy.bench.run import Settings, entries
+from var_deploy.host.machine import Machine
 from var_deploy.image.images import read_settings
+from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 
 FOX = "a red fox in the snow"
@@ -142,7 +145,6 @@ def test_inspect_names_what_it_takes(bundle: Path) -> None:
         ("sample", "--per-class", "1", "--out", "set"),
         ("plan",),
         ("triton", "--out", "repository"),
-        ("bench",),
     ],
     ids=lambda command: command[0],
 )
@@ -152,3 +154,34 @@ def test_commands_that_do_not_know_it_say_so(
     monkeypatch.chdir(tmp_path)
     line = refused(2, command[0], bundle, *command[1:])
     assert "text-to-image bundles yet" in line
+
+
+def test_bench_times_images_and_text_apart(bundle: Path, tmp_path: Path) -> None:
+    """Three images in batches of two, without and with the text encoder."""
+    report, copy = tmp_path / "report.json", Path(shutil.copytree(bundle, tmp_path / "alone"))
+    options = ("--repeat", 1, "--warm-up", 0, "--threads", 1, "--precision", "fp32")
+    text = done(
+        "bench", bundle, *options, "--batch", 3, "--layout", "shared", "--json", report
+    ).stdout
+    (found,) = json.loads(report.read_text())["runs"]
+    ours, encoder = found["contenders"]
+    launches = [
+        "condition", "unconditional", *(f"scale_{k:02d}" for k in range(SCALES)), "decoder"
+    ]
+    assert (ours["name"], list(ours["launches"])) == ("var-deploy fp32 shared", launches)
+    assert [row["launch"] for row in ours["floor"]["launches"]] == launches
+    assert 0 < ours["floor"]["reached"] < 1 < ours["memory"]["peak_over_weights"]
+    assert (encoder["name"], encoder["launches"]) == ("text encoder fp32", {})
+    assert encoder["runs_on"]["layout"] == "single graph"
+    assert list(encoder["cold_parts_s"]) == ["imports", "opening", "first image"]
+    assert 0 < encoder["floor"]["reached"] < 1
+    weights = encoder["memory"]["weights"], ours["memory"]["weights"]
+    folders = bundle.parent / "t5", bundle
+    sizes = [(folder / "fp32" / "weights.bin").stat().st_size for folder in folders]
+    assert weights[0] < sizes[0] and weights[1] < sizes[1], "padding, and an encoder for pictures"
+    assert "text encoder fp32" in text
+    names = [
+        entry.name
+        for entry in entries(copy, Settings(), 1, Machine(), read_manifest(copy))
+    ]
+    assert names == ["var-deploy"], "its text encoder is not beside it"
