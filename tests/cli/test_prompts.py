@@ -13,6 +13,7 @@ from text_case import HEIGHT, SCALES, TEXT_LENGTH, WIDTH, export_text_bundle
 
 from cli_steps import done, pixels, refused, run
 from var_deploy.bench.run import Settings, entries
+from var_deploy.device_check.command import main as check_device
 from var_deploy.host.machine import Machine
 from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
@@ -185,3 +186,14 @@ def test_bench_times_images_and_text_apart(bundle: Path, tmp_path: Path) -> None
         for entry in entries(copy, Settings(), 1, Machine(), read_manifest(copy))
     ]
     assert names == ["var-deploy"], "its text encoder is not beside it"
+
+
+def test_the_device_check_refuses_it_in_one_line(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report.json"
+    assert check_device([str(bundle), "--out", str(out), "--no-peers"]) == 1
+    failed = [step for step in json.loads(out.read_text())["steps"] if step["state"] == "failed"]
+    assert [step["reason"] for step in failed] == [
+        "device_check does not know text-to-image bundles yet"
+    ]

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import t5_case
 from var_deploy import names
 from var_deploy.bench.conditions import bench_prompts
-from var_deploy.bench.text_work import text_encoder_work, text_launches
+from var_deploy.bench.text_work import text_encoder_work, text_launches, weights_in_use
 from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.config import GraphForm
 from var_deploy.export.baselines.text_path import (
@@ -192,6 +192,21 @@ def test_work_is_that_of_the_graphs(patch: int, precision: Any) -> None:
         counted = work.compute_operations + work.full_operations
         assert counted == products(built[work.name]), work.name
         assert work.traffic > infos[work.name].weight_bytes
+
+
+@pytest.mark.parametrize("layout", ["shared", "per-scale"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_every_weight_counts_once(precision: Any, layout: Any) -> None:
+    spec, weights, infos = model(), dict[str, int](), dict[str, GraphInfo]()
+    wanted = {ref.name for ref in generation_graphs(spec, layout)}
+    for graph in build_graphs(spec, precision, ExportOptions(layout=layout)):
+        if graph.name in wanted:
+            sizes = {name: weight.nbytes for name, weight in graph.weights.items()}
+            weights |= sizes
+            total = sum(sizes.values())
+            infos[graph.name] = GraphInfo(file="", inputs=(), outputs=(), weight_bytes=total)
+    whole = dataclasses.replace(manifest(spec), graphs={precision: infos})
+    assert weights_in_use(whole, precision) == sum(weights.values())
 
 
 def test_int8_counts_what_stays_fp32() -> None:

@@ -62,15 +62,30 @@ def text_encoder_work(
 def weights_in_use(manifest: Manifest, precision: Precision) -> int:
     """Return the bytes of the weights of one generation, each counted once.
 
-    `step` has the weights of the static graphs of all scales; where it is missing, those of a
-    later scale, which only lack the first scale's position.
+    `step` has the weights of the static graphs of all scales, as has every later scale.
     """
     graphs = manifest.graphs[precision]
-    scales = [graph for name, graph in graphs.items() if name in launch_names(manifest)[1:-1]]
+    wanted = {names.scale_graph(k) for k in range(manifest.model.scales)}
+    scales = [graph for name, graph in graphs.items() if name in wanted]
     step = graphs.get(names.STEP) or max(scales, key=lambda graph: graph.weight_bytes)
-    wanted = [name for name in (names.CONDITION, names.UNCONDITIONAL) if name in graphs]
-    rest = (graphs[name].weight_bytes for name in (*wanted, names.DECODER))
-    return step.weight_bytes + sum(rest)
+    rest = graphs[names.CONDITION].weight_bytes + graphs[names.DECODER].weight_bytes
+    if names.UNCONDITIONAL in graphs:
+        assert isinstance(manifest.model, TextModelSpec)
+        common = _weights_of_both_conditions(manifest.model, precision)
+        rest += graphs[names.UNCONDITIONAL].weight_bytes - common
+    return step.weight_bytes + rest
+
+
+def _weights_of_both_conditions(model: TextModelSpec, precision: Precision) -> int:
+    """Bytes of the weights that `condition` and `unconditional` share: pool and modulation."""
+    t = model.transformer
+    c, itemsize = t.width, 2 if precision == "fp16" else FULL
+    pool = t.text_width * c + c * c + 2 * c
+    modulation = 8 * c * c + 8 * c
+    own = (6 * c * t.depth + c) * FULL  # of the blocks, and the first position
+    if precision == "int8":  # a matrix of bytes, with a scale and a bias per column
+        return pool * FULL + 8 * c * c + 16 * c * FULL + own
+    return (pool + modulation) * itemsize + own
 
 
 def _io(graph: GraphInfo) -> int:
