@@ -160,15 +160,15 @@ def _logits(
     """Both logits of every bit [B, L, 2e], in fp32: temperature, then guidance."""
     with torch.autocast("cpu", enabled=False):
         h = transformer.head_nm(x.float(), transformer.head_nm.modulation(cond.float()))
-        raw = transformer.head(h).mul(1 / chosen.temperature)
-    if len(raw) == batch:
-        return raw
-    return chosen.guidance * raw[:batch] + (1 - chosen.guidance) * raw[batch:]
+        raw: Tensor = transformer.head(h).mul(1 / chosen.temperature)
+    if len(raw) > batch:
+        raw = chosen.guidance * raw[:batch] + (1 - chosen.guidance) * raw[batch:]
+    return raw
 
 
 def _sample(logits_BLV: Tensor, uniforms_BLe: Tensor, sampling: ScaleSampling) -> Tensor:
     """Draw bits [B, L, e]; overwrites the logits. top_k is at most the two values of a bit."""
-    pairs = logits_BLV.unflatten(-1, (-1, 2))
+    pairs: Tensor = logits_BLV.unflatten(-1, (-1, 2))
     kept = pairs.topk(2, sorted=False).values
     pairs.masked_fill_(pairs < kept.amin(dim=-1, keepdim=True), -torch.inf)
     if sampling.top_p > 0:
@@ -176,7 +176,7 @@ def _sample(logits_BLV: Tensor, uniforms_BLe: Tensor, sampling: ScaleSampling) -
         drop = ascending.softmax(dim=-1).cumsum_(dim=-1) <= 1 - sampling.top_p
         drop[..., -1:] = False
         pairs.masked_fill_(drop.scatter(-1, order, drop), -torch.inf)
-    zero = pairs.softmax(dim=-1)[..., 0]
+    zero: Tensor = pairs.softmax(dim=-1)[..., 0]
     return (uniforms_BLe >= zero).to(torch.uint8)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from var_deploy.host.machine import Machine
 from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.backends import onnxruntime_cpu
 
 FOX = "a red fox in the snow"
 
@@ -197,3 +199,19 @@ def test_the_device_check_refuses_it_in_one_line(
     assert [step["reason"] for step in failed] == [
         "device_check does not know text-to-image bundles yet"
     ]
+
+
+def test_the_decoder_frees_its_maps_as_soon_as_it_can(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned reuse keeps them: 305 MiB instead of 241 at 256 × 256."""
+    planned: dict[str, bool] = {}
+    opened = onnxruntime_cpu.open_session
+
+    def noted(ort: Any, graph: Any, options: Any, **how: Any) -> Any:
+        planned[graph.ref.kind] = options.enable_mem_reuse
+        return opened(ort, graph, options, **how)
+
+    monkeypatch.setattr(onnxruntime_cpu, "open_session", noted)
+    Pipeline.load(bundle, threads=1).close()
+    assert planned == {"condition": True, "unconditional": True, "step": False, "decoder": False}
