@@ -43,7 +43,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def model(patch: int = 1) -> TextModelSpec:
+def model(patch: int = 1, depth: int = 2) -> TextModelSpec:
     return TextModelSpec(
         tokenizer=BitTokenizerSpec(
             grids=GRIDS,
@@ -54,7 +54,7 @@ def model(patch: int = 1) -> TextModelSpec:
             res_blocks=1,
         ),
         transformer=TextTransformerSpec(
-            depth=2,
+            depth=depth,
             width=32,
             heads=2,
             ffn_width=64,
@@ -123,7 +123,7 @@ def test_contenders_make_the_bundles_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published way projects the text in every block at every scale; compiled, once."""
-    spec = model()
+    spec = model(depth=1)
     manifest(spec).save(tmp_path)
     expected = np.rint(reference(spec, guidance=True).image * 255)
     counter, projected = CompileCounter(), list[None]()
