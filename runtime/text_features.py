@@ -92,6 +92,16 @@ def _listed(words: Sequence[str]) -> str:
     return f"{first} and {rest} more" if rest > 0 else first
 
 
+def text_encoder_place(bundle: Path, manifest: Manifest) -> Path | None:
+    """Return the folder of the text encoder that a manifest names, in the bundle or beside it;
+    None where it is in neither, or where the bundle takes no prompts."""
+    ref = manifest.text_encoder
+    if ref is None:
+        return None
+    beside = (bundle / ref.folder, Path(os.path.abspath(bundle)).parent / ref.folder)
+    return next((p for p in beside if (p / names.MANIFEST).is_file()), None)
+
+
 def find_text_encoder(
     bundle: Path,
     manifest: Manifest,
@@ -113,10 +123,7 @@ def find_text_encoder(
     from var_deploy.text.manifest import read_text_encoder
 
     ref = manifest.text_encoder
-    place = Path(given) if given is not None else None
-    if place is None and ref is not None:
-        beside = (bundle / ref.folder, Path(os.path.abspath(bundle)).parent / ref.folder)
-        place = next((p for p in beside if (p / names.MANIFEST).is_file()), None)
+    place = Path(given) if given is not None else text_encoder_place(bundle, manifest)
     if place is None:
         return None
     # it has precisions of its own, and no engines

@@ -5,7 +5,8 @@
 `torch` is the published path in fp32, `torch-bf16` the same under autocast. `torch-compile` is
 inductor over our own modules, which compute the modulation once per image: projecting it at every
 scale reads 0.4 GB of weights a scale in a d16, which no compiler takes away, so this is the faster
-of the two to compile. All have the bundle's sizes and settings and random weights.
+of the two to compile. All have the bundle's sizes and settings and random weights. For a
+text-to-image bundle see `text_path`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from var_deploy import names
+from var_deploy.bench.conditions import SEED, bench_prompts
 from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.export.baselines.published_path import Mark, generate_as_published
+from var_deploy.export.baselines.text_path import (
+    TextPeer,
+    generate_text_as_published,
+    random_text_modules,
+)
 from var_deploy.export.baselines.torch_peers import Compiler, Peer, random_modules
 from var_deploy.export.families import export_family_of
 from var_deploy.export.models.transformer import Transformer
@@ -32,14 +40,14 @@ from var_deploy.host.machine import Machine, check_threads, usable_cores
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime.measure import WallClock, launch_names
-from var_deploy.sampling import call_keys, stack_uniforms
+from var_deploy.sampling import BitSampling, call_keys, stack_uniforms
+from var_deploy.spec import TextModelSpec
 
 CONTENDERS = ("torch", "torch-bf16", "torch-compile")
-SEED = 0
 LONGEST = 300  # characters kept of a compiler's message, which may have pages
 
-# labels [B], uniforms [B, T] → images [B, channels, S, S] in [0, 1]
-Generate = Callable[[Tensor, Tensor, Mark], Tensor]
+# uniforms [B, `NextScaleSpec.draws`] → images [B, channels, height, width] in [0, 1]
+Generate = Callable[[Tensor, Mark], Tensor]
 
 
 class TorchContender:
@@ -73,24 +81,30 @@ class TorchContender:
             raise UsageError(f"threads must be 0 (every core) or more, found {threads}")
         threads = check_threads(threads or None, machine=Machine()) or usable_cores() or 0
         self._manifest = manifest = read_manifest(bundle)
-        transformer = manifest.code_model("bench --against torch").transformer
+        model = manifest.model
         self._name, self._clock = name, WallClock(lambda: None)
         if threads:
             torch.set_num_threads(threads)
-        if name == "torch-compile":
-            if compiler == "inductor":
-                _check_compiler()
+        self._launches = launch_names(manifest)
+        if name == "torch-compile" and compiler == "inductor":
+            _check_compiler()
+        if isinstance(model, TextModelSpec):
+            # rows with and without a prompt are computed together
+            self._launches = [n for n in self._launches if n != names.UNCONDITIONAL]
+            compiled = compiler if name == "torch-compile" else None
+            path, self._path = _text(manifest, model, images, compiled)
+        elif name == "torch-compile":
             path = "our modules, AdaLN once an image, compiled by inductor"
             self._path = _own(manifest, images, compiler)
-        elif not export_family_of(transformer).published_loop:
+        elif not export_family_of(model.transformer).published_loop:
             path = "our modules: this family has no published generation code"
             self._path = _own(manifest, images, None)
         else:
             path = "as published: AdaLN in every block at every scale, concatenated cache"
-            self._path = _published(manifest)
+            self._path = _published(manifest, images)
         self._how = {"path": path, "images a launch": str(images)}
-        t = manifest.code_model("bench --against torch").tokenizer
-        self.images = np.empty((images, t.image_side, t.image_side, t.image_channels), np.uint8)
+        t = model.tokenizer
+        self.images = np.empty((images, *t.image_size, t.image_channels), np.uint8)
 
     def describe(self) -> About:
         precision = graphs = "fp32"
@@ -109,15 +123,14 @@ class TorchContender:
         return About(settings=settings, graphs=graphs)
 
     def generate(self) -> Sample:
-        """Generate labels to uint8 images. The first call of `torch-compile` compiles."""
-        spec, count = self._manifest.code_model("bench --against torch"), len(self.images)
+        """Generate labels, or features of prompts, to uint8 images. The first call of
+        `torch-compile` compiles."""
         self._clock.laps()  # marks of earlier calls are dropped
         started = time.perf_counter()
-        draws = stack_uniforms(call_keys(SEED, count), spec.total_tokens)
-        labels = torch.tensor(spread_labels(spec.transformer.classes, count))
+        draws = stack_uniforms(call_keys(SEED, len(self.images)), self._manifest.model.draws)
         try:
             with self._autocast():
-                image = self._path(labels, torch.from_numpy(draws), self._clock.mark)
+                image = self._path(torch.from_numpy(draws), self._clock.mark)
         except Exception as error:  # a compiler's own types, memory that runs out
             raise BackendError(f"{self._name} failed: {_line(error)}") from error
         pixels = image.float().mul_(255).round_().to(torch.uint8)
@@ -126,7 +139,7 @@ class TorchContender:
         laps = self._clock.laps()
         return Sample(
             seconds=seconds,
-            launches=dict(zip(launch_names(self._manifest), laps, strict=True)),
+            launches=dict(zip(self._launches, laps, strict=True)),
         )
 
     def close(self) -> None:
@@ -138,15 +151,15 @@ class TorchContender:
         return contextlib.nullcontext()
 
 
-def _published(manifest: Manifest) -> Generate:
+def _published(manifest: Manifest, images: int) -> Generate:
     tokenizer, transformer = random_modules(manifest.code_model("bench --against torch"))
     assert isinstance(transformer, Transformer)  # the caller has checked the family
 
-    def generate(labels: Tensor, draws: Tensor, mark: Mark) -> Tensor:
+    def generate(draws: Tensor, mark: Mark) -> Tensor:
         return generate_as_published(
             tokenizer,
             transformer,
-            labels,
+            _labels(manifest, images),
             draws,
             manifest.defaults,
             guidance=manifest.guidance,
@@ -167,10 +180,43 @@ def _own(manifest: Manifest, images: int, compiler: Compiler | None) -> Generate
         compiler=compiler,
     )
 
-    def generate(labels: Tensor, draws: Tensor, mark: Mark) -> Tensor:
-        return peer(labels, draws, mark).add(1).mul(0.5)
+    def generate(draws: Tensor, mark: Mark) -> Tensor:
+        return peer(_labels(manifest, images), draws, mark).add(1).mul(0.5)
 
     return generate
+
+
+def _labels(manifest: Manifest, images: int) -> Tensor:
+    return torch.tensor(spread_labels(manifest.model.transformer.classes, images))
+
+
+def _text(
+    manifest: Manifest, model: TextModelSpec, images: int, compiler: Compiler | None
+) -> tuple[str, Generate]:
+    """Return what generates text to image, in words and as a function."""
+    prompts, sampling = bench_prompts(model, images), manifest.defaults
+    assert isinstance(sampling, BitSampling)  # the settings of every text-to-image bundle
+    if compiler is not None:
+        peer = TextPeer(
+            model, prompts, sampling, guidance=manifest.guidance, compiler=compiler
+        )
+        path = "our modules, keys and values of the text once an image, compiled by inductor"
+        return path, lambda draws, mark: peer(draws, mark).add(1).mul(0.5)
+    tokenizer, transformer = random_text_modules(model)
+
+    def generate(draws: Tensor, mark: Mark) -> Tensor:
+        return generate_text_as_published(
+            tokenizer,
+            transformer,
+            prompts,
+            draws,
+            sampling,
+            guidance=manifest.guidance,
+            mark=mark,
+        ).image
+
+    path = "as published: keys and values of the text in every block at every scale, "
+    return f"{path}concatenated cache", generate
 
 
 def _check_compiler() -> None:

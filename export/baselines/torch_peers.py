@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from var_deploy.errors import BackendError, VarDeployError, one_line
@@ -60,7 +60,7 @@ MODES: tuple[tuple[str, Compiler | None], ...] = (
 Timer = Callable[[Callable[[], object], int, float], list[float]]
 
 
-class _NoInitialisation(TorchFunctionMode):
+class without_initialisation(TorchFunctionMode):  # noqa: N801 (used like a function)
     """Leaves parameters uninitialised while modules are built whose weights are replaced next."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,14 +75,19 @@ def random_modules(spec: ModelSpec) -> tuple[Tokenizer, NextScaleTransformer]:
     The meta device is not used: computing on it loads PyTorch's compiler, which costs 50 MB and a
     second even where nothing is compiled.
     """
-    with _NoInitialisation():
+    with without_initialisation():
         tokenizer = Tokenizer(spec.tokenizer).eval()
         transformer = export_family_of(spec.transformer).transformer(spec).eval()
     del tokenizer.encoder, tokenizer.quant_conv
     for module in (tokenizer, transformer):
-        shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
-        load_into(module, RandomWeights(shapes, 0))
+        fill_randomly(module)
     return tokenizer, transformer
+
+
+def fill_randomly(module: nn.Module, spreads: Mapping[str, float] | None = None) -> None:
+    """Give a module the parameters of `RandomWeights` with seed 0."""
+    shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
+    load_into(module, RandomWeights(shapes, 0, spreads))
 
 
 class Peer:

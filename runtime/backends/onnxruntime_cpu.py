@@ -172,7 +172,7 @@ class OrtCpuBackend(HostMemory):
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         else:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN))
-        kind = graph.ref.kind
+        kind, text = graph.ref.kind, graph.files is not None and graph.files.takes_text
         if kind == "text_encoder":
             # released between prompts: all of its memory has to go with the session, and what lies
             # in the arena of all sessions does not
@@ -185,11 +185,13 @@ class OrtCpuBackend(HostMemory):
         # A memory pattern is one block for a whole run, laid out as in the first run: in the
         # decoder of a d16 it takes 100 MB more than the arena takes tensor by tensor.
         options.enable_mem_pattern = False
-        if kind == "step" or (kind == "decoder" and graph.ref.precision == "int8"):
+        if kind == "step" or (kind == "decoder" and (text or graph.ref.precision == "int8")):
             # Planning which freed buffer may serve again compares every two open shapes: 0.45 s of
             # the 0.55 s that opening pocket's `step` took. The arena reuses buffers at run time
             # too. In the int8 decoder of a d16 the arena also does better: 240 MiB against 290 MiB
-            # with planning (in fp32 it is the other way round, 256 MiB and 245 MiB).
+            # with planning (in fp32 it is the other way round, 256 MiB and 245 MiB). In that of a
+            # text-to-image model at 256 × 256 in fp32: 241 MiB, with planning 305 MiB, since a
+            # buffer that may serve again is not freed.
             options.enable_mem_reuse = False
         elif kind == "scale":
             # K sessions would hold K packed copies of the same weights; without packing they share

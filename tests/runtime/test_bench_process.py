@@ -80,6 +80,7 @@ def test_it_answers_each_line_with_a_line() -> None:
                 "threads": 0,
                 "reason": "",
                 "loading": {},
+                "work": {},
             }
         },
         {"problem": "two lines"},

@@ -34,17 +34,23 @@ class Fake:
     connections: set[Any] = field(default_factory=set)
     most: int = 0  # questions at the same time
     now: int = 0
+    prompts: list[str] = field(default_factory=list)
+    takes: str = "labels"
     broken_from: int = 10**9  # number of the first question that it refuses
     meeting: threading.Barrier | None = None  # where as many as it takes wait for each other
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, path: str, body: bytes, headers: Any) -> tuple[int, bytes]:
         if path == "/v1/model":
-            return 200, json.dumps(MODEL).encode()
+            return 200, json.dumps({**MODEL, "takes": self.takes}).encode()
         if path == "/v2/models/pocket/config":
             return 200, json.dumps(CONFIG).encode()
         if path == "/v1/images":
             asked = json.loads(body)
+            if self.takes == "prompts":
+                (prompt,) = asked.pop("prompts")
+                self.prompts.append(prompt)
+                asked["labels"] = [0]
             assert asked == {"labels": [0], "seed": asked["seed"], "format": "png"}
             return self.drawn(asked["seed"])
         if path == "/v2/models/pocket/infer":
@@ -123,6 +129,12 @@ def test_every_image_has_a_seed_of_its_own(fake: Fake, path: str) -> None:
     assert 0 < one.latency.median <= one.latency.p95
     assert len(fake.connections) == (1 + 3) * 3, "a connection serves a client for a round"
     assert told[0][0].startswith("warming up: 1 at http://") and told[-1][0].startswith("round 2")
+
+
+def test_every_image_of_a_service_that_takes_prompts_has_one_of_its_own(fake: Fake) -> None:
+    fake.takes = "prompts"
+    load_services([find_service(fake.url)], LoadSettings(concurrency=(2,), repeat=1, warm_up=0))
+    assert len(set(fake.prompts)) == len(fake.seeds) == EACH * 2
 
 
 def test_clients_ask_at_the_same_time(fake: Fake) -> None:

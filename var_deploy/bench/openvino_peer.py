@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.bench.conditions import bench_request
 from var_deploy.bench.worker import About, Sample, serve, worker_parser
 from var_deploy.bundle.files import GraphFile
 from var_deploy.bundle.graph_refs import held_layouts
@@ -27,17 +28,14 @@ from var_deploy.config import Layout
 from var_deploy.errors import BackendError, UsageError, one_line
 from var_deploy.host.installation import pip_install
 from var_deploy.host.machine import Machine, check_threads, usable_cores
-from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
 from var_deploy.runtime.backends.host_memory import HostMemory, host_view
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import add_launches, launch_names
-from var_deploy.runtime.request import Batches, Images, Request
-from var_deploy.sampling import call_keys
+from var_deploy.runtime.request import Batches, Images
 
 HINTS = ("f32", "bf16")
-SEED = 0
 
 
 class OpenVinoSession:
@@ -186,13 +184,7 @@ class OpenVinoWorker:
         return About(settings=found, graphs=self._graphs)
 
     def generate(self) -> Sample:
-        count = len(self.images)
-        request = Request(
-            labels=spread_labels(self._manifest.model.transformer.classes, count),
-            rng_keys=call_keys(SEED, count),
-            sampling=self._manifest.defaults,
-            forced=self._forced(),
-        )
+        request = bench_request(self._manifest, len(self.images), self._forced())
         self._clock.laps()  # drop earlier marks
         started = time.perf_counter()
         self.images = self._batches.draw(request)
@@ -213,8 +205,9 @@ class OpenVinoWorker:
         """
         if self._backend.computes == "f32":
             return ()
-        lengths = self._manifest.model.scale_lengths
-        return tuple(np.zeros((len(self.images), length), np.int64) for length in lengths)
+        model, count = self._manifest.model, len(self.images)
+        shapes = [(count, length, *model.token_shape) for length in model.scale_lengths]
+        return tuple(np.zeros(shape, np.int64) for shape in shapes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_deploy.planning.costs import Workload
+from var_deploy.planning.costs import Work, Workload
 from var_deploy.planning.devices import Device
 from var_deploy.planning.plan import launch_times
 from var_deploy.runtime.measure import LatencyStats
@@ -39,6 +39,18 @@ def rooflines(workload: Workload, device: Device) -> list[Roofline]:
         )
         for launch in launch_times(workload, device)
     ]
+
+
+def text_roofline(work: Work, device: Device, precision: str) -> Roofline:
+    """The roofline of a launch of a text-to-image bundle or of a text encoder."""
+    computing = work.compute_operations / device.rate(precision)
+    return Roofline(
+        name=work.name,
+        traffic=work.traffic,
+        operations=work.compute_operations + work.full_operations,
+        moving=work.traffic / device.bandwidth,
+        computing=computing + work.full_operations / device.full_rate,
+    )
 
 
 def reached(

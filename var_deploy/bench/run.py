@@ -15,17 +15,19 @@ from var_deploy.bench.busy import busy_processors
 from var_deploy.bench.power import find_meters
 from var_deploy.bench.rates import Rates
 from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
-from var_deploy.bench.roofline import Roofline, rooflines
+from var_deploy.bench.roofline import Roofline, rooflines, text_roofline
 from var_deploy.bench.rounds import Comparison, Entry, Rated, Rounds
+from var_deploy.bench.text_work import text_launches, weights_in_use
 from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.host.installation import module_command, pip_install
 from var_deploy.host.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.planning.costs import graph_weights, workload_of
+from var_deploy.planning.costs import Work, graph_weights, workload_of
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.progress import Progress
+from var_deploy.runtime.text_features import text_encoder_place
 
 OURS, RATES = "var_deploy.bench.ours", "var_deploy.bench.rates"
 
@@ -100,7 +102,8 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         return {
             "batches": self.batches,
-            "precisions": tuple(config.precision for config in self.configs),
+            "precisions": tuple(dict.fromkeys(config.precision for config in self.configs)),
+            "layouts": tuple(dict.fromkeys(config.layout for config in self.configs)),
             "backend": self.configs[0].backend,
             "against": self.against,
             "threads": self.threads,
@@ -124,7 +127,6 @@ def bench(
     """
     machine = machine or Machine()
     manifest = read_manifest(bundle)
-    manifest.code_model("bench")
     for config in settings.configs:
         if config.precision != AUTO:
             manifest.graph(config.precision, names.DECODER)
@@ -136,7 +138,7 @@ def bench(
             images=images, warm_up=settings.warm_up, repeat=settings.repeat, meters=meters
         )
         comparison = Comparison(
-            entries(bundle, settings, images, machine),
+            entries(bundle, settings, images, machine, manifest),
             module_command(RATES, "--threads", settings.threads or 0),
             rounds,
             partial(_part, progress, settings.batches, number),
@@ -162,15 +164,32 @@ def _part(
     progress(prefix + message, (number + fraction) / len(batches))
 
 
-def entries(bundle: Path, settings: Settings, images: int, machine: Machine) -> list[Entry]:
-    """The workers to run: those of this project first, then the peers in the given order."""
-    found = []
+def entries(
+    bundle: Path,
+    settings: Settings,
+    images: int,
+    machine: Machine,
+    manifest: Manifest | None = None,
+) -> list[Entry]:
+    """The workers to run: those of this project first, then the peers in the given order.
+
+    Where the `manifest` of the bundle names a text encoder that is there, a worker measures it in
+    each precision.
+    """
+    found, encoders = [], []
+    given = manifest is not None and text_encoder_place(bundle, manifest) is not None
     options = (bundle, "--batch", images, "--threads", settings.threads or 0)
     for config in settings.configs:
         chosen = ("--precision", config.precision, "--backend", config.backend)
-        command = module_command(OURS, *options, *chosen)
-        name = "var-deploy" if config.precision == AUTO else f"var-deploy {config.precision}"
-        found.append(Entry(name=name, ours=True, command=command))
+        layout = () if config.layout == AUTO else ("--layout", config.layout)
+        command = module_command(OURS, *options, *chosen, *layout)
+        told = [part for part in (config.precision, config.layout) if part != AUTO]
+        found.append(Entry(name=" ".join(["var-deploy", *told]), ours=True, command=command))
+        if given:
+            command = module_command(OURS, *options, *chosen, "--text-encoder")
+            name = " ".join(["text encoder", *told[: config.precision != AUTO]])
+            encoders.append(Entry(name=name, ours=True, command=command))
+    found += {entry.name: entry for entry in encoders}.values()  # one for several layouts
     for name in settings.against:
         peer = PEERS[name]
         if machine.has_module(peer.needs):
@@ -195,7 +214,10 @@ def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: M
         if not result.ran:
             continue
         precision = result.about.graphs if result.about else ""
-        if precision in manifest.graphs:
+        work = result.about.work if result.about else {}
+        if work:
+            result.weights = work["weights"]
+        elif precision in manifest.graphs:
             result.weights = weights_used(manifest, precision)
         if result.ours:
             try:
@@ -203,7 +225,10 @@ def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: M
             except UsageError as error:
                 result.roofline_problem = str(error)
                 continue
-            result.rooflines = generation_rooflines(manifest, precision, images, device)
+            if work:
+                result.rooflines = [_roofline_of_work(work, device, precision)]
+            else:
+                result.rooflines = generation_rooflines(manifest, precision, images, device)
     return Run(
         images=images, results=comparison.results, rates=found, rates_problem=rated.problem
     )
@@ -214,6 +239,8 @@ def weights_used(manifest: Manifest, precision: str) -> int:
 
     The static graphs of all scales together have the same weights as `step`.
     """
+    if manifest.takes_text:
+        return weights_in_use(manifest, cast(Precision, precision))
     graphs = manifest.graphs[precision]
     workload = workload_of(manifest, cast(Precision, precision))
     wanted = [graph.name for graph in generation_graphs(manifest.model, "shared")]
@@ -229,7 +256,12 @@ def generation_rooflines(
     manifest: Manifest, precision: str, images: int, device: Device
 ) -> list[Roofline]:
     """Least time of each launch of a generation of `images` images, summed over its batches."""
-    batches = -(-images // manifest.batch)
+    batches, chosen = -(-images // manifest.batch), cast(Precision, precision)
+    if manifest.takes_text:
+        works = text_launches(manifest, chosen)
+        once = [text_roofline(work, device, precision) for work in works]
+    else:
+        once = rooflines(workload_of(manifest, chosen), device)
     return [
         dataclasses.replace(
             roofline,
@@ -238,8 +270,19 @@ def generation_rooflines(
             moving=batches * roofline.moving,
             computing=batches * roofline.computing,
         )
-        for roofline in rooflines(workload_of(manifest, cast(Precision, precision)), device)
+        for roofline in once
     ]
+
+
+def _roofline_of_work(work: Mapping[str, int], device: Device, precision: str) -> Roofline:
+    """The least time of a worker that runs other graphs than those of a generation."""
+    counted = Work(
+        name="all",
+        compute_operations=work["compute"],
+        full_operations=work["full"],
+        traffic=work["weights"],
+    )
+    return text_roofline(counted, device, precision)
 
 
 def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:

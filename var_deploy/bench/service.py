@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from var_deploy.bench.conditions import bench_texts
 from var_deploy.errors import BackendError, UsageError, one_line
 
 SCHEME = "http://"
@@ -68,13 +69,21 @@ class Service(ABC):
         """The request for one image with this seed."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class OurService(Service):
-    """The service of `var-deploy serve`."""
+    """The service of `var-deploy serve`.
+
+    Attributes:
+        takes_prompts: whether it makes images of prompts; else of labels.
+    """
 
     kind = "var-deploy"
+    takes_prompts: bool = False
 
     def question(self, seed: int) -> Question:
-        body = json.dumps({"labels": [LABEL], "seed": seed, "format": "png"}).encode()
+        """The request for one image; its prompt is one that was not encoded before."""
+        what = {"prompts": bench_texts(seed, 1)} if self.takes_prompts else {"labels": [LABEL]}
+        body = json.dumps({**what, "seed": seed, "format": "png"}).encode()
         headers = {"Content-Type": "application/json"}
         return Question(path=f"{self.address.path}/v1/images", body=body, headers=headers)
 
@@ -160,7 +169,8 @@ def find_service(url: str) -> Service:
         )
     told = ("digest", "precision", "backend", "batch")
     about = {name: str(found.get(name, "unknown")) for name in told}
-    return OurService(url=url, address=address, about=about)
+    prompts = found.get("takes") == "prompts"
+    return OurService(url=url, address=address, about=about, takes_prompts=prompts)
 
 
 def _triton(connection: Connection, address: Address) -> dict[str, str]:

@@ -26,7 +26,7 @@ GENERATE = "generate"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The time of one generation of N images, from labels to uint8 images.
+    """The time of one generation of N images, from labels or text features to uint8 images.
 
     Attributes:
         launches: name of `launch_names` → seconds of the launch; empty where the runtime does not
@@ -48,6 +48,9 @@ class About:
         threads: CPU threads; 0 where unknown.
         reason: why its backend was selected; "" where no backend was passed over.
         loading: parts of loading → seconds; empty where the runtime does not tell them apart.
+        work: of a worker that runs other graphs than those of a generation: "weights", bytes of
+            its weights; "compute" and "full", its operations in the precision of the graphs and in
+            fp32.
     """
 
     settings: Mapping[str, str]
@@ -56,6 +59,7 @@ class About:
     threads: int = 0
     reason: str = ""
     loading: Mapping[str, float] = field(default_factory=dict)
+    work: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, data: object) -> About | None:
@@ -64,7 +68,7 @@ class About:
             return None
         texts = {name: str(data.get(name, "")) for name in ("graphs", "backend", "reason")}
         threads = data.get("threads")
-        loading = data.get("loading")
+        loading, work = data.get("loading"), data.get("work")
         return cls(
             settings={str(key): str(value) for key, value in data["settings"].items()},
             threads=threads if isinstance(threads, int) else 0,
@@ -72,6 +76,11 @@ class About:
                 str(part): float(seconds)
                 for part, seconds in (loading if isinstance(loading, dict) else {}).items()
                 if isinstance(seconds, (int, float))
+            },
+            work={
+                str(name): amount
+                for name, amount in (work if isinstance(work, dict) else {}).items()
+                if isinstance(amount, int)
             },
             **texts,
         )

@@ -27,7 +27,14 @@ from var_deploy.bundle.json_values import shown
 from var_deploy.bundle.onnx_file import MAX_BYTES, inspect_onnx, relocate
 from var_deploy.errors import BundleChangedError, BundleError
 from var_deploy.files.held_files import HeldFile
-from var_deploy.manifest import ListedFiles, TensorInfo, check_hash, hold_file, read_manifest
+from var_deploy.manifest import (
+    ListedFiles,
+    Manifest,
+    TensorInfo,
+    check_hash,
+    hold_file,
+    read_manifest,
+)
 
 DESCRIPTORS = "/proc/self/fd"
 
@@ -104,6 +111,11 @@ class BundleFiles:
         self._digests: dict[str, str] = {}
         self._loaded = False
         self._lock = threading.Lock()
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the bundle makes images of prompts."""
+        return isinstance(self._manifest, Manifest) and self._manifest.takes_text
 
     def check(self, progress: Callable[[int], None] | None = None) -> None:
         """Open and check every file of the precision, which is done when this returns. Raises

@@ -16,7 +16,7 @@ from var_deploy.cli.console import Progress, echo, echo_json, human_bytes, table
 from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS, quiet_option, verbose_option
 from var_deploy.cli.outputs import STDOUT, refusal
 from var_deploy.cli.services import SCHEME, load_text
-from var_deploy.config import BACKENDS, PRECISIONS, RuntimeConfig
+from var_deploy.config import BACKENDS, LAYOUT_CHOICES, PRECISIONS, RuntimeConfig
 from var_deploy.errors import BackendError, UsageError, VarDeployError
 from var_deploy.files import check_writable, whole_file
 from var_deploy.host.installation import pip_install
@@ -32,7 +32,7 @@ LEGEND = (
 )
 
 
-OF_BUNDLES = ("precision", "backend", "batch", "threads", "busy", "plot")
+OF_BUNDLES = ("precision", "backend", "layout", "batch", "threads", "busy", "plot")
 OF_SERVICES = ("concurrency",)
 MOST_BUSY = 256  # more would measure how the system switches between processes
 
@@ -59,6 +59,13 @@ class BundleOrUrl(click.Path):
     show_default=True,
     metavar="NAME",
     help="What runs our own graphs, as for generate.",
+)
+@click.option(
+    "--layout",
+    default="auto",
+    show_default=True,
+    metavar="LIST",
+    help="Of our own graphs, as in per-scale,shared; each is timed.",
 )
 @click.option(
     "--against",
@@ -113,6 +120,7 @@ def bench(
     bundle: Path | str,
     precision: str,
     backend: str,
+    layout: str,
     against: str,
     batch: str,
     threads: int | None,
@@ -131,9 +139,13 @@ def bench(
     the bundle's operations and bytes take at these rates. Whatever is compared but not installed
     is left out, with the reason.
 
+    A text-to-image bundle generates from random text features; its text encoder, where it is
+    there, is timed in a line of its own.
+
     In place of BUNDLE an address is that of a service: of var-deploy serve, or of a model of
     Triton. It gets images asked for, each of a seed of its own, by --concurrency clients at a
-    time; its throughput and latency are told.
+    time; its throughput and latency are told. Each image of a service that takes prompts has a
+    prompt of its own, so that its text encoder works too.
 
     \b
     Example:
@@ -166,8 +178,9 @@ def bench(
     settings = Settings(
         batches=_numbers("--batch", batch),
         configs=tuple(
-            RuntimeConfig(precision=each, backend=runner, threads=threads)
+            RuntimeConfig(precision=each, backend=runner, layout=one, threads=threads)
             for each in _known("--precision", precision, PRECISIONS)
+            for one in _known("--layout", layout, LAYOUT_CHOICES)
         ),
         against=_known("--against", against, PEERS) if against.strip() else (),
         repeat=repeat,

@@ -143,6 +143,7 @@ class BundleCheck:
 
     def _read(self) -> Found:
         self.manifest = manifest = read_manifest(self._bundle)
+        manifest.code_model("device_check")
         check_files(self._bundle, manifest)
         precisions = list(manifest.graphs)
         return Found(
