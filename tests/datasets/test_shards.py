@@ -106,7 +106,7 @@ def test_another_text_encoder_is_refused(pipe: Any, new_prompt_spec: NewSpec) ->
     assert spec.prompts is not None
     for change in ({"precision": "fp32"}, {"text_encoder": "cd" * 32}):
         other = dataclasses.replace(spec, prompts=dataclasses.replace(spec.prompts, **change))
-        with pytest.raises(UsageError, match="pipeline's text encoder has .*, the set needs"):
+        with pytest.raises(UsageError, match=r"pipeline's text encoder has .*, the set needs"):
             draw_shard(pipe, other, 0)
     assert not pipe.requests
 
