@@ -10,7 +10,7 @@ TRITON := .venv/triton
 TRITON_READY := $(TRITON)/.ready
 INSTALL_TRITON = $(TRITON)/bin/python -m pip install -q -c constraints-triton.txt setuptools && \
 	$(TRITON)/bin/python -m pip install -q -c constraints-triton.txt --no-build-isolation \
-	nvidia-pytriton "tritonclient[http,grpc]" -e ".[cpu]"
+	nvidia-pytriton "tritonclient[http,grpc]" -e ".[cpu,text]"
 BUNDLE := build/pocket
 PORTABLE := build/portable/pocket
 # what an exported bundle depends on: the exporter, the contract and the weights of pocket

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from var_deploy.config import Loaded
 from var_deploy.text.prompt_tokenizer import TokenizedPrompt
 
 
@@ -23,6 +24,10 @@ class PromptEncoder(Protocol):
 
     def tokenize(self, prompt: str, length: int | None = None) -> TokenizedPrompt:
         """Return the tokens of a prompt and what is cut off beyond `length`."""
+        ...
+
+    def describe(self) -> Loaded:
+        """Return what runs the encoder, which is loaded for that; `settings` holds its digest."""
         ...
 
     def close(self) -> None:

@@ -88,11 +88,7 @@ class TextEncoder:
         """
         path = Path(folder)
         manifest = read_text_encoder(path)
-        if digest not in (None, manifest.digest()):
-            raise BundleError(
-                f"the text encoder at {path} has the digest {manifest.digest()[:16]}, expected "
-                f"{str(digest)[:16]}: give the one that the image bundle was exported with"
-            )
+        manifest.check_digest(path, digest)
         spec = manifest.model
         tokenizer = PromptTokenizer(
             read_tokenizer_json(path, manifest), spec.length, vocab_size=spec.vocab_size
@@ -130,7 +126,8 @@ class TextEncoder:
         return features, np.array([found.length for found in tokens], np.int64)
 
     def describe(self) -> Loaded:
-        """Say what runs the encoder; loads it where it is not loaded. Raises as `encode`."""
+        """Return what runs the encoder, whose digest is one of the settings; loads it where it is
+        not loaded. Raises as `encode`."""
         with self._lock:
             if self._loaded is None:
                 self._load()
@@ -214,6 +211,7 @@ class TextEncoder:
             raise
         precision = choice.config.precision
         settings = {k: v for k, v in choice.backend.describe().items() if k != "backend"}
+        settings["digest"] = self.manifest.digest()
         try:
             self._graph = SingleGraph(
                 files, self.manifest, precision, names.TEXT_ENCODER, choice.backend

@@ -7,16 +7,20 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from var_deploy import names
-from var_deploy.config import AUTO, TENSORRT, TENSORRT_RTX, RuntimeConfig
+from var_deploy.config import AUTO, TENSORRT, TENSORRT_RTX, Loaded, RuntimeConfig
 from var_deploy.errors import UsageError, one_line
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.prompts import PromptEncoder, PromptRows
 from var_deploy.spec import TextModelSpec
 
-MOST_LISTED, LONGEST_LISTED = 10, 40  # words, and characters of a word, in a remark
+if TYPE_CHECKING:
+    from var_deploy.text.manifest import TextEncoderManifest
+
+# words, or prompts that are cut off, that are named; characters of a word
+MOST_LISTED, LONGEST_LISTED = 10, 40
 
 
 class TextFeatures:
@@ -50,12 +54,7 @@ class TextFeatures:
     def found(self) -> PromptEncoder:
         """Return the text encoder. Raises UsageError where none was found."""
         if self._encoder is None:
-            ref = self._manifest.text_encoder
-            what = f"{ref.folder} (digest {ref.digest[:16]})" if ref else "of any name"
-            raise UsageError(
-                f"a text encoder {what} is neither in the bundle nor beside it: give its folder "
-                "with --text-encoder (text_encoder in Python)"
-            )
+            raise _not_found(self._manifest)
         return self._encoder
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
@@ -64,12 +63,19 @@ class TextFeatures:
             return []
         length, encoder = self._length(), self._encoder
         found = [encoder.tokenize(prompt, length) for prompt in dict.fromkeys(prompts)]
-        lines = [tokens.truncation for tokens in found if tokens.truncation]
+        cut = [tokens.truncation for tokens in found if tokens.truncation]
+        lines = cut[:MOST_LISTED]
+        if len(cut) > MOST_LISTED:
+            lines.append(f"{len(cut) - MOST_LISTED:,} more prompts are cut off")
         unknown = dict.fromkeys(word for tokens in found for word in tokens.unknown)
         if unknown:
             name = self._manifest.preset or "the text encoder"
             lines.append(f"{name} does not know: {_listed(list(unknown))}")
         return lines
+
+    def describe(self) -> Loaded:
+        """Return what runs the text encoder, see `Pipeline.describe_text_encoder`."""
+        return self.found().describe()
 
     def close(self) -> None:
         """Release the text encoder; safe to call twice."""
@@ -92,14 +98,50 @@ def _listed(words: Sequence[str]) -> str:
     return f"{first} and {rest} more" if rest > 0 else first
 
 
-def text_encoder_place(bundle: Path, manifest: Manifest) -> Path | None:
-    """Return the folder of the text encoder that a manifest names, in the bundle or beside it;
-    None where it is in neither, or where the bundle takes no prompts."""
-    ref = manifest.text_encoder
-    if ref is None:
+def text_encoder_folder(
+    bundle: Path, manifest: Manifest, given: str | os.PathLike[str] | None = None
+) -> Path | None:
+    """Return the folder of a bundle's text encoder: `given`, or the one that the manifest names, in
+    the bundle or beside it; None where it is in neither, or the bundle takes no prompts.
+
+    Raises UsageError for one that is given to a bundle that takes no prompts.
+    """
+    if not manifest.takes_text:
+        if given is not None:
+            raise UsageError("this bundle takes no prompts: leave the text encoder out")
         return None
+    ref = manifest.text_encoder
+    if given is not None or ref is None:
+        return None if given is None else Path(given)
     beside = (bundle / ref.folder, Path(os.path.abspath(bundle)).parent / ref.folder)
     return next((p for p in beside if (p / names.MANIFEST).is_file()), None)
+
+
+def checked_text_encoder(
+    bundle: Path, manifest: Manifest, given: str | os.PathLike[str] | None = None
+) -> tuple[Path, TextEncoderManifest]:
+    """Return the folder and the manifest of the text encoder that a bundle needs.
+
+    Raises UsageError where none is found, BundleError for one that cannot be trusted or is another
+    than the one that the bundle was exported with.
+    """
+    from var_deploy.text.manifest import read_text_encoder
+
+    place, ref = text_encoder_folder(bundle, manifest, given), manifest.text_encoder
+    if place is None:
+        raise _not_found(manifest)
+    found = read_text_encoder(place)
+    found.check_digest(place, ref.digest if ref else None)
+    return place, found
+
+
+def _not_found(manifest: Manifest) -> UsageError:
+    ref = manifest.text_encoder
+    what = f"{ref.folder} (digest {ref.digest[:16]})" if ref else "of any name"
+    return UsageError(
+        f"a text encoder {what} is neither in the bundle nor beside it: give its folder "
+        "with --text-encoder (text_encoder in Python)"
+    )
 
 
 def find_text_encoder(
@@ -111,26 +153,25 @@ def find_text_encoder(
 ) -> PromptEncoder | None:
     """Return the text encoder of a bundle, whose weights are loaded at the first prompt.
 
-    It is `given`, or the folder that the manifest names, in the bundle or beside it; None where it
-    is in neither. Raises UsageError for one that is given to a bundle that takes no prompts,
-    BundleError for one that cannot be trusted or is another.
+    Its folder is that of `text_encoder_folder`; None where there is none. Raises UsageError as that
+    does, BundleError for one that cannot be trusted or is another.
     """
-    if not manifest.takes_text:
-        if given is not None:
-            raise UsageError("this bundle takes no prompts: leave the text encoder out")
+    place = text_encoder_folder(bundle, manifest, given)
+    if place is None:
         return None
     from var_deploy.runtime.text_encoder import TextEncoder
     from var_deploy.text.manifest import read_text_encoder
 
     ref = manifest.text_encoder
-    place = Path(given) if given is not None else text_encoder_place(bundle, manifest)
-    if place is None:
-        return None
     # it has precisions of its own, and no engines
-    changes: dict[str, Any] = {}
-    if config.precision != AUTO and config.precision not in read_text_encoder(place).graphs:
-        changes["precision"] = AUTO
+    changes: dict[str, Any] = {"precision": own_precision(read_text_encoder(place), config)}
     if config.backend in (TENSORRT, TENSORRT_RTX):
         changes["backend"] = AUTO
     own = dataclasses.replace(config, **changes)
     return TextEncoder.open(place, own, digest=ref.digest if ref else None, cores=cores)
+
+
+def own_precision(manifest: TextEncoderManifest, config: RuntimeConfig) -> str:
+    """Return the precision in which a text encoder is run beside an image bundle: that of `config`
+    where it has it, else "auto"."""
+    return config.precision if config.precision in manifest.graphs else AUTO

@@ -214,6 +214,15 @@ def pocket_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle that takes prompts, with its text encoder beside it; see `text_case`."""
+    pytest.importorskip("onnx", reason="onnx is not installed, so nothing can be exported here")
+    from text_case import export_text_bundle
+
+    return export_text_bundle(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
 def small_model(family_member: Callable[..., ModelSpec]) -> Callable[..., LoadedModel]:
     """A small member of the family with seeded weights, for what needs no golden arrays."""
     from var_deploy.export.checkpoint.assemble import assemble, empty_modules

@@ -7,9 +7,9 @@ SLOW = {
     "": "guide make wheel",
     "cli": (
         "bad_bundles bad_checkpoints bench_command demo editing_commands "
-        "export_cut_short files_to_images int8 labels_command linked_bundle outputs"
+        "export_cut_short files_to_images int8 labels_command linked_bundle outputs sample_prompts"
     ),
-    "cluster": "connect place service sets",
+    "cluster": "connect place prompts service sets",
     "contract": "every_command files installation interfaces onnx_file plan terminal",
     "datasets": "readers",
     "deploy": "steps",

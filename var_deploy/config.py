@@ -95,6 +95,7 @@ class Loaded:
         reason: why this backend, where that was left open; "" where nothing was passed over.
         threads: CPU threads of a launch, None on a GPU.
         loading: seconds that parts of loading took: "checking" the files, "opening" the graphs.
+        text_encoder: what runs the text encoder, where that was asked for.
     """
 
     precision: str
@@ -104,12 +105,15 @@ class Loaded:
     reason: str = ""
     threads: int | None = None
     loading: Mapping[str, float] = field(default_factory=dict, compare=False)
+    text_encoder: Loaded | None = None
 
     def to_json(self) -> dict[str, str]:
         """Everything as text, as reports hold it."""
         chosen = {"precision": self.precision, "layout": self.layout, "backend": self.backend}
         reason = {"chosen because": self.reason} if self.reason else {}
-        return {**chosen, **self.settings, **reason}
+        text = self.text_encoder
+        texts = {"text encoder": f"{text.precision}, {text.backend}"} if text else {}
+        return {**chosen, **self.settings, **reason, **texts}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {text}" for name, text in self.to_json().items())

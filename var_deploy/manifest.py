@@ -317,7 +317,7 @@ def _no_bundle(bundle: Path, *, looked: bool) -> str:
 
 def check_files(
     bundle: Path,
-    manifest: Manifest,
+    manifest: ListedFiles,
     *,
     prefix: str = "",
     hashes: bool = True,
@@ -325,11 +325,12 @@ def check_files(
 ) -> None:
     """Check the listed files under `prefix`: present, of the right size, of the right hash.
 
-    Links are followed. `progress` is called with the bytes read. Raises BundleError naming the
-    first file that fails.
+    Files of no folder, such as a text encoder's tokenizer.json, belong to every prefix. Links are
+    followed. `progress` is called with the bytes read. Raises BundleError naming the first file
+    that fails.
     """
     for name in sorted(manifest.files):
-        if name.startswith(prefix):
+        if name.startswith(prefix) or "/" not in name:
             hold_file(bundle, manifest, name, hashes=hashes, progress=progress).close()
 
 

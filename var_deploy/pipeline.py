@@ -138,11 +138,13 @@ class Pipeline:
         digest: str | None = None,
         cores: int | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
+        text_config: RuntimeConfig | None = None,
     ) -> Pipeline:
         """Load a bundle as `load` does, with its options in one value.
 
         `cores` is how many CPU threads are taken where `config` leaves that open, as in a process
         that shares the machine with others; None takes those that the process may use.
+        `text_config` is how the text encoder is run; None takes `config`.
         """
         folder = Path(bundle)
 
@@ -153,7 +155,8 @@ class Pipeline:
                     f"the bundle at {folder} was replaced: its digest is "
                     f"{manifest.digest()[:16]}, expected {str(digest)[:16]}; start again"
                 )
-            text = find_text_encoder(folder, manifest, config, text_encoder, cores)
+            own = text_config or config
+            text = find_text_encoder(folder, manifest, own, text_encoder, cores)
             choice = choose_backend(folder, manifest, config, cores=cores)
             return cls.assemble(folder, manifest, choice, text, check_first=again)
 
@@ -458,6 +461,14 @@ class Pipeline:
         """Raise UsageError where the bundle takes prompts and no text encoder was found."""
         if self.manifest.takes_text:
             self._text.found()
+
+    def describe_text_encoder(self) -> Loaded:
+        """Precision, backend and digest (one of `settings`) of the text encoder, which is loaded
+        for that.
+
+        Raises UsageError where none was found, and what the text encoder raises.
+        """
+        return self._text.describe()
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
         """Say, in a line each, which prompts are cut off and where, and which words the text

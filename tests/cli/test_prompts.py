@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from text_case import HEIGHT, SCALES, TEXT_LENGTH, WIDTH, export_text_bundle
+from text_case import HEIGHT, SCALES, TEXT_LENGTH, WIDTH
 
 from cli_steps import done, pixels, refused, run
 from var_deploy.bench.run import Settings, entries
@@ -24,9 +24,10 @@ from var_deploy.runtime.backends import onnxruntime_cpu
 DEER = "a red deer in the snow"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_text_bundle(tmp_path_factory.mktemp("text"))
+@pytest.fixture
+def bundle(text_bundle: Path) -> Path:
+    """Not to be changed."""
+    return text_bundle
 
 
 def test_an_image_of_a_prompt_and_what_its_file_says(bundle: Path, tmp_path: Path) -> None:
@@ -159,9 +160,7 @@ def test_inspect_names_what_it_takes(bundle: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ("sample", "--per-class", "1", "--out", "set"),
         ("plan",),
-        ("triton", "--out", "repository"),
     ],
     ids=lambda command: command[0],
 )

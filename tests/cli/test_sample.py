@@ -59,7 +59,7 @@ def some(made_set: Path, tmp_path: Path) -> Path:
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that would load a bundle fails."""
 
-    def load(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Pipeline:
+    def load(bundle: Path, manifest: Manifest, config: RuntimeConfig, *more: object) -> Pipeline:
         raise AssertionError("it loads weights")
 
     monkeypatch.setattr(sys.modules["var_deploy.cli.sample"], "load_pipeline", load)
@@ -202,9 +202,11 @@ def test_a_set_decides_what_was_left_open(
 ) -> None:
     seen: list[RuntimeConfig] = []
 
-    def watched(bundle: Path, manifest: Manifest, config: RuntimeConfig) -> Pipeline:
+    def watched(
+        bundle: Path, manifest: Manifest, config: RuntimeConfig, *text: Any
+    ) -> Pipeline:
         seen.append(config)
-        return load_pipeline(bundle, manifest, config)
+        return load_pipeline(bundle, manifest, config, *text)
 
     monkeypatch.setattr(sys.modules["var_deploy.cli.sample"], "load_pipeline", watched)
     done("sample", made, *ARGUMENTS, "--out", some)

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from cli_steps import tree
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BundleError, VarDeployError
+from var_deploy.pipeline import Pipeline
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
 from var_deploy.cluster import place  # noqa: E402
 from var_deploy.cluster.connect import connected  # noqa: E402
-from var_deploy.cluster.place import BundleSource, bundle_source  # noqa: E402
+from var_deploy.cluster.place import BundleSource, FolderSource, bundle_source  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +36,17 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joined: None) -> 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(place, "PART", 100_000)  # of the files that a driver hands over
     fetched: list[Path] = []
-    holds, fetch = BundleSource._holds, BundleSource._fetch
+    holds, fetch = FolderSource._holds, FolderSource._fetch
 
-    def not_here(self: BundleSource, folder: Path, *, hashes: bool) -> bool:
+    def not_here(self: FolderSource, folder: Path, *, hashes: bool) -> bool:
         return folder != self.bundle and holds(self, folder, hashes=hashes)
 
-    def watched(self: BundleSource, copy: Path) -> None:
+    def watched(self: FolderSource, copy: Path) -> None:
         fetch(self, copy)
         fetched.append(copy)
 
-    monkeypatch.setattr(BundleSource, "_holds", not_here)
-    monkeypatch.setattr(BundleSource, "_fetch", watched)
+    monkeypatch.setattr(FolderSource, "_holds", not_here)
+    monkeypatch.setattr(FolderSource, "_fetch", watched)
     return fetched
 
 
@@ -78,6 +80,29 @@ def test_the_files_of_one_precision(bundle: Path, elsewhere: list[Path]) -> None
     found = bundle_source(bundle, "fp32").path()
     assert {path.name for path in found.iterdir()} == {"fp32", "manifest.json"}
     assert found.name.endswith("-fp32")
+
+
+def test_a_text_encoder_comes_along(text_bundle: Path, elsewhere: list[Path]) -> None:
+    source, place = bundle_source(text_bundle, "fp32"), text_bundle.parent / "t5"
+    with source.open(RuntimeConfig(threads=1), 1) as pipe:
+        image = pipe.generate(prompts="a red fox")
+    with Pipeline.load(text_bundle, threads=1) as pipe:
+        assert (pipe.generate(prompts="a red fox") == image).all()
+    bundle, encoder = elsewhere
+    assert tree(bundle) == tree(text_bundle) and tree(encoder) == tree(place)
+    (encoder / "tokenizer.json").unlink()
+    assert source.text_encoder is not None
+    assert source.text_encoder.path() == encoder == elsewhere[2]
+    assert tree(encoder) == tree(place)
+
+
+def test_a_text_encoder_of_another_precision(text_bundle: Path, joined: None) -> None:
+    """It is offered with all that it has, since the worker decides."""
+    with pytest.raises(BundleError, match="has no fp16 graphs"):
+        bundle_source(text_bundle, "fp16").open(RuntimeConfig(precision="fp16"), 1)
+    config = RuntimeConfig(precision="int8")
+    source = bundle_source(text_bundle, "fp32", text_config=config).text_encoder
+    assert source is not None and source.precision == "auto"
 
 
 def test_a_damaged_copy_is_fetched_again(bundle: Path, elsewhere: list[Path]) -> None:

@@ -134,6 +134,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
         "check": "changed",
         "digest": read_manifest(bundle).digest(),
         "text_encoder": None,
+        "text_config": None,
     }
     assert generate == {
         "labels": [1, 0, 1, 0],

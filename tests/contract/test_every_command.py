@@ -107,6 +107,7 @@ BOUNDED_LATER = {
     ("edit", "count"): "outputs.check_at_once",
     ("generate", "count"): "outputs.check_at_once and check_files",
     ("sample", "per_class"): "SetSpec",
+    ("sample", "per_prompt"): "SetSpec",
     ("sample", "shard_size"): "no shard is larger than the set, see _check_shard_size",
     ("sample", "seed"): "SetSpec",
     ("sample", "workers"): "no more than there are devices",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 
 from var_deploy.config import Loaded
 from var_deploy.datasets.folder import SetFolder
-from var_deploy.datasets.spec import SetSpec
+from var_deploy.datasets.spec import PromptSpec, SetSpec
 from var_deploy.runtime.request import Request
-from var_deploy.sampling import Sampling
+from var_deploy.sampling import BitSampling, Sampling
 
 DIGEST = "ab" * 32
+PROMPTS = ("a red fox", "the sea", "狐狸")
 
 
 class FakePipeline:
@@ -31,6 +33,13 @@ class FakePipeline:
 
     def describe(self) -> Loaded:
         return Loaded(precision="fp32", backend="onnxruntime-cpu", layout="shared")
+
+    def describe_text_encoder(self) -> Loaded:
+        about = {"digest": DIGEST[::-1]}
+        return Loaded(precision="fp16", backend="onnxruntime-cuda", layout="", settings=about)
+
+    def features(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Any:
+        return list(prompts), negatives
 
     def draw(self, request: Request) -> NDArray[np.uint8]:
         self.before()
@@ -69,6 +78,23 @@ def new_spec() -> Callable[..., SetSpec]:
 @pytest.fixture
 def spec(new_spec: Callable[..., SetSpec]) -> SetSpec:
     return new_spec()
+
+
+@pytest.fixture
+def new_prompt_spec(new_spec: Callable[..., SetSpec]) -> Callable[..., SetSpec]:
+    """Settings of a set of 6 images of three prompts in shards of 4; keyword arguments override
+    any."""
+
+    def build(**changes: Any) -> SetSpec:
+        prompts = dataclasses.replace(
+            PromptSpec.of(PROMPTS, "fog", DIGEST[::-1]),
+            precision="fp16",
+            backend="onnxruntime-cuda",
+        )
+        own = {"sampling": BitSampling(), "classes": 0, "per_class": 2, "prompts": prompts}
+        return new_spec(**{**own, **changes})
+
+    return build
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_a_file_is_no_folder(folder: SetFolder, spec: SetSpec) -> None:
         ("{", "cannot be read"),
         ("[]", "is damaged"),
         ('{"settings": {"seed": 1}, "shards": []}', "is damaged"),
-        ('{"schema_version": 2}', "has schema version 2, this var-deploy reads up to 1; upgrade"),
+        ('{"schema_version": 3}', "has schema version 3, this var-deploy reads up to 2; upgrade"),
     ],
 )
 def test_a_damaged_list(folder: SetFolder, text: str, words: str) -> None:

@@ -37,7 +37,7 @@ for row in found["train"]:
     about = row.get("json", row)
     rows.append({
         "columns": sorted(key for key in row if not key.startswith("__")),
-        "label": row.get("label", row.get("cls")),
+        "label": row.get("label", row.get("cls", row.get("prompt"))),
         "number": about["number"],
         "seed": about["seed"],
         "first": list(image.getpixel((0, 0))),
@@ -59,10 +59,10 @@ def shard_size(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def complete(
     folder: SetFolder, new_spec: NewSpec, new_pipe: Callable[..., Any], shard_size: int
-) -> Callable[[str], SetSpec]:
+) -> Callable[..., SetSpec]:
     """Makes a whole set of a format, with images.npz, in `folder`."""
 
-    def make(form: str) -> SetSpec:
+    def make(form: str, new_spec: NewSpec = new_spec) -> SetSpec:
         spec = new_spec(format=form, shard_size=shard_size)
         folder.begin(spec)
         make_missing(new_pipe(), folder, spec, range(spec.shards), lambda *told: None)
@@ -88,7 +88,7 @@ def load(path: Path, cache: Path) -> Any:
 
 @pytest.mark.parametrize("form", ["tar", "parquet"])
 def test_datasets_loads_the_folder(
-    folder: SetFolder, complete: Callable[[str], SetSpec], form: str, tmp_path: Path
+    folder: SetFolder, complete: Callable[..., SetSpec], form: str, tmp_path: Path
 ) -> None:
     needs("datasets")
     needs("pyarrow")
@@ -103,7 +103,7 @@ def test_datasets_loads_the_folder(
 
 
 def test_datasets_loads_what_an_older_version_began(
-    folder: SetFolder, complete: Callable[[str], SetSpec], tmp_path: Path
+    folder: SetFolder, complete: Callable[..., SetSpec], tmp_path: Path
 ) -> None:
     """Its hashes are in visible files; listing the shards says which files are data."""
     needs("datasets")
@@ -116,7 +116,7 @@ def test_datasets_loads_what_an_older_version_began(
 
 
 @pytest.mark.filterwarnings("ignore")  # of the library's own
-def test_webdataset_reads_the_shards(folder: SetFolder, complete: Callable[[str], SetSpec]) -> None:
+def test_webdataset_reads_the_shards(folder: SetFolder, complete: Callable[..., SetSpec]) -> None:
     needs("webdataset")
     import webdataset
 
@@ -128,3 +128,32 @@ def test_webdataset_reads_the_shards(folder: SetFolder, complete: Callable[[str]
     for sample, pixel in zip(found, first_pixels(folder, spec), strict=True):
         with Image.open(io.BytesIO(sample["png"])) as image:
             assert np.asarray(image)[0, 0].tolist() == pixel
+
+
+@pytest.mark.parametrize("shard_size", ["one shard"], indirect=True)
+def test_datasets_loads_prompts(
+    folder: SetFolder,
+    complete: Callable[..., SetSpec],
+    new_prompt_spec: NewSpec,
+    tmp_path: Path,
+) -> None:
+    needs("datasets")
+    needs("pyarrow")
+    spec = complete("parquet", new_prompt_spec)
+    rows = load(folder.path, tmp_path / "cache")["rows"]
+    assert [row["label"] for row in rows] == [spec.prompt(n) for n in range(spec.images)]
+    assert rows[0]["columns"] == ["image", "number", "prompt", "seed"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library's own
+def test_webdataset_reads_prompts(
+    folder: SetFolder, complete: Callable[..., SetSpec], new_prompt_spec: NewSpec
+) -> None:
+    needs("webdataset")
+    import webdataset
+
+    spec = complete("tar", new_prompt_spec)
+    pattern = f"{folder.path}/{{000000..{spec.shards - 1:06d}}}.tar"
+    reader = webdataset.WebDataset(pattern, shardshuffle=False).decode()
+    found = [(sample["txt"], sample["json"]["prompt"]) for sample in reader]
+    assert found == [(spec.prompt(n), spec.prompt(n)) for n in range(spec.images)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -86,6 +87,27 @@ def test_progress(pipe: Any, spec: SetSpec) -> None:
 def test_another_pipeline_is_refused(pipe: Any, new_spec: NewSpec, changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"pipeline has {next(iter(changes))} .*, the set needs"):
         draw_shard(pipe, new_spec(**changes), 0)
+    assert not pipe.requests
+
+
+def test_prompts_become_features_batch_by_batch(pipe: Any, new_prompt_spec: NewSpec) -> None:
+    data = draw_shard(pipe, new_prompt_spec(), 0)
+    fox, sea, other = "a red fox", "the sea", "狐狸"
+    assert [r.prompts for r in pipe.requests] == [
+        ([fox, sea], ["fog", "fog"]),
+        ([other, fox], ["fog", "fog"]),
+    ]
+    with opened(data) as tar:
+        assert tar.getnames()[:3] == ["000000000.png", "000000000.txt", "000000000.json"]
+
+
+def test_another_text_encoder_is_refused(pipe: Any, new_prompt_spec: NewSpec) -> None:
+    spec = new_prompt_spec()
+    assert spec.prompts is not None
+    for change in ({"precision": "fp32"}, {"text_encoder": "cd" * 32}):
+        other = dataclasses.replace(spec, prompts=dataclasses.replace(spec.prompts, **change))
+        with pytest.raises(UsageError, match=r"pipeline's text encoder has .*, the set needs"):
+            draw_shard(pipe, other, 0)
     assert not pipe.requests
 
 

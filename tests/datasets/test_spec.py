@@ -63,6 +63,31 @@ def test_as_json_and_back(new_spec: NewSpec, cfg: Any) -> None:
     assert SetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
+def test_prompts_take_turns(new_prompt_spec: NewSpec) -> None:
+    spec = new_prompt_spec()
+    prompts = ["a red fox", "the sea", "狐狸"]
+    assert (spec.images, spec.shards, spec.negative) == (6, 2, "fog")
+    assert [spec.prompt(n) for n in range(6)] == prompts * 2
+    assert SetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    with pytest.raises(UsageError, match="per_prompt must be a whole number above 0, found 0"):
+        new_prompt_spec(per_class=0)
+
+
+def test_a_set_of_classes_is_written_as_it_was(spec: SetSpec) -> None:
+    """Older versions read it, and compare all of it."""
+    assert list(spec.to_json()) == [
+        *("bundle", "precision", "backend", "layout", "sampling", "seed", "classes", "per_class"),
+        *("shard_size", "format"),
+    ]
+
+
+def test_prompts_that_are_not_those_of_the_hash(new_prompt_spec: NewSpec) -> None:
+    data = new_prompt_spec().to_json()
+    data["prompts"]["texts"] = ["another"] * 3
+    with pytest.raises(ValueError, match="do not match their hash"):
+        SetSpec.from_json(data)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fake_tensorrt import cudart
+from var_deploy import __version__
 from var_deploy.config import CUDA, RuntimeConfig
 from var_deploy.errors import BackendError
 from var_deploy.manifest import Manifest, read_manifest
@@ -104,6 +104,7 @@ def test_a_worker_on_ray_that_falls_back_from_a_gpu(
     """The node was to have a GPU, for which an actor gets one CPU; it took every core."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     from var_deploy.cluster.devices import device_of
+    from var_deploy.cluster.place import BundleSource
     from var_deploy.cluster.worker import Worker
     from var_deploy.datasets.spec import SetSpec
 
@@ -111,7 +112,9 @@ def test_a_worker_on_ray_that_falls_back_from_a_gpu(
     monkeypatch.setattr(backends, "usable_cores", lambda: 2)
     device = device_of(manifest, RuntimeConfig(), images=2)
     assert (device.gpus, device.cpus, device.threads) == (1, 1, None)
-    held: Any = SimpleNamespace(digest=manifest.digest(), path=lambda: bundle)
+    held = BundleSource(
+        bundle=bundle, digest=manifest.digest(), precision="auto", version=__version__, node=""
+    )
     spec = SetSpec(
         bundle=manifest.digest(),
         precision="auto",

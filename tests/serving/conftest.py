@@ -35,15 +35,6 @@ def small_bundle(
     return out
 
 
-@pytest.fixture(scope="session")
-def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small bundle that takes prompts, with its text encoder beside it; see `text_case`."""
-    pytest.importorskip("onnx", reason="onnx is not installed, so nothing can be exported here")
-    from text_case import export_text_bundle
-
-    return export_text_bundle(tmp_path_factory.mktemp("served-text"))
-
-
 @pytest.fixture(scope="module")
 def pipe(small_bundle: Path) -> Iterator[Pipeline]:
     with Pipeline.load(small_bundle, threads=1) as pipeline:

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 DTYPES = {"SEED": np.uint64, "CFG": np.float64, "TOP_P": np.float64, "TEMPERATURE": np.float64}
+DTYPES |= {"PROMPT": np.object_, "NEGATIVE": np.object_}
+TYPES = {"f": "FP64", "i": "INT64", "u": "UINT64", "O": "BYTES"}
 
 
 def main(protocol: str, address: str, model: str, questions: str, answers: str) -> None:
@@ -23,7 +25,7 @@ def main(protocol: str, address: str, model: str, questions: str, answers: str) 
         inputs = []
         for name, rows in question.items():
             array = np.array(rows, DTYPES.get(name, np.int64))
-            datatype = {"f": "FP", "i": "INT", "u": "UINT"}[array.dtype.kind] + "64"
+            datatype = TYPES[array.dtype.kind]
             inputs.append(module.InferInput(name, list(array.shape), datatype))
             inputs[-1].set_data_from_numpy(array)
         client = module.InferenceServerClient(address)  # http: not for several threads

@@ -60,6 +60,14 @@ def repository(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def text_repository(text_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a bundle that takes prompts: two images a launch."""
+    out = tmp_path_factory.mktemp("texts") / "models"
+    done("triton", text_bundle, "--out", out, "--name", "text", "--threads", 1)
+    return out
+
+
+@pytest.fixture(scope="module")
 def triton(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
     """The server of `repository`, told what to load."""
     explicit = ("--model-control-mode=explicit", f"--load-model={MODEL}")

@@ -41,12 +41,14 @@ class Triton:
     grpc: int
     log: Path
 
-    def ask(self, protocol: str, folder: Path, *questions: Mapping[str, Any]) -> Answers:
+    def ask(
+        self, protocol: str, folder: Path, *questions: Mapping[str, Any], model: str = MODEL
+    ) -> Answers:
         """Ask all of them at once; see client_script.py."""
         asked, answers = folder / "questions.json", folder / "answers.npz"
         asked.write_text(json.dumps(questions))
         address = f"127.0.0.1:{self.http if protocol == 'http' else self.grpc}"
-        command = [PYTHON, CLIENT, protocol, address, MODEL, asked, answers]
+        command = [PYTHON, CLIENT, protocol, address, model, asked, answers]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         with np.load(answers) as found:

@@ -102,6 +102,14 @@ def model(start: Start) -> Iterator[Any]:
     made.finalize()
 
 
+@pytest.fixture
+def text_model(start: Start, text_repository: Path) -> Iterator[Any]:
+    """Of a bundle that takes prompts."""
+    made = start(text_repository / "text")
+    yield made
+    made.finalize()
+
+
 def asked(label: int, seed: int = 1, **settings: float) -> Asked:
     return Asked(
         {
@@ -194,4 +202,83 @@ def test_another_bundle_in_the_folder(start: Start, repository: Path, tmp_path: 
 
     edit(bundle, exchange)
     with pytest.raises(Exception, match="another bundle lies there"):
+        start(folder)
+
+
+def in_words(prompt: bytes, negative: bytes | None = None, seed: int = 1, **more: float) -> Asked:
+    texts = {"PROMPT": prompt, **({} if negative is None else {"NEGATIVE": negative})}
+    return Asked(
+        {
+            **{name: np.array([[text]], np.object_) for name, text in texts.items()},
+            "SEED": np.array([[seed]], np.uint64),
+            **{name: np.array([[value]]) for name, value in more.items()},
+        }
+    )
+
+
+FOX, SEA = "a red fox", "狐狸 at sea"
+
+
+def test_prompts_and_their_settings(
+    text_model: Any, text_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with a negative prompt are drawn together, and those without one: so launches are."""
+    drawn: list[Request] = []
+    draw = Pipeline.draw
+
+    def note(self: Pipeline, request: Request) -> Any:
+        drawn.append(request)
+        return draw(self, request)
+
+    monkeypatch.setattr(Pipeline, "draw", note)
+    sea = SEA.encode()
+    answers = text_model.execute(
+        [
+            in_words(FOX.encode()),
+            in_words(sea, b"fog"),
+            in_words(sea, b"", 4),
+            in_words(sea, CFG=1.5),
+            in_words(b"", b"rain", 2),
+        ]
+    )
+    assert [[key[0] for key in request.rng_keys] for request in drawn] == [[1, 4], [1, 2], [1]]
+    with Pipeline.load(text_bundle, threads=1) as pipe:
+        expected = [
+            pipe.generate(prompts=FOX, seed=1),
+            pipe.generate(prompts=SEA, negative="fog", seed=1),
+            pipe.generate(prompts=SEA, seed=4),
+            pipe.generate(prompts=SEA, seed=1, cfg=1.5),
+            pipe.generate(prompts="", negative="rain", seed=2),
+        ]
+    for answer, images in zip(answers, expected, strict=True):
+        (image,) = answer.tensors
+        np.testing.assert_array_equal(image.array, images)
+
+
+@pytest.mark.parametrize(
+    ("request_", "part"),
+    [
+        (in_words(b"\xff"), "PROMPT is not UTF-8 text"),
+        (in_words(b"a\0b"), "character 1 of PROMPT is the control character U+0000"),
+        (in_words(b"a", b"x" * 20_001), "NEGATIVE has 20001 characters, at most 20000"),
+        (in_words(b"a", TOP_P=2.0), "top_p must lie between"),
+    ],
+)
+def test_a_prompt_that_is_refused(text_model: Any, request_: Asked, part: str) -> None:
+    """Alone: what the text encoder refuses would fail the launch that others share."""
+    answer, other = text_model.execute([request_, in_words(b"a boat")])
+    assert (answer.error.code, part in answer.error.message) == (TritonError.INVALID_ARG, True)
+    assert other.error is None
+
+
+def test_another_text_encoder_in_the_folder(
+    start: Start, text_repository: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(text_repository / "text", tmp_path / "text"))
+    digest = "ab" * 32
+    with pytest.raises(Exception, match=r"text_encoder has the digest .*, expected abab"):
+        start(folder, text_encoder=digest)
+    (encoder,) = folder.glob("*/text_encoder")
+    shutil.rmtree(encoder)
+    with pytest.raises(Exception, match="a text encoder t5"):
         start(folder)

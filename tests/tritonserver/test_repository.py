@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from text_case import HEIGHT, WIDTH
 from tritonserver.server import PYTHON
 
 from cli_steps import done, refused, run, tree
@@ -256,3 +257,41 @@ def test_ctrl_c(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     result = run("triton", small, "--out", tmp_path / "a")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_that_takes_prompts(text_bundle: Path, tmp_path: Path) -> None:
+    encoder = text_bundle.parent / "t5"
+    report = json.loads(done("triton", text_bundle, "--out", tmp_path / "a", "--json").stdout)
+    version = tmp_path / "a" / "bundle" / str(report["version"])
+    assert sorted(p.name for p in version.iterdir()) == ["bundle", "model.py", "text_encoder"]
+    assert tree(version / "text_encoder") == tree(encoder)
+    assert (version / "text_encoder" / "tokenizer.json").samefile(encoder / "tokenizer.json")
+    both = [*tree(text_bundle).values(), *tree(encoder).values()]
+    assert (report["bytes"], report["bytes_copied"]) == (sum(len(d) for d in both if d), 0)
+    alone = Path(shutil.copytree(text_bundle, tmp_path / "alone"))
+    refused(2, "triton", alone, "--out", tmp_path / "b", parts=("a text encoder t5",))
+    assert not (tmp_path / "b").exists()
+    done("triton", alone, "--out", tmp_path / "b", "--text-encoder", encoder)
+    (there,) = (tmp_path / "b").glob("alone/*/text_encoder")
+    assert tree(there) == tree(encoder)
+
+
+def test_the_configuration_for_prompts(text_bundle: Path, tmp_path: Path) -> None:
+    done("triton", text_bundle, "--out", tmp_path / "a")
+    config = parsed(tmp_path / "a" / "bundle" / "config.pbtxt")
+    inputs = {tensor["name"]: tensor for tensor in config["input"]}
+    assert [name for name, t in inputs.items() if not t.get("optional")] == ["PROMPT", "SEED"]
+    assert list(inputs)[2:] == ["NUMBER", "NEGATIVE", "CFG", "TOP_P", "TEMPERATURE"]
+    for name in ("PROMPT", "NEGATIVE"):
+        assert (inputs[name]["data_type"], inputs[name]["dims"]) == ("TYPE_STRING", ["1"])
+    (image,) = config["output"]
+    assert image["dims"] == [str(HEIGHT), str(WIDTH), "3"]
+    (warm_up,) = config["model_warmup"]
+    assert set(warm_up["inputs"]) == {"PROMPT", "SEED"}
+    encoder = json.loads((text_bundle / "manifest.json").read_text())["text_encoder"]
+    assert config["parameters"]["text_encoder"]["string_value"] == encoder["digest"]
+
+
+def test_a_text_encoder_for_a_bundle_of_classes(small: Path, tmp_path: Path) -> None:
+    options = ("--out", tmp_path / "a", "--text-encoder", small)
+    refused(2, "triton", small, *options, parts=("takes no prompts",))

@@ -115,6 +115,44 @@ def test_the_documented_client(triton: Triton, pipe: Pipeline, tmp_path: Path) -
     np.testing.assert_array_equal(found.reshape(8, 8, 3), pipe.generate([3], 7)[0])
 
 
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_prompts(
+    triton: Triton,
+    repository: Path,
+    text_repository: Path,
+    text_bundle: Path,
+    tmp_path: Path,
+    protocol: str,
+) -> None:
+    """A second model of the same server, loaded with the first of the protocols."""
+    tokenizers = [PYTHON, "-c", "import tokenizers"]
+    if subprocess.run(tokenizers, capture_output=True, check=False).returncode:
+        pytest.skip("tokenizers is not installed in .venv/triton: make test installs it")
+    if not (repository / "text").exists():
+        shutil.copytree(text_repository / "text", repository / "text")
+        status, said = triton.get("/v2/repository/models/text/load", "POST")
+        assert status == 200, said
+    prompts = ["a red fox", "狐狸 at sea"]
+    answers = triton.ask(
+        protocol,
+        tmp_path,
+        {"PROMPT": [[prompts[0]]], "SEED": [[SEED]]},
+        {"PROMPT": [[one] for one in prompts], "SEED": [[7], [8]], "NEGATIVE": [["fog"], [""]]},
+        {"PROMPT": [[""]], "SEED": [[5]], "CFG": [RAMP], "TOP_P": [[0.6]], "TEMPERATURE": [[0.9]]},
+        {"PROMPT": [["a\0b"]], "SEED": [[5]]},
+        model="text",
+    )
+    assert set(answers) == {"0", "1", "2", "error 3"}
+    assert "character 1 of PROMPT is the control character" in str(answers["error 3"])
+    with Pipeline.load(text_bundle, threads=1) as pipe:
+        np.testing.assert_array_equal(answers["0"], pipe.generate(prompts=prompts[0], seed=SEED))
+        for n, negative in enumerate(("fog", "")):
+            image = pipe.generate(prompts=prompts[n], negative=negative, seed=7 + n)
+            np.testing.assert_array_equal(answers["1"][n], image[0])
+        settings = {"cfg": RAMP, "top_p": 0.6, "temperature": 0.9}
+        np.testing.assert_array_equal(answers["2"], pipe.generate(prompts="", seed=5, **settings))
+
+
 def test_another_bundle_takes_over(
     triton: Triton, other: Path, repository: Path, tmp_path: Path
 ) -> None:

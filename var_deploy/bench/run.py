@@ -27,7 +27,7 @@ from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.planning.costs import Work, graph_weights, workload_of
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.progress import Progress
-from var_deploy.runtime.text_features import text_encoder_place
+from var_deploy.runtime.text_features import text_encoder_folder
 
 OURS, RATES = "var_deploy.bench.ours", "var_deploy.bench.rates"
 
@@ -177,7 +177,7 @@ def entries(
     each precision.
     """
     found, encoders = [], []
-    given = manifest is not None and text_encoder_place(bundle, manifest) is not None
+    given = manifest is not None and text_encoder_folder(bundle, manifest) is not None
     options = (bundle, "--batch", images, "--threads", settings.threads or 0)
     for config in settings.configs:
         chosen = ("--precision", config.precision, "--backend", config.backend)

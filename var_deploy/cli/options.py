@@ -145,7 +145,11 @@ class SamplingOptions:
 
 
 def load_pipeline(
-    bundle: Path, manifest: Manifest, config: RuntimeConfig, text_encoder: Path | None = None
+    bundle: Path,
+    manifest: Manifest,
+    config: RuntimeConfig,
+    text_encoder: Path | None = None,
+    text_config: RuntimeConfig | None = None,
 ) -> Pipeline:
     """The pipeline of the bundle whose manifest was read before, and of no other that has taken
     its place. Where ONNX Runtime is missing, one line says what to install."""
@@ -153,7 +157,11 @@ def load_pipeline(
         from var_deploy.pipeline import Pipeline
 
         return Pipeline.open(
-            bundle, config, digest=manifest.digest(), text_encoder=text_encoder
+            bundle,
+            config,
+            digest=manifest.digest(),
+            text_encoder=text_encoder,
+            text_config=text_config,
         )
 
 

@@ -13,6 +13,7 @@ import click
 from var_deploy.cli.options import Command, added, gathered
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
+from var_deploy.text.prompt_tokenizer import check_prompt, check_prompts
 
 MOST_PROMPTS = 100_000  # of a file; more of them than anybody means
 MOST_BYTES = 64 << 20
@@ -37,11 +38,13 @@ class PromptOptions:
     def read(self, manifest: Manifest) -> list[str]:
         """Return the prompts, [] for a bundle that takes none.
 
-        Raises UsageError where the bundle takes none and some are given, or the file cannot be
-        read.
+        Raises UsageError where the bundle takes none and some are given, the file cannot be read,
+        or a prompt is longer than any that is tokenized.
         """
         given = [*self.prompt, *self._from_file()]
         if manifest.takes_text:
+            check_prompts(given)
+            check_prompt(self.negative or "")
             return given
         if given or self.negative is not None or self.text_encoder is not None:
             takes = "labels" if manifest.model.transformer.conditional else "no labels"

@@ -1,9 +1,11 @@
-"""`var-deploy sample`: a labelled set of images in shards."""
+"""`var-deploy sample`: a set of images of classes or of prompts, in shards."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from var_deploy.cli.options import (
     sampling_options,
 )
 from var_deploy.cli.outputs import OUTPUT, runtime_json
+from var_deploy.cli.prompts import PromptOptions, prompt_options
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.folder import NPZ_FILE, SetFolder, damage
 from var_deploy.datasets.spec import (
@@ -31,11 +34,13 @@ from var_deploy.datasets.spec import (
     PARQUET,
     SHARD_SIZE,
     TAR,
+    PromptSpec,
     SetSpec,
 )
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.sampling import Sampling
+from var_deploy.spec import Grid
 
 if TYPE_CHECKING:
     from var_deploy.cluster.sets import ClusterRun
@@ -53,6 +58,14 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     metavar="N",
     show_default="50 with --recipe fid",
     help="Images of each class; a model without classes counts as one.",
+)
+@prompt_options()
+@click.option(
+    "--per-prompt",
+    type=click.IntRange(1),
+    metavar="N",
+    show_default="1",
+    help="Images of each prompt, for a bundle that takes prompts.",
 )
 @click.option(
     "--recipe",
@@ -81,7 +94,8 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
     type=click.Choice(FORMATS),
     default=TAR,
     show_default=True,
-    help="tar: PNG, .cls and .json an image, for WebDataset. parquet: for Hugging Face datasets.",
+    help="tar: PNG, .cls (or .txt, the prompt) and .json an image, for WebDataset. parquet: for "
+    "Hugging Face datasets.",
 )
 @click.option(
     "--shards",
@@ -120,6 +134,8 @@ MOST_SHARD_PIXELS = 400_000_000  # up to 1.2 GB of PNGs
 def sample(
     bundle: Path,
     per_class: int | None,
+    prompts: PromptOptions,
+    per_prompt: int | None,
     recipe: str | None,
     out: Path,
     seed: int,
@@ -135,13 +151,13 @@ def sample(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Make a labelled set of images in shards, such as the 50 000 that FID needs.
+    """Make a set of images in shards, such as the 50 000 that FID needs, or those of many prompts.
 
-    A shard is a file of PNGs, with label and seed beside each. Image n has label n mod classes,
-    and depends on --seed, n and the settings alone: the set is the same whichever process makes
-    a shard. After Ctrl-C or a failure the same command makes what is missing. Several processes,
-    on machines that share the folder, take a part each with --shards; --ray has a cluster generate
-    all of them.
+    A shard is a file of PNGs, with label or prompt, and seed, beside each. Image n has label n mod
+    classes, or prompt n mod prompts, and depends on --seed, n and the settings alone: the set is
+    the same whichever process makes a shard. After Ctrl-C or a failure the same command makes what
+    is missing. Several processes, on machines that share the folder, take a part each with
+    --shards; --ray has a cluster generate all of them.
 
     \b
     Example:
@@ -150,6 +166,7 @@ def sample(
       var-deploy sample build/pocket --per-class 50 --out set --shards 2/4
       var-deploy sample build/pocket --per-class 50 --out set --ray local
       var-deploy sample build/pocket --per-class 50 --out set --check
+      var-deploy sample build/inf2b --prompts prompts.txt --per-prompt 4 --out pictures
     """
     # everything that can be wrong is looked at before the weights are loaded
     folder = SetFolder(path=out)
@@ -163,6 +180,8 @@ def sample(
     if there is not None:  # what is left open is as in the set
         config = there.complete(config)
     transformer = manifest.model.transformer
+    texts = prompts.read(manifest)
+    each = _images_of_each(manifest, recipe, per_class, per_prompt)
     spec = SetSpec(
         bundle=manifest.digest(),
         precision=config.precision,
@@ -171,14 +190,15 @@ def sample(
         sampling=_sampling(manifest, recipe, sampling),
         seed=seed,
         classes=transformer.classes if transformer.conditional else 0,
-        per_class=_per_class(per_class, recipe),
+        per_class=each,
         shard_size=shard_size,
         format=form,
+        prompts=_prompts(bundle, manifest, texts, prompts, there),
     )
     if there is not None:
         folder.check_same(spec)
     else:
-        _check_shard_size(spec, manifest.code_model("sample").tokenizer.image_side)
+        _check_shard_size(spec, manifest.model.tokenizer.image_size)
     if check:
         if there is None:
             raise UsageError(f"{out} holds no set: there is nothing to check")
@@ -189,6 +209,7 @@ def sample(
         with needs_extra("parquet", "sample --format parquet"):
             import pyarrow.parquet  # noqa: F401
     from var_deploy.datasets.npz import write_npz
+    from var_deploy.datasets.shards import described
     from var_deploy.datasets.work import make_missing
 
     mine = range(first, spec.shards, step)
@@ -196,17 +217,29 @@ def sample(
     made: list[int] = []
     how: Loaded | None = None
     ray: dict[str, Any] | None = None
+    remarks: list[str] = []
     started = time.monotonic()
     with _telling_what_is_kept(folder, spec, as_json), Progress(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
+            remarks = _remarks(bundle, manifest, config, prompts.text_encoder, spec)
             if cluster is not None:
-                spread = _on_ray(cluster, bundle, folder, spec, config, workers, progress.update)
+                spread = _on_ray(
+                    cluster,
+                    bundle,
+                    folder,
+                    spec,
+                    config,
+                    workers,
+                    progress.update,
+                    prompts.text_encoder,
+                )
                 spec, how, made = spread.spec, spread.how, spread.shards
                 ray = spread.to_json()
             else:
-                with load_pipeline(bundle, manifest, config) as pipe:
-                    how = pipe.describe()
+                own = spec.text_config(config)
+                with load_pipeline(bundle, manifest, config, prompts.text_encoder, own) as pipe:
+                    how = described(pipe, spec)
                     spec = spec.decided_by(how)
                     folder.begin(spec)
                     made = make_missing(pipe, folder, spec, mine, progress.update)
@@ -233,9 +266,12 @@ def sample(
             "settings": spec.to_json(),
             "runtime": runtime_json(how) if how else {},
             "ray": ray,
+            **({"remarks": remarks} if spec.prompts else {}),
         }
         echo(json.dumps(report, indent=1))
     elif not quiet:
+        for line in remarks:
+            say(line, err=True)
         images = sum(len(spec.numbers(shard)) for shard in made)
         say(f"made {_shards(len(made))} with {images} images in {seconds:.1f} s")
         say(_state(spec, out, len(done), wants_npz))
@@ -266,6 +302,7 @@ def _on_ray(
     config: RuntimeConfig,
     workers: int | None,
     tell: OnProgress,
+    text_encoder: Path | None,
 ) -> ClusterRun:
     with needs_extra("ray", "sample --ray"):
         from var_deploy.cluster.connect import connected
@@ -279,6 +316,7 @@ def _on_ray(
             tell,
             config=config,
             workers=workers,
+            text_encoder=text_encoder,
         )
 
 
@@ -290,21 +328,80 @@ def _share(text: str) -> tuple[int, int]:
     return int(found[1]) - 1, int(found[2])
 
 
-def _check_shard_size(spec: SetSpec, side: int) -> None:
+def _check_shard_size(spec: SetSpec, size: Grid) -> None:
     """Raise UsageError where a shard, which is packed in memory, would be too large."""
-    images, most = min(spec.shard_size, spec.images), max(1, MOST_SHARD_PIXELS // side**2)
+    images, most = min(spec.shard_size, spec.images), max(1, MOST_SHARD_PIXELS // math.prod(size))
     if images > most:
         raise UsageError(
             f"a shard is packed in memory and has at most {MOST_SHARD_PIXELS // 10**6} million "
-            f"pixels, {most:,} images of {side} × {side}, found {images:,}: give a smaller "
+            f"pixels, {most:,} images of {size[1]} × {size[0]}, found {images:,}: give a smaller "
             "--shard-size"
         )
 
 
-def _per_class(given: int | None, recipe: str | None) -> int:
-    if given is None and recipe is None:
+def _images_of_each(
+    manifest: Manifest, recipe: str | None, per_class: int | None, per_prompt: int | None
+) -> int:
+    """How many images each class or each prompt gets. Raises UsageError for an option of the other
+    kind of bundle."""
+    if manifest.takes_text:
+        if recipe is not None:
+            raise UsageError(
+                f"--recipe {recipe} is one of classes, and this bundle takes prompts: give "
+                "--prompts FILE and --per-prompt N"
+            )
+        if per_class is not None:
+            raise UsageError("this bundle takes prompts, not classes: give --per-prompt N")
+        return per_prompt or 1
+    if per_prompt is not None:
+        takes = "labels" if manifest.model.transformer.conditional else "no labels"
+        raise UsageError(f"this bundle takes {takes} and no prompts: give --per-class N")
+    if per_class is None and recipe is None:
         raise UsageError("how many images? give --per-class N, or --recipe fid")
-    return given or FID_PER_CLASS
+    return per_class or FID_PER_CLASS
+
+
+def _prompts(
+    bundle: Path,
+    manifest: Manifest,
+    texts: list[str],
+    given: PromptOptions,
+    there: SetSpec | None,
+) -> PromptSpec | None:
+    """The prompts of a set, None for a bundle of classes; what is left open is as in the set that
+    is there."""
+    if not manifest.takes_text:
+        return None
+    if not texts:
+        raise UsageError('this bundle takes prompts: give --prompts FILE, or --prompt "…"')
+    from var_deploy.runtime.text_features import checked_text_encoder
+
+    _, encoder = checked_text_encoder(bundle, manifest, given.text_encoder)
+    prompts = PromptSpec.of(texts, given.negative or "", encoder.digest())
+    if there is None or there.prompts is None:
+        return prompts
+    return dataclasses.replace(
+        prompts, precision=there.prompts.precision, backend=there.prompts.backend
+    )
+
+
+def _remarks(
+    bundle: Path,
+    manifest: Manifest,
+    config: RuntimeConfig,
+    text_encoder: Path | None,
+    spec: SetSpec,
+) -> list[str]:
+    """What there is to say of the prompts, see `Pipeline.remarks`; no weights are loaded."""
+    if spec.prompts is None:
+        return []
+    from var_deploy.runtime.text_features import TextFeatures, find_text_encoder
+
+    text = TextFeatures(manifest, find_text_encoder(bundle, manifest, config, text_encoder))
+    try:
+        return text.remarks([*spec.prompts.texts, spec.negative])
+    finally:
+        text.close()
 
 
 def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) -> Sampling:

@@ -198,10 +198,10 @@ def serve(
         ):
             if value is not None:
                 raise UsageError(f"{name} is of one process: with --ray, Ray's proxies see to it")
-        if text_encoder is not None:
-            raise UsageError("--text-encoder is of one process: with --ray, put it in the bundle")
         many = Replicas.parse("1" if replicas is None else replicas)
-        _serve_on_ray(bundle, manifest, address, many, host, port, settings, config, quiet)
+        _serve_on_ray(
+            bundle, manifest, address, many, host, port, settings, config, text_encoder, quiet
+        )
         return
     if replicas is not None:
         raise UsageError("--replicas needs --ray: without it one process draws")
@@ -227,6 +227,7 @@ def _serve_on_ray(
     port: int,
     settings: Settings,
     config: RuntimeConfig,
+    text_encoder: Path | None,
     quiet: bool,
 ) -> None:
     with needs_extra("ray", "serve --ray"):
@@ -243,7 +244,7 @@ def _serve_on_ray(
             from var_deploy.cluster.service import deployed, plan_for, until_stopped
 
         progress.update("starting replicas", 0.0)
-        plan = plan_for(bundle, manifest, replicas, settings, config)
+        plan = plan_for(bundle, manifest, replicas, settings, config, text_encoder)
         with deployed(plan, host, port, alone=address == LOCAL) as handle:
             if not quiet:
                 say(f"serving {bundle} on {url_of(host, port)} (Ctrl-C stops)")

@@ -48,6 +48,13 @@ MAX_DELAY = 60_000  # milliseconds
     metavar="MS",
     help="Milliseconds that a request waits for others to fill its batch.",
 )
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    show_default="in or beside the bundle",
+    help="The bundle of the text encoder, for a bundle that takes prompts.",
+)
 @runtime_options
 @report_options
 def triton(
@@ -57,6 +64,7 @@ def triton(
     instances: int,
     queue: int | None,
     queue_delay: float,
+    text_encoder: Path | None,
     config: RuntimeConfig,
     quiet: bool,
     as_json: bool,
@@ -84,7 +92,9 @@ def triton(
         on_gpu=on_gpu(bundle, manifest, config),
     )
     with Progress(quiet=quiet) as progress:
-        written = write_repository(bundle, manifest, out, serving, config, progress.update)
+        written = write_repository(
+            bundle, manifest, out, serving, config, text_encoder, progress.update
+        )
     if as_json:
         report = {
             "out": str(out),

@@ -1,4 +1,4 @@
-"""Copies a bundle to the nodes of a Ray cluster, once per node.
+"""Copies a bundle, and its text encoder, to the nodes of a Ray cluster, once per node.
 
 A node that has the bundle at the same path with the same contents uses it in place, as on one
 machine or with a shared folder. Other nodes fetch a copy through Ray's object store, in parts, into
@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import filelock
 import ray
@@ -24,19 +24,27 @@ from ray.util.client import ray as client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from var_deploy import __version__, names
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import BundleError, VarDeployError
 from var_deploy.files.cache import cache_folder
-from var_deploy.manifest import check_files, read_manifest
+from var_deploy.manifest import ListedFiles, Manifest, check_files, read_manifest
+from var_deploy.pipeline import Pipeline
+from var_deploy.runtime.text_features import (
+    checked_text_encoder,
+    own_precision,
+    text_encoder_folder,
+)
+from var_deploy.text.manifest import TextEncoderManifest, read_text_encoder
 
 PART = 1 << 24  # bytes per part of a file
 
 
 @dataclass(frozen=True, kw_only=True)
-class BundleSource:
-    """Tells the nodes of a cluster where to get a bundle. Made by `bundle_source`; plain data.
+class FolderSource:
+    """Tells the nodes of a cluster where to get a folder that has a manifest; plain data.
 
     Attributes:
-        bundle: path of the bundle on the driver's node, and perhaps on others.
+        bundle: path of the folder on the driver's node, and perhaps on others.
         digest: digest of its manifest.
         precision: the precision whose files are needed; "auto" for all.
         version: version of var-deploy on the driver.
@@ -52,7 +60,7 @@ class BundleSource:
     parts: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def path(self) -> Path:
-        """Path of the bundle on the calling worker's node, where it is fetched if it is missing.
+        """Path of the folder on the calling worker's node, where it is fetched if it is missing.
 
         One process per node fetches while the others wait. A copy appears only when it is complete,
         and a copy that does not match its hashes is fetched again.
@@ -87,9 +95,13 @@ class BundleSource:
         """Prefix of the names of the needed files."""
         return "" if self.precision == "auto" else f"{self.precision}/"
 
+    def read(self, folder: Path) -> ListedFiles:
+        """Read the manifest in a folder. Raises BundleError."""
+        raise NotImplementedError
+
     def _holds(self, folder: Path, *, hashes: bool) -> bool:
         try:
-            manifest = read_manifest(folder)
+            manifest = self.read(folder)
             if manifest.digest() != self.digest:
                 return False
             check_files(folder, manifest, prefix=self.prefix, hashes=hashes)
@@ -103,7 +115,7 @@ class BundleSource:
         part.mkdir()
         try:
             self._write(part, names.MANIFEST)
-            manifest = read_manifest(part)
+            manifest = self.read(part)
             for name in needed(manifest.files, self.prefix):
                 self._write(part, name)
             check_files(part, manifest, prefix=self.prefix)
@@ -134,36 +146,114 @@ class BundleSource:
             raise cause_of(error) from None
 
 
-def bundle_source(bundle: Path, precision: str = "auto") -> BundleSource:
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSource(FolderSource):
+    """Tells the nodes of a cluster where to get a text encoder, which is a bundle of its own."""
+
+    def read(self, folder: Path) -> ListedFiles:
+        return read_text_encoder(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleSource(FolderSource):
+    """Tells the nodes of a cluster where to get a bundle. Made by `bundle_source`.
+
+    Attributes:
+        text_encoder: where to get the text encoder of a bundle that takes prompts.
+    """
+
+    text_encoder: TextEncoderSource | None = None
+
+    def read(self, folder: Path) -> ListedFiles:
+        return read_manifest(folder)
+
+    def open(
+        self, config: RuntimeConfig, cores: int, text_config: RuntimeConfig | None = None
+    ) -> Pipeline:
+        """Load the bundle and its text encoder on the calling worker's node.
+
+        Arguments are those of `Pipeline.open`. Raises what `path` and `Pipeline.open` raise.
+        """
+        return Pipeline.open(
+            self.path(),
+            config,
+            digest=self.digest,
+            cores=cores,
+            text_encoder=self.text_encoder.path() if self.text_encoder else None,
+            text_config=text_config,
+        )
+
+
+def bundle_source(
+    bundle: Path,
+    precision: str = "auto",
+    *,
+    text_encoder: Path | None = None,
+    text_config: RuntimeConfig | None = None,
+) -> BundleSource:
     """Describe a bundle for the nodes of the connected cluster, which can then fetch it.
 
     A node fetches files on demand from the driver's node. A driver outside the cluster cannot be
     reached by nodes, so it puts all files into the object store at once.
 
-    Raises BundleError for a bundle that lacks files.
+    Args:
+        text_encoder: folder of the text encoder of a bundle that takes prompts; None looks in the
+            bundle and beside it.
+        text_config: how the text encoder is run; None: in `precision`, where it has that.
+
+    Raises BundleError for a bundle or a text encoder that lacks files, and what
+    `checked_text_encoder` raises.
     """
-    bundle = bundle.resolve()
     manifest = read_manifest(bundle)
-    source = BundleSource(
-        bundle=bundle,
+    text: TextEncoderSource | None = None
+    if manifest.takes_text:
+        place, found = checked_text_encoder(bundle, manifest, text_encoder)
+        wanted = text_config or RuntimeConfig(precision=precision)
+        text = _source(TextEncoderSource, place, found, own_precision(found, wanted))
+    source = _source(BundleSource, bundle, manifest, precision)
+    return dataclasses.replace(source, text_encoder=text)
+
+
+def text_encoder_of(
+    bundle: Path, manifest: Manifest, given: Path | None = None
+) -> TextEncoderManifest | None:
+    """The manifest of a bundle's text encoder, None where the bundle takes no prompts.
+
+    Raises UsageError for a text encoder that is given to such a bundle, and what
+    `checked_text_encoder` raises.
+    """
+    if manifest.takes_text:
+        return checked_text_encoder(bundle, manifest, given)[1]
+    text_encoder_folder(bundle, manifest, given)
+    return None
+
+
+Source = TypeVar("Source", bound=FolderSource)
+
+
+def _source(kind: type[Source], folder: Path, manifest: ListedFiles, precision: str) -> Source:
+    """The source of a bundle or a text encoder, with its files where nodes cannot reach them."""
+    folder = folder.resolve()
+    source = kind(
+        bundle=folder,
         digest=manifest.digest(),
         precision=precision,
         version=__version__,
         node=ray.get_runtime_context().get_node_id(),
     )
-    check_files(bundle, manifest, prefix=source.prefix, hashes=False)
+    check_files(folder, manifest, prefix=source.prefix, hashes=False)
     if not cast(Any, client).is_connected():
         return source
     parts = {}
     for name in (names.MANIFEST, *needed(manifest.files, source.prefix)):
-        read = functools.partial(read_part, bundle / name)
+        read = functools.partial(read_part, folder / name)
         parts[name] = [ray.put(data) for data in _in_parts(read)]
     return dataclasses.replace(source, parts=parts)
 
 
 def needed(files: Mapping[str, object], prefix: str) -> list[str]:
-    """Names of the files that start with `prefix`, sorted."""
-    return sorted(name for name in files if name.startswith(prefix))
+    """Names of the files that start with `prefix`, and of those in no folder, sorted."""
+    return sorted(name for name in files if name.startswith(prefix) or "/" not in name)
 
 
 def read_part(path: Path, offset: int) -> bytes:

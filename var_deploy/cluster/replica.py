@@ -14,7 +14,6 @@ from ray import serve
 from var_deploy.cluster.place import BundleSource
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import CancelledError, VarDeployError
-from var_deploy.pipeline import Pipeline
 from var_deploy.serving.backend import Drawn, Event, GenerationRequest
 from var_deploy.serving.batches import BatchRunner, PendingRequest, gather
 
@@ -66,7 +65,7 @@ class Replica:
     """
 
     def __init__(self, source: BundleSource, config: RuntimeConfig, cores: int) -> None:
-        self._pipeline = Pipeline.open(source.path(), config, digest=source.digest, cores=cores)
+        self._pipeline = source.open(config, cores)
         self._batches = BatchRunner(self._pipeline)
         self._requests: list[RemoteRequest] = []  # in order of arrival
         turn: Any = self._turn  # its types lack the methods that `serve.batch` adds

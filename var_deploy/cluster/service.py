@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from var_deploy.cluster.backend import RayBackend
 from var_deploy.cluster.devices import Device, device_of, places
-from var_deploy.cluster.place import BundleSource, bundle_source
+from var_deploy.cluster.place import BundleSource, bundle_source, text_encoder_of
 from var_deploy.cluster.replica import Replica
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
@@ -77,15 +77,17 @@ def plan_for(
     replicas: Replicas,
     settings: Settings,
     config: RuntimeConfig,
+    text_encoder: Path | None = None,
 ) -> Plan:
     """Plan the deployment of a bundle on the connected cluster.
 
-    Raises BundleError for a bundle that lacks files.
+    Raises what `bundle_source` raises.
     """
-    device = device_of(manifest, config, images=manifest.batch)
+    text = text_encoder_of(bundle, manifest, text_encoder)
+    device = device_of(manifest, config, images=manifest.batch, text_encoder=text)
     return Plan(
         manifest=manifest,
-        source=bundle_source(bundle, config.precision),
+        source=bundle_source(bundle, config.precision, text_encoder=text_encoder),
         config=dataclasses.replace(config, threads=device.threads),
         device=device,
         replicas=replicas,

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from var_deploy.cluster.devices import Device, device_of, places
-from var_deploy.cluster.place import bundle_source, cause_of
+from var_deploy.cluster.place import bundle_source, cause_of, text_encoder_of
 from var_deploy.cluster.worker import ShardResult, Worker
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.datasets.folder import SetFolder
@@ -74,6 +74,7 @@ def make_missing(
     *,
     config: RuntimeConfig,
     workers: int | None = None,
+    text_encoder: Path | None = None,
 ) -> ClusterRun:
     """Generate the missing ones of `shards` on the connected cluster.
 
@@ -83,16 +84,25 @@ def make_missing(
     Args:
         config: how a worker runs the bundle, except what the set decides; one thread by default.
         workers: most workers at one time; None uses every device.
+        text_encoder: folder of the text encoder of a set of prompts; None looks in the bundle and
+            beside it.
 
     Raises UsageError where no node can hold a worker, exceptions of workers and of
     `SetFolder.write`, and VarDeployError where workers are lost again and again.
     """
-    device = device_of(read_manifest(bundle), spec.config(config), images=spec.shard_size)
+    manifest, wanted = read_manifest(bundle), spec.config(config)
+    text = text_encoder_of(bundle, manifest, text_encoder)
+    device = device_of(manifest, wanted, images=spec.shard_size, text_encoder=text)
     if not places(device):
         raise device.too_large()
     hire = functools.partial(
         ray.remote(**device.options)(Worker).remote,
-        bundle_source(bundle, spec.precision),
+        bundle_source(
+            bundle,
+            spec.precision,
+            text_encoder=text_encoder,
+            text_config=spec.text_config(config),
+        ),
         dataclasses.replace(config, threads=device.threads),
         device.cpus,
     )
@@ -107,9 +117,12 @@ def make_missing(
 
 
 class _Worker:
-    """An actor with its pending calls in order: loading the bundle (None), then shards."""
+    """An actor with its pending calls in order: loading the bundle (None), then shards.
 
-    def __init__(self, actor: Any, spec: SetSpec) -> None:
+    `spec` is a reference to the set's settings in the object store.
+    """
+
+    def __init__(self, actor: Any, spec: Any) -> None:
         self.actor = actor
         self.calls: deque[int | None] = deque([None])
         self.ready = False
@@ -128,6 +141,7 @@ class _Run:
         most: int | None,
     ) -> None:
         self.made = ClusterRun(spec=spec)
+        self._spec = ray.put(spec)  # once per node, since there may be many prompts
         self._folder, self._tell = folder, tell
         self._shards = shards
         self._device, self._new_actor, self._most = device, hire, most
@@ -181,7 +195,7 @@ class _Run:
             raise VarDeployError(f"the cluster has no worker left; {KEPT}")
         wanted = min(room, self._most or room, max(len(self._todo), 1))
         for _ in range(len(self._workers), wanted):
-            worker = _Worker(self._new_actor(), self.made.spec)
+            worker = _Worker(self._new_actor(), self._spec)
             self._workers.append(worker)
             self._pending[worker.loading] = worker, None
 
@@ -197,7 +211,7 @@ class _Run:
                     if self._folder.has(self.made.spec, shard):  # another process made it
                         self._tally.skip(shard)
                         continue
-                    call = worker.actor.draw.remote(self.made.spec, shard)
+                    call = worker.actor.draw.remote(self._spec, shard)
                     worker.calls.append(shard)
                     self._pending[call] = worker, shard
 
@@ -228,6 +242,7 @@ class _Run:
         if made.how is None:
             made.how = how
             made.spec = made.spec.decided_by(how)
+            self._spec = ray.put(made.spec)
 
     def _keep(self, shard: int, drawn: ShardResult, receiving: float) -> None:
         made, started = self.made, time.monotonic()

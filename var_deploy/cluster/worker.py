@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from var_deploy.cluster.place import BundleSource
 from var_deploy.config import Loaded, RuntimeConfig
-from var_deploy.datasets.shards import draw_shard
+from var_deploy.datasets.shards import described, draw_shard
 from var_deploy.datasets.spec import SetSpec
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class Worker:
         self._free: float | None = None
 
     def load(self, spec: SetSpec) -> Loaded:
-        """Load the bundle for a set, whose settings may be "auto"; returns `Pipeline.describe`.
+        """Load the bundle for a set, whose settings may be "auto"; returns what `described` does.
 
-        Raises what `BundleSource.path` and `Pipeline.load` raise.
+        Raises what `BundleSource.open` and `described` raise.
         """
-        return self._loaded(spec).describe()
+        return described(self._loaded(spec), spec)
 
     def draw(self, spec: SetSpec, shard: int) -> ShardResult:
         """Generate a shard. Raises what `load` and `draw_shard` raise."""
@@ -60,16 +60,10 @@ class Worker:
             self._pipe = None
 
     def _loaded(self, spec: SetSpec) -> Pipeline:
-        from var_deploy.pipeline import Pipeline
-
         if self._pipe is not None:
-            if spec.drawn_by(self._pipe.describe()):
+            if spec.drawn_by(described(self._pipe, spec)):
                 return self._pipe
             self.close()
-        self._pipe = Pipeline.open(
-            self._source.path(),
-            spec.config(self._config),
-            digest=self._source.digest,
-            cores=self._cores,
-        )
+        config = spec.config(self._config)
+        self._pipe = self._source.open(config, self._cores, spec.text_config(self._config))
         return self._pipe

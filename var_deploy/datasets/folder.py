@@ -34,7 +34,7 @@ from var_deploy.files.work_folders import entries_that_count
 from var_deploy.manifest import file_sha256
 
 SET_FILE, NPZ_FILE, DATASETS_FILE = "set.json", "images.npz", ".huggingface.yaml"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # that of a set of prompts; a set of classes is what version 1 wrote
 LOST = "put it back from a copy, or choose another --out"
 
 
@@ -217,7 +217,7 @@ def damage(path: Path) -> str:
 
 def _text(spec: SetSpec, shards: Sequence[dict[str, Any]]) -> str:
     data = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION if spec.prompts else 1,
         "software": f"var-deploy {__version__}",
         "images": spec.images,
         "complete": len(shards) == spec.shards,

@@ -19,12 +19,13 @@ from var_deploy.datasets.spec import TAR
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An image of a set. `png` contains only pixels; a model without classes has no `label`."""
+    """An image of a set. `png` contains only pixels; it has a `label`, a `prompt`, or neither."""
 
     number: int
     seed: int
     label: int | None
     png: bytes
+    prompt: str | None = None
 
 
 def pack(form: str, rows: Iterable[Row], label_names: Sequence[str] | None) -> bytes:
@@ -43,8 +44,8 @@ def read_images(path: Path) -> Iterator[NDArray[np.uint8]]:
 def _pack_tar(rows: Iterable[Row]) -> bytes:
     """Pack as WebDataset reads it: three members per image.
 
-    The members are 000000017.png; .cls, its label in digits, where it has one; .json, with seed,
-    number and label.
+    The members are 000000017.png; .cls, its label in digits, where it has one, or .txt, its prompt
+    in UTF-8; .json, with seed, number and label or prompt.
     """
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -61,7 +62,11 @@ def _members(row: Row) -> Iterator[tuple[str, bytes]]:
     yield "png", row.png
     if row.label is not None:
         yield "cls", str(row.label).encode()
-    yield "json", json.dumps({"seed": row.seed, "number": row.number, "label": row.label}).encode()
+    about: dict[str, Any] = {"label": row.label}
+    if row.prompt is not None:
+        yield "txt", row.prompt.encode()
+        about = {"prompt": row.prompt}
+    yield "json", json.dumps({"seed": row.seed, "number": row.number, **about}).encode()
 
 
 def _tar_pngs(path: Path) -> Iterator[bytes]:
@@ -72,7 +77,8 @@ def _tar_pngs(path: Path) -> Iterator[bytes]:
 
 
 def _pack_parquet(rows: Sequence[Row], label_names: Sequence[str] | None) -> bytes:
-    """Pack as Parquet: columns image (bytes and path), label where there are classes, seed, number.
+    """Pack as Parquet: columns image (bytes and path), label or prompt where there are, seed,
+    number.
 
     The metadata makes Hugging Face `datasets` decode the pictures and know the labels' names.
     """
@@ -90,6 +96,9 @@ def _pack_parquet(rows: Sequence[Row], label_names: Sequence[str] | None) -> byt
         columns["label"] = pa.array([row.label for row in rows], pa.int64())
         named = {"names": list(label_names), "_type": "ClassLabel"} if label_names else None
         features["label"] = named or {"dtype": "int64", "_type": "Value"}
+    if rows[0].prompt is not None:
+        columns["prompt"] = pa.array([row.prompt for row in rows], pa.string())
+        features["prompt"] = {"dtype": "string", "_type": "Value"}
     for name, kind in (("seed", "uint64"), ("number", "int64")):
         columns[name] = pa.array([getattr(row, name) for row in rows], getattr(pa, kind)())
         features[name] = {"dtype": kind, "_type": "Value"}

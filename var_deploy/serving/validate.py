@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 
 from PIL import Image
@@ -19,11 +18,9 @@ from var_deploy.serving.backend import GenerationRequest
 from var_deploy.serving.bodies import EncodedText
 from var_deploy.serving.schemas import Body, EditBody, ImagesBody, Label, VaryBody
 from var_deploy.serving.settings import Settings
-from var_deploy.text.prompt_tokenizer import check_prompt
+from var_deploy.text.prompt_tokenizer import check_sent_prompt
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-# of Unicode but for tab and the ends of a line, which are spaces to a tokenizer
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 class TooLargeError(UsageError):
@@ -215,18 +212,9 @@ def _prompts(body: ImagesBody | EditBody | VaryBody, limits: Settings) -> list[s
 
 
 def _text(text: str, what: str, limits: Settings) -> str:
-    """Return the text of a prompt. Raises UsageError for one that is too long, or holds characters
-    that neither a tokenizer nor the text of a PNG has a use for."""
-    if len(text) > limits.prompt:
-        raise UsageError(
-            f"{what} has {len(text)} characters, at most {limits.prompt} are taken: shorten it"
-        )
-    if found := CONTROL.search(text):
-        raise UsageError(
-            f"character {found.start()} of {what} is the control character "
-            f"U+{ord(found[0]):04X}: leave it out"
-        )
-    check_prompt(text)  # here, since at the text encoder it would fail the whole launch
+    """Return the text of a prompt. Raises UsageError as `check_sent_prompt`: at the text encoder it
+    would fail the whole launch."""
+    check_sent_prompt(text, what, limits.prompt)
     return text
 
 

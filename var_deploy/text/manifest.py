@@ -89,6 +89,15 @@ class TextEncoderManifest:
         """Return a hash of what the bundle computes: any graph, weight or token changes it."""
         return digest_of(self.files)
 
+    def check_digest(self, folder: Path, expected: str | None) -> None:
+        """Raise BundleError where the digest of this manifest, read from `folder`, is not
+        `expected`; None takes any."""
+        if expected not in (None, self.digest()):
+            raise BundleError(
+                f"the text encoder at {folder} has the digest {self.digest()[:16]}, expected "
+                f"{str(expected)[:16]}: give the one that the image bundle was exported with"
+            )
+
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
         return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ MAX_CHARACTERS = 20_000  # of a prompt; no released model reads more than 512 to
 MAX_LENGTH = 4096  # most tokens that a text encoder takes
 WORDS = re.compile(r"\w+|[^\w\s]+")
 ENDING = 24  # characters of the place at which a prompt is cut off, in the message
+# of Unicode but for tab and the ends of a line, which are spaces to a tokenizer
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,6 +156,34 @@ def check_prompt(prompt: object) -> None:
             f"character {error.start} of the prompt is {prompt[error.start]!a}, half a "
             "surrogate pair: give text that UTF-8 can hold"
         ) from None
+
+
+def check_prompts(prompts: Iterable[object]) -> None:
+    """Check a list as `check_prompt` checks one prompt; the message counts the prompts from 1."""
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            check_prompt(prompt)
+        except UsageError as error:
+            raise UsageError(f"prompt {number}: {error}") from None
+
+
+def check_sent_prompt(text: str, what: str, most: int = MAX_CHARACTERS) -> None:
+    """Check a prompt that a client sent to a service, which calls it `what`.
+
+    Raises UsageError as `check_prompt`, for more than `most` characters, and for control characters
+    other than tab and the ends of a line: neither a tokenizer nor the text of a PNG has a use for
+    them.
+    """
+    if len(text) > most:
+        raise UsageError(
+            f"{what} has {len(text)} characters, at most {most} are taken: shorten it"
+        )
+    if found := CONTROL.search(text):
+        raise UsageError(
+            f"character {found.start()} of {what} is the control character "
+            f"U+{ord(found[0]):04X}: leave it out"
+        )
+    check_prompt(text)
 
 
 def _ending(kept: str) -> str:

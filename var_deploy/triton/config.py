@@ -18,12 +18,16 @@ from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 
 LABEL, SEED, NUMBER, IMAGE = "LABEL", "SEED", "NUMBER", "IMAGE"
+PROMPT, NEGATIVE = "PROMPT", "NEGATIVE"
 SETTINGS = {"CFG": "cfg", "TOP_K": "top_k", "TOP_P": "top_p", "TEMPERATURE": "temperature"}
+TOP_K = "TOP_K"  # of codes; a bit has two values
 NO_CLASS = -1
 
-INPUTS = {LABEL: "INT64", SEED: "UINT64"}
-OPTIONAL = {NUMBER: "INT64", "CFG": "FP64", "TOP_K": "INT64", "TOP_P": "FP64"}
-OPTIONAL |= {"TEMPERATURE": "FP64"}
+TYPES = {
+    **{LABEL: "INT64", PROMPT: "STRING", NEGATIVE: "STRING", SEED: "UINT64", NUMBER: "INT64"},
+    **{"CFG": "FP64", TOP_K: "INT64", "TOP_P": "FP64", "TEMPERATURE": "FP64"},
+}
+TEXT_ENCODER = "text_encoder"  # the parameter with its digest, and its folder beside the bundle
 LONGEST_WAIT = 3_600_000_000  # microseconds; a request's own timeout may be shorter
 # digits of the digest that form the version: 52 bits, exact in every JSON reader
 VERSION_DIGITS = 13
@@ -82,16 +86,32 @@ class Serving:
             )
 
 
+def needed_inputs(manifest: Manifest) -> tuple[str, ...]:
+    """Names of the inputs that every request has."""
+    return (PROMPT if manifest.takes_text else LABEL, SEED)
+
+
+def optional_inputs(manifest: Manifest) -> tuple[str, ...]:
+    """Names of the inputs that a request may leave out."""
+    if manifest.takes_text:
+        return (NUMBER, NEGATIVE, *(name for name in SETTINGS if name != TOP_K))
+    return (NUMBER, *SETTINGS)
+
+
 def version_of(digest: str) -> int:
     """Triton's version of the bundle with this digest: its first 13 hexadecimal digits."""
     return int(digest[:VERSION_DIGITS], 16)
 
 
-def config_text(manifest: Manifest, serving: Serving, config: RuntimeConfig) -> str:
-    """The text of config.pbtxt."""
-    tokenizer, batch = manifest.code_model("triton").tokenizer, manifest.batch
-    side, digest = tokenizer.image_side, manifest.digest()
+def config_text(
+    manifest: Manifest, serving: Serving, config: RuntimeConfig, text_encoder: str = ""
+) -> str:
+    """The text of config.pbtxt; `text_encoder` is the digest of that of a bundle that takes
+    prompts."""
+    tokenizer, batch = manifest.model.tokenizer, manifest.batch
+    digest, needed = manifest.digest(), needed_inputs(manifest)
     parameters = {"digest": digest, "var_deploy": __version__, **parameters_of(config)}
+    parameters |= {TEXT_ENCODER: text_encoder} if text_encoder else {}
     instances = f"count: {serving.instances} kind: "
     instances += "KIND_GPU gpus: [ 0 ]" if serving.on_gpu else "KIND_CPU"
     lines = [
@@ -100,10 +120,10 @@ def config_text(manifest: Manifest, serving: Serving, config: RuntimeConfig) -> 
         f"max_batch_size: {batch}",
         f"version_policy {{ specific {{ versions: [ {version_of(digest)} ] }} }}",
         "input [",
-        *_listed([_tensor(name, kind) for name, kind in INPUTS.items()] + _optional()),
+        *_listed([_tensor(name) for name in needed] + _optional(manifest)),
         "]",
         "output [",
-        f"  {_tensor(IMAGE, 'UINT8', side, side, tokenizer.image_channels)}",
+        f"  {_tensor(IMAGE, *tokenizer.image_size, tokenizer.image_channels, kind='UINT8')}",
         "]",
         f"instance_group [ {{ {instances} }} ]",
         "dynamic_batching {",
@@ -115,9 +135,9 @@ def config_text(manifest: Manifest, serving: Serving, config: RuntimeConfig) -> 
         '  name: "a batch"',
         f"  batch_size: {batch}",
         *(
-            f'  inputs {{ key: "{name}" value {{ data_type: TYPE_{kind} dims: [ 1 ] '
+            f'  inputs {{ key: "{name}" value {{ data_type: TYPE_{TYPES[name]} dims: [ 1 ] '
             "zero_data: true } }"
-            for name, kind in INPUTS.items()
+            for name in needed
         ),
         "} ]",
         *(
@@ -141,18 +161,18 @@ def _queue_policy(queue: int | None) -> list[str]:
     ]
 
 
-def _optional() -> list[str]:
+def _optional(manifest: Manifest) -> list[str]:
     """The optional inputs; a setting is one number or one per scale, so its size is -1."""
     return [
-        _tensor(name, kind, -1 if name in SETTINGS else 1, more=" optional: true")
-        for name, kind in OPTIONAL.items()
+        _tensor(name, -1 if name in SETTINGS else 1, more=" optional: true")
+        for name in optional_inputs(manifest)
     ]
 
 
-def _tensor(name: str, kind: str, *dims: int, more: str = "") -> str:
+def _tensor(name: str, *dims: int, kind: str = "", more: str = "") -> str:
     """The declaration of a tensor, for one row; Triton adds the batch dimension."""
     sizes = ", ".join(map(str, dims or (1,)))
-    return f'{{ name: "{name}" data_type: TYPE_{kind} dims: [ {sizes} ]{more} }}'
+    return f'{{ name: "{name}" data_type: TYPE_{kind or TYPES[name]} dims: [ {sizes} ]{more} }}'
 
 
 def _listed(items: Sequence[str]) -> list[str]:

@@ -21,13 +21,18 @@ from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.request import Request, label_numbers
 from var_deploy.sampling import Sampling
+from var_deploy.text.manifest import read_text_encoder
+from var_deploy.text.prompt_tokenizer import check_sent_prompt
 from var_deploy.triton.config import (
     IMAGE,
     LABEL,
+    NEGATIVE,
     NO_CLASS,
     NUMBER,
+    PROMPT,
     SEED,
     SETTINGS,
+    TEXT_ENCODER,
     read_config,
     version_of,
 )
@@ -38,11 +43,19 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image of a request: label, RNG key and settings."""
+    """One image of a request: label or prompts, RNG key and settings."""
 
     label: int
     rng_key: tuple[int, int]
     sampling: Sampling
+    prompt: str = ""
+    negative: str = ""
+
+    @property
+    def launch(self) -> tuple[Sampling, bool]:
+        """Equal for rows that can share a launch: of its images all have a negative prompt, or none
+        has."""
+        return self.sampling, bool(self.negative)
 
 
 class TritonPythonModel:
@@ -56,9 +69,9 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from None
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Return one response per request: IMAGE uint8 [n, side, side, C], or its error."""
+        """Return one response per request: IMAGE uint8 [n, height, width, C], or its error."""
         answers: list[Any] = [None] * len(requests)
-        groups: dict[Sampling, list[tuple[int, int, Row]]] = {}
+        groups: dict[tuple[Sampling, bool], list[tuple[int, int, Row]]] = {}
         images: dict[int, NDArray[np.uint8]] = {}
         for place, request in enumerate(requests):
             given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -69,16 +82,10 @@ class TritonPythonModel:
                 continue
             images[place] = self._blank(len(rows))
             for number, row in enumerate(rows):
-                groups.setdefault(row.sampling, []).append((place, number, row))
-        for sampling, members in groups.items():
+                groups.setdefault(row.launch, []).append((place, number, row))
+        for members in groups.values():
             try:
-                drawn = self._pipe.draw(
-                    Request(
-                        labels=[row.label for _, _, row in members],
-                        rng_keys=[row.rng_key for _, _, row in members],
-                        sampling=sampling,
-                    )
-                )
+                drawn = self._pipe.draw(self._request([row for _, _, row in members]))
             except VarDeployError as error:
                 for place, _, _ in members:
                     answers[place] = _error(error, pb_utils.TritonError.INTERNAL)
@@ -94,10 +101,24 @@ class TritonPythonModel:
         """Close the pipeline."""
         self._pipe.close()
 
+    def _request(self, rows: Sequence[Row]) -> Request:
+        """The request for the images of rows that can share a launch."""
+        prompts = None
+        if self._pipe.manifest.takes_text:
+            negatives = [row.negative for row in rows]
+            prompts = self._pipe.features(
+                [row.prompt for row in rows], negatives if any(negatives) else None
+            )
+        return Request(
+            labels=[row.label for row in rows],
+            rng_keys=[row.rng_key for row in rows],
+            sampling=rows[0].sampling,
+            prompts=prompts,
+        )
+
     def _blank(self, count: int) -> NDArray[np.uint8]:
-        tokenizer = self._pipe.manifest.code_model("triton").tokenizer
-        side = tokenizer.image_side
-        return np.empty((count, side, side, tokenizer.image_channels), np.uint8)
+        tokenizer = self._pipe.manifest.model.tokenizer
+        return np.empty((count, *tokenizer.image_size, tokenizer.image_channels), np.uint8)
 
 
 def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
@@ -105,13 +126,21 @@ def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
 
     Raises UsageError for a value out of range.
     """
-    labels, seeds = given[LABEL][:, 0].tolist(), given[SEED][:, 0].tolist()
-    numbers = given[NUMBER][:, 0].tolist() if NUMBER in given else [0] * len(labels)
+    seeds = given[SEED][:, 0].tolist()
+    numbers = given[NUMBER][:, 0].tolist() if NUMBER in given else [0] * len(seeds)
     if min(numbers) < 0:
         raise UsageError(f"{NUMBER} must be 0 or more, found {min(numbers)}")
+    labels, prompts, negatives = [0] * len(seeds), [""] * len(seeds), [""] * len(seeds)
+    if manifest.takes_text:
+        prompts = _texts(given, PROMPT)
+        negatives = _texts(given, NEGATIVE) if NEGATIVE in given else negatives
+    else:
+        labels = [_label(label, manifest) for label in given[LABEL][:, 0].tolist()]
     return [
         Row(
-            label=_label(labels[n], manifest),
+            label=labels[n],
+            prompt=prompts[n],
+            negative=negatives[n],
             rng_key=(seeds[n], numbers[n]),
             sampling=manifest.sampling(
                 **{
@@ -120,8 +149,21 @@ def read_rows(given: Arrays, manifest: Manifest) -> list[Row]:
                 },
             ),
         )
-        for n in range(len(labels))
+        for n in range(len(seeds))
     ]
+
+
+def _texts(given: Arrays, name: str) -> list[str]:
+    """The texts of an input of bytes [n, 1], checked as the HTTP service checks them."""
+    texts = []
+    for data in given[name][:, 0].tolist():
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"{name} is not UTF-8 text") from None
+        check_sent_prompt(text, name)
+        texts.append(text)
+    return texts
 
 
 def _label(label: int, manifest: Manifest) -> int:
@@ -151,4 +193,10 @@ def _load(args: Mapping[str, str]) -> Pipeline:
             f"{folder} has digest {digest[:13]}…, which is version {version_of(digest)}: another "
             "bundle lies there; write the repository again with var-deploy triton"
         )
-    return Pipeline.open(folder, config, digest=digest)
+    text, expected = folder.with_name(TEXT_ENCODER), parameters.get(TEXT_ENCODER)
+    if expected and text.is_dir():
+        read_text_encoder(text).check_digest(text, expected["string_value"])
+    given = text if text.is_dir() else None
+    pipe = Pipeline.open(folder, config, digest=digest, text_encoder=given)
+    pipe.check_text_encoder()
+    return pipe

@@ -1,4 +1,5 @@
-"""Writes a model repository: NAME/config.pbtxt, and NAME/VERSION/ with model.py and the bundle."""
+"""Writes a model repository: NAME/config.pbtxt, and NAME/VERSION/ with model.py and the bundle,
+and for one that takes prompts the text encoder."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from var_deploy.manifest import Manifest, check_files
 from var_deploy.planning.selection import check_options, select
 from var_deploy.runtime.backends.choice import facts_here
 from var_deploy.runtime.tensorrt.engine_files import copy_engines, engine_folders
-from var_deploy.triton.config import Serving, config_text, version_of
+from var_deploy.runtime.text_features import checked_text_encoder, text_encoder_folder
+from var_deploy.text.manifest import TextEncoderManifest
+from var_deploy.triton.config import TEXT_ENCODER, Serving, config_text, version_of
 
 CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
 MODEL_TEXT = '''"""The model of this folder's bundle, for Triton's Python backend."""
@@ -76,17 +79,28 @@ def write_repository(
     out: Path,
     serving: Serving,
     config: RuntimeConfig,
+    text_encoder: Path | None = None,
     progress: Callable[[str, float], object] = lambda message, fraction: None,
 ) -> Written:
     """Write a repository to `out` atomically, with hard links to the bundle where possible.
 
-    Raises UsageError as `check_out` and `check_config`, BundleError for a damaged bundle,
-    VarDeployError where the disk cannot be written.
+    `text_encoder` is the folder of that of a bundle that takes prompts; None looks in the bundle
+    and beside it.
+
+    Raises UsageError as `check_out` and `check_config`, and where no text encoder is found,
+    BundleError for a damaged bundle or text encoder, VarDeployError where the disk cannot be
+    written.
     """
     check_out(out)
     check_config(manifest, config)
-    check_files(bundle, manifest, hashes=False)
-    size = sum(info.size for info in manifest.files.values())
+    folders: list[tuple[str, Path, Manifest | TextEncoderManifest]] = [(BUNDLE, bundle, manifest)]
+    if manifest.takes_text:
+        folders.append((TEXT_ENCODER, *checked_text_encoder(bundle, manifest, text_encoder)))
+    else:
+        text_encoder_folder(bundle, manifest, text_encoder)  # refuses one that is given
+    for _, source, listed in folders:
+        check_files(source, listed, hashes=False)
+    size = sum(info.size for _, _, listed in folders for info in listed.files.values())
     read = 0
 
     def count(chunk: int) -> None:
@@ -97,26 +111,29 @@ def write_repository(
     version = version_of(manifest.digest())
     with whole_folder(out, check=lambda: check_out(out)) as stage:
         model = stage / serving.name
-        place = model / str(version) / BUNDLE
-        place.mkdir(parents=True)
+        inside = model / str(version)
         placed = _Placed()
-        for name in manifest.files:
-            placed.add(bundle / name, place / name)
-        # check the new files, which may have been reached through links
-        try:
-            check_files(place, manifest, progress=count)
-        except BundleError as error:
-            raise BundleError(str(error).replace(str(place), str(bundle))) from None
-        if (bundle / names.MANIFEST).is_symlink():  # the link's target has no hash
-            manifest.save(place)
-            placed.copied += (place / names.MANIFEST).stat().st_size
-        else:
-            placed.add(bundle / names.MANIFEST, place / names.MANIFEST)
+        for title, source, listed in folders:
+            place = inside / title
+            place.mkdir(parents=True)
+            for name in listed.files:
+                placed.add(source / name, place / name)
+            # check the new files, which may have been reached through links
+            try:
+                check_files(place, listed, progress=count)
+            except BundleError as error:
+                raise BundleError(str(error).replace(str(place), str(source))) from None
+            if (source / names.MANIFEST).is_symlink():  # the link's target has no hash
+                listed.save(place)
+                placed.copied += (place / names.MANIFEST).stat().st_size
+            else:
+                placed.add(source / names.MANIFEST, place / names.MANIFEST)
         for folder in engine_folders(bundle):
-            copy_engines(folder, place, placed.add)
-        written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-        (model / str(version) / MODEL).write_text(MODEL_TEXT, encoding="utf-8")
-        text = config_text(manifest, serving, config)
+            copy_engines(folder, inside / BUNDLE, placed.add)
+        written = sum(path.stat().st_size for path in inside.rglob("*") if path.is_file())
+        (inside / MODEL).write_text(MODEL_TEXT, encoding="utf-8")
+        digests = {title: listed.digest() for title, _, listed in folders}
+        text = config_text(manifest, serving, config, digests.get(TEXT_ENCODER, ""))
         (model / CONFIG).write_text(text, encoding="utf-8")
     return Written(
         folder=out / serving.name, version=version, size=written, copied=placed.copied
