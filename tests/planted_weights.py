@@ -1,10 +1,13 @@
-"""Bundles with one wrong weight, for tests of what finds it."""
+"""Models and bundles with one weight changed, for tests of what finds it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 
 from var_deploy import names
@@ -25,3 +28,15 @@ def plant(bundle: Path, graph: str, precision: str, weight: str, instead: str) -
     info = FileInfo(size=(bundle / file).stat().st_size, sha256=file_sha256(bundle / file))
     manifest = read_manifest(bundle)
     dataclasses.replace(manifest, files={**manifest.files, file: info}).save(bundle)
+
+
+class Changed:
+    """A weight source with one tensor changed."""
+
+    def __init__(self, source: Any, key: str, change: Callable[[Any], Any]) -> None:
+        self.description, self.keys, self.shape = source.description, source.keys, source.shape
+        self._source, self._key, self._change = source, key, change
+
+    def read(self, key: str) -> Any:
+        value = self._source.read(key)
+        return np.float32(self._change(value)) if key == self._key else value

@@ -2,7 +2,8 @@
 
 The transformer needs no ranges, since its activations are quantised at run time. Its int8 graphs
 generate the images in ONNX Runtime from a fixed seed, and hooks on the PyTorch decoder record the
-values while it decodes them.
+values while it decodes them. A decoder of bits is then tried with these ranges, see
+`decoder_noise`; those of VAR hold their bound without, and keep their bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from var_deploy.export.checkpoint.assemble import LoadedModel, empty_modules, load_into
 from var_deploy.export.checkpoint.drawn_prompts import drawn_prompts
 from var_deploy.export.checkpoint.text_model import LoadedTextModel, empty_text_modules
+from var_deploy.export.int8.decoder_noise import within_bound
 from var_deploy.export.int8.operators import ConvRanges, Range, Ranges
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.tokenizer import Tokenizer
@@ -72,25 +74,33 @@ def decoder_ranges(
     """
     tokenizer = _tokenizer(model)
     seen = {key: _Conv() for key in rounded_convs(model.spec.tokenizer)}
-    for key, module in tokenizer.named_modules():
-        if key in seen:
-            module.register_forward_hook(seen[key])
+    hooks = [
+        module.register_forward_hook(seen[key])
+        for key, module in tokenizer.named_modules()
+        if key in seen
+    ]
     batches = -(-images // manifest.batch)
     backend = OrtCpuBackend()
     check_int8(backend)  # ranges of noise would be another model's
     loop = ScaleLoop(folder, manifest, backend, "int8", "shared", decoder=False)
+    f_hats = []
     try:
         for number in range(batches):
             tokens = _draw(loop, model, manifest, number)
-            _decode(tokenizer, tokens)
+            f_hats += _decode(tokenizer, tokens)
             progress(number + 1, batches)
     finally:
         loop.close()
-    return {
+    ranges = {
         key: found.ranges()
         for key, found in seen.items()
         if found.decibels >= TRUNK_DECIBELS or "upsample" not in key
     }
+    if not isinstance(tokenizer, BitTokenizer):
+        return ranges
+    for hook in hooks:
+        hook.remove()
+    return within_bound(tokenizer, f_hats, ranges)
 
 
 def _tokenizer(model: LoadedModel | LoadedTextModel) -> Tokenizer | BitTokenizer:
@@ -137,10 +147,16 @@ def _prompts(model: LoadedTextModel, images: range) -> PromptRows:
 
 
 @torch.inference_mode()
-def _decode(tokenizer: Tokenizer | BitTokenizer, tokens: list[NDArray[np.int64]]) -> None:
+def _decode(
+    tokenizer: Tokenizer | BitTokenizer, tokens: list[NDArray[np.int64]]
+) -> list[Tensor]:
+    """Decode the images of a batch; return the f_hat [1, Cv, h_K, w_K] of each."""
+    f_hats = []
     for image in range(len(tokens[0])):  # one by one: the memory of one is enough
         one = [torch.from_numpy(scale[image : image + 1]) for scale in tokens]
-        tokenizer.decode(tokenizer.accumulate(one))
+        f_hats.append(tokenizer.accumulate(one))
+        tokenizer.decode(f_hats[-1])
+    return f_hats
 
 
 class _Values:

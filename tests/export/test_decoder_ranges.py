@@ -22,9 +22,12 @@ from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
 from var_deploy.export.checkpoint.presets import PRESETS, TEXT_PRESETS
 from var_deploy.export.graphs.bit_codec import build_bit_decoder
 from var_deploy.export.graphs.codec import build_decoder
+from var_deploy.export.int8 import decoder_noise
 from var_deploy.export.int8 import decoder_ranges as watching
+from var_deploy.export.int8.decoder_noise import within_bound
 from var_deploy.export.int8.decoder_ranges import decoder_ranges, rounded_convs
 from var_deploy.export.int8.operators import ConvRanges, Range
+from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.spec import BitTokenizerSpec
 
@@ -151,6 +154,43 @@ def test_a_text_model_is_watched_with_and_without_a_prompt() -> None:
     # an image does not depend on what is drawn beside it
     alone = watching._prompts(model, range(3, 4))
     np.testing.assert_array_equal(alone.features[0], rows.features[3])
+
+
+@torch.inference_mode()
+def test_convolutions_whose_rounding_harms_most_stay_in_fp32() -> None:
+    model = load_case(OWN / "seeded-small").model()
+    tokenizer = watching._tokenizer(model)
+    assert isinstance(tokenizer, BitTokenizer)
+    spec, rng = model.spec, torch.Generator().manual_seed(3)
+    sizes = [(1, length, spec.tokenizer.token_bits) for length in spec.scale_lengths]
+    f_hats = [
+        tokenizer.accumulate([torch.randint(0, 2, size, generator=rng) for size in sizes])
+        for _ in range(2)
+    ]
+    seen = {key: watching._Conv() for key in rounded_convs(spec.tokenizer)}
+    hooks = [tokenizer.get_submodule(key).register_forward_hook(seen[key]) for key in seen]
+    exact = [tokenizer.decode(f_hat) for f_hat in f_hats]
+    for hook in hooks:
+        hook.remove()
+    ranges = {key: found.ranges() for key, found in seen.items()}
+
+    def decibels(kept: Any) -> float:
+        with decoder_noise._rounded(tokenizer, kept):
+            found = [tokenizer.decode(f_hat) for f_hat in f_hats]
+        pairs = zip(found, exact, strict=True)
+        return min(-10 * math.log10(float(((a - b) / 2).square().mean())) for a, b in pairs)
+
+    plain = decibels(ranges)
+    assert 30 < plain < 45
+    assert within_bound(tokenizer, f_hats, ranges, plain - 0.1) == ranges
+    kept = within_bound(tokenizer, f_hats, ranges, plain + 3)
+    assert decibels(kept) >= plain + 3
+    assert len(ranges) / 2 < len(kept) < len(ranges), "few have most of the harm"
+    assert kept.items() <= ranges.items()
+    assert within_bound(tokenizer, f_hats, ranges, 200) == {}
+    # the middle alone of larger images is tried, and the decoder is left as it was
+    assert decoder_noise._middle(torch.zeros(1, 5, 40, 9)).shape == (1, 5, 16, 9)
+    assert torch.equal(tokenizer.decode(f_hats[0]), exact[0])
 
 
 def test_calibration_wants_an_image() -> None:
