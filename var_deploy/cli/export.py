@@ -88,7 +88,7 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
     type=click.IntRange(0, MOST_ROUNDS),
     metavar="N",
     help=f"Images drawn to take int8's ranges from (default: {INT8_IMAGES}), and to warn of fp16 "
-    f"values near overflow (default: {FP16_IMAGES}; 0 skips it).",
+    f"values near overflow (default: {FP16_IMAGES}, of a text-to-image model 0; 0 skips it).",
 )
 @click.option(
     "--class-names",
