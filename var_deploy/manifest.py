@@ -317,7 +317,7 @@ def _no_bundle(bundle: Path, *, looked: bool) -> str:
 
 def check_files(
     bundle: Path,
-    manifest: Manifest,
+    manifest: ListedFiles,
     *,
     prefix: str = "",
     hashes: bool = True,

