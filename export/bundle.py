@@ -114,11 +114,13 @@ def build_graphs(
         *tokenizer_graphs(precision),
     )
     if isinstance(spec, TextModelSpec):
-        return [_build_of_text(graph, spec, form) for graph in wanted]
+        return [_build_of_text(graph, spec, form, ranges) for graph in wanted]
     return [_build(graph, spec, form, ranges) for graph in wanted]
 
 
-def _build_of_text(graph: GraphRef, spec: TextModelSpec, form: GraphForm) -> GraphBuilder:
+def _build_of_text(
+    graph: GraphRef, spec: TextModelSpec, form: GraphForm, ranges: Ranges | None
+) -> GraphBuilder:
     if graph.kind == "condition":
         return build_text_condition(spec, form)
     if graph.kind == "unconditional":
@@ -126,7 +128,7 @@ def _build_of_text(graph: GraphRef, spec: TextModelSpec, form: GraphForm) -> Gra
     if graph.kind == "step":
         return build_text_step(spec, form)
     if graph.kind == "decoder":
-        return build_bit_decoder(spec.tokenizer, form)
+        return build_bit_decoder(spec.tokenizer, form, ranges)
     if graph.kind == "encoder":
         return build_bit_encoder(spec.tokenizer, form)
     if graph.kind == "accumulate":
@@ -209,12 +211,12 @@ def _write(
     plans: dict[Precision, _Plan] = {}
     for precision in options.precisions:
         ranges = None
-        if precision == "int8" and isinstance(model, LoadedModel):
+        if precision == "int8":
             ranges = _calibrate(model, folder, options, read, report)
         plans[precision] = _Plan.of(build_graphs(model.spec, precision, options, ranges))
     total = sum(plan.layout.size for plan in plans.values())
     check_space(folder, total)
-    start = CALIBRATION if "int8" in plans and isinstance(model.spec, ModelSpec) else 0.0
+    start = CALIBRATION if "int8" in plans else 0.0
     done = 0
     manifest = dataclasses.replace(_manifest(model, options), text_encoder=text_encoder)
     for precision, plan in plans.items():
@@ -231,7 +233,11 @@ def _write(
 
 
 def _calibrate(
-    model: LoadedModel, folder: Path, options: ExportOptions, read: ReadKey, report: Progress
+    model: LoadedModel | LoadedTextModel,
+    folder: Path,
+    options: ExportOptions,
+    read: ReadKey,
+    report: Progress,
 ) -> Ranges:
     """Measure the ranges of the decoder on images that the model's own int8 scale graphs generate.
 

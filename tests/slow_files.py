@@ -28,7 +28,7 @@ SLOW = {
         "sampler_statistics tensorrt_rtx tensorrt_session text_encoder"
     ),
     "serving": "bodies connections load page page_classes page_states serve_command",
-    "tools": "fp16_study golden growth pocket training",
+    "tools": "fp16_study fp16_text_study golden growth pocket training",
     "tritonserver": "server",
 }
 FILES = {

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,10 @@ from var_deploy.export.debug.fp16_overflow import (
     encode_watched,
     layer_of,
 )
-from var_deploy.export.debug.interpreter_backend import generate
+from var_deploy.export.debug.interpreter_backend import generate, study_conditions
 from var_deploy.files import whole_file
 from var_deploy.host.terminal import is_terminal
 from var_deploy.image.images import psnr
-from var_deploy.labels import spread_labels
 from var_deploy.manifest import check_files, read_manifest
 from var_deploy.progress import Progress
 
@@ -44,7 +44,7 @@ class ScaleAgreement:
     """Tokens of one scale on which fp16 and fp32 agree.
 
     Attributes:
-        tokens: all that were drawn.
+        tokens: all that were drawn; bits, where a token has several.
         forced: equal ones, where the scales before had the fp32 tokens.
         free: equal ones, where fp16 was left to itself.
     """
@@ -146,9 +146,8 @@ def study(
                 if progress:
                     progress(message, (step + fraction) / steps)
 
-            labels = spread_labels(manifest.model.transformer.classes, manifest.batch, first)
             return generate(
-                *(bundle, manifest, precision, labels),
+                *(bundle, manifest, precision, study_conditions(manifest, first)),
                 first=first,
                 seed=seed,
                 progress=report,
@@ -178,15 +177,15 @@ def study(
         ),
         psnr_forced=tuple(near["forced"]),
         psnr_free=tuple(near["free"]),
-        layers=_layers(magnitudes),
+        layers=layer_ranges(magnitudes.largest),
         overflow=": ".join(magnitudes.overflow or ()),
     )
 
 
-def _layers(magnitudes: Magnitudes) -> tuple[LayerRange, ...]:
-    """Return the largest value of each layer over all graphs that hold it."""
+def layer_ranges(magnitudes: Mapping[tuple[str, str], float]) -> tuple[LayerRange, ...]:
+    """Return the largest value of each layer over all graphs that hold it, the largest first."""
     found: dict[str, LayerRange] = {}
-    for (graph, node), largest in magnitudes.largest.items():
+    for (graph, node), largest in magnitudes.items():
         layer = layer_of(node)
         if layer not in found or not largest <= found[layer].largest:
             found[layer] = LayerRange(layer=layer, graph=graph, node=node, largest=largest)

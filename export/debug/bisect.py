@@ -27,7 +27,6 @@ from onnx import TensorProto, helper
 from var_deploy import names
 from var_deploy.bundle.graph_refs import graph_ref
 from var_deploy.errors import ExportError, UsageError
-from var_deploy.export.checkpoint.assemble import LoadedModel
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
 from var_deploy.export.debug.bisect_backends import RUNNERS, Runner
 from var_deploy.export.lint.tensorrt import values_of
@@ -40,13 +39,15 @@ from var_deploy.export.verify.bundle import (
 )
 from var_deploy.export.verify.difference import largest_error
 from var_deploy.export.verify.graph_runner import complete_step
-from var_deploy.export.verify.reference import Reference, trace_reference
+from var_deploy.export.verify.reference import Reference
+from var_deploy.export.verify.requests import inputs_of, reference_of
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.progress import Progress
 
 AT_ONCE = 256 << 20  # bytes of values held of each backend
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 DECISIONS = ("sampler/", "quantize.scale_")  # of node names
+BIT_ENCODER_SCALES = "scale_"  # of node names of an encoder that gives bits
 UPSAMPLING = ".upsample.conv"  # end of the scope
 
 
@@ -159,15 +160,13 @@ def bisect_bundle(
     `backends` is such as "onnxruntime:fp32,pytorch:fp16". Raises what `bisect` and `verify` raise.
     """
     manifest = read_manifest(bundle)
-    manifest.code_model("debug bisect")
     check_files(bundle, manifest)
     sides = parse_sides(backends, manifest)
     _choose(manifest, sides, graph)  # a wrong name is told before the model is run
     model = load_bundle_model(manifest, checkpoint, tokenizer, hints)
-    assert isinstance(model, LoadedModel)  # `code_model` has refused the other kind
     if progress:
         progress("PyTorch reference", 0.0)
-    reference = trace_reference(model, manifest, seed=0)
+    reference = reference_of(model, manifest, 0, inputs_of(manifest, 0, 0))
     return bisect(bundle, manifest, reference, sides, graph=graph, progress=progress)
 
 
@@ -244,6 +243,8 @@ class _Comparison:
         scale: int,
     ) -> None:
         self._sides, self.compared = sides, 0
+        bits = manifest.takes_text and name == names.ENCODER
+        self._decisions = (*DECISIONS, BIT_ENCODER_SCALES) if bits else DECISIONS
         half = any(side.precision == "fp16" for side in sides)
         self._bound = BOUNDS["fp16" if half else "fp32"]
         self._coin_toss = COIN_TOSS["fp16" if half else "fp32"]
@@ -291,7 +292,7 @@ class _Comparison:
         size = 0
         for a, b in zip(one.nodes, other.nodes, strict=True):
             for pair in zip(a.output, b.output, strict=True):
-                decided = a.name.startswith(DECISIONS) or not one.is_float(pair[0])
+                decided = a.name.startswith(self._decisions) or not one.is_float(pair[0])
                 if decided and pair[1] != choice:
                     continue
                 part.append(pair)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from var_deploy import names
 from var_deploy.export.debug.interpreter import OnValue, TorchGraph
-from var_deploy.export.debug.interpreter_backend import Generation, generate
-from var_deploy.labels import spread_labels
+from var_deploy.export.debug.interpreter_backend import Generation, generate, study_conditions
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.progress import Progress
 
 HALF_MAX = 65504.0  # the largest number of fp16
 MARGIN = 8.0  # values within this factor of the largest number are reported
+PADDING = -1e8  # below it lies only what is added to the scores of padding
 
 
 class HalfOverflowError(Exception):
@@ -30,12 +30,20 @@ class Magnitudes:
 
     Recording ends with HalfOverflowError at the first value that is not finite: later values mean
     little.
+
+    Attributes:
+        full: the largest magnitude of every fp32 value, for what would overflow in fp16; filled
+            where `watch` is asked to.
     """
 
     largest: dict[tuple[str, str], float] = field(default_factory=dict)
+    full: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def watch(self, graph: str) -> OnValue:
+    def watch(self, graph: str, *, full: bool = False) -> OnValue:
         def see(node: str, name: str, value: Tensor) -> None:
+            if full and value.dtype == torch.float32:
+                reached = float(value.where(value > PADDING, 0.0).abs().max())
+                self.full[graph, node] = max(reached, self.full.get((graph, node), 0.0))
             if value.dtype != torch.float16:
                 return
             low, high = value.aminmax()  # unlike abs() it needs no second copy
@@ -107,7 +115,7 @@ def calibrate(bundle: Path, samples: int, progress: Progress | None = None) -> s
                 bundle,
                 manifest,
                 "fp16",
-                spread_labels(manifest.model.transformer.classes, manifest.batch, first),
+                study_conditions(manifest, first),
                 first=first,
                 watch=magnitudes.watch,
                 progress=report,

@@ -13,21 +13,25 @@ from numpy.typing import NDArray
 
 from var_deploy import names
 from var_deploy.bundle.files import BundleFiles, GraphFile
+from var_deploy.export.checkpoint.drawn_prompts import drawn_prompts
 from var_deploy.export.debug.interpreter import OnValue, TorchGraph
+from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest
 from var_deploy.progress import Progress
 from var_deploy.runtime.backends.host_memory import HostMemory, host_view
 from var_deploy.runtime.backends.protocol import Arrays, Launch
+from var_deploy.runtime.buffers import Conditions
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.sampling import gumbel, numbered, stack_uniforms
+from var_deploy.spec import TextModelSpec
 
 Watch = Callable[[str], OnValue]  # graph name → callback for its values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Results of a generation: tokens [B, L_k] of each scale, and the image
-    [B, side, side, channels]."""
+    """Results of a generation: tokens [B, L_k] or bits [B, L_k, e] of each scale, and the image
+    [B, height, width, channels]."""
 
     tokens: list[NDArray[Any]]
     image: NDArray[Any]
@@ -37,7 +41,7 @@ def generate(
     bundle: Path,
     manifest: Manifest,
     precision: str,
-    labels: Sequence[int],
+    conditions: Conditions,
     *,
     first: int = 0,
     seed: int = 0,
@@ -48,26 +52,26 @@ def generate(
     """Generate B images with the bundle's default settings, through the interpreter.
 
     Args:
-        labels: B class numbers.
+        conditions: B class numbers, or the features of B prompts.
         first: number of the first image of the batch; it decides the uniforms.
         forced: tokens that take the place of the drawn ones, so that every scale starts from the
             same tokens as another generation. The drawn ones are returned all the same.
 
     Raises BackendError where the graphs give what is not finite, and what `watch` raises.
     """
-    spec = manifest.code_model("this backend")
+    spec = manifest.model
     scales, done = spec.scales, 0
 
     def announce(title: str) -> None:
         nonlocal done
-        if progress and title != names.CONDITION:
+        if progress and title not in (names.CONDITION, names.UNCONDITIONAL):
             progress(f"{precision}/{title}", done / (scales + 1))
             done += 1
 
     streams = numbered(seed, first, manifest.batch)
     noise = []
     if manifest.more_smooth:
-        codes = spec.tokenizer.vocab_size
+        codes = manifest.code_model("a mix of codes").tokenizer.vocab_size
         noise = [gumbel(*stream, spec.total_tokens, codes) for stream in streams]
     backend = TorchBackend(watch, announce)
     static = names.scale_graph(0) in manifest.graphs[precision]
@@ -77,8 +81,8 @@ def generate(
         loop = ScaleLoop(files, manifest, backend, precision, "per-scale" if static else "shared")
         try:
             image = loop.run(
-                labels,
-                stack_uniforms(streams, spec.total_tokens),
+                conditions,
+                stack_uniforms(streams, spec.draws),
                 manifest.defaults,
                 forced=forced or (),
                 noise=noise,
@@ -88,6 +92,15 @@ def generate(
             loop.close()
     finally:
         files.close()
+
+
+def study_conditions(manifest: Manifest, first: int) -> Conditions:
+    """Return the conditions of the images `first` … of a study: labels that are spread over the
+    classes, or features drawn in the place of prompts."""
+    spec, batch = manifest.model, manifest.batch
+    if isinstance(spec, TextModelSpec):
+        return drawn_prompts(spec.transformer, numbered(0, first, batch))
+    return spread_labels(spec.transformer.classes, batch, first)
 
 
 class TorchBackend(HostMemory):

@@ -10,14 +10,21 @@ from var_deploy.config import GraphForm
 from var_deploy.export.graphs.bits import codes, resized, to_maps, to_rows
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.export.graphs.codec import Autoencoder
+from var_deploy.export.int8.operators import Ranges
 from var_deploy.image.resize import area_matrix
 from var_deploy.spec import BitTokenizerSpec
 
 
-def build_bit_decoder(spec: BitTokenizerSpec, form: GraphForm) -> GraphBuilder:
-    """Build the decoder: f_hat [B, d, h_K, w_K] → image [B, height, width, channels] in [0, 1]."""
+def build_bit_decoder(
+    spec: BitTokenizerSpec, form: GraphForm, ranges: Ranges | None = None
+) -> GraphBuilder:
+    """Build the decoder: f_hat [B, d, h_K, w_K] → image [B, height, width, channels] in [0, 1].
+
+    `ranges` names the convolutions that run in int8.
+    """
     b, shape = GraphBuilder(names.DECODER, form), (form.batch, spec.bits, *spec.latent_grid)
-    Autoencoder(b, spec, attention=False).decode(b.input(names.F_HAT, np.float32, shape))
+    layers = Autoencoder(b, spec, attention=False, ranges=ranges)
+    layers.decode(b.input(names.F_HAT, np.float32, shape))
     return b
 
 

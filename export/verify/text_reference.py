@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from var_deploy import names
+from var_deploy.export.checkpoint.drawn_prompts import drawn_prompts
 from var_deploy.export.checkpoint.text_model import LoadedTextModel, build_text_modules
 from var_deploy.export.graphs.text_scale import paired_halves
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
@@ -113,17 +114,9 @@ def text_inputs(
     """
     spec = manifest.model
     assert isinstance(spec, TextModelSpec)
-    t, keys = spec.transformer, keys or call_keys(seed + first, manifest.batch)
-    features, lengths = [], []
-    for one, number in keys:
-        rng = np.random.Generator(np.random.Philox(key=np.array([one, number + 1], np.uint64)))
-        features.append(rng.standard_normal((t.text_length, t.text_width), dtype=np.float32))
-        lengths.append(int(rng.integers(1, t.text_length + 1)))
+    keys = keys or call_keys(seed + first, manifest.batch)
     return TextInputs(
-        conditions=PromptRows(
-            features=np.stack(features), lengths=np.array(lengths, np.int64)
-        ),
-        uniforms=stack_uniforms(keys, spec.draws),
+        conditions=drawn_prompts(spec.transformer, keys), uniforms=stack_uniforms(keys, spec.draws)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,12 +15,15 @@ from text_case import HEIGHT, SCALES, TEXT_LENGTH, WIDTH
 
 from cli_steps import done, pixels, refused, run
 from var_deploy.bench.run import Settings, entries
+from var_deploy.cli.export import _check_text
 from var_deploy.device_check.command import main as check_device
+from var_deploy.errors import UsageError
 from var_deploy.host.machine import Machine
 from var_deploy.image.images import read_settings
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
 from var_deploy.runtime.backends import onnxruntime_cpu
+from var_deploy.text.manifest import read_text_encoder
 
 DEER = "a red deer in the snow"
 
@@ -76,7 +80,8 @@ def test_previews_and_deadlines(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_is_cut_off_and_said_so(bundle: Path, tmp_path: Path) -> None:
-    long = "a very long story of a fox and a boat " * 20
+    long = "a very long story of a fox and a boat " * 270
+    assert len(long) > 10_000
     result = run("generate", bundle, "--prompt", long, "--out", tmp_path / "x.png")
     assert result.exit_code == 0
     assert f"takes {TEXT_LENGTH}" in result.stderr
@@ -95,7 +100,11 @@ def test_words_that_the_text_encoder_lacks_are_told(bundle: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", "\u0442\u0438\u0433\u0440", "</s><extra_id_3>", "a\tb\x07c"]
+    "prompt",
+    [
+        *("", "\u0442\u0438\u0433\u0440 \u6771\u4eac \u0645\u0631 \U0001f309"),
+        *("</s><extra_id_3>", "a\tb\x07\x1b[31mc"),
+    ],
 )
 def test_odd_prompts_are_drawn(bundle: Path, tmp_path: Path, prompt: str) -> None:
     result = run("generate", bundle, "--prompt", prompt, "--out", tmp_path / "x.png")
@@ -148,6 +157,24 @@ def test_a_text_encoder_that_is_not_there_or_another(bundle: Path, tmp_path: Pat
     other = Path(shutil.copytree(place, tmp_path / "other"))
     (other / "tokenizer.json").write_bytes((place / "tokenizer.json").read_bytes() + b" ")
     refused(1, "generate", alone, "--prompt", DEER, "--text-encoder", other, "--out", out)
+
+
+def test_a_text_encoder_of_another_width_or_length(bundle: Path, tmp_path: Path) -> None:
+    """As a folder of the Hub and as a bundle; told before anything is written."""
+    out = tmp_path / "out"
+    export = ("export", "infinity-125m", "--random-weights", 0, "--resolution", "0.06M")
+    for place in ("hub", "t5"):
+        refused(
+            2, *export, "--text-encoder", bundle.parent / place, "--out", out,
+            parts=("features of width 64, the model takes 2048",),
+        )
+    assert not list(tmp_path.iterdir())
+    refused(2, *export, "--aspect", "9:1", "--out", out, parts=("no scale list has aspect 9:1",))
+    model = read_manifest(bundle).model.transformer
+    t5 = read_text_encoder(bundle.parent / "t5").model
+    short = dataclasses.replace(t5, length=TEXT_LENGTH - 1)
+    with pytest.raises(UsageError, match="takes 23 tokens, --text-length asks for 24"):
+        _check_text(model, short, Path("t5"))
 
 
 def test_inspect_names_what_it_takes(bundle: Path) -> None:

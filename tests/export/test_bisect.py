@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from planted_weights import plant
 from safetensors.torch import save_file
 
 from cli_steps import assert_one_line, run
@@ -32,7 +33,7 @@ from var_deploy.export.debug.bisect_backends import (
 )
 from var_deploy.export.verify.bundle import verify_model
 from var_deploy.export.verify.reference import Reference, trace_reference
-from var_deploy.manifest import FileInfo, Manifest, file_sha256, read_manifest
+from var_deploy.manifest import Manifest, read_manifest
 
 SCALE_1 = names.scale_graph(1)
 ORT = Side(backend="onnxruntime", precision="fp32")
@@ -66,22 +67,6 @@ def manifest(exported: Path) -> Manifest:
 @pytest.fixture(scope="module")
 def reference(model: LoadedModel, manifest: Manifest) -> Reference:
     return trace_reference(model, manifest, seed=0)
-
-
-def plant(bundle: Path, graph: str, precision: str, weight: str, instead: str) -> None:
-    """Let one graph read `instead`'s bytes for `weight`."""
-    file = f"{precision}/{names.graph_file(graph)}"
-    proto = onnx.load(str(bundle / file), load_external_data=False)
-    places = {
-        t.name: next(e for e in t.external_data if e.key == "offset")
-        for t in proto.graph.initializer
-        if t.name in (weight, instead)
-    }
-    places[weight].value = places[instead].value
-    (bundle / file).write_bytes(proto.SerializeToString())
-    info = FileInfo(size=(bundle / file).stat().st_size, sha256=file_sha256(bundle / file))
-    manifest = read_manifest(bundle)
-    dataclasses.replace(manifest, files={**manifest.files, file: info}).save(bundle)
 
 
 # --- nothing to find

@@ -12,16 +12,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from golden_infinity import OWN, load_case
 
 from var_deploy import names
+from var_deploy.config import GraphForm
 from var_deploy.errors import UsageError
-from var_deploy.export.bundle import ExportOptions, build_graphs, export_bundle
+from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import LoadedModel, build_modules
-from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.checkpoint.presets import PRESETS, TEXT_PRESETS
+from var_deploy.export.graphs.bit_codec import build_bit_decoder
+from var_deploy.export.graphs.codec import build_decoder
+from var_deploy.export.int8 import decoder_noise
 from var_deploy.export.int8 import decoder_ranges as watching
+from var_deploy.export.int8.decoder_noise import within_bound
 from var_deploy.export.int8.decoder_ranges import decoder_ranges, rounded_convs
 from var_deploy.export.int8.operators import ConvRanges, Range
+from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.manifest import Manifest, read_manifest
+from var_deploy.spec import BitTokenizerSpec
 
 STEP = 2 ** (1 / watching.STEPS_AN_OCTAVE)
 
@@ -116,19 +124,70 @@ def test_zero_stays_zero() -> None:
     assert watching._widen(0.0) == 0.0
 
 
-@pytest.mark.parametrize("preset", ["pocket", "var-d16"])
+@pytest.mark.parametrize("preset", ["pocket", "var-d16", "infinity-2b", "infinity-8b"])
 def test_the_named_convolutions_are_those_of_the_graph(preset: str) -> None:
-    spec = PRESETS[preset].spec
+    tokenizer = {**PRESETS, **TEXT_PRESETS}[preset].spec.tokenizer
     anything = ConvRanges(input=Range(low=-1, high=1), output=Range(low=-1, high=1))
-    ranges = dict.fromkeys(rounded_convs(spec.tokenizer), anything)
-    options = ExportOptions(precisions=("int8",), layout="shared")
-    graphs = build_graphs(spec, "int8", options, ranges)
-    graph = next(g for g in graphs if g.name == names.DECODER)
+    ranges = dict.fromkeys(rounded_convs(tokenizer), anything)
+    form = GraphForm(precision="int8")
+    if isinstance(tokenizer, BitTokenizerSpec):
+        graph, plain = build_bit_decoder(tokenizer, form, ranges), set[str]()
+    else:
+        graph, plain = build_decoder(tokenizer, form, ranges), {"post_quant_conv"}
     nodes = graph.model(lambda name: (names.WEIGHTS, 0, 1)).graph.node
     made = {n.name.partition("/")[0] for n in nodes if n.op_type == "QLinearConv"}
     assert made == set(ranges)
-    plain = {n.name.partition("/")[0] for n in nodes if n.op_type == "Conv"}
-    assert {"post_quant_conv", "decoder.conv_in", "decoder.conv_out"} <= plain
+    plain |= {"decoder.conv_in", "decoder.conv_out"}
+    assert plain <= {n.name.partition("/")[0] for n in nodes if n.op_type == "Conv"}
+
+
+def test_a_text_model_is_watched_with_and_without_a_prompt() -> None:
+    """Features of "no prompt" for every other image, and drawn ones, which differ, between."""
+    model = load_case(OWN / "seeded-small").model()
+    t = model.spec.transformer
+    rows = watching._prompts(model, range(4))
+    for n in (0, 2):
+        expected = model.transformer.read("cfg_uncond")[: t.text_length]
+        np.testing.assert_array_equal(rows.features[n], expected)
+        assert rows.lengths[n] == t.text_length
+    assert len({row.tobytes() for row in rows.features}) == 3
+    # an image does not depend on what is drawn beside it
+    alone = watching._prompts(model, range(3, 4))
+    np.testing.assert_array_equal(alone.features[0], rows.features[3])
+
+
+@torch.inference_mode()
+def test_convolutions_whose_rounding_harms_most_stay_in_fp32() -> None:
+    model = load_case(OWN / "seeded-small").model()
+    tokenizer = watching._tokenizer(model)
+    assert isinstance(tokenizer, BitTokenizer)
+    spec, rng = model.spec, torch.Generator().manual_seed(3)
+    sizes = [(1, length, spec.tokenizer.token_bits) for length in spec.scale_lengths]
+    bits = [torch.randint(0, 2, size, generator=rng) for size in sizes]
+    f_hats = [tokenizer.accumulate(bits)]
+    seen = {key: watching._Conv() for key in rounded_convs(spec.tokenizer)}
+    hooks = [tokenizer.get_submodule(key).register_forward_hook(seen[key]) for key in seen]
+    exact = [tokenizer.decode(f_hat) for f_hat in f_hats]
+    for hook in hooks:
+        hook.remove()
+    ranges = {key: found.ranges() for key, found in seen.items()}
+
+    def decibels(kept: Any) -> float:
+        with decoder_noise._rounded(tokenizer, kept):
+            found = [tokenizer.decode(f_hat) for f_hat in f_hats]
+        pairs = zip(found, exact, strict=True)
+        return min(-10 * math.log10(float(((a - b) / 2).square().mean())) for a, b in pairs)
+
+    plain = decibels(ranges)
+    assert 30 < plain < 45
+    assert within_bound(tokenizer, f_hats, ranges, plain - 0.1) == ranges
+    kept = within_bound(tokenizer, f_hats, ranges, plain + 3)
+    assert decibels(kept) >= plain + 3
+    assert len(ranges) / 2 < len(kept) < len(ranges), "few have most of the harm"
+    assert kept.items() <= ranges.items()
+    # the middle alone of larger images is tried, and the decoder is left as it was
+    assert decoder_noise._middle(torch.zeros(1, 5, 40, 9)).shape == (1, 5, 16, 9)
+    assert torch.equal(tokenizer.decode(f_hats[0]), exact[0])
 
 
 def test_calibration_wants_an_image() -> None:

@@ -39,7 +39,9 @@ def bundle(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("infinity") / case.name
     precisions: Any = ("fp32", "fp16", "int8") if case.name == "seeded-small" else ("fp32",)
     export_bundle(
-        case.model(), out, ExportOptions(precisions=precisions, batch=2, guidance=None)
+        case.model(),
+        out,
+        ExportOptions(precisions=precisions, batch=2, guidance=None, calibration=1),
     )
     return out
 

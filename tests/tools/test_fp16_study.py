@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from planted_weights import Changed
 from safetensors.torch import save_file
 
 from cli_steps import run
@@ -28,18 +29,6 @@ from var_deploy.manifest import read_manifest
 Model = Callable[..., LoadedModel]
 BOTH: Any = ("fp32", "fp16")
 BIAS = "blocks.1.ffn.fc1.bias"
-
-
-class Changed:
-    """A weight source with one tensor changed."""
-
-    def __init__(self, source: Any, key: str, change: Callable[[Any], Any]) -> None:
-        self.description, self.keys, self.shape = source.description, source.keys, source.shape
-        self._source, self._key, self._change = source, key, change
-
-    def read(self, key: str) -> Any:
-        value = self._source.read(key)
-        return np.float32(self._change(value)) if key == self._key else value
 
 
 def with_bias(model: LoadedModel, value: float) -> LoadedModel:
