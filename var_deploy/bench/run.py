@@ -229,7 +229,7 @@ def generation_rooflines(
     manifest: Manifest, precision: str, images: int, device: Device
 ) -> list[Roofline]:
     """Least time of each launch of a generation of `images` images, summed over its batches."""
-    batches = -(-images // manifest.batch)
+    batches = -(-images // manifest.of(precision).batch)
     return [
         dataclasses.replace(
             roofline,
