@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import var_deploy
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef, generation_graphs, tokenizer_graphs
+from var_deploy.bundle.interfaces import interfaces_of
 from var_deploy.bundle.place import BUNDLE, check_place
 from var_deploy.config import LAYOUT_SETS, GraphForm, LayoutSet, Precision
 from var_deploy.errors import ExportError, UsageError
@@ -51,6 +52,11 @@ from var_deploy.progress import Progress
 from var_deploy.sampling import BitSampling, Sampling
 from var_deploy.spec import ModelSpec, TextModelSpec
 
+# An int8 launch takes one image where the buffers of one have more bytes than this. The graphs are
+# for CPUs, whose cores one image keeps busy: the time of an image is the same in any batch, and the
+# memory of a batch is that of all its images. Where an image is small, a launch spends some of its
+# time on operators as such, and a batch shares that.
+ALONE_BYTES = 16 << 20
 CALIBRATION = 0.5  # share of an int8 export's progress: generating images takes longer than writing
 
 
@@ -60,7 +66,7 @@ class ExportOptions:
 
     Attributes:
         precisions: folders to write, of "fp32", "fp16" and "int8".
-        batch: B, images per launch.
+        batch: B, images per launch; int8 graphs of large models take one, see `ALONE_BYTES`.
         guidance: 2B rows for classifier-free guidance, or B at half the work; None: guidance where
             the model has classes.
         more_smooth: mix codes where the published `more_smooth` does, see `sampling.smoothing`.
@@ -87,13 +93,14 @@ class ExportOptions:
         if self.layout not in LAYOUT_SETS:
             raise UsageError(f"layout must be both, per-scale or shared, found {self.layout!r}")
 
-    def form(self, precision: Precision) -> GraphForm:
-        """Return the form of the graphs of one precision."""
+    def form(self, precision: Precision, spec: ModelSpec | TextModelSpec) -> GraphForm:
+        """Return the form of a model's graphs in one precision; see `ALONE_BYTES` for its batch."""
+        batch, guidance = self.batch, bool(self.guidance)
+        if precision == "int8":
+            one = interfaces_of(spec, precision=precision, batch=1, guidance=guidance)
+            batch = 1 if one.buffer_bytes() > ALONE_BYTES else batch
         return GraphForm(
-            precision=precision,
-            batch=self.batch,
-            guidance=bool(self.guidance),
-            more_smooth=self.more_smooth,
+            precision=precision, batch=batch, guidance=guidance, more_smooth=self.more_smooth
         )
 
 
@@ -108,7 +115,7 @@ def build_graphs(
     `ranges` are the value ranges that the convolutions of an int8 decoder are quantised with;
     without `ranges` those convolutions stay in fp32.
     """
-    form = options.form(precision)
+    form = options.form(precision, spec)
     wanted = (
         *generation_graphs(spec, options.layout, precision, guidance=form.guidance),
         *tokenizer_graphs(precision),
@@ -277,10 +284,12 @@ def check_space(folder: Path, needed: int) -> None:
 
 def _manifest(model: LoadedModel | LoadedTextModel, options: ExportOptions) -> Manifest:
     """Return the manifest without graphs and files, which are added as they are written."""
+    batches = {name: options.form(name, model.spec).batch for name in options.precisions}
     return Manifest(
         model=model.spec,
         preset=model.preset,
         batch=options.batch,
+        batches={name: batch for name, batch in batches.items() if batch != options.batch},
         guidance=bool(options.guidance),
         more_smooth=options.more_smooth,
         graphs={},

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 # Version 2 may hold `more_smooth`, whose graphs take an input that a reader of version 1 does not
 # know. Bundles without it are still written as version 1, byte for byte as before.
-# Version 3 is a text-to-image model.
-SCHEMA_VERSION = 3
+# Version 3 is a text-to-image model. Version 4 has `batches`.
+SCHEMA_VERSION = 4
+TEXT_VERSION = 3
 SMOOTH_VERSION = 2
 PLAIN_VERSION = 1
 MANIFEST_BYTES = 16 << 20  # a released model's manifest has a quarter of a MiB
@@ -95,6 +96,7 @@ class Manifest:
         model: sizes of the model.
         preset: name of the preset, "" for a model without one.
         batch: B, images per launch.
+        batches: images per launch of a precision whose graphs do not take `batch`; see `of`.
         guidance: whether the graphs run 2B rows.
         more_smooth: whether the scale graphs mix codes, see `sampling.smoothing`.
         graphs: precision → graph name → graph.
@@ -120,11 +122,14 @@ class Manifest:
     parity: Mapping[str, Any] | None = None
     text_encoder: TextEncoderRef | None = None
     more_smooth: bool = False
+    batches: Mapping[str, int] = field(default_factory=dict)
     schema_version: int = field(default=PLAIN_VERSION)
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, TextModelSpec):
+        if self.batches:
             object.__setattr__(self, "schema_version", SCHEMA_VERSION)
+        elif isinstance(self.model, TextModelSpec):
+            object.__setattr__(self, "schema_version", TEXT_VERSION)
         elif self.more_smooth:
             object.__setattr__(self, "schema_version", SMOOTH_VERSION)
 
@@ -132,6 +137,13 @@ class Manifest:
     def rows(self) -> int:
         """G, the number of rows: 2B with guidance, else B."""
         return 2 * self.batch if self.guidance else self.batch
+
+    def of(self, precision: str) -> Manifest:
+        """Return this manifest with the `batch` of the graphs of one precision.
+
+        It is for running them; only the whole manifest is saved.
+        """
+        return dataclasses.replace(self, batch=self.batches.get(precision, self.batch))
 
     def graph(self, precision: str, name: str) -> GraphInfo:
         """Return the entry of a graph. Raises BundleError where the bundle lacks it."""
@@ -178,6 +190,8 @@ class Manifest:
         data["model"] = self.model.to_json()
         if not self.more_smooth:
             del data["more_smooth"]
+        if not self.batches:
+            del data["batches"]
         if self.text_encoder is None:
             del data["text_encoder"]
         return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -185,6 +185,7 @@ class Pipeline:
         """
         backend, config = choice.backend, choice.config
         precision, hashes = config.precision, config.check != "sizes"
+        launched = manifest.of(precision)
         record = HashRecord() if config.check == "changed" else None
         files = BundleFiles(bundle, manifest, precision, hashes=hashes, record=record)
         started = time.perf_counter()
@@ -196,7 +197,7 @@ class Pipeline:
                 backend.close()
                 raise
             checked = time.perf_counter()
-            loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
+            loop = ScaleLoop(files, launched, backend, precision, cast(Layout, config.layout))
             opened = time.perf_counter()
         except BaseException as error:
             first = _first_failure(files) if isinstance(error, Exception) else None
@@ -222,9 +223,9 @@ class Pipeline:
             loading={"checking": checked - started, "opening": opened - checked},
         )
         tokenizer = TokenizerGraphs(
-            files, manifest, precision, lambda: choose_backend(bundle, manifest, config).backend
+            files, launched, precision, lambda: choose_backend(bundle, manifest, config).backend
         )
-        return cls(manifest, loop, loaded, tokenizer, files, text)
+        return cls(launched, loop, loaded, tokenizer, files, text)
 
     @takes_generation_options
     def generate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -141,28 +142,40 @@ def verify_model(
     for name in precisions:
         manifest.graph(name, names.DECODER)  # refuses a precision that the bundle lacks
     report = progress or (lambda message, fraction: None)
-    requests = _requests(manifest, seed, images, labels)
-    size = max(1, TRACE_BYTES // _trace_bytes(manifest))
-    groups = [requests[n : n + size] for n in range(0, len(requests), size)]
+    launches: dict[int, list[str]] = {}  # precisions by the images of a launch
+    for name in precisions:
+        launches.setdefault(manifest.of(name).batch, []).append(name)
+    compared = max(-(-images // batch) * batch for batch in launches)  # whole batches, in each
+    groups: list[_Group] = []
+    for members in launches.values():
+        view = manifest.of(members[0])
+        requests = _requests(view, seed, compared, labels)
+        size = max(1, TRACE_BYTES // _trace_bytes(view))
+        groups += [
+            _Group(manifest=view, precisions=members, requests=requests[n : n + size], again=n > 0)
+            for n in range(0, len(requests), size)
+        ]
     found: dict[tuple[str, str], list[Check]] = {}  # of each graph, in the order of the first group
     study: SampleStudy | SkippedStudy | None = None
     sampled = "int8" in precisions and samples > 0
-    before = (1 - SAMPLES_SHARE if sampled else 1.0) / len(precisions) / len(groups)
+    steps = sum(len(group.precisions) for group in groups)
+    before, step = (1 - SAMPLES_SHARE if sampled else 1.0) / steps, 0
     tolerances = {name: tolerance(name, more_smooth=manifest.more_smooth) for name in precisions}
-    for g, group in enumerate(groups):
-        report("PyTorch reference", before * len(precisions) * g)
-        references = [reference_of(model, manifest, seed, inputs, own) for inputs in group]
-        for i, name in enumerate(precisions):
+    for group in groups:
+        report("PyTorch reference", before * step)
+        view = group.manifest
+        references = [reference_of(model, view, seed, inputs, own) for inputs in group.requests]
+        for name in group.precisions:
             graphs = sorted(manifest.graphs[name], key=run_order)
             verifier = GraphVerifier(
-                bundle, manifest, name, references, tolerances[name], again=g > 0
+                bundle, view, name, references, tolerances[name], again=group.again
             )
             checks: list[Check] = []
             for j, graph in enumerate(graphs):
-                done = g * len(precisions) + i + (j + 1) / (len(graphs) + 1)
-                report(f"{name}/{graph}", before * done)
+                report(f"{name}/{graph}", before * (step + (j + 1) / (len(graphs) + 1)))
                 checks += verifier.graph(graph)
             checks += verifier.loops()
+            step += 1
             for check in checks:
                 found.setdefault((check.precision, check.graph), []).append(check)
             if name == "int8" and verifier.unfit:
@@ -181,7 +194,7 @@ def verify_model(
     result = VerifyReport(
         checks=tuple(merged(checks) for checks in found.values()),
         labels=tuple(label for inputs in requests for label in inputs.labels),
-        images=len(requests) * manifest.batch,
+        images=compared,
         seed=seed,
         oracle=own.name if own else "",
         samples=study,
@@ -190,6 +203,22 @@ def verify_model(
     result = dataclasses.replace(result, unstored=_store(bundle, manifest, result))
     report("done", 1.0)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Generations that are compared together, so that a graph is opened once for all of them.
+
+    Attributes:
+        manifest: that of the precisions, which have the same number of images per launch.
+        requests: inputs of one launch each.
+        again: whether these precisions had a group before.
+    """
+
+    manifest: Manifest
+    precisions: Sequence[str]
+    requests: Sequence[Inputs]
+    again: bool
 
 
 def _requests(

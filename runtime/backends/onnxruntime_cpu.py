@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
@@ -9,6 +10,7 @@ from threading import BoundedSemaphore, Lock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+from var_deploy import names
 from var_deploy.bundle.files import GraphFile
 from var_deploy.config import CPU
 from var_deploy.errors import BackendError, one_line
@@ -20,9 +22,9 @@ from var_deploy.host.machine import (
     running_elsewhere,
     usable_cores,
 )
-from var_deploy.runtime.backends.host_memory import HostMemory, return_freed
+from var_deploy.runtime.backends.host_memory import HostMemory, aligned_bytes, return_freed
 from var_deploy.runtime.backends.ort_session import SILENT, open_session, quiet, version_of
-from var_deploy.runtime.backends.protocol import Arrays, Launch
+from var_deploy.runtime.backends.protocol import Array, Arrays, Launch
 
 # Microseconds that a thread without work spins before it sleeps. By default it spins for
 # milliseconds (16 on a Zen at 4 GHz), which another program's thread could use: a thread that spins
@@ -32,6 +34,14 @@ from var_deploy.runtime.backends.protocol import Arrays, Launch
 # one costs a few percent, waiting for one that lost its processor far more.
 SPIN = 100
 SPIN_FROM = (1, 26)  # older versions ignore the entry and spin as they always do
+# The arena of all sessions. Only the first piece stays when memory is given back, so it is small.
+# All others are large: pieces that double from 2 MB on are each left with a rest that fits nothing,
+# where one piece is used again from end to end. What is not written to takes no memory.
+ARENA = {
+    "initial_chunk_size_bytes": 1 << 20,
+    "initial_growth_chunk_size_bytes": 1 << 28,
+    "max_dead_bytes_per_chunk": 1 << 20,  # the rest of a reused piece is split off from here on
+}
 AT_ONCE = 2  # sessions that are created side by side: each packs on one core
 
 
@@ -52,6 +62,7 @@ class OrtSession:
         if self.loading is None:
             raise BackendError(f"{self._graph} was closed")
         session = self.loading.result()
+        outputs = {**outputs, **_unread(session, inputs, outputs)}
         try:
             binding = session.io_binding()
             for name, array in inputs.items():
@@ -68,6 +79,26 @@ class OrtSession:
         if self.loading is not None:
             wait([self.loading])  # it reads from files that are closed next
             self.loading = None
+
+
+def _unread(session: Any, inputs: Arrays, outputs: Arrays) -> Arrays:
+    """Buffers for the keys and values that `step` makes at the last scale, where none are stored.
+
+    ONNX Runtime keeps every output of a graph until the run ends, whether it is bound or not: here
+    64 MiB of a d16. A block reads its own keys and values before the input of the next block is
+    known, so all blocks write to the same place.
+    """
+    made: dict[str, Array] = {}
+    unbound = {output.name for output in session.get_outputs()} - set(outputs)
+    for name in (names.new_key, names.new_value):
+        left = [name(layer) for layer in range(len(unbound)) if name(layer) in unbound]
+        if left:
+            past = inputs[names.past_key(0)]
+            shape = (inputs[names.INPUT].shape[1], *past.shape[1:])
+            block = aligned_bytes(math.prod(shape) * past.dtype.itemsize)
+            place = Array(int(block.ctypes.data), shape, past.dtype, block)
+            made.update(dict.fromkeys(left, place))
+    return made
 
 
 class OrtLaunch:
@@ -246,9 +277,7 @@ def _share_arena(ort: Any) -> bool:
         where = ort.OrtMemoryInfo(
             "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
         )
-        # a small first chunk; the rest of a reused chunk is split off from 1 MB on
-        small = {"initial_chunk_size_bytes": 1 << 20, "max_dead_bytes_per_chunk": 1 << 20}
-        ort.create_and_register_allocator(where, ort.OrtArenaCfg(small))
+        ort.create_and_register_allocator(where, ort.OrtArenaCfg(ARENA))
     except Exception:  # of ONNX Runtime's own types
         return False
     return True

@@ -23,6 +23,8 @@ from var_deploy.errors import BundleError, ExportError, UsageError
 from var_deploy.export import bundle as exporter
 from var_deploy.export.bundle import ExportOptions, export_bundle
 from var_deploy.export.checkpoint.assemble import LoadedModel
+from var_deploy.export.checkpoint.presets import PRESETS
+from var_deploy.export.verify.bundle import verify_model
 from var_deploy.files import folders
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -188,6 +190,43 @@ def test_without_guidance_there_is_one_row_an_image(
     assert np.abs(plain.astype(int) - generate(tmp_path / "guided", seed=9, cfg=0.0)).max() <= 1
     with pytest.raises(UsageError, match="no-guidance"):
         generate(tmp_path / "out", cfg=2.0)
+
+
+def test_int8_graphs_of_a_large_model_take_one_image(
+    small_model: Callable[..., LoadedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = PRESETS["var-d16"].spec, PRESETS["pocket"].spec
+    eight = ExportOptions(batch=8)
+    assert [eight.form(name, large).batch for name in ("fp32", "fp16", "int8")] == [8, 8, 1]
+    assert eight.form("int8", small).batch == 8, "where operators as such take time"
+
+    monkeypatch.setattr(exporter, "ALONE_BYTES", 0)
+    model, both, one = small_model(), tmp_path / "both", tmp_path / "one"
+    options = ExportOptions(batch=2, precisions=("fp32", "int8"), layout="shared")
+    written = export_bundle(model, both, options)
+    assert (written.batches, written.schema_version) == ({"int8": 1}, 4)
+    assert read_manifest(both) == written
+    export_bundle(model, one, ExportOptions(precisions=("int8",), layout="shared"))
+    assert hashes(both / "int8") == hashes(one / "int8"), "as without --batch"
+
+    with Pipeline.load(both, precision="int8", threads=1) as pipe:
+        events: list[tuple[int, int]] = []
+        images = pipe.generate(
+            [0, 1, 2], seed=4, on_scale=lambda e: events.append((e.first, len(e.tokens)))
+        )
+        assert pipe.manifest.batch == pipe.sizes.batch == 1
+    assert events == [(n, 1) for n in range(3) for _ in range(model.spec.scales)], "no padding"
+    with Pipeline.load(one, threads=1) as pipe:
+        assert np.array_equal(pipe.generate([0, 1, 2], seed=4), images)
+    with Pipeline.load(both, precision="fp32", threads=1) as pipe:
+        assert pipe.manifest.batch == 2
+
+    report = verify_model(both, model, images=3, samples=0)
+    assert report.passed, report.table()
+    assert report.images == len(report.labels) == 4, "whole batches, the same in both precisions"
+    tokens = {c.precision: c.tokens for c in report.checks if c.graph == "loop shared"}
+    total = 4 * model.spec.total_tokens
+    assert all(found.endswith(f"/{total}") for found in tokens.values()) and len(tokens) == 2
 
 
 def test_guidance_of_an_unconditional_model_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from var_deploy import names
 from var_deploy.bundle.files import BundleFiles, GraphFile
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
@@ -146,3 +147,21 @@ def test_forgotten_memory_comes_back_as_zeros_or_as_it_was() -> None:
         assert not middle.any(), "its pages were given back"
     host_view(large)[:] = 3
     assert (host_view(large) == 3).all()
+
+
+def test_keys_and_values_of_the_last_scale_share_one_place(pipe: Pipeline) -> None:
+    """ONNX Runtime would keep those of every block until the run ends. What is generated so equals
+    the other layout's images: see `test_pipeline`."""
+    t, spec = pipe.manifest.model.transformer, pipe.manifest.model
+    loop: Any = pipe._loop
+    bound = loop._scales[-1]._keep[1]  # the outputs, by name
+    for name in (names.new_key, names.new_value):
+        places = {bound[name(layer)].address for layer in range(t.depth)}
+        assert len(places) == 1 < t.depth
+        shape = (spec.scale_lengths[-1], pipe.manifest.rows, t.heads, t.head_width)
+        assert {bound[name(layer)].shape for layer in range(t.depth)} == {shape}
+    apart = bound[names.new_key(0)].address - bound[names.new_value(0)].address
+    assert abs(apart) >= bound[names.new_key(0)].nbytes
+    earlier = loop._scales[-2]._keep[1]
+    stored = {a.address for n, a in earlier.items() if n.startswith("new_key_values")}
+    assert len(stored) == 2 * t.depth, "rows that later scales read have a place each"

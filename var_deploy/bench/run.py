@@ -256,9 +256,10 @@ def generation_rooflines(
     manifest: Manifest, precision: str, images: int, device: Device
 ) -> list[Roofline]:
     """Least time of each launch of a generation of `images` images, summed over its batches."""
-    batches, chosen = -(-images // manifest.batch), cast(Precision, precision)
+    own, chosen = manifest.of(precision), cast(Precision, precision)
+    batches = -(-images // own.batch)
     if manifest.takes_text:
-        works = text_launches(manifest, chosen)
+        works = text_launches(own, chosen)
         once = [text_roofline(work, device, precision) for work in works]
     else:
         once = rooflines(workload_of(manifest, chosen), device)

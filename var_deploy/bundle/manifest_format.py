@@ -85,6 +85,7 @@ def parse_manifest(data: Value) -> Manifest:
     more_smooth = "more_smooth" in members and members["more_smooth"].flag()
     if guidance and not model.transformer.guidable:
         raise DamagedError("guidance is true, expected false of a model without classes")
+    batches = _batches(members["batches"], batch) if "batches" in members else {}
     files = files_of(data.member("files"))
     graphs = {}
     for precision, listed in data.member("graphs").members().items():
@@ -95,7 +96,7 @@ def parse_manifest(data: Value) -> Manifest:
         interfaces = interfaces_of(
             model,
             precision=precision,
-            batch=batch,
+            batch=batches.get(precision, batch),
             guidance=guidance,
             more_smooth=more_smooth,
         )
@@ -128,8 +129,13 @@ def parse_manifest(data: Value) -> Manifest:
         parity=_parity(data.member("parity")),
         text_encoder=_text_encoder(members["text_encoder"]) if "text_encoder" in members else None,
         more_smooth=more_smooth,
+        batches=batches,
         schema_version=data.member("schema_version").raw,
     )
+
+
+def _batches(data: Value, batch: int) -> dict[str, int]:
+    return {name: n.whole(1, batch) for name, n in data.only(*PRECISIONS).members().items()}
 
 
 def _model(data: Value) -> ModelSpec | TextModelSpec:

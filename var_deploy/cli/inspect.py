@@ -189,7 +189,7 @@ def _facts(
             *_sizes(spec),
             ("prompts" if manifest.takes_text else "labels", labels),
             *_origins(manifest),
-            ("batch", f"{manifest.batch}, guidance {'on' if manifest.guidance else 'off'}"),
+            ("batch", _batch(manifest)),
             ("defaults", str(manifest.defaults)),
             *([("codes", "mixed, more smooth")] if manifest.more_smooth else []),
             *_text_encoder(manifest),
@@ -200,6 +200,11 @@ def _facts(
             *_parity(manifest, intact=not damage),
         ]
     )
+
+
+def _batch(manifest: Manifest) -> str:
+    own = "".join(f" ({name}: {batch})" for name, batch in sorted(manifest.batches.items()))
+    return f"{manifest.batch}{own}, guidance {'on' if manifest.guidance else 'off'}"
 
 
 def _text_encoder(manifest: Manifest) -> list[tuple[str, str]]:

@@ -61,7 +61,7 @@ def workload_of(manifest: Manifest, precision: Precision) -> Workload:
     """The workload of a bundle in a precision."""
     return Workload(
         model=manifest.code_model("plan"),
-        batch=manifest.batch,
+        batch=manifest.of(precision).batch,
         guidance=manifest.guidance,
         precision=precision,
         more_smooth=manifest.more_smooth,
