@@ -99,10 +99,7 @@ def find_text_encoder(
     from var_deploy.text.manifest import read_text_encoder
 
     ref = manifest.text_encoder
-    place = Path(given) if given is not None else None
-    if place is None and ref is not None:
-        beside = (bundle / ref.folder, Path(os.path.abspath(bundle)).parent / ref.folder)
-        place = next((p for p in beside if (p / names.MANIFEST).is_file()), None)
+    place = Path(given) if given is not None else find_folder(bundle, manifest)
     if place is None:
         return None
     # it has precisions of its own, and no engines
@@ -113,3 +110,13 @@ def find_text_encoder(
         changes["backend"] = AUTO
     own = dataclasses.replace(config, **changes)
     return TextEncoder.open(place, own, digest=ref.digest if ref else None, cores=cores)
+
+
+def find_folder(bundle: Path, manifest: Manifest) -> Path | None:
+    """Return the folder of the text encoder that the manifest names, in the bundle or beside it;
+    None where it is in neither."""
+    ref = manifest.text_encoder
+    if ref is None:
+        return None
+    beside = (bundle / ref.folder, Path(os.path.abspath(bundle)).parent / ref.folder)
+    return next((place for place in beside if (place / names.MANIFEST).is_file()), None)

@@ -20,6 +20,8 @@ PRECISIONS = (AUTO, "fp32", "fp16", "int8")
 LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 LAYOUT_CHOICES = (AUTO, *LAYOUTS)
 CHECKS = ("changed", "hashes", "sizes")
+# bytes; attention of a text-to-image model whose scores would need more is done in pieces
+LARGEST_SCORES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,15 @@ from var_deploy.planning.autoencoder import (
     decoder_work,
     encoder_layers,
 )
-from var_deploy.planning.workload import FULL, Weights, Work, Workload, linear, unrounded
+from var_deploy.planning.workload import (
+    FULL,
+    Weights,
+    Work,
+    Workload,
+    itemsize_of,
+    linear,
+    unrounded,
+)
 from var_deploy.spec import Grid, TextEncoderSpec
 
 # of a bit: a sigmoid each for 0 and 1, thresholds, comparisons, and the code
@@ -200,8 +208,9 @@ def text_encoder_work(
 ) -> Work:
     """Work of one prompt, which is padded to the graph's length; `itemsize` as in
     `costs.launches`."""
-    size = itemsize or {"fp32": FULL, "fp16": 2, "int8": 1}[precision]
-    width, inner, ffn, length = spec.width, spec.heads * spec.head_width, spec.ffn_width, spec.length
+    size = itemsize or itemsize_of(precision)
+    width, inner = spec.width, spec.heads * spec.head_width
+    ffn, length = spec.ffn_width, spec.length
     products = 2 * length * spec.depth * (4 * width * inner + 2 * width * ffn)
     attention = 4 * length**2 * inner * spec.depth
     full = 2 * length * spec.depth * ffn * width

@@ -33,7 +33,7 @@ class Workload:
     @property
     def itemsize(self) -> int:
         """Bytes per weight that is stored in the graph's precision."""
-        return {"fp32": FULL, "fp16": 2, "int8": 1}[self.precision]
+        return itemsize_of(self.precision)
 
     @property
     def cache_itemsize(self) -> int:
@@ -56,6 +56,11 @@ class Workload:
     def scale_graphs(self) -> tuple[str, ...]:
         """Names of the static graphs of all scales."""
         return tuple(names.scale_graph(k) for k in range(self.model.scales))
+
+
+def itemsize_of(precision: Precision) -> int:
+    """Return the bytes per weight that is stored in a graph's precision."""
+    return {"fp32": FULL, "fp16": 2, "int8": 1}[precision]
 
 
 def workload_of(manifest: Manifest, precision: Precision) -> Workload:
