@@ -32,16 +32,11 @@ from var_deploy.runtime.generation_options import (
     GenerationOptions,
     takes_generation_options,
 )
+from var_deploy.runtime.held_loop import HeldLoop, OpenLoop, loop_opener
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.prompts import PromptEncoder, PromptRows
-from var_deploy.runtime.request import (
-    Batches,
-    Request,
-    ScaleEvent,
-    end_of,
-    to_uint8,
-)
-from var_deploy.runtime.text_features import TextFeatures, find_text_encoder
+from var_deploy.runtime.request import Request, ScaleEvent, end_of, to_uint8
+from var_deploy.runtime.text_features import TextFeatures, find_text_encoder, stays_in_memory
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
 from var_deploy.runtime.weights_check import check_weights
 from var_deploy.sampling import Sampling
@@ -60,19 +55,17 @@ class Pipeline:
     def __init__(
         self,
         manifest: Manifest,
-        loop: ScaleLoop,
+        loop: ScaleLoop | OpenLoop,
         loaded: Loaded,
         tokenizer: TokenizerGraphs | None = None,
         files: BundleFiles | None = None,
         text: PromptEncoder | None = None,
     ) -> None:
         self.manifest, self._files = manifest, files
-        self._text = TextFeatures(manifest, text)
-        self._loop: ScaleLoop | None = loop
-        self._graphs = tokenizer
+        self._graphs, self._loaded, self._closed = tokenizer, loaded, False
         self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
-        self._batches = Batches(manifest, loop, self._cancelled.is_set)
-        self._loaded = loaded
+        self._loop = HeldLoop(manifest, loop, self._cancelled.is_set)
+        self._text = TextFeatures(manifest, text, self._alone if self._loop.comes_back else None)
 
     @classmethod
     def load(
@@ -87,6 +80,7 @@ class Pipeline:
         check: Literal["changed", "hashes", "sizes"] = "changed",
         digest: str | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
+        keep_text_encoder: bool = False,
     ) -> Pipeline:
         """Check a bundle and load its graphs.
 
@@ -116,6 +110,10 @@ class Pipeline:
             digest: `Manifest.digest()` that the bundle must have; None takes any.
             text_encoder: folder of the text encoder of a text-to-image bundle; None looks in the
                 bundle and beside it. Without one, `generate` takes features instead of texts.
+            keep_text_encoder: keep the text encoder in memory once it is loaded. Otherwise it is,
+                where the free memory suffices for it and the scales together; else the two take
+                turns: each new prompt loads it, runs it and releases it before the scales are
+                loaded (again). Features of the last prompts are kept either way.
 
         A bundle that is replaced meanwhile is loaded once more from the beginning. Afterwards the
         pipeline stays with the files that it has checked: a call that needs another graph of a
@@ -131,6 +129,7 @@ class Pipeline:
             threads=threads,
             cuda_graph=cuda_graph,
             check=check,
+            keep_text_encoder=keep_text_encoder,
         )
         return cls.open(bundle, config, digest=digest, text_encoder=text_encoder)
 
@@ -160,7 +159,10 @@ class Pipeline:
                 )
             text = find_text_encoder(folder, manifest, config, text_encoder, cores)
             choice = choose_backend(folder, manifest, config, cores=cores)
-            return cls.assemble(folder, manifest, choice, text, check_first=again)
+            stays = text is None or stays_in_memory(manifest, choice.config, text.manifest)[0]
+            return cls.assemble(
+                folder, manifest, choice, text, check_first=again, take_turns=not stays
+            )
 
         try:
             return load()
@@ -176,8 +178,12 @@ class Pipeline:
         text: PromptEncoder | None = None,
         *,
         check_first: bool = False,
+        take_turns: bool = False,
     ) -> Pipeline:
         """What `open` does once the text encoder is found and a backend is chosen.
+
+        With `take_turns` scales and text encoder are never in memory together: the scales are
+        opened at the first generation, and closed while the text encoder has its turn.
 
         `check_first` hashes all files before the first graph is opened instead of meanwhile, which
         takes longer and holds while other programs make hard links to the files.
@@ -198,7 +204,16 @@ class Pipeline:
                 backend.close()
                 raise
             checked = time.perf_counter()
-            loop = ScaleLoop(files, manifest, backend, precision, cast(Layout, config.layout))
+            loop: ScaleLoop | OpenLoop
+            if take_turns:
+                described = backend.describe()
+                backend.close()
+                files.verified()
+                loop = loop_opener(bundle, files, manifest, config)
+            else:
+                layout = cast(Layout, config.layout)
+                loop = ScaleLoop(files, manifest, backend, precision, layout)
+                described = backend.describe()
             opened = time.perf_counter()
         except BaseException as error:
             first = _first_failure(files) if isinstance(error, Exception) else None
@@ -212,8 +227,9 @@ class Pipeline:
             if first is not None:
                 raise first from None
             raise
-        files.loaded((names.ENCODER, names.ACCUMULATE))
-        settings = {name: text for name, text in backend.describe().items() if name != "backend"}
+        graphs = manifest.graphs[precision] if take_turns else (names.ENCODER, names.ACCUMULATE)
+        files.loaded(tuple(graphs))
+        settings = {name: told for name, told in described.items() if name != "backend"}
         loaded = Loaded(
             precision=precision,
             backend=backend.name,
@@ -280,7 +296,7 @@ class Pipeline:
         `unwanted` is asked before each launch: True ends the call as `cancel` does.
         """
         with self._running():
-            return self._batches.draw(request, None, on_scale, end_of(deadline), unwanted)
+            return self._loop.draw(request, None, on_scale, end_of(deadline), unwanted)
 
     def encode(self, images: Picture | Sequence[Picture]) -> list[NDArray[np.int64]]:
         """Tokens [N, L_k] of every scale.
@@ -310,7 +326,8 @@ class Pipeline:
         tokenizer = self.manifest.model.tokenizer
         shape = (len(checked[0]), *tokenizer.image_size, tokenizer.image_channels)
         images = np.empty(shape, np.uint8)
-        with self._running() as loop:
+        with self._running():
+            loop = self._loop.open()
             for rows, f_hat in self._tokenizer.f_hats(checked, scales):
                 images[rows] = to_uint8(loop.decode(f_hat)[: len(rows)])
         return images
@@ -448,8 +465,8 @@ class Pipeline:
     def start_clock(self) -> Clock:
         """A clock of the generations to come, closed with the pipeline; see
         `ScaleLoop.start_clock`."""
-        with self._running() as loop:
-            return loop.start_clock()
+        with self._running():
+            return self._loop.start_clock()
 
     def close(self) -> None:
         """Release the sessions; safe to call twice."""
@@ -458,11 +475,10 @@ class Pipeline:
             if self._graphs is not None:
                 self._graphs.close()
             self._text.close()
-            if self._loop is not None:
-                self._loop.close()
-                self._loop = None
+            self._loop.close()
             if self._files is not None:
                 self._files.close()
+            self._closed = True
 
     def __enter__(self) -> Pipeline:
         return self
@@ -476,20 +492,34 @@ class Pipeline:
         self.close()
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[ScaleLoop]:
+    def _running(self) -> Iterator[None]:
         """The pipeline's one turn."""
         with self._lock:
-            if self._loop is None:
-                raise BackendError("this pipeline is closed")
+            self._check_open()
             self._refuse_callback()
             if self._files is not None:
                 self._files.check_unchanged()
             self._cancelled.clear()
             self._busy = True
             try:
-                yield self._loop
+                yield
             finally:
                 self._busy = False
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The pipeline's one turn, with nothing of the scales in memory."""
+        with self._lock:
+            self._check_open()
+            self._refuse_callback()
+            if self._graphs is not None:
+                self._graphs.close()
+            self._loop.leave()
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError("this pipeline is closed")
 
     def _sampling(self, options: GenerationOptions) -> Sampling:
         given = {name: cast(Any, options.get(name)) for name in SETTINGS}
@@ -499,9 +529,7 @@ class Pipeline:
         self, request: Request, options: GenerationOptions, end: float | None
     ) -> Images:
         """Images of a request, with the callbacks of `options`, by `end`."""
-        return self._batches.draw(
-            request, options.get("on_progress"), options.get("on_scale"), end
-        )
+        return self._loop.draw(request, options.get("on_progress"), options.get("on_scale"), end)
 
     def _signed(
         self,

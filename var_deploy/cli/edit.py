@@ -129,7 +129,9 @@ def edit(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
+        with load_pipeline(
+            bundle, manifest, prompts.over(config), prompts.text_encoder
+        ) as pipe:
             cut = pipe.truncations([*texts, prompts.negative or ""]) if texts else []
             images = pipe.edit(
                 prepared.pixels[0],

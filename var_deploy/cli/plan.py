@@ -244,7 +244,7 @@ def _text_encoder(
     """The text encoder of a text-to-image model: the one that was given, or that a bundle finds, or
     else flan-t5-xl, where the model takes features of its width."""
     from var_deploy.planning.plan import TextEncoderWorkload
-    from var_deploy.planning.precisions import cpu_precision, gpu_precision
+    from var_deploy.planning.text_memory import text_encoder_precision
     from var_deploy.spec import TextModelSpec
 
     if not isinstance(workload.model, TextModelSpec):
@@ -264,11 +264,9 @@ def _text_encoder(
                 f"{place} gives features of width {found.model.width}, the model takes "
                 f"{t.text_width}: give the text encoder that it was trained with"
             )
-        held, precision = found.graphs, workload.precision
-        if precision not in held:
-            gpu = device.sm is not None
-            best = gpu_precision(held, device.title) if gpu else cpu_precision(held)
-            precision = cast("Precision", best)
+        precision = text_encoder_precision(
+            found.graphs, workload.precision, gpu=device.sm is not None
+        )
         size = sum(file.size for file in found.files.values())
         return TextEncoderWorkload(
             name=place.name, spec=found.model, precision=precision, bundle=size

@@ -6,9 +6,12 @@ The counterparts for models of codes, and what both kinds share, are in `memory`
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 from var_deploy.config import LARGEST_SCORES, Precision
+from var_deploy.planning.precisions import cpu_precision, gpu_precision
 from var_deploy.planning.text_costs import text_encoder_weights
 from var_deploy.planning.workload import FULL, Workload, itemsize_of
 from var_deploy.spec import TextEncoderSpec
@@ -123,6 +126,17 @@ def text_encoder_memory(
     scores = spec.heads * spec.length**2 * FULL
     hidden = spec.length * (2 * spec.width + 4 * spec.ffn_width) * FULL
     return TextEncoderMemory(weights=weights + SESSION, scratch=4 * scores + hidden)
+
+
+def text_encoder_precision(held: Collection[str], wanted: str, *, gpu: bool) -> Precision:
+    """Return the precision in which a text encoder runs beside scales of precision `wanted`, of
+    the precisions that its bundle holds.
+
+    Raises BackendError where it holds none for a GPU.
+    """
+    if wanted not in held:
+        wanted = gpu_precision(held, "a GPU") if gpu else cpu_precision(held)
+    return cast(Precision, wanted)
 
 
 def keeps_text_encoder(
