@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_machine import FakeMachine, meminfo, workstation
 from text_case import export_text_bundle
 
 from cli_steps import done, refused
+from fake_machine import FakeMachine, meminfo, workstation
 from var_deploy.config import CPU, TENSORRT, RuntimeConfig
 from var_deploy.errors import BackendError, UsageError
 from var_deploy.manifest import read_manifest

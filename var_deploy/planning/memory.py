@@ -247,7 +247,8 @@ def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
         layers = (decoder_layers if graph == names.DECODER else encoder_layers)(
             workload.model.tokenizer
         )
-        copies = 4 if library == "tensorrt" else 7 if workload.precision == "int8" else 6
+        rounded = workload.precision == "int8" and any(layer.rounded for layer in layers)
+        copies = 4 if library == "tensorrt" else 7 if rounded else 6
         largest = max(
             max(layer.before, layer.after) * math.prod(layer.grid) for layer in layers
         )

@@ -289,8 +289,9 @@ def make_plan(
         bundle=bundle,
         measured=measured,
         launches=launch_times(workload, device),
-        text_encoder=text_encoder
-        and _text_plan(text_encoder, device, plans[chosen].footprint.peak),
+        text_encoder=None
+        if text_encoder is None
+        else _text_plan(text_encoder, device, plans[chosen].footprint.peak),
     )
 
 

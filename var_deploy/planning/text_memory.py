@@ -13,7 +13,7 @@ from typing import cast
 from var_deploy.config import LARGEST_SCORES, Precision
 from var_deploy.planning.precisions import cpu_precision, gpu_precision
 from var_deploy.planning.text_costs import text_encoder_weights
-from var_deploy.planning.workload import FULL, Workload, itemsize_of
+from var_deploy.planning.workload import FULL, Workload, itemsize_of, unrounded
 from var_deploy.spec import TextEncoderSpec
 
 SESSION = 4_000_000  # of ONNX Runtime, besides weights
@@ -118,11 +118,14 @@ def text_encoder_memory(
     spec: TextEncoderSpec, precision: Precision, *, gpu: bool
 ) -> TextEncoderMemory:
     """Predict the memory of a text encoder on ONNX Runtime, which runs it on GPUs as well."""
-    held = text_encoder_weights(spec, precision)
-    weights = held.nbytes(itemsize_of(precision))
-    if precision == "fp16" and not gpu:
-        # computed in fp32: converted, in addition to the mapped file
-        weights += held.nbytes(FULL)
+    held, itemsize = text_encoder_weights(spec, precision), itemsize_of(precision)
+    weights = held.nbytes(itemsize)
+    if not gpu:
+        # a CPU computes fp16 in fp32, and of the table of tokens, which stays in the mapped file,
+        # it reads a few rows
+        table = unrounded(spec.vocab_size * spec.width, precision)
+        itemsize = FULL if precision == "fp16" else itemsize
+        weights = held.nbytes(itemsize) - table.nbytes(itemsize)
     scores = spec.heads * spec.length**2 * FULL
     hidden = spec.length * (2 * spec.width + 4 * spec.ffn_width) * FULL
     return TextEncoderMemory(weights=weights + SESSION, scratch=4 * scores + hidden)
