@@ -128,7 +128,7 @@ def describe_checkpoints(
 def _describe_text_model(
     sources: Mapping[Part, WeightSource], parts: tuple[PartFacts, ...]
 ) -> CheckpointFacts:
-    """Describe the parts of a text-to-image model, with every key and shape where both are there."""
+    """Describe the parts of a text-to-image model; where both are there, every key is checked."""
     tell = {"transformer": transformer_sizes, "tokenizer": tokenizer_sizes}
     sizes = {part: tell[part](source) for part, source in sources.items()}
     if len(sources) == 2:

@@ -21,10 +21,8 @@ from var_deploy.export.checkpoint.infinity_keys import tokenizer_names, transfor
 class ShapesAlone:
     """A weight source without values."""
 
-    description: dict[str, Any] = {}
-
     def __init__(self, shapes: Shapes) -> None:
-        self._shapes = shapes
+        self._shapes, self.description = shapes, dict[str, Any]()
 
     def keys(self) -> Collection[str]:
         return self._shapes.keys()
@@ -107,4 +105,5 @@ def test_a_text_encoder(files: Path) -> None:
     refused(
         *(2, "inspect", folder, "--tokenizer", files / "vae.pth"), parts=("is a text encoder",)
     )
-    refused(1, "inspect", files, parts=("is not a bundle",))
+    (files / "empty").mkdir()
+    refused(1, "inspect", files / "empty", parts=("is not a bundle",))
