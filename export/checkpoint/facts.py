@@ -130,7 +130,9 @@ def _describe_text_model(
 ) -> CheckpointFacts:
     """Describe the parts of a text-to-image model; where both are there, every key is checked."""
     tell = {"transformer": transformer_sizes, "tokenizer": tokenizer_sizes}
-    sizes = {part: tell[part](source) for part, source in sources.items()}
+    sizes: dict[str, dict[str, Any]] = {}
+    for part, source in sources.items():
+        sizes[part] = tell[part](source)
     if len(sources) == 2:
         both = sources["tokenizer"], sources["transformer"]
         assemble_text(recognise_text(*both, LARGEST, 1), *both, scales=LARGEST)

@@ -212,7 +212,7 @@ def test_a_preset_of_text() -> None:
     words = ("infinity-2b", "--resolution", "0.25M", "--aspect", "4:3")
     text = done("plan", *words, "--device", "agx-orin-64gb").stdout
     for part in (
-        "576 × 448 pixels, 10 scales, 2543 tokens",
+        "576 × 432 pixels, 10 scales, 2657 tokens",
         "flan-t5-xl, 128 tokens, fp16, ONNX Runtime, about 2.95 GB",
         "text encoder: stays in memory",
         "more for a new prompt",
@@ -241,7 +241,8 @@ def test_a_bundle_of_text_settles_its_options(of_text: Path, tmp_path: Path) -> 
     assert encoder["bundle_bytes"] == sum(f["size"] for f in manifest["files"].values())
     assert (encoder["model"], encoder["precision"], encoder["kept"]) == ("t5", "fp32", True)
     assert found["batch"] == 2 and found["bundle_measured"]
-    assert plan(of_text, "--device", "cpu", "--text-encoder", folder)["text_encoder"] == encoder
+    given = plan(of_text, "--device", "cpu", "--text-encoder", folder)["text_encoder"]
+    assert given | {"reason": ""} == encoder | {"reason": ""}, "the free memory may have changed"
     alone = Path(shutil.copytree(of_text, tmp_path / "alone"))
     assert "not counted: none was found" in done("plan", alone, "--device", "cpu").stdout
     assert "text_encoder" not in plan(alone, "--device", "cpu")

@@ -140,7 +140,6 @@ def test_inspect_names_what_it_takes(bundle: Path) -> None:
     "command",
     [
         ("sample", "--per-class", "1", "--out", "set"),
-        ("plan",),
         ("triton", "--out", "repository"),
         ("bench",),
     ],

@@ -57,10 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformer, tokenizer = published_states(load_case(OWN / "seeded-small"))
     torch.save({"trainer": {"gpt_fsdp": transformer}}, place / "model.pth")
     torch.save({"vae": tokenizer}, place / "vae.pth")
-    older = {
-        tokenizer_names([key]).get(key, key): value.contiguous()
-        for key, value in tokenizer.items()
-    }
+    names = tokenizer_names(tokenizer)  # without the wrappers, as in older files
+    older = {ours: tokenizer[stored].contiguous() for stored, ours in names.items()}
     save_file(older, place / "older.safetensors")
     shards = place / "shards"
     shards.mkdir()
