@@ -173,6 +173,7 @@ def stays_in_memory(
     from var_deploy.planning.costs import workload_of
     from var_deploy.planning.devices import cpu_device, this_device
     from var_deploy.planning.memory import footprint
+    from var_deploy.planning.precisions import ON_GPU
     from var_deploy.planning.text_memory import (
         keeps_text_encoder,
         text_encoder_memory,
@@ -188,7 +189,8 @@ def stays_in_memory(
     except UsageError:  # a system that does not tell its memory
         return keeps_text_encoder(0, 0, None)
     scales_on_gpu = device.sm is not None
-    encoder_on_gpu = scales_on_gpu and runs_single_graphs_on_gpu()
+    for_gpu = any(precision in encoder.graphs for precision in ON_GPU)
+    encoder_on_gpu = scales_on_gpu and for_gpu and runs_single_graphs_on_gpu()
     if scales_on_gpu and not encoder_on_gpu and not device.one_memory:
         return True, "it is in the memory of the host, the scales in that of the GPU"
     scales = footprint(

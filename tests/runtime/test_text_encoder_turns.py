@@ -150,6 +150,8 @@ def test_on_a_card_the_memory_of_both_is_compared_only_where_both_are_there(
     monkeypatch.setattr(choice, "_has_cuda_provider", lambda: True)
     stays, reason = text_features.stays_in_memory(manifest, config, encoder, machine)
     assert stays and "scales 0.6 GB and text encoder" in reason
+    only_int8 = dataclasses.replace(encoder, graphs={"int8": encoder.graphs["fp32"]})
+    assert "of the host" in text_features.stays_in_memory(manifest, config, only_int8, machine)[1]
 
 
 def test_commands_can_keep_it(
