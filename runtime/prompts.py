@@ -30,6 +30,15 @@ class PromptEncoder(Protocol):
         """Return what runs the encoder, which is loaded for that; `settings` holds its digest."""
         ...
 
+    def knows(self, prompts: Sequence[str], length: int | None = None) -> bool:
+        """Return whether the features of all these prompts are kept, so that `encode` need not
+        load the weights."""
+        ...
+
+    def release(self) -> None:
+        """Release the weights until the next prompt that needs them."""
+        ...
+
     def close(self) -> None:
         """Release the weights; safe to call twice."""
         ...

@@ -106,13 +106,18 @@ class Batches:
 
     Args:
         cancelled: called before each launch; True cancels the request.
+        timing: what earlier loops of the same bundle took; None where there were none.
     """
 
     def __init__(
-        self, manifest: Manifest, loop: ScaleLoop, cancelled: Callable[[], bool]
+        self,
+        manifest: Manifest,
+        loop: ScaleLoop,
+        cancelled: Callable[[], bool],
+        timing: TimingModel | None = None,
     ) -> None:
         self._manifest, self._loop, self._cancelled = manifest, loop, cancelled
-        self._timing = TimingModel(manifest.model.scale_lengths)
+        self._timing = timing or TimingModel(manifest.model.scale_lengths)
 
     def draw(
         self,

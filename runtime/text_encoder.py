@@ -125,6 +125,17 @@ class TextEncoder:
                 row[: found.length] = self._features(prompt, length, found)
         return features, np.array([found.length for found in tokens], np.int64)
 
+    def knows(self, prompts: Sequence[str], length: int | None = None) -> bool:
+        """Return whether the features of all these prompts are kept, so that `encode` need not
+        load the weights. Raises as `encode` for prompts."""
+        length = self._length(length)
+        tokens = (self._tokenizer(prompt, length) for prompt in prompts)
+        keys = [
+            self._key_of(prompt, length, found)
+            for prompt, found in zip(prompts, tokens, strict=True)
+        ]
+        return all(self.cache.get(key) is not None for key in keys)
+
     def describe(self) -> Loaded:
         """Return what runs the encoder, whose digest is one of the settings; loads it where it is
         not loaded. Raises as `encode`."""
@@ -178,8 +189,7 @@ class TextEncoder:
 
     def _features(self, prompt: str, length: int, found: TokenizedPrompt) -> NDArray[np.float32]:
         """Return features [len, Ct] of one prompt, which are kept."""
-        cut = length if found.truncation else 0  # a prompt that fits is the same at every length
-        key: Hashable = (*self._key, prompt, cut)
+        key = self._key_of(prompt, length, found)
         kept = self.cache.get(key)
         if kept is not None and not self._closed:
             return kept
@@ -194,6 +204,10 @@ class TextEncoder:
         check_features(features)
         self.cache.put(key, features)
         return features
+
+    def _key_of(self, prompt: str, length: int, found: TokenizedPrompt) -> Hashable:
+        """Return the cache's key of a prompt, which is the same at every length that it fits."""
+        return (*self._key, prompt, length if found.truncation else 0)
 
     def _load(self) -> SingleGraph:
         """Return the graph, loaded; a folder that is replaced meanwhile is an error."""

@@ -5,18 +5,33 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.config import AUTO, TENSORRT, TENSORRT_RTX, Loaded, RuntimeConfig
+from var_deploy.config import (
+    AUTO,
+    CPU,
+    TENSORRT,
+    TENSORRT_RTX,
+    Layout,
+    Loaded,
+    Precision,
+    RuntimeConfig,
+)
 from var_deploy.errors import UsageError, one_line
+from var_deploy.host.machine import Machine
 from var_deploy.manifest import Manifest
 from var_deploy.runtime.prompts import PromptEncoder, PromptRows
 from var_deploy.spec import TextModelSpec
 
 if TYPE_CHECKING:
+    from var_deploy.runtime.text_encoder import TextEncoder
     from var_deploy.text.manifest import TextEncoderManifest
 
 # words, or prompts that are cut off, that are named; characters of a word
@@ -29,10 +44,18 @@ class TextFeatures:
     Args:
         encoder: the bundle's text encoder, which is closed with this; None where none was found,
             and for a bundle that takes no prompts.
+        alone: holds everything else out of memory while the text encoder is loaded, which is
+            released before it returns; None where the text encoder stays in memory.
     """
 
-    def __init__(self, manifest: Manifest, encoder: PromptEncoder | None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        encoder: PromptEncoder | None,
+        alone: Callable[[], AbstractContextManager[object]] | None = None,
+    ) -> None:
         self._manifest, self._encoder, self._lock = manifest, encoder, threading.Lock()
+        self._alone = alone
 
     def __call__(
         self, prompts: Sequence[str], negatives: Sequence[str] | None = None
@@ -41,15 +64,27 @@ class TextFeatures:
         length = self._length()
         if negatives is not None and len(negatives) != len(prompts):
             raise UsageError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
-        encoder = self.found()
-        with self._lock:
-            features, lengths = encoder.encode([*prompts, *(negatives or ())], length)
+        features, lengths = self._encode([*prompts, *(negatives or ())], length)
         rows = PromptRows(features=features, lengths=lengths)
         if negatives is None:
             return rows
         count = len(prompts)
         negative = rows.rows(range(count, 2 * count))
         return dataclasses.replace(rows.rows(range(count)), negative=negative)
+
+    def _encode(
+        self, texts: Sequence[str], length: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        encoder = self.found()
+        if self._alone is None or encoder.knows(texts, length):
+            with self._lock:
+                return encoder.encode(texts, length)
+        # the pipeline's turn comes first, as in every call that waits for both
+        with self._alone(), self._lock:
+            try:
+                return encoder.encode(texts, length)
+            finally:
+                encoder.release()
 
     def found(self) -> PromptEncoder:
         """Return the text encoder. Raises UsageError where none was found."""
@@ -150,7 +185,7 @@ def find_text_encoder(
     config: RuntimeConfig,
     given: str | os.PathLike[str] | None = None,
     cores: int | None = None,
-) -> PromptEncoder | None:
+) -> TextEncoder | None:
     """Return the text encoder of a bundle, whose weights are loaded at the first prompt.
 
     Its folder is that of `text_encoder_folder`; None where there is none. Raises UsageError as that
@@ -175,3 +210,48 @@ def own_precision(manifest: TextEncoderManifest, config: RuntimeConfig) -> str:
     """Return the precision in which a text encoder is run beside an image bundle: that of `config`
     where it has it, else "auto"."""
     return config.precision if config.precision in manifest.graphs else AUTO
+
+
+def stays_in_memory(
+    manifest: Manifest,
+    config: RuntimeConfig,
+    encoder: TextEncoderManifest,
+    machine: Machine | None = None,
+) -> tuple[bool, str]:
+    """Decide whether the text encoder of a bundle stays in memory beside the scales: (stays,
+    reason); see `planning.text_memory.keeps_text_encoder`.
+
+    `config` is that of the scales, with nothing left open.
+    """
+    from var_deploy.planning.costs import workload_of
+    from var_deploy.planning.devices import cpu_device, this_device
+    from var_deploy.planning.memory import footprint
+    from var_deploy.planning.precisions import ON_GPU
+    from var_deploy.planning.text_memory import (
+        keeps_text_encoder,
+        text_encoder_memory,
+        text_encoder_precision,
+    )
+    from var_deploy.runtime.backends.choice import runs_single_graphs_on_gpu
+
+    if config.keep_text_encoder:
+        return keeps_text_encoder(0, 0, None, keep=True)
+    here = machine or Machine()
+    try:
+        device = cpu_device(here) if config.backend == CPU else this_device(here)
+    except UsageError:  # a system that does not tell its memory
+        return keeps_text_encoder(0, 0, None)
+    scales_on_gpu = device.sm is not None
+    for_gpu = any(precision in encoder.graphs for precision in ON_GPU)
+    encoder_on_gpu = scales_on_gpu and for_gpu and runs_single_graphs_on_gpu()
+    if scales_on_gpu and not encoder_on_gpu and not device.one_memory:
+        return True, "it is in the memory of the host, the scales in that of the GPU"
+    scales = footprint(
+        workload_of(manifest, cast(Precision, config.precision)),
+        cast(Layout, config.layout),
+        "tensorrt" if scales_on_gpu else "onnxruntime-cpu",
+        one_memory=device.one_memory,
+    )
+    precision = text_encoder_precision(encoder.graphs, config.precision, gpu=encoder_on_gpu)
+    memory = text_encoder_memory(encoder.model, precision, gpu=encoder_on_gpu)
+    return keeps_text_encoder(scales.peak, memory.peak, device.available)

@@ -22,6 +22,8 @@ LAYOUTS: tuple[Layout, ...] = ("per-scale", "shared")
 LAYOUT_CHOICES = (AUTO, *LAYOUTS)
 LAYOUT_SETS: tuple[LayoutSet, ...] = ("both", *LAYOUTS)
 CHECKS = ("changed", "hashes", "sizes")
+# bytes; attention of a text-to-image model whose scores would need more is done in pieces
+LARGEST_SCORES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,9 @@ class RuntimeConfig:
         check: "changed" compares the hash of every file of the bundle, and reads weights for that
             only where they are new or have changed since an earlier process of this user read
             them; "hashes" reads every file; "sizes" trusts files of the right size.
+        keep_text_encoder: keep the text encoder of a text-to-image bundle in memory beside the
+            scales; else it takes turns with them where memory is short, see
+            `planning.text_memory.keeps_text_encoder`.
 
     Raises UsageError for a value that is none of these. The bound of `threads` is that of another
     machine, since a config may travel; the machine that runs it looks again.
@@ -71,6 +76,7 @@ class RuntimeConfig:
     threads: int | None = None
     cuda_graph: bool = True
     check: Literal["changed", "hashes", "sizes"] = "changed"
+    keep_text_encoder: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (

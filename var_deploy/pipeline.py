@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy import names
 from var_deploy.bundle.files import BundleFiles
-from var_deploy.bundle.hash_record import HashRecord
-from var_deploy.config import Layout, Loaded, RuntimeConfig
-from var_deploy.errors import BackendError, BundleChangedError, BundleError, UsageError
+from var_deploy.config import Loaded, RuntimeConfig
+from var_deploy.errors import BackendError, BundleChangedError, UsageError
 from var_deploy.image.images import grid_columns
 from var_deploy.image.pictures import Mask, Picture, frame_of, read_edit, read_pictures
 from var_deploy.manifest import Manifest, read_manifest
 from var_deploy.runtime import diffusers_call
-from var_deploy.runtime.backends.choice import Choice, choose_backend
+from var_deploy.runtime.assembly import assemble
+from var_deploy.runtime.backends.choice import choose_backend
 from var_deploy.runtime.backends.protocol import Clock
 from var_deploy.runtime.calls import Call, Prompts, call_anew, call_of
 from var_deploy.runtime.generated import Images, Origin
@@ -33,12 +31,12 @@ from var_deploy.runtime.generation_options import (
     GenerationOptions,
     takes_generation_options,
 )
+from var_deploy.runtime.held_loop import HeldLoop, OpenLoop
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.prompts import PromptEncoder, PromptRows
-from var_deploy.runtime.request import Batches, Request, ScaleEvent, end_of, to_uint8
-from var_deploy.runtime.text_features import TextFeatures, find_text_encoder
+from var_deploy.runtime.request import Request, ScaleEvent, end_of, to_uint8
+from var_deploy.runtime.text_features import TextFeatures, find_text_encoder, stays_in_memory
 from var_deploy.runtime.tokenizer import TokenizerGraphs, check_tokens
-from var_deploy.runtime.weights_check import check_weights
 from var_deploy.sampling import Sampling
 from var_deploy.sizes import Sizes, sizes_of
 
@@ -55,19 +53,17 @@ class Pipeline:
     def __init__(
         self,
         manifest: Manifest,
-        loop: ScaleLoop,
+        loop: ScaleLoop | OpenLoop,
         loaded: Loaded,
         tokenizer: TokenizerGraphs | None = None,
         files: BundleFiles | None = None,
         text: PromptEncoder | None = None,
     ) -> None:
         self.manifest, self._files = manifest, files
-        self._text = TextFeatures(manifest, text)
-        self._loop: ScaleLoop | None = loop
-        self._graphs = tokenizer
+        self._graphs, self._loaded, self._closed = tokenizer, loaded, False
         self._lock, self._busy, self._cancelled = threading.RLock(), False, threading.Event()
-        self._batches = Batches(manifest, loop, self._cancelled.is_set)
-        self._loaded = loaded
+        self._loop = HeldLoop(manifest, loop, self._cancelled.is_set)
+        self._text = TextFeatures(manifest, text, self._alone if self._loop.comes_back else None)
 
     @classmethod
     def load(
@@ -82,6 +78,7 @@ class Pipeline:
         check: Literal["changed", "hashes", "sizes"] = "changed",
         digest: str | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
+        keep_text_encoder: bool = False,
     ) -> Pipeline:
         """Check a bundle and load its graphs.
 
@@ -111,6 +108,10 @@ class Pipeline:
             digest: `Manifest.digest()` that the bundle must have; None takes any.
             text_encoder: folder of the text encoder of a text-to-image bundle; None looks in the
                 bundle and beside it. Without one, `generate` takes features instead of texts.
+            keep_text_encoder: keep the text encoder in memory once it is loaded. Otherwise it is,
+                where the free memory suffices for it and the scales together; else the two take
+                turns: each new prompt loads it, runs it and releases it before the scales are
+                loaded (again). Features of the last prompts are kept either way.
 
         A bundle that is replaced meanwhile is loaded once more from the beginning. Afterwards the
         pipeline stays with the files that it has checked: a call that needs another graph of a
@@ -126,6 +127,7 @@ class Pipeline:
             threads=threads,
             cuda_graph=cuda_graph,
             check=check,
+            keep_text_encoder=keep_text_encoder,
         )
         return cls.open(bundle, config, digest=digest, text_encoder=text_encoder)
 
@@ -158,74 +160,14 @@ class Pipeline:
             own = text_config or config
             text = find_text_encoder(folder, manifest, own, text_encoder, cores)
             choice = choose_backend(folder, manifest, config, cores=cores)
-            return cls.assemble(folder, manifest, choice, text, check_first=again)
+            stays = text is None or stays_in_memory(manifest, choice.config, text.manifest)[0]
+            made = assemble(folder, manifest, choice, check_first=again, take_turns=not stays)
+            return cls(made.manifest, made.loop, made.loaded, made.tokenizer, made.files, text)
 
         try:
             return load()
         except BundleChangedError:
             return load(again=True)
-
-    @classmethod
-    def assemble(
-        cls,
-        bundle: Path,
-        manifest: Manifest,
-        choice: Choice,
-        text: PromptEncoder | None = None,
-        *,
-        check_first: bool = False,
-    ) -> Pipeline:
-        """What `open` does once the text encoder is found and a backend is chosen.
-
-        `check_first` hashes all files before the first graph is opened instead of meanwhile, which
-        takes longer and holds while other programs make hard links to the files.
-
-        The backend is closed where this fails, and with the pipeline otherwise. Errors are those of
-        `load`; BundleChangedError where the bundle is no longer the one of the manifest.
-        """
-        backend, config = choice.backend, choice.config
-        precision, hashes = config.precision, config.check != "sizes"
-        launched = manifest.of(precision)
-        record = HashRecord() if config.check == "changed" else None
-        files = BundleFiles(bundle, manifest, precision, hashes=hashes, record=record)
-        started = time.perf_counter()
-        try:
-            try:
-                if choice.reads_graphs:
-                    files.begin_check(check_weights, beside=not check_first)
-            except BaseException:
-                backend.close()
-                raise
-            checked = time.perf_counter()
-            loop = ScaleLoop(files, launched, backend, precision, cast(Layout, config.layout))
-            opened = time.perf_counter()
-        except BaseException as error:
-            first = _first_failure(files) if isinstance(error, Exception) else None
-            changed = isinstance(error, (BundleError, BackendError)) and files.replaced()
-            files.close()
-            if changed:
-                raise BundleChangedError(
-                    f"the bundle at {bundle} changed while it was read; load it again once it is "
-                    "complete"
-                ) from None
-            if first is not None:
-                raise first from None
-            raise
-        files.loaded((names.ENCODER, names.ACCUMULATE))
-        settings = {name: text for name, text in backend.describe().items() if name != "backend"}
-        loaded = Loaded(
-            precision=precision,
-            backend=backend.name,
-            layout=config.layout,
-            settings=settings,
-            reason=choice.reason,
-            threads=config.threads,
-            loading={"checking": checked - started, "opening": opened - checked},
-        )
-        tokenizer = TokenizerGraphs(
-            files, launched, precision, lambda: choose_backend(bundle, manifest, config).backend
-        )
-        return cls(launched, loop, loaded, tokenizer, files, text)
 
     @takes_generation_options
     def generate(
@@ -319,7 +261,7 @@ class Pipeline:
         `unwanted` is asked before each launch: True ends the call as `cancel` does.
         """
         with self._running():
-            return self._batches.draw(request, None, on_scale, end_of(deadline), unwanted)
+            return self._loop.draw(request, None, on_scale, end_of(deadline), unwanted)
 
     def encode(self, images: Picture | Sequence[Picture]) -> list[NDArray[np.int64]]:
         """Encode images to the tokens [N, L_k] of every scale.
@@ -349,7 +291,8 @@ class Pipeline:
         tokenizer = self.manifest.model.tokenizer
         shape = (len(checked[0]), *tokenizer.image_size, tokenizer.image_channels)
         images = np.empty(shape, np.uint8)
-        with self._running() as loop:
+        with self._running():
+            loop = self._loop.open()
             for rows, f_hat in self._tokenizer.f_hats(checked, scales):
                 images[rows] = to_uint8(loop.decode(f_hat)[: len(rows)])
         return images
@@ -493,8 +436,8 @@ class Pipeline:
     def start_clock(self) -> Clock:
         """A clock of the generations to come, closed with the pipeline; see
         `ScaleLoop.start_clock`."""
-        with self._running() as loop:
-            return loop.start_clock()
+        with self._running():
+            return self._loop.start_clock()
 
     def close(self) -> None:
         """Release all sessions and memory; safe to call twice."""
@@ -503,11 +446,10 @@ class Pipeline:
             if self._graphs is not None:
                 self._graphs.close()
             self._text.close()
-            if self._loop is not None:
-                self._loop.close()
-                self._loop = None
+            self._loop.close()
             if self._files is not None:
                 self._files.close()
+            self._closed = True
 
     def __enter__(self) -> Pipeline:
         return self
@@ -521,20 +463,34 @@ class Pipeline:
         self.close()
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[ScaleLoop]:
+    def _running(self) -> Iterator[None]:
         """The pipeline's one turn."""
         with self._lock:
-            if self._loop is None:
-                raise BackendError("this pipeline is closed")
+            self._check_open()
             self._refuse_callback()
             if self._files is not None:
                 self._files.check_unchanged()
             self._cancelled.clear()
             self._busy = True
             try:
-                yield self._loop
+                yield
             finally:
                 self._busy = False
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The pipeline's one turn, with nothing of the scales in memory."""
+        with self._lock:
+            self._check_open()
+            self._refuse_callback()
+            if self._graphs is not None:
+                self._graphs.close()
+            self._loop.leave()
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError("this pipeline is closed")
 
     def _sampling(self, options: GenerationOptions) -> Sampling:
         given = {name: cast(Any, options.get(name)) for name in SETTINGS}
@@ -544,9 +500,7 @@ class Pipeline:
         self, request: Request, options: GenerationOptions, end: float | None
     ) -> Images:
         """Images of a request, with the callbacks of `options`, by `end`."""
-        return self._batches.draw(
-            request, options.get("on_progress"), options.get("on_scale"), end
-        )
+        return self._loop.draw(request, options.get("on_progress"), options.get("on_scale"), end)
 
     def _signed(
         self,
@@ -587,16 +541,6 @@ class Pipeline:
     def _pixels(self, images: Picture | Sequence[Picture]) -> NDArray[np.uint8]:
         tokenizer = self.manifest.model.tokenizer
         return read_pictures(images, frame_of(tokenizer), tokenizer.image_channels)
-
-
-def _first_failure(files: BundleFiles) -> BundleError | None:
-    """The error of a file that was still being hashed when opening the graphs failed: it explains
-    the other one."""
-    try:
-        files.verified()
-    except BundleError as error:
-        return error
-    return None
 
 
 def _file_name(key: str, picture: Picture) -> dict[str, str]:

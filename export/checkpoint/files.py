@@ -70,6 +70,8 @@ VAR_STATE = StateForm(
     names={"transformer": _unchanged, "tokenizer": _unchanged},
     usual_key={},
 )
+# of which a tokenizer of codes has at least one
+CODES = frozenset(VAR_STATE.marks["tokenizer"][:4])
 INFINITY_STATE = StateForm(
     title="Infinity",
     marks={
@@ -249,6 +251,23 @@ def holds_text_model(path: Path) -> bool:
     Raises CheckpointError for a file that is missing, damaged or no checkpoint.
     """
     return "transformer" in _parts(path, open_stored(path), INFINITY_STATE)
+
+
+def form_of(path: Path) -> StateForm:
+    """Return the form of what a file, or a folder of shards, holds: a tokenizer under the older
+    names of Infinity's has no codebook, by which a VAR's is known.
+
+    Raises CheckpointError for a file that is missing, damaged or no checkpoint.
+    """
+    contents = open_stored(path)
+    if "transformer" in _parts(path, contents, INFINITY_STATE):
+        return INFINITY_STATE
+    codes = _Entries(path, contents, VAR_STATE)
+    if "transformer" in _parts(path, contents, VAR_STATE):
+        return VAR_STATE
+    if any(CODES & tensors.keys() for _, tensors in codes.find("tokenizer")):
+        return VAR_STATE
+    return INFINITY_STATE if _parts(path, contents, INFINITY_STATE) else VAR_STATE
 
 
 def _parts(path: Path, contents: Contents, form: StateForm) -> list[Part]:

@@ -18,6 +18,7 @@ from var_deploy.scale_lists import scale_list
 from var_deploy.spec import (
     BitTokenizerSpec,
     ModelSpec,
+    TextEncoderSpec,
     TextModelSpec,
     TextTransformerSpec,
     TokenizerSpec,
@@ -119,6 +120,19 @@ class TextPreset:
 
 
 TEXT_WIDTH, TEXT_LENGTH = 2048, 512  # of flan-t5-xl, and the longest text in training
+PROMPT_LENGTH = 128  # tokens that graphs take by default, some hundred words
+# sizes of the text encoders of released models, by name
+TEXT_ENCODERS: Mapping[str, TextEncoderSpec] = {
+    "flan-t5-xl": TextEncoderSpec(
+        width=TEXT_WIDTH,
+        depth=24,
+        heads=32,
+        head_width=64,
+        ffn_width=5120,
+        vocab_size=32128,
+        length=PROMPT_LENGTH,
+    ),
+}
 
 
 def _infinity(

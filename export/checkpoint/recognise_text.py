@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint.files import WeightSource
 from var_deploy.export.checkpoint.state_shapes import (
@@ -43,22 +45,38 @@ def recognise_text(
         return TextModelSpec(
             tokenizer=tokenizer_spec,
             transformer=TextTransformerSpec(
-                depth=count(transformer, r"blocks\.(\d+)\.", "blocks", MAX_DEPTH),
-                width=size(transformer, "pos_start", 2, rank=3),
-                heads=size(transformer, HEADS, 1, rank=4),
-                ffn_width=size(transformer, "blocks.0.ffn.fc1.weight", 0),
-                text_width=size(transformer, "cfg_uncond", 1, rank=2),
+                **{k: n for k, n in transformer_sizes(transformer).items() if k != "token_bits"},
                 text_length=text_length,
-                pool_heads=size(transformer, POOL_QUERY, 1, rank=3),
                 rope_grid=scales.rope_grid,
-                levels=size(transformer, "lvl_embed.weight", 0, limit=MAX_SCALES),
-                unconditional_length=longest,
             ),
         )
     except UsageError as error:  # the checkpoint's sizes, not an argument, are out of range
         raise CheckpointError(
             f"{transformer} is not a transformer of this family: {error}"
         ) from None
+
+
+def transformer_sizes(transformer: WeightSource) -> dict[str, int]:
+    """Return the sizes that a transformer's state dict tells, under the names of
+    `TextTransformerSpec`, and the bits of a token. Raises CheckpointError as `recognise_text`."""
+    return {
+        "depth": count(transformer, r"blocks\.(\d+)\.", "blocks", MAX_DEPTH),
+        "width": size(transformer, "pos_start", 2, rank=3),
+        "heads": size(transformer, HEADS, 1, rank=4),
+        "ffn_width": size(transformer, "blocks.0.ffn.fc1.weight", 0),
+        "text_width": size(transformer, "cfg_uncond", 1, rank=2),
+        "pool_heads": size(transformer, POOL_QUERY, 1, rank=3),
+        "levels": size(transformer, "lvl_embed.weight", 0, limit=MAX_SCALES),
+        "unconditional_length": unconditional_length(transformer),
+        "token_bits": size(transformer, "word_embed.weight", 1, rank=2),
+    }
+
+
+def tokenizer_sizes(tokenizer: WeightSource) -> dict[str, Any]:
+    """Return the sizes that a tokenizer's state dict tells, under the names of
+    `BitTokenizerSpec`. Raises CheckpointError as `recognise_text`."""
+    bits = size(tokenizer, "encoder.conv_out.weight", 0, rank=4)
+    return {"bits": bits, **autoencoder_sizes(tokenizer)}
 
 
 def unconditional_length(transformer: WeightSource) -> int:

@@ -17,6 +17,7 @@ from var_deploy.errors import BundleError, CheckpointError, UsageError
 from var_deploy.export.checkpoint.assemble import check_state
 from var_deploy.export.checkpoint.files import WeightSource
 from var_deploy.export.checkpoint.model_folder import CONFIG, FolderWeights, read_folder_json
+from var_deploy.export.checkpoint.presets import TEXT_ENCODERS as TEXT_ENCODERS
 from var_deploy.export.checkpoint.random_weights import RandomWeights
 from var_deploy.export.models.t5 import EMBEDDING, T5Encoder
 from var_deploy.files.held_files import open_regular
@@ -36,18 +37,6 @@ CONFIG_NAMES = {
     "d_kv": "head_width",
     "d_ff": "ffn_width",
     "vocab_size": "vocab_size",
-}
-# sizes of the text encoders of released models, by name
-TEXT_ENCODERS: Mapping[str, TextEncoderSpec] = {
-    "flan-t5-xl": TextEncoderSpec(
-        width=2048,
-        depth=24,
-        heads=32,
-        head_width=64,
-        ffn_width=5120,
-        vocab_size=32128,
-        length=128,
-    ),
 }
 
 

@@ -14,7 +14,7 @@ from var_deploy.errors import UsageError
 from var_deploy.export.checkpoint.assemble import fitted, load_into, weight_shapes
 from var_deploy.export.checkpoint.files import INFINITY_STATE, WeightSource, open_checkpoint
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
-from var_deploy.export.checkpoint.presets import find_text_preset, own_text_file
+from var_deploy.export.checkpoint.presets import PROMPT_LENGTH, find_text_preset, own_text_file
 from var_deploy.export.checkpoint.random_weights import RandomWeights, infinity_spreads
 from var_deploy.export.checkpoint.recognise_text import recognise_text, unconditional_length
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
@@ -25,7 +25,7 @@ from var_deploy.spec import TextModelSpec
 
 # of the published inference script, for a model without a preset
 DEFAULTS = BitSampling(cfg=4.0, temperature=0.5, top_p=0.97)
-TEXT_LENGTH = 128  # tokens, some hundred words
+TEXT_LENGTH = PROMPT_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)

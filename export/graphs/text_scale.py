@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.config import GraphForm
+from var_deploy.config import LARGEST_SCORES, GraphForm
 from var_deploy.export.graphs.bits import BitMaps, DynamicMaps, StaticMaps
 from var_deploy.export.graphs.blocks import l2_normalize, query_scale
 from var_deploy.export.graphs.builder import GraphBuilder, ReadKey
@@ -27,7 +27,6 @@ from var_deploy.rope import rope_tables
 from var_deploy.spec import TextModelSpec
 
 LARGEST_LOGIT = 3e38  # beyond it a logit overflowed
-LARGEST_SCORES = 256 << 20  # bytes; attention whose scores would need more is done in pieces
 
 
 @dataclass(frozen=True, kw_only=True)

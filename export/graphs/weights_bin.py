@@ -88,17 +88,34 @@ def make_weight(weight: Weight, read: ReadKey) -> NDArray[Any]:
     or where a value does not fit the type.
     """
 
-    def read_finite(key: str) -> NDArray[Any]:
-        value = read(key)
+    return _cast(weight, weight.make(_FiniteReader(weight.name, read)))
+
+
+class _FiniteReader:
+    """Reads the checkpoint tensors of one weight, and refuses those that are not finite.
+
+    Readers of the same checkpoint are equal, whatever weight they read for, so that a `make` can
+    cache by the reader what several weights are made of.
+    """
+
+    def __init__(self, weight: str, read: ReadKey) -> None:
+        self._weight, self._read = weight, read
+
+    def __call__(self, key: str) -> NDArray[Any]:
+        value = self._read(key)
         if not is_finite(value):
-            source = "" if key == weight.name else f", of which {weight.name} is made,"
+            source = "" if key == self._weight else f", of which {self._weight} is made,"
             raise ExportError(
                 f"the checkpoint's {key}{source} holds {describe_not_finite(value)}; training "
                 "diverged or the file is damaged: export another checkpoint"
             )
         return value
 
-    return _cast(weight, weight.make(read_finite))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _FiniteReader) and self._read is other._read
+
+    def __hash__(self) -> int:
+        return id(self._read)
 
 
 def check_weights(graph: GraphBuilder, read: ReadKey) -> None:

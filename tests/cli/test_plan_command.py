@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +196,67 @@ def test_the_command_as_a_program() -> None:
     result = process("plan", "pocket", "--device", "cpu")
     assert (result.returncode, result.stderr) == (0, "")
     assert "at least" in result.stdout
+
+
+# text to image
+
+
+@pytest.fixture(scope="module")
+def of_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from text_case import export_text_bundle
+
+    return export_text_bundle(tmp_path_factory.mktemp("text"))
+
+
+def test_a_preset_of_text() -> None:
+    words = ("infinity-2b", "--resolution", "0.25M", "--aspect", "4:3")
+    text = done("plan", *words, "--device", "agx-orin-64gb").stdout
+    for part in (
+        "576 × 432 pixels, 10 scales, 2657 tokens",
+        "flan-t5-xl, 128 tokens, fp16, ONNX Runtime, about 2.95 GB",
+        "text encoder: stays in memory",
+        "more for a new prompt",
+    ):
+        assert part in " ".join(text.split()), part
+    names = [line.split()[0] for line in text.splitlines() if line]
+    assert {"text_encoder", "condition", "unconditional", "scale_09", "decoder"} <= set(names)
+    found = plan(*words, "--device", "agx-orin-64gb", "--text-length", 300, "--batch", 2)
+    assert found["text_encoder"]["text_length"] == 300 and found["batch"] == 2
+    assert "text_encoder" not in plan("pocket", "--device", "thor")
+    sized = plan("infinity-8b-512", "--resolution", "500x510", "--device", "h200")
+    assert sized["launches"][-2]["tokens"] == 1024
+    small = refused(
+        1, "plan", *words, "--device", "orin-nano-8gb", parts=("does not fit", "larger device")
+    )
+    assert "no layout fits" in small
+    pod = done("plan", *words, "--device", "cpu", "--precision", "int8", "--kubernetes").stdout
+    assert "kind: Deployment" in pod and "infinity-2b" in pod
+
+
+def test_a_bundle_of_text_settles_its_options(of_text: Path, tmp_path: Path) -> None:
+    found = plan(of_text, "--device", "cpu")
+    encoder = found["text_encoder"]
+    folder = of_text.parent / "t5"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert encoder["bundle_bytes"] == sum(f["size"] for f in manifest["files"].values())
+    assert (encoder["model"], encoder["precision"], encoder["kept"]) == ("t5", "fp32", True)
+    assert found["batch"] == 2 and found["bundle_measured"]
+    given = plan(of_text, "--device", "cpu", "--text-encoder", folder)["text_encoder"]
+    assert given | {"reason": ""} == encoder | {"reason": ""}, "the free memory may have changed"
+    alone = Path(shutil.copytree(of_text, tmp_path / "alone"))
+    assert "not counted: none was found" in done("plan", alone, "--device", "cpu").stdout
+    assert "text_encoder" not in plan(alone, "--device", "cpu")
+
+
+def test_options_of_text_belong_to_models_of_text(of_text: Path, made: Path) -> None:
+    device = ("--device", "thor")
+    for words, parts in (
+        ((of_text, "--resolution", "1M"), ("settles its scales", "--resolution")),
+        ((of_text, "--text-length", 8), ("--text-length",)),
+        ((made, "--text-encoder", of_text.parent / "t5"), ("no prompts", "--text-encoder")),
+        (("pocket", "--aspect", "1:1"), ("not a text-to-image model", "--aspect")),
+        (("infinity-2b", "--resolution", "2M"), ("0.06M, 0.25M, 0.60M, 1M",)),
+        (("infinity-2b", "--text-encoder", of_text.parent / "t5"), ("width 64", "2048")),
+        (("infinity-3b",), ("did you mean infinity-",)),
+    ):
+        refused(2, "plan", *words, *device, parts=parts)

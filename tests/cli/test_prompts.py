@@ -184,21 +184,6 @@ def test_inspect_names_what_it_takes(bundle: Path) -> None:
     assert "t5 (digest" in shown
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("plan",),
-    ],
-    ids=lambda command: command[0],
-)
-def test_commands_that_do_not_know_it_say_so(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    line = refused(2, command[0], bundle, *command[1:])
-    assert "text-to-image bundles yet" in line
-
-
 def test_bench_times_images_and_text_apart(bundle: Path, tmp_path: Path) -> None:
     """Three images in batches of two, without and with the text encoder."""
     report, copy = tmp_path / "report.json", Path(shutil.copytree(bundle, tmp_path / "alone"))

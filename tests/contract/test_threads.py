@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fake_machine import FakeMachine
+from fake_machine import FakeMachine, meminfo
 from var_deploy.errors import UsageError
-from var_deploy.host.machine import Machine, check_threads, cpu_quota, usable_cores
+from var_deploy.host.machine import Machine, check_threads, cpu_quota, memory_of, usable_cores
 
 V2 = "30 24 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (
@@ -136,3 +136,41 @@ def test_numbers_of_threads_are_bounded() -> None:
     ):
         with pytest.raises(UsageError, match=said):
             check_threads(number, machine=where)  # type: ignore[arg-type]
+
+
+MIB = 1 << 20
+MEMORY_V1 = "33 24 0:29 / /sys/fs/cgroup/memory rw shared:12 - cgroup cgroup rw,memory\n"
+
+
+def limited(folder: str, limit: str, used: int, cached: int) -> dict[str, str]:
+    return {
+        f"{folder}/memory.max": f"{limit}\n",
+        f"{folder}/memory.current": f"{used * MIB}\n",
+        f"{folder}/memory.stat": f"anon 5\nfile {cached * MIB}\nfile_mapped 7\n",
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "mounts", "group", "total", "free"),
+    [
+        ({}, V2, "0::/\n", 8000, 6000),
+        (limited("/sys/fs/cgroup", "max", 900, 0), V2, "0::/\n", 8000, 6000),
+        # cached files leave where room is needed
+        (limited("/sys/fs/cgroup", str(1000 * MIB), 900, 600), V2, "0::/\n", 1000, 700),
+        (limited("/sys/fs/cgroup", str(7000 * MIB), 100, 0), V2, "0::/\n", 7000, 6000),
+        (limited("/sys/fs/cgroup/a", str(1000 * MIB), 1300, 0), V2, "0::/a/b\n", 1000, 0),
+        (
+            {
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2000 * MIB}",
+                "/sys/fs/cgroup/memory/memory.usage_in_bytes": f"{500 * MIB}",
+                "/sys/fs/cgroup/memory/memory.stat": f"cache 1\ntotal_cache {100 * MIB}\n",
+            },
+            *(MEMORY_V1, "5:memory:/docker/ab\n", 2000, 1600),
+        ),
+    ],
+)
+def test_memory_is_that_of_the_control_groups(
+    files: dict[str, str], mounts: str, group: str, total: int, free: int
+) -> None:
+    found = {**files, "/proc/meminfo": meminfo(8000, 6000)}
+    assert memory_of(machine(found, mounts, group)) == (total * MIB, free * MIB)

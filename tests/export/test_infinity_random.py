@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from var_deploy.config import GraphForm
 from var_deploy.export.checkpoint.text_model import build_text_modules, random_text_model
+from var_deploy.export.graphs.text_condition import build_unconditional
+from var_deploy.export.graphs.weights_bin import plan_layout, write_weights
 from var_deploy.export.models.bits import draw_bits, guide, probability_of_one
 from var_deploy.export.models.transformer import Cache
 from var_deploy.scale_lists import ScaleList
@@ -110,3 +116,18 @@ def test_a_seed_draws_the_same_weights_again() -> None:
     assert (first == again).all()
     assert not (first == other).all()
     assert 0.9 < first.std() < 1.1
+
+
+def test_what_many_weights_are_made_of_is_read_and_computed_once(tmp_path: Path) -> None:
+    """Keys and values of "no prompt" in every block are made of the same projected features."""
+    spec, reads = spec_of(1), Counter[str]()
+    source = random_text_model(spec, 0, scales=SCALES).transformer
+
+    def read(key: str) -> NDArray[Any]:
+        reads[key] += 1
+        return source.read(key)
+
+    layout = plan_layout([build_unconditional(spec, GraphForm(precision="fp16"))])
+    write_weights(tmp_path / "weights.bin", layout, read, lambda size: None)
+    assert reads["text_proj_for_ca.0.weight"] == reads["text_proj_for_ca.2.weight"] == 1
+    assert reads["blocks.0.ca.mat_kv.weight"] == 2  # a reader that keeps nothing

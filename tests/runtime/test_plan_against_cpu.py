@@ -38,6 +38,7 @@ import json, sys, threading, time
 import numpy, onnxruntime
 from var_deploy.pipeline import Pipeline
 import var_deploy.runtime.loop, var_deploy.runtime.backends.onnxruntime_cpu
+from var_deploy.runtime.prompts import PromptRows
 
 def pss():
     with open("/proc/self/smaps_rollup") as lines:
@@ -57,7 +58,11 @@ bundle, precision, layout = sys.argv[1:]
 with Pipeline.load(
     bundle, backend="onnxruntime-cpu", precision=precision, layout=layout, threads=1
 ) as pipe:
-    pipe.generate([0] * 3)  # a peak comes again, should one sample miss it
+    what = {"labels": [0]}
+    if pipe.manifest.takes_text:
+        t = pipe.manifest.model.transformer
+        what = {"prompts": PromptRows.blank(1, t.text_length, t.text_width)}
+    pipe.generate(**what, count=3)  # a peak comes again, should one sample miss it
 done.set()
 watching.join()
 print(json.dumps({"before": before, "peak": peak - before}))
@@ -137,6 +142,38 @@ def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def wide_text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-to-image bundle with few weights, long sequences and large maps."""
+    pytest.importorskip("torch")
+    from var_deploy.export.bundle import ExportOptions, export_bundle
+    from var_deploy.export.checkpoint.text_model import random_text_model
+    from var_deploy.scale_lists import ScaleList
+    from var_deploy.spec import BitTokenizerSpec, TextModelSpec, TextTransformerSpec
+
+    grids = ((1, 1), (4, 6), (10, 15), (20, 30))
+    spec = TextModelSpec(
+        tokenizer=BitTokenizerSpec(
+            grids=grids, bits=8, base_width=32, width_multipliers=(1, 1, 1), res_blocks=1
+        ),
+        transformer=TextTransformerSpec(
+            depth=2,
+            width=256,
+            heads=8,
+            ffn_width=1024,
+            text_width=128,
+            text_length=64,
+            pool_heads=2,
+            rope_grid=grids[-1],
+        ),
+    )
+    scales = ScaleList(resolution="", aspect="", grids=grids, rope_grid=grids[-1])
+    out = tmp_path_factory.mktemp("wide-text") / "bundle"
+    options = ExportOptions(precisions=("fp32", "int8"), layout="shared")
+    export_bundle(random_text_model(spec, 1, scales=scales), out, options)
+    return out
+
+
 def measured_peak(bundle: Path, precision: str, layout: str) -> int:
     """Bytes above those of the interpreter with its imports."""
     pytest.importorskip("onnxruntime")
@@ -166,14 +203,21 @@ def test_weights_are_those_of_the_files(wide_bundle: Path, precision: Precision)
         assert predicted == graph.weight_bytes, name
 
 
-@pytest.mark.parametrize("layout", ["shared", "per-scale"])
 @pytest.mark.parametrize(
-    ("bundle", "precision"),
+    ("bundle", "precision", "layout"),
     [
-        ("pocket_bundle", "fp32"),
-        ("wide_bundle", "fp32"),
-        ("wide_bundle", "fp16"),
-        ("wide_bundle", "int8"),
+        *(
+            (bundle, precision, layout)
+            for bundle, precision in (
+                ("pocket_bundle", "fp32"),
+                ("wide_bundle", "fp32"),
+                ("wide_bundle", "fp16"),
+                ("wide_bundle", "int8"),
+            )
+            for layout in ("shared", "per-scale")
+        ),
+        ("wide_text_bundle", "fp32", "shared"),
+        ("wide_text_bundle", "int8", "shared"),
     ],
 )
 def test_the_peak_of_a_generation(

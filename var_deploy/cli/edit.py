@@ -135,7 +135,9 @@ def edit(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
+        with load_pipeline(
+            bundle, manifest, prompts.over(config), prompts.text_encoder
+        ) as pipe:
             remarks = pipe.remarks([*texts, prompts.negative or ""]) if texts else []
             images = pipe.edit(
                 prepared.pixels[0],

@@ -45,6 +45,7 @@ from var_deploy.sampling import Sampling, call_keys, parse_seeds, series
 if TYPE_CHECKING:
     from var_deploy.pipeline import Pipeline
 
+AHEAD = 16  # images whose prompts are encoded at once
 FEW_CLASSES = 16  # up to here, a call without labels takes every class once
 
 
@@ -167,7 +168,9 @@ def generate(
     started = time.monotonic()
     with Progress(quiet=quiet) as progress:
         progress.update("loading", 0.0)
-        with load_pipeline(bundle, manifest, config, prompts.text_encoder) as pipe:
+        with load_pipeline(
+            bundle, manifest, prompts.over(config), prompts.text_encoder
+        ) as pipe:
             remarks = pipe.remarks([*wanted_texts, prompts.negative or ""]) if texts else []
             how = pipe.describe()
             images: Any
@@ -261,6 +264,10 @@ class _OneByOne:
             rows = slice(first, first + batch)
             prompts = None
             if part := texts[rows]:
+                if first % AHEAD < batch:
+                    # together: the text encoder may have to be loaded anew for them
+                    ahead = [*texts[first : first + AHEAD + batch], *filter(None, [negative])]
+                    self._pipe.features(list(dict.fromkeys(ahead)))
                 prompts = self._pipe.features(part, [negative] * len(part) if negative else None)
             request = Request(
                 labels=labels[rows],

@@ -28,10 +28,15 @@ from var_deploy.cli.options import (
 )
 from var_deploy.errors import BundleError, UsageError
 from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.names import MANIFEST
 from var_deploy.spec import ModelSpec, TextModelSpec
 
 AGREES = "verified"
-FILES = {"transformer": "checkpoint", "tokenizer": "tokenizer file"}
+FILES = {
+    "transformer": "checkpoint",
+    "tokenizer": "tokenizer file",
+    "text encoder": "text encoder",
+}
 MAX_ORIGIN = 300  # characters: they may come from a stranger
 
 @click.command()
@@ -61,8 +66,9 @@ def inspect(
     tensors that one graph takes and gives, and what each is for. Ends with 1 where a file is
     missing or damaged. Nothing is loaded or run.
 
-    With a checkpoint file in place of BUNDLE, or with --checkpoint and --tokenizer: name, hash and
-    sizes of what export would read.
+    With a checkpoint file in place of BUNDLE, a folder of its shards, the Hugging Face folder of a
+    T5, or with --checkpoint and --tokenizer: name, hash and sizes of what export would read; of a
+    text-to-image model the preset that has these sizes.
 
     \b
     Example:
@@ -73,7 +79,7 @@ def inspect(
     """
     if precision is not None and graph is None:
         raise UsageError("--precision goes with --graph")
-    if bundle is None or bundle.is_file() or weights.given:
+    if bundle is None or bundle.is_file() or weights.given or _holds_weights(bundle):
         _inspect_checkpoints(bundle, weights, graph, quiet, as_json)
         return
     manifest = read_manifest(bundle)
@@ -96,7 +102,7 @@ def _inspect_checkpoints(
 ) -> None:
     if file is None and weights.checkpoint is None and weights.tokenizer is None:
         raise UsageError("give a bundle, a checkpoint file, or --checkpoint and --tokenizer")
-    if file is not None and not file.is_file():
+    if file is not None and not file.is_file() and not _holds_weights(file):
         raise UsageError(
             f"{file} is not a file: --checkpoint, --tokenizer and what tells of them go with "
             "checkpoint files, not with a bundle"
@@ -123,13 +129,44 @@ def _inspect_checkpoints(
             ("", f"sha256 {part.sha256}"),
             ("", f"{part.tensors} tensors of {part.parameters / 1e6:.2f} million values"),
         ]
-    if found.spec is not None:
+    if found.sizes:
+        rows += _text_sizes(found.sizes, found.presets)
+    elif found.spec is not None:
         rows += _sizes(found.spec)
     elif len(found.parts) == 1:
         lacking = {"transformer": "--tokenizer", "tokenizer": "--checkpoint"}[found.parts[0].part]
         rows.append(("sizes", f"need the other file as well: {lacking}"))
     if not quiet:
         echo(facts(rows))
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether a folder is no bundle but holds a checkpoint: shards, or a Hugging Face model."""
+    if not path.is_dir() or (path / MANIFEST).exists():
+        return False
+    patterns = ("config.json", "*.index.json", "*.safetensors", "*.bin")
+    return any(next(path.glob(pattern), None) for pattern in patterns)
+
+
+def _text_sizes(
+    sizes: Mapping[str, Mapping[str, Any]], presets: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Rows for the parts of a text-to-image model, or for a text encoder."""
+    rows = [("preset", " or ".join(presets) or "none has these sizes")]
+    if t := sizes.get("transformer"):
+        told = f"infinity, {t['depth']} blocks, width {t['width']}, {t['heads']} heads"
+        rows.append(("transformer", f"{told}, {t['token_bits']} bits a token"))
+        longest = f"up to {t['unconditional_length']} tokens"
+        rows.append(("prompts", f"features of width {t['text_width']}, {longest}"))
+    if t := sizes.get("tokenizer"):
+        widths = " ".join(str(t["base_width"] * n) for n in t["width_multipliers"])
+        rows.append(("tokenizer", f"{t['bits']} bits a position, {widths} channels"))
+    if t := sizes.get("text encoder"):
+        told = f"T5, {t['depth']} blocks, width {t['width']}, {t['heads']} heads of "
+        rows.append(("text encoder", f"{told}{t['head_width']}, {t['vocab_size']} tokens"))
+    else:
+        rows.append(("scales", "are chosen at export: --resolution and --aspect"))
+    return rows
 
 
 def _of_graph(

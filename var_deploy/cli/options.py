@@ -291,7 +291,11 @@ def checkpoint_options(command: Command) -> Command:
     """--checkpoint --tokenizer, their keys, --patch-nums --heads, as a `CheckpointOptions`."""
     file = click.Path(path_type=Path, dir_okay=False)
     options = [
-        click.option("--checkpoint", type=file, help="Transformer weights, .pth or .safetensors."),
+        click.option(
+            "--checkpoint",
+            type=click.Path(path_type=Path),
+            help="Transformer weights, .pth or .safetensors, or the folder of their shards.",
+        ),
         click.option(
             "--tokenizer", type=file, help="Tokenizer (VQVAE) weights, .pth or .safetensors."
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -18,8 +19,24 @@ if TYPE_CHECKING:
     from var_deploy.manifest import Manifest
     from var_deploy.planning.costs import Workload
     from var_deploy.planning.devices import Device
-    from var_deploy.planning.plan import Plan
-    from var_deploy.spec import ModelSpec
+    from var_deploy.planning.plan import Plan, TextEncoderWorkload
+    from var_deploy.spec import ModelSpec, TextModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Options of a text-to-image model that is yet to be exported, and its text encoder."""
+
+    resolution: str | None
+    aspect: str | None
+    text_length: int | None
+    text_encoder: Path | None
+
+    def refuse(self, what: str, *names: str) -> None:
+        """Raise UsageError where one of the options `names` was given, which `what` excludes."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise UsageError(f"{what}: leave --{name.replace('_', '-')} out")
 
 
 def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -65,6 +82,27 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     show_default=True,
     help="One engine per scale, or one for all of them.",
 )
+@click.option(
+    "--resolution",
+    metavar="NAME|WxH",
+    show_default="the preset's",
+    help="Of a text-to-image preset or checkpoint: 0.06M, 0.25M, 0.60M or 1M, or the list nearest "
+    "to a size.",
+)
+@click.option("--aspect", metavar="W:H", show_default="1:1", help="Width to height of its images.")
+@click.option(
+    "--text-length",
+    type=click.IntRange(1, 512),
+    show_default="128",
+    help="Tokens of a prompt that its graphs take.",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path, file_okay=False),
+    show_default="the bundle's, else flan-t5-xl by its sizes",
+    metavar="FOLDER",
+    help="Its exported text encoder.",
+)
 @verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 @click.option(
@@ -87,19 +125,24 @@ def plan(
     precision: Literal["auto", "fp32", "fp16", "int8"],
     guidance: bool | None,
     layout: Literal["auto", "per-scale", "shared"],
+    resolution: str | None,
+    aspect: str | None,
+    text_length: int | None,
+    text_encoder: Path | None,
     as_json: bool,
     kubernetes: bool,
     image: str | None,
 ) -> None:
     """Predict disk, memory and the least time of MODEL on a device.
 
-    Nothing is built or run. MODEL is a preset such as var-d16, or the folder of a bundle, which
-    settles batch and guidance; without it, --checkpoint and --tokenizer are needed, whose sizes are
-    recognised. Ends with 1, without times, where the model does not fit the device.
+    Nothing is built or run. MODEL is a preset such as var-d16 or infinity-2b, or the folder of a
+    bundle, which settles batch and guidance; without it, --checkpoint and --tokenizer are needed,
+    whose sizes are recognised. Ends with 1, without times, where the model does not fit the device.
 
     \b
     Example:
       var-deploy plan var-d16 --device orin-nano-8gb
+      var-deploy plan infinity-2b --resolution 0.25M --device agx-orin-64gb
       var-deploy plan build/pocket --device this --json
       var-deploy plan var-d16 --device l4 --kubernetes --image registry/var-deploy:gpu
     """
@@ -116,13 +159,18 @@ def plan(
 
     target = find_device(device)
     chosen: Precision | None = None if precision == "auto" else precision
-    manifest, workload = _workload(model, weights, target, batch, chosen, guidance)
+    options = TextOptions(
+        resolution=resolution, aspect=aspect, text_length=text_length, text_encoder=text_encoder
+    )
+    manifest, workload = _workload(model, weights, target, batch, chosen, guidance, options)
+    bundle = None if manifest is None else Path(model or "")
     found = make_plan(
         workload,
         target,
         name=model or Path(weights.checkpoint or "").stem,
         layout=None if layout == "auto" else layout,
         manifest=manifest,
+        text_encoder=_text_encoder(bundle, manifest, workload, target, options),
     )
     if kubernetes:
         echo(_as_manifest(found, image))
@@ -139,6 +187,7 @@ def _workload(
     batch: int | None,
     precision: Precision | None,
     guidance: bool | None,
+    text: TextOptions,
 ) -> tuple[Manifest | None, Workload]:
     """Sizes of a bundle, a preset or checkpoint files; what the options say must agree with a
     bundle."""
@@ -146,12 +195,12 @@ def _workload(
 
     path = Path(model or "")
     if model is None or not path.exists():
-        spec = _preset(model) if model is not None else _recognised(weights)
-        _check_guidance(guidance, spec.transformer.conditional)
+        spec = _preset(model, text) if model is not None else _recognised(weights, text)
+        _check_guidance(guidance, spec.transformer.guidable)
         return None, Workload(
             model=spec,
             batch=batch or 1,
-            guidance=spec.transformer.conditional if guidance is None else guidance,
+            guidance=spec.transformer.guidable if guidance is None else guidance,
             precision=precision or ("fp32" if device.sm is None else "fp16"),
         )
 
@@ -163,7 +212,10 @@ def _workload(
             f"{path} is not a bundle but a file: give checkpoints with --checkpoint and --tokenizer"
         )
     manifest = read_manifest(path)
-    _check_guidance(guidance, manifest.model.transformer.conditional)
+    _check_guidance(guidance, manifest.model.transformer.guidable)
+    text.refuse(f"{path} settles its scales", "resolution", "aspect", "text_length")
+    if not manifest.takes_text:
+        text.refuse(f"{path} takes no prompts", "text_encoder")
     if batch not in (None, manifest.batch):
         raise UsageError(
             f"{path} was exported for {manifest.batch} images a launch; export it again with "
@@ -182,6 +234,52 @@ def _workload(
     return manifest, workload_of(manifest, precision)
 
 
+def _text_encoder(
+    bundle: Path | None,
+    manifest: Manifest | None,
+    workload: Workload,
+    device: Device,
+    options: TextOptions,
+) -> TextEncoderWorkload | None:
+    """The text encoder of a text-to-image model: the one that was given, or that a bundle finds, or
+    else flan-t5-xl, where the model takes features of its width."""
+    from var_deploy.planning.plan import TextEncoderWorkload
+    from var_deploy.planning.text_memory import text_encoder_precision
+    from var_deploy.spec import TextModelSpec
+
+    if not isinstance(workload.model, TextModelSpec):
+        return None
+    t = workload.model.transformer
+    place = options.text_encoder
+    if place is None and bundle is not None and manifest is not None:
+        from var_deploy.runtime.text_features import text_encoder_folder
+
+        place = text_encoder_folder(bundle, manifest)
+    if place is not None:
+        from var_deploy.text.manifest import read_text_encoder
+
+        found = read_text_encoder(place)
+        if found.model.width != t.text_width:
+            raise UsageError(
+                f"{place} gives features of width {found.model.width}, the model takes "
+                f"{t.text_width}: give the text encoder that it was trained with"
+            )
+        precision = text_encoder_precision(
+            found.graphs, workload.precision, gpu=device.sm is not None
+        )
+        size = sum(file.size for file in found.files.values())
+        return TextEncoderWorkload(
+            name=place.name, spec=found.model, precision=precision, bundle=size
+        )
+    with needs_extra("export", "plan"):
+        from var_deploy.export.checkpoint.presets import TEXT_ENCODERS
+    for name, spec in TEXT_ENCODERS.items():
+        if spec.width == t.text_width:
+            spec = replace(spec, length=t.text_length)
+            return TextEncoderWorkload(name=name, spec=spec, precision=workload.precision)
+    return None
+
+
 def _best(manifest: Manifest, device: Device) -> Precision:
     """What the runtime would take of a bundle by itself."""
     from var_deploy.config import CPU, TENSORRT, RuntimeConfig
@@ -192,24 +290,52 @@ def _best(manifest: Manifest, device: Device) -> Precision:
     return cast("Precision", select(config, manifest, facts).config.precision)
 
 
-def _preset(name: str) -> ModelSpec:
+def _preset(name: str, text: TextOptions) -> ModelSpec | TextModelSpec:
     with needs_extra("export", "plan"):
-        from var_deploy.export.checkpoint.presets import PRESETS
+        from var_deploy.export.checkpoint.presets import PRESETS, PROMPT_LENGTH, TEXT_PRESETS
+    if name in TEXT_PRESETS:
+        from var_deploy.scale_lists import parse_scales, with_scales
+
+        known = TEXT_PRESETS[name]
+        scales = parse_scales(text.resolution or known.resolution, text.aspect)
+        return with_scales(known.spec, scales, text.text_length or PROMPT_LENGTH)
     if name in PRESETS:
+        _refuse_text(text, name)
         return PRESETS[name].spec
-    close = difflib.get_close_matches(name, PRESETS, n=1)
+    presets = (*PRESETS, *TEXT_PRESETS)
+    close = difflib.get_close_matches(name, presets, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"{name} is neither the folder of a bundle nor a preset ({', '.join(PRESETS)}){hint}"
+        f"{name} is neither the folder of a bundle nor a preset ({', '.join(presets)}){hint}"
     )
 
 
-def _recognised(weights: CheckpointOptions) -> ModelSpec:
+def _recognised(weights: CheckpointOptions, text: TextOptions) -> ModelSpec | TextModelSpec:
     with needs_extra("export", "plan"):
         from var_deploy.export.checkpoint.assemble import load_model
+        from var_deploy.export.checkpoint.files import holds_text_model
+    if weights.checkpoint is not None and holds_text_model(weights.checkpoint):
+        from var_deploy.export.checkpoint.presets import PROMPT_LENGTH
+        from var_deploy.export.checkpoint.text_model import load_text_model
+
+        return load_text_model(
+            None,
+            checkpoint=weights.checkpoint,
+            tokenizer=weights.tokenizer,
+            resolution=text.resolution,
+            aspect=text.aspect,
+            text_length=text.text_length or PROMPT_LENGTH,
+            hints=weights.hints(),
+        ).spec
+    _refuse_text(text, "the checkpoint")
     return load_model(
         None, checkpoint=weights.checkpoint, tokenizer=weights.tokenizer, hints=weights.hints()
     ).spec
+
+
+def _refuse_text(text: TextOptions, model: str) -> None:
+    names = ("resolution", "aspect", "text_length", "text_encoder")
+    text.refuse(f"{model} is not a text-to-image model", *names)
 
 
 def _check_guidance(guidance: bool | None, conditional: bool) -> None:
@@ -240,11 +366,12 @@ def _as_text(found: Plan) -> str:
 def _facts(found: Plan) -> str:
     w, device = found.workload, found.device
     spec = w.model
+    height, width = spec.tokenizer.image_size
     rows = [
         (
             "model",
             f"{found.name}: {spec.transformer.depth} blocks, width {spec.transformer.width}, "
-            f"{spec.tokenizer.image_side} × {spec.tokenizer.image_side} pixels, {spec.scales} "
+            f"{width} × {height} pixels, {spec.scales} "
             f"scales, {spec.total_tokens} tokens",
         ),
         (
@@ -265,8 +392,27 @@ def _facts(found: Plan) -> str:
             f"{'TensorRT' if found.library == 'tensorrt' else 'ONNX Runtime'}",
         ),
         ("bundle", f"{'' if found.measured else 'about '}{human_bytes(found.bundle)} on disk"),
+        *_text_facts(found),
     ]
     return facts(rows)
+
+
+def _text_facts(found: Plan) -> list[tuple[str, str]]:
+    """The row of a text-to-image model's text encoder; none for other models."""
+    from var_deploy.spec import TextModelSpec
+
+    text = found.text_encoder
+    if text is None:
+        missing = isinstance(found.workload.model, TextModelSpec)
+        return [("text encoder", "not counted: none was found or given")] if missing else []
+    about = "" if text.measured else "about "
+    size, w = human_bytes(text.bundle), text.workload
+    return [
+        (
+            "text encoder",
+            f"{w.name}, {w.spec.length} tokens, {w.precision}, ONNX Runtime, {about}{size} on disk",
+        )
+    ]
 
 
 def _memory(found: Plan) -> str:
@@ -277,6 +423,9 @@ def _memory(found: Plan) -> str:
         if any(sizes):
             label = {"scratch": "scratch (or loading)", "loading": "while loading"}.get(part, part)
             rows.append((label, *map(human_bytes, sizes)))
+    if found.text_encoder is not None:
+        encoder = human_bytes(found.text_encoder.memory.peak)
+        rows.append(("text encoder", *(encoder for _ in plans)))
     rows.append(("generates", *(_lacking(layout.missing) for layout in plans)))
     if found.library == "tensorrt":
         rows.append(("engines on disk", *(human_bytes(layout.engines) for layout in plans)))
@@ -292,14 +441,21 @@ def _lacking(missing: int) -> str:
 
 
 def _verdict(found: Plan) -> str:
-    return wrapped(f"layout {found.layout}: {found.reason}")
+    said = wrapped(f"layout {found.layout}: {found.reason}")
+    text = found.text_encoder
+    if text is None:
+        return said
+    stays = "stays in memory" if text.kept else "is released before the scales are loaded"
+    peak = f"; the peak of both is {human_bytes(found.peak)}"
+    return f"{said}\n{wrapped(f'text encoder: {stays}: {text.reason}{peak}')}"
 
 
 def _times(found: Plan) -> str:
     rows: list[tuple[str, ...]] = [
         ("launch", "tokens", "past", "operations", "bytes", "at least", "bound by")
     ]
-    for launch in found.launches:
+    text = found.text_encoder
+    for launch in (*((text.launch,) if text else ()), *found.launches):
         work = launch.work
         rows.append(
             (
@@ -314,4 +470,6 @@ def _times(found: Plan) -> str:
         )
     images = "one image" if found.workload.batch == 1 else f"{found.workload.batch} images"
     total = f"{images}: at least {found.seconds * 1e3:.1f} ms"
+    if text:
+        total += f", and {text.launch.seconds * 1e3:.1f} ms more for a new prompt"
     return table(rows, right=(1, 2, 3, 4, 5), optional=(2, 3, 4)) + f"\n\n{total}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from var_deploy.cli.options import Command, added, gathered
+from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
 from var_deploy.text.prompt_tokenizer import check_prompt, check_prompts
@@ -28,11 +29,13 @@ class PromptOptions:
         prompts: a file with one prompt per line; "-" is standard input.
         negative: what images are guided away from.
         text_encoder: folder of the text encoder, where the bundle does not hold it.
+        keep_text_encoder: keep it in memory beside the scales, whatever memory is free.
     """
 
     prompt: tuple[str, ...]
     negative: str | None
     text_encoder: Path | None
+    keep_text_encoder: bool = False
     prompts: str | None = None
 
     def read(self, manifest: Manifest) -> list[str]:
@@ -46,10 +49,17 @@ class PromptOptions:
             check_prompts(given)
             check_prompt(self.negative or "")
             return given
-        if given or self.negative is not None or self.text_encoder is not None:
+        encoder = self.text_encoder is not None or self.keep_text_encoder
+        if given or self.negative is not None or encoder:
             takes = "labels" if manifest.model.transformer.conditional else "no labels"
             raise UsageError(f"this bundle takes {takes} and no prompts: leave --prompt out")
         return []
+
+    def over(self, config: RuntimeConfig) -> RuntimeConfig:
+        """Return `config` with what these options say of the text encoder."""
+        if not self.keep_text_encoder:
+            return config
+        return dataclasses.replace(config, keep_text_encoder=True)
 
     def told(self, text: Mapping[str, str]) -> dict[str, str]:
         """Return the settings text of an image with the negative prompt added."""
@@ -84,6 +94,14 @@ class PromptOptions:
                 "taken"
             )
         return found
+
+
+keep_text_encoder_option = click.option(
+    "--keep-text-encoder",
+    is_flag=True,
+    help="Keep the text encoder in memory; without, it is released before the scales are loaded "
+    "where both would not fit.",
+)
 
 
 def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
@@ -122,6 +140,7 @@ def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
             show_default="in or beside the bundle",
             help="The bundle of the text encoder.",
         ),
+        keep_text_encoder_option,
     ]
     names = [field.name for field in dataclasses.fields(PromptOptions)]
     taken = [name for name in names if not one or name != "prompts"]

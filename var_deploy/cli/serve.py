@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from var_deploy.cli.console import Progress, needs_extra, say
 from var_deploy.cli.options import load_options, load_pipeline, quiet_option
+from var_deploy.cli.prompts import keep_text_encoder_option
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -125,6 +127,7 @@ FORMATS = ("text", "json")
     show_default="in or beside the bundle",
     help="The bundle of the text encoder, for a bundle that takes prompts.",
 )
+@keep_text_encoder_option
 @load_options
 @click.option("--verbose", "-v", is_flag=True, help="As --log-level debug.")
 @quiet_option(
@@ -147,6 +150,7 @@ def serve(
     address: str | None,
     replicas: str | None,
     text_encoder: Path | None,
+    keep_text_encoder: bool,
     config: RuntimeConfig,
     verbose: bool,
     quiet: bool,
@@ -189,6 +193,10 @@ def serve(
         root_path=root_path.rstrip("/"),
     )
     manifest = read_manifest(bundle)
+    if keep_text_encoder:
+        if not manifest.takes_text:
+            raise UsageError("--keep-text-encoder is for a bundle that takes prompts")
+        config = dataclasses.replace(config, keep_text_encoder=True)
     if address is not None:
         for name, value in (
             ("--max-connections", max_connections),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -201,7 +202,8 @@ def processor_name(machine: Machine) -> str:
 
 
 def memory_of(machine: Machine) -> tuple[int, int] | None:
-    """(total, available) bytes of memory as Linux sees them; None on other systems."""
+    """(total, available) bytes of memory as Linux sees them, within the limits of this process's
+    control groups, as a container has them; None on other systems."""
     text = machine.read("/proc/meminfo") or ""
     found = {
         key: int(kilobytes) << 10
@@ -209,7 +211,11 @@ def memory_of(machine: Machine) -> tuple[int, int] | None:
     }
     if "MemTotal" not in found:
         return None
-    return found["MemTotal"], found.get("MemAvailable", found["MemTotal"])
+    total, available = found["MemTotal"], found.get("MemAvailable", found["MemTotal"])
+    for folder, unified in _control_groups(machine, "memory"):
+        limit, room = _memory_limit(machine, folder, unified)
+        total, available = int(min(total, limit)), int(min(available, room))
+    return total, available
 
 
 # how many threads
@@ -284,22 +290,28 @@ def cpu_quota(machine: Machine) -> float | None:
 
     The smallest quota of a group and of the groups above it counts.
     """
+    groups = _control_groups(machine, "cpu")
+    limits = [_limit(machine, folder, unified) for folder, unified in groups]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _control_groups(machine: Machine, controller: str) -> Iterator[tuple[str, bool]]:
+    """(folder, whether it is of version 2) of this process's control groups of a controller, and of
+    the groups above them."""
     mounts = list(_control_mounts(machine.read("/proc/self/mountinfo") or ""))
-    limits = []
     for line in (machine.read("/proc/self/cgroup") or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         unified = number == "0" and not controllers
-        if not unified and "cpu" not in controllers.split(","):
+        if not unified and controller not in controllers.split(","):
             continue
         for kind, controlled, root, point in mounts:
             if kind != ("cgroup2" if unified else "cgroup"):
                 continue
-            if not unified and "cpu" not in controlled:
+            if not unified and controller not in controlled:
                 continue
             for folder in _groups_above(group, root, point):
-                limits.append(_limit(machine, folder, unified))
-    return min((limit for limit in limits if limit is not None), default=None)
+                yield folder, unified
 
 
 def _within_quota(count: int, quota: float | None) -> int:
@@ -348,3 +360,22 @@ def _limit(machine: Machine, folder: str, unified: bool) -> float | None:
         return None  # "max", -1, or no such file
     quota, period = map(int, numbers)
     return quota / period if quota and period else None
+
+
+def _memory_limit(machine: Machine, folder: str, unified: bool) -> tuple[float, float]:
+    """(limit, room) in bytes of a control group; infinite without a limit.
+
+    Cached file contents, mapped ones too, leave the group's memory where others need room.
+    """
+    names = ("memory.max", "memory.current", "file") if unified else (
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_cache",
+    )
+    limit, used = ((machine.read(f"{folder}/{name}") or "").strip() for name in names[:2])
+    if not limit.isdecimal() or not used.isdecimal():
+        return math.inf, math.inf  # "max", or no such file
+    stat = machine.read(f"{folder}/memory.stat") or ""
+    cached = re.search(rf"^{names[2]} (\d+)$", stat, re.M)
+    held = int(used) - (int(cached[1]) if cached else 0)
+    return int(limit), max(int(limit) - max(held, 0), 0)

@@ -65,7 +65,7 @@ def _name(model: str) -> str:
 
 def _about(plan: Plan, cpus: int) -> str:
     """YAML comments that explain the numbers."""
-    w, peak = plan.workload, plan.layouts[plan.layout].footprint.peak / 1e9
+    w, peak = plan.workload, plan.peak / 1e9
     memory = f"the predicted peak of {peak:.2f} GB"
     if _is_card(plan):
         memory = (
@@ -242,7 +242,7 @@ def _host_memory(plan: Plan) -> int:
     the device.
     """
     if not _is_card(plan):
-        return plan.layouts[plan.layout].footprint.peak
+        return plan.peak
     graphs = layout_graphs(plan.workload, plan.layout)
     return CPU_IMPORTS + TENSORRT_RUNTIME + max(plan_bytes(plan.workload, g) for g in graphs)
 
@@ -255,8 +255,8 @@ def _resources(plan: Plan, memory: int, cpus: int) -> dict[str, Any]:
 
 
 def _stored(plan: Plan) -> int:
-    """Bytes on disk of the bundle and its engines."""
-    return plan.bundle + plan.layouts[plan.layout].engines
+    """Bytes on disk of the bundles and the engines."""
+    return plan.stored
 
 
 def _grace(plan: Plan) -> int:

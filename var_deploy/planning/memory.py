@@ -9,6 +9,7 @@ board yet.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,14 +17,10 @@ from var_deploy import names
 from var_deploy.bundle.graph_refs import generation_graphs, tokenizer_graphs
 from var_deploy.config import Layout, Precision
 from var_deploy.families import family_of
-from var_deploy.planning.costs import (
-    FULL,
-    Workload,
-    bundle_weights,
-    decoder_layers,
-    encoder_layers,
-    graph_weights,
-)
+from var_deploy.planning import text_memory
+from var_deploy.planning.autoencoder import decoder_layers, encoder_layers
+from var_deploy.planning.costs import FULL, Workload, bundle_weights, graph_weights
+from var_deploy.spec import TextModelSpec
 
 Library = Literal["tensorrt", "onnxruntime-cpu"]
 
@@ -77,7 +74,8 @@ class Footprint:
 
 def layout_graphs(workload: Workload, layout: Layout) -> tuple[str, ...]:
     """Names of the graphs that a generation opens, in order."""
-    return tuple(graph.name for graph in generation_graphs(workload.model, layout))
+    found = generation_graphs(workload.model, layout, guidance=workload.guidance)
+    return tuple(graph.name for graph in found)
 
 
 def footprint(
@@ -123,7 +121,9 @@ def bundle_bytes(workload: Workload, precisions: tuple[Precision, ...]) -> int:
     """Estimate the size of a bundle with both layouts: weights once per precision, and graphs."""
     total = 0
     for precision in precisions:
-        part = Workload(model=workload.model, precision=precision)
+        part = Workload(
+            model=workload.model, precision=precision, guidance=workload.guidance
+        )
         nodes = 20_000 * (workload.model.scales + 1) * workload.model.transformer.depth
         total += bundle_weights(part) + nodes
     return total
@@ -196,7 +196,9 @@ def upload_bytes(workload: Workload) -> int:
 
     With `more_smooth` nearly all of them are noise.
     """
-    model, batch = workload.model, workload.batch
+    if isinstance(workload.model, TextModelSpec):
+        return sum(_padded(size) for size in text_memory.upload_sizes(workload))
+    model, batch = workload.codes, workload.batch
     sizes = [8 * workload.rows]  # labels
     for length in model.scale_lengths:
         # cfg, temperature, top_k, top_p; uniforms, keep_mask, keep_tokens
@@ -208,7 +210,10 @@ def upload_bytes(workload: Workload) -> int:
 
 def buffer_bytes(workload: Workload) -> int:
     """Inputs and outputs of all launches besides the cache, each padded to 256 bytes."""
-    model, batch, rows = workload.model, workload.batch, workload.rows
+    if isinstance(workload.model, TextModelSpec):
+        others = sum(_padded(size) for size in text_memory.other_sizes(workload))
+        return upload_bytes(workload) + others
+    model, batch, rows = workload.codes, workload.batch, workload.rows
     t, tok, side = model.transformer, model.tokenizer, model.tokenizer.latent_side
     sizes = [rows * t.width * FULL, (6 * t.depth + 2) * rows * t.width * FULL]
     sizes += 3 * [batch * tok.code_width * side**2 * FULL]  # f_hat
@@ -233,15 +238,20 @@ def _padded(size: int) -> int:
 
 def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
     """Estimate the bytes of a launch's intermediates; for `step`, those of the last scale."""
-    if graph == names.CONDITION:
+    if graph in (names.CONDITION, names.UNCONDITIONAL):
+        if isinstance(workload.model, TextModelSpec):
+            return text_memory.condition_scratch(workload)
         t = workload.model.transformer
         return 2 * (6 * t.depth + 2) * workload.rows * t.width * FULL
     if graph in (names.DECODER, names.ENCODER):
         layers = (decoder_layers if graph == names.DECODER else encoder_layers)(
             workload.model.tokenizer
         )
-        copies = 4 if library == "tensorrt" else 7 if workload.precision == "int8" else 6
-        largest = max(max(layer.before, layer.after) * layer.side**2 for layer in layers)
+        rounded = workload.precision == "int8" and any(layer.rounded for layer in layers)
+        copies = 4 if library == "tensorrt" else 7 if rounded else 6
+        largest = max(
+            max(layer.before, layer.after) * math.prod(layer.grid) for layer in layers
+        )
         return copies * workload.batch * largest * FULL
     gpu = library == "tensorrt"
     if graph == names.STEP:
@@ -252,7 +262,9 @@ def scratch_bytes(workload: Workload, graph: str, library: Library) -> int:
 
 def _scale_scratch(workload: Workload, scale: int, gpu: bool, score_copies: int) -> int:
     """The largest of attention, feed-forward and sampling, which run one after the other."""
-    model, t = workload.model, workload.model.transformer
+    if isinstance(workload.model, TextModelSpec):
+        return text_memory.scale_scratch(workload, scale, gpu, score_copies)
+    model, t = workload.codes, workload.codes.transformer
     size = workload.cache_itemsize if gpu else FULL
     length = model.scale_lengths[scale]
     attended = model.prefix_lengths[scale] + length

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from var_deploy.bundle.graph_refs import held_layouts
-from var_deploy.config import LAYOUTS, Layout
+from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.manifest import Manifest
 from var_deploy.planning.costs import FULL, Work, Workload, launches
 from var_deploy.planning.devices import Device
@@ -25,6 +25,14 @@ from var_deploy.planning.memory import (
 )
 from var_deploy.planning.precisions import check_gpu_precision
 from var_deploy.planning.selection import ASKED, layout_that_fits
+from var_deploy.planning.text_costs import text_encoder_weights, text_encoder_work
+from var_deploy.planning.text_memory import (
+    TextEncoderMemory,
+    keeps_text_encoder,
+    text_encoder_memory,
+)
+from var_deploy.planning.workload import itemsize_of
+from var_deploy.spec import TextEncoderSpec
 
 ASSUMPTION = (
     "A floor, not a promise: every launch takes the longer of its bytes over the published "
@@ -70,10 +78,61 @@ class LaunchTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextEncoderWorkload:
+    """A text encoder to plan for.
+
+    Attributes:
+        name: of its bundle or preset.
+        precision: that of its graph.
+        bundle: bytes on disk; None where it is yet to be exported.
+    """
+
+    name: str
+    spec: TextEncoderSpec
+    precision: Precision
+    bundle: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderPlan:
+    """The prediction of a text encoder beside the scales in the chosen layout.
+
+    Attributes:
+        bundle: its bytes on disk; `measured`: whether they were read from its manifest.
+        kept: whether it stays in memory beside the scales; see `keeps_text_encoder`.
+        reason: why.
+        launch: the least time of a prompt.
+    """
+
+    workload: TextEncoderWorkload
+    bundle: int
+    measured: bool
+    memory: TextEncoderMemory
+    kept: bool
+    reason: str
+    launch: LaunchTime
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; bytes, operations and seconds."""
+        return {
+            "model": self.workload.name,
+            "precision": self.workload.precision,
+            "text_length": self.workload.spec.length,
+            "bundle_bytes": self.bundle,
+            "bundle_measured": self.measured,
+            "memory": {**dataclasses.asdict(self.memory), "peak": self.memory.peak},
+            "kept": self.kept,
+            "reason": self.reason,
+            "launch": self.launch.to_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayoutPlan:
     """Memory of one layout on the device, and with TensorRT disk and memory to build engines.
 
-    `missing` and `build_missing` are the bytes that the device lacks, 0 where the layout fits.
+    `missing` and `build_missing` are the bytes that the device lacks, 0 where the layout fits. A
+    text encoder counts where it needs more than a generation.
     """
 
     footprint: Footprint
@@ -94,6 +153,7 @@ class Plan:
             be exported.
         bundle: bytes of the bundle; `measured`: whether they were read from its manifest.
         launches: the least time of each launch of B images.
+        text_encoder: the one that a text-to-image model takes its features from.
     """
 
     name: str
@@ -107,10 +167,25 @@ class Plan:
     bundle: int
     measured: bool
     launches: tuple[LaunchTime, ...]
+    text_encoder: TextEncoderPlan | None = None
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at one time in the chosen layout, with the text encoder."""
+        scales, text = self.layouts[self.layout].footprint.peak, self.text_encoder
+        if text is None:
+            return scales
+        return scales + text.memory.peak if text.kept else max(scales, text.memory.peak)
+
+    @property
+    def stored(self) -> int:
+        """Bytes on disk of the bundles, and of the engines of the chosen layout."""
+        text = self.text_encoder.bundle if self.text_encoder else 0
+        return self.bundle + text + self.layouts[self.layout].engines
 
     @property
     def seconds(self) -> float:
-        """The least time of B images."""
+        """The least time of B images, of prompts whose features are known."""
         # the same digits on every Python: sum rounds otherwise from 3.12 on
         return math.fsum(launch.seconds for launch in self.launches)
 
@@ -159,6 +234,7 @@ class Plan:
             "reason": self.reason,
             "fits": self.fits,
             "upload_bytes": upload_bytes(w),
+            **({"text_encoder": self.text_encoder.to_json()} if self.text_encoder else {}),
             "launches": [launch.to_json() for launch in self.launches],
             "seconds": self.seconds if self.fits else None,
             "assumptions": [ASSUMPTION, ESTIMATES[self.library]],
@@ -172,19 +248,22 @@ def make_plan(
     name: str,
     layout: Layout | None = None,
     manifest: Manifest | None = None,
+    text_encoder: TextEncoderWorkload | None = None,
 ) -> Plan:
     """Predict `workload` on `device`, with TensorRT where it has a GPU, else with ONNX Runtime.
 
     Args:
         layout: None chooses the layout.
         manifest: the manifest of the bundle, where one exists already.
+        text_encoder: of a text-to-image model; None leaves it out.
 
     Raises UsageError for int8 on a GPU.
     """
     library: Library = "onnxruntime-cpu" if device.sm is None else "tensorrt"
     if device.sm is not None:
         check_gpu_precision(workload.precision, f"TensorRT on {device.title}")
-    plans = {each: _layout_plan(workload, device, each, library) for each in LAYOUTS}
+    least = _text_memory(text_encoder, device).peak if text_encoder else 0
+    plans = {each: _layout_plan(workload, device, each, library, least) for each in LAYOUTS}
     held = LAYOUTS if manifest is None else held_layouts(
         manifest.graphs.get(workload.precision, {})
     )
@@ -210,16 +289,16 @@ def make_plan(
         bundle=bundle,
         measured=measured,
         launches=launch_times(workload, device),
+        text_encoder=None
+        if text_encoder is None
+        else _text_plan(text_encoder, device, plans[chosen].footprint.peak),
     )
 
 
 def launch_times(workload: Workload, device: Device) -> tuple[LaunchTime, ...]:
     """max(bytes / bandwidth, operations / rate) of every launch; see ASSUMPTION."""
-    converted = device.sm is None and workload.precision == "fp16"  # a CPU computes it in fp32
-    rate = device.rate(workload.precision)
     model, times = workload.model, []
-    for work in launches(workload, FULL if converted else None):
-        computing = work.compute_operations / rate + work.full_operations / device.full_rate
+    for work in launches(workload, _read_itemsize(workload.precision, device)):
         scale = None
         if work.name in workload.scale_graphs:
             scale = workload.scale_graphs.index(work.name)
@@ -229,17 +308,58 @@ def launch_times(workload: Workload, device: Device) -> tuple[LaunchTime, ...]:
                 tokens=0 if scale is None else model.scale_lengths[scale],
                 past=0 if scale is None else model.prefix_lengths[scale],
                 moving=work.traffic / device.bandwidth,
-                computing=computing,
+                computing=_computing(work, workload.precision, device),
             )
         )
     return tuple(times)
 
 
+def _read_itemsize(precision: Precision, device: Device) -> int | None:
+    """Bytes per weight as the device reads them; None: those of the precision."""
+    return FULL if device.sm is None and precision == "fp16" else None  # a CPU computes it in fp32
+
+
+def _computing(work: Work, precision: Precision, device: Device) -> float:
+    """Seconds for the operations of a launch."""
+    rate = device.rate(precision)
+    return work.compute_operations / rate + work.full_operations / device.full_rate
+
+
+def _text_memory(text: TextEncoderWorkload, device: Device) -> TextEncoderMemory:
+    return text_encoder_memory(text.spec, text.precision, gpu=device.sm is not None)
+
+
+def _text_plan(text: TextEncoderWorkload, device: Device, scales: int) -> TextEncoderPlan:
+    """Predict a text encoder beside scales whose generation takes `scales` bytes."""
+    memory = _text_memory(text, device)
+    kept, reason = keeps_text_encoder(scales, memory.peak, device.available)
+    weights = text_encoder_weights(text.spec, text.precision)
+    work = text_encoder_work(
+        text.spec, text.precision, _read_itemsize(text.precision, device)
+    )
+    return TextEncoderPlan(
+        workload=text,
+        bundle=weights.nbytes(itemsize_of(text.precision)) if text.bundle is None else text.bundle,
+        measured=text.bundle is not None,
+        memory=memory,
+        kept=kept,
+        reason=reason,
+        launch=LaunchTime(
+            work=work,
+            tokens=text.spec.length,
+            past=0,
+            moving=work.traffic / device.bandwidth,
+            computing=_computing(work, text.precision, device),
+        ),
+    )
+
+
 def _layout_plan(
-    workload: Workload, device: Device, layout: Layout, library: Library
+    workload: Workload, device: Device, layout: Layout, library: Library, least: int
 ) -> LayoutPlan:
+    """Predict one layout; `least` bytes are needed in any case."""
     held = footprint(workload, layout, library, one_memory=device.one_memory)
-    missing = max(held.peak - device.available, 0)
+    missing = max(max(held.peak, least) - device.available, 0)
     if library != "tensorrt":
         return LayoutPlan(footprint=held, missing=missing)
     build = build_memory(workload, layout)
