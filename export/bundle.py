@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import var_deploy
 from var_deploy import names
 from var_deploy.bundle.graph_refs import GraphRef, generation_graphs, tokenizer_graphs
-from var_deploy.bundle.interfaces import interfaces_of
+from var_deploy.bundle.interfaces import launch_batch
 from var_deploy.bundle.place import BUNDLE, check_place
 from var_deploy.config import LAYOUT_SETS, GraphForm, LayoutSet, Precision
 from var_deploy.errors import ExportError, UsageError
@@ -52,11 +52,6 @@ from var_deploy.progress import Progress
 from var_deploy.sampling import BitSampling, Sampling
 from var_deploy.spec import ModelSpec, TextModelSpec
 
-# An int8 launch takes one image where the buffers of one have more bytes than this. The graphs are
-# for CPUs, whose cores one image keeps busy: the time of an image is the same in any batch, and the
-# memory of a batch is that of all its images. Where an image is small, a launch spends some of its
-# time on operators as such, and a batch shares that.
-ALONE_BYTES = 16 << 20
 CALIBRATION = 0.5  # share of an int8 export's progress: generating images takes longer than writing
 
 
@@ -66,7 +61,7 @@ class ExportOptions:
 
     Attributes:
         precisions: folders to write, of "fp32", "fp16" and "int8".
-        batch: B, images per launch; int8 graphs of large models take one, see `ALONE_BYTES`.
+        batch: B, images per launch; int8 graphs of large models take one, see `launch_batch`.
         guidance: 2B rows for classifier-free guidance, or B at half the work; None: guidance where
             the model has classes.
         more_smooth: mix codes where the published `more_smooth` does, see `sampling.smoothing`.
@@ -94,11 +89,9 @@ class ExportOptions:
             raise UsageError(f"layout must be both, per-scale or shared, found {self.layout!r}")
 
     def form(self, precision: Precision, spec: ModelSpec | TextModelSpec) -> GraphForm:
-        """Return the form of a model's graphs in one precision; see `ALONE_BYTES` for its batch."""
-        batch, guidance = self.batch, bool(self.guidance)
-        if precision == "int8":
-            one = interfaces_of(spec, precision=precision, batch=1, guidance=guidance)
-            batch = 1 if one.buffer_bytes() > ALONE_BYTES else batch
+        """Return the form of a model's graphs in one precision; `launch_batch` has its batch."""
+        guidance = bool(self.guidance)
+        batch = launch_batch(spec, precision, self.batch, guidance=guidance)
         return GraphForm(
             precision=precision, batch=batch, guidance=guidance, more_smooth=self.more_smooth
         )

@@ -19,7 +19,7 @@ from var_deploy.pipeline import Pipeline
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
 
-FOX, SEA = "a red fox", "the sea at dawn"
+DEER, SEA = "a red deer", "the sea at dawn"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def apart(text_bundle: Path, tmp_path: Path) -> tuple[Any, ...]:
 
 
 def test_a_set_is_that_of_one_process(apart: tuple[Any, ...], nodes: Any, tmp_path: Path) -> None:
-    sample = ["sample", *apart, "--prompt", FOX, "--prompt", SEA, "--per-prompt", 2]
+    sample = ["sample", *apart, "--prompt", DEER, "--prompt", SEA, "--per-prompt", 2]
     sample += ["--shard-size", 2, "--threads", 1]
     done(*sample, "--out", tmp_path / "one")
     ray = ("--ray", nodes.address, "--workers", 1)
@@ -53,14 +53,14 @@ def test_the_service_answers_as_one_process_does(
     replies = []
 
     def ask(handle: object) -> None:
-        body = {"prompts": [FOX, SEA, FOX], "negative": "fog", "seed": 3}
+        body = {"prompts": [DEER, SEA, DEER], "negative": "fog", "seed": 3}
         replies.append(Client(port).post("/v1/images", body))
 
     monkeypatch.setattr(service, "until_stopped", ask)
     monkeypatch.setattr(service, "SIGNALS", ())
     done("serve", *apart, "--ray", nodes.address, "--port", port, "--threads", 1)
     with Pipeline.load(text_bundle, threads=1) as pipe:
-        expected = pipe.generate(prompts=[FOX, SEA, FOX], negative="fog", seed=3)
+        expected = pipe.generate(prompts=[DEER, SEA, DEER], negative="fog", seed=3)
     np.testing.assert_array_equal(replies[0].images(), expected)
 
 
@@ -71,7 +71,7 @@ def test_without_a_text_encoder_nothing_starts(
     given = ("--ray", nodes.address)
     refused(2, "serve", apart[0], *given, parts=parts)
     out = ("--out", tmp_path / "set")
-    refused(2, "sample", apart[0], "--prompt", FOX, *out, *given, parts=parts)
+    refused(2, "sample", apart[0], "--prompt", DEER, *out, *given, parts=parts)
 
 
 def test_a_worker_asks_for_the_memory_of_both(
@@ -81,11 +81,17 @@ def test_a_worker_asks_for_the_memory_of_both(
 
     from var_deploy.cluster.devices import WORKER, device_of
     from var_deploy.cluster.place import text_encoder_of
+    from var_deploy.planning.text_memory import text_encoder_memory
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {})
     manifest = read_manifest(text_bundle)
     encoder = text_encoder_of(text_bundle, manifest)
     device = device_of(manifest, RuntimeConfig(), images=2, text_encoder=encoder)
-    folders = (text_bundle, text_bundle.parent / "t5")
-    weights = sum((folder / "fp32" / "weights.bin").stat().st_size for folder in folders)
-    assert weights < device.memory - WORKER < 3 * weights
+    alone = device_of(manifest, RuntimeConfig(), images=2)
+    weights = [
+        (folder / "fp32" / "weights.bin").stat().st_size
+        for folder in (text_bundle, text_bundle.parent / "t5")
+    ]
+    assert alone.memory - WORKER > weights[0]
+    expected = text_encoder_memory(encoder.model, "fp32", gpu=False).peak
+    assert device.memory - alone.memory == expected > weights[1]

@@ -135,6 +135,7 @@ def test_a_grid_with_its_settings(bundle: Path, pipeline: type[FakePipeline]) ->
         "digest": read_manifest(bundle).digest(),
         "text_encoder": None,
         "text_config": None,
+        "keep_text_encoder": False,
     }
     assert generate == {
         "labels": [1, 0, 1, 0],

@@ -12,6 +12,7 @@ from graph_operations import count_operations
 
 from fake_machine import H100_GPU, NVRM, ORIN_GPU, ORIN_NANO, FakeMachine, jetson, meminfo
 from var_deploy import names
+from var_deploy.bundle.interfaces import launch_batch
 from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.host.machine import Driver
@@ -173,7 +174,9 @@ def test_operations_are_those_of_the_graphs(
 ) -> None:
     """Products to half a percent (the formulas count biases too, but in int8); in fp32 the sampler,
     which has few products, comes on top."""
-    workload = Workload(model=preset(name), batch=2, guidance=guidance, precision=precision)
+    model = preset(name)
+    batch = launch_batch(model, precision, 2, guidance=guidance)
+    workload = Workload(model=model, batch=batch, guidance=guidance, precision=precision)
     graphs = build(workload, "per-scale")
     others = (names.ENCODER, names.ACCUMULATE)  # no part of a generation
     assert [work.name for work in launches(workload)] == [g for g in graphs if g not in others]

@@ -14,6 +14,7 @@ from graph_operations import count_operations
 
 from fake_machine import FakeMachine, meminfo
 from var_deploy import names
+from var_deploy.bundle.interfaces import launch_batch
 from var_deploy.config import GraphForm, Precision
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
@@ -62,13 +63,19 @@ def preset(name: str, resolution: str = "0.06M", aspect: str = "1:1") -> TextMod
 def test_weights_and_operations_are_those_of_the_graphs(name: str, precision: Precision) -> None:
     """Weights to the byte; products to the last one, sums and comparisons on top."""
     from var_deploy.export.bundle import ExportOptions, build_graphs
+    from var_deploy.export.int8.decoder_ranges import rounded_convs
+    from var_deploy.export.int8.operators import ConvRanges, Range
 
     small = dataclasses.replace(preset(name, aspect="4:3"))
     transformer = dataclasses.replace(small.transformer, depth=2)
     model = dataclasses.replace(small, transformer=transformer)
-    w = Workload(model=model, batch=2, precision=precision)
+    batch = launch_batch(model, precision, 2, guidance=True)
+    w = Workload(model=model, batch=batch, precision=precision)
     options = ExportOptions(precisions=(precision,), batch=2)
-    graphs = {graph.name: graph for graph in build_graphs(model, precision, options)}
+    some = Range(low=-1.0, high=1.0)
+    rounded = rounded_convs(model.tokenizer) if precision == "int8" else ()
+    ranges = {key: ConvRanges(input=some, output=some) for key in rounded}
+    graphs = {graph.name: graph for graph in build_graphs(model, precision, options, ranges)}
     found = {name: graph_weights(w, name).nbytes(w.itemsize) for name in graphs}
     assert found == {
         name: sum(weight.nbytes for weight in graph.weights.values())

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from var_deploy import names
+from var_deploy.bundle import interfaces
 from var_deploy.errors import BundleError, ExportError, UsageError
 from var_deploy.export import bundle as exporter
 from var_deploy.export.bundle import ExportOptions, export_bundle
@@ -200,7 +201,7 @@ def test_int8_graphs_of_a_large_model_take_one_image(
     assert [eight.form(name, large).batch for name in ("fp32", "fp16", "int8")] == [8, 8, 1]
     assert eight.form("int8", small).batch == 8, "where operators as such take time"
 
-    monkeypatch.setattr(exporter, "ALONE_BYTES", 0)
+    monkeypatch.setattr(interfaces, "ALONE_BYTES", 0)
     model, both, one = small_model(), tmp_path / "both", tmp_path / "one"
     options = ExportOptions(batch=2, precisions=("fp32", "int8"), layout="shared")
     written = export_bundle(model, both, options)

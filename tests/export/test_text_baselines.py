@@ -1,38 +1,32 @@
-"""Text to image in `bench`: PyTorch as published computes the model, and work is counted as the
-graphs do it."""
+"""Text to image in `bench`: PyTorch as published computes the model, and weights count once."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-import t5_case
 from var_deploy import names
 from var_deploy.bench.conditions import bench_prompts
-from var_deploy.bench.text_work import text_encoder_work, text_launches, weights_in_use
+from var_deploy.bench.run import weights_used
 from var_deploy.bundle.graph_refs import generation_graphs
-from var_deploy.config import GraphForm
 from var_deploy.export.baselines.text_path import (
     generate_text_as_published,
     random_text_modules,
 )
 from var_deploy.export.baselines.torch_bench import TorchContender
 from var_deploy.export.bundle import ExportOptions, build_graphs
-from var_deploy.export.graphs.builder import GraphBuilder
-from var_deploy.export.graphs.text_encoder import build_text_encoder
+from var_deploy.export.int8.decoder_ranges import rounded_convs
+from var_deploy.export.int8.operators import ConvRanges, Range
 from var_deploy.export.verify.text_reference import TextInputs, TextTrace, trace_text_generation
-from var_deploy.manifest import FileInfo, GraphInfo, Manifest
+from var_deploy.manifest import GraphInfo, Manifest
 from var_deploy.sampling import BitSampling, call_keys, stack_uniforms
 from var_deploy.spec import BitTokenizerSpec, TextModelSpec, TextTransformerSpec
-from var_deploy.text.manifest import TextEncoderManifest
 
 SAMPLING = BitSampling(cfg=2.5, top_p=0.9, temperature=0.8)
 GRIDS = ((1, 1), (2, 1), (2, 3))
@@ -154,92 +148,19 @@ def test_contenders_make_the_bundles_images(
 # work
 
 
-def products(built: GraphBuilder) -> int:
-    """Operations of all products and convolutions of a static graph, by its inferred shapes."""
-    graph = onnx.shape_inference.infer_shapes(built.model(lambda weight: ("w", 0, 0))).graph
-    sizes = {t.name: tuple(t.dims) for t in graph.initializer}
-    for value in (*graph.value_info, *graph.input, *graph.output):
-        sizes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-    found = 0
-    for node in graph.node:
-        made = math.prod(sizes[node.output[0]])
-        if node.op_type == "MatMul":
-            found += 2 * made * sizes[node.input[0]][-1]
-        elif node.op_type == "Conv":
-            found += 2 * made * math.prod(sizes[node.input[1]][1:])
-    return found
-
-
-@pytest.mark.parametrize(("patch", "precision"), [(1, "fp32"), (2, "fp16")])
-def test_work_is_that_of_the_graphs(patch: int, precision: Any) -> None:
-    spec, built, infos = model(patch), {}, {}
-    options = ExportOptions(batch=2, layout="per-scale")
-    wanted = {ref.name for ref in generation_graphs(spec, "per-scale")}
-    for graph in build_graphs(spec, precision, options):
-        if graph.name not in wanted:
-            continue
-        built[graph.name] = graph
-        infos[graph.name] = GraphInfo(
-            file=f"{graph.name}.onnx",
-            inputs=tuple(graph.inputs),
-            outputs=tuple(graph.outputs),
-            weight_bytes=sum(weight.nbytes for weight in graph.weights.values()),
-        )
-    whole = dataclasses.replace(manifest(spec, batch=2), graphs={precision: infos})
-    works = text_launches(whole, precision)
-    assert [work.name for work in works] == list(built)
-    for work in works:
-        counted = work.compute_operations + work.full_operations
-        assert counted == products(built[work.name]), work.name
-        assert work.traffic > infos[work.name].weight_bytes
-
-
 @pytest.mark.parametrize("layout", ["shared", "per-scale"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_every_weight_counts_once(precision: Any, layout: Any) -> None:
     spec, weights, infos = model(), dict[str, int](), dict[str, GraphInfo]()
     wanted = {ref.name for ref in generation_graphs(spec, layout)}
-    for graph in build_graphs(spec, precision, ExportOptions(layout=layout)):
+    some = Range(low=-1.0, high=1.0)
+    keys = rounded_convs(spec.tokenizer) if precision == "int8" else ()
+    ranges = {key: ConvRanges(input=some, output=some) for key in keys}
+    for graph in build_graphs(spec, precision, ExportOptions(layout=layout), ranges):
         if graph.name in wanted:
             sizes = {name: weight.nbytes for name, weight in graph.weights.items()}
             weights |= sizes
             total = sum(sizes.values())
             infos[graph.name] = GraphInfo(file="", inputs=(), outputs=(), weight_bytes=total)
     whole = dataclasses.replace(manifest(spec), graphs={precision: infos})
-    assert weights_in_use(whole, precision) == sum(weights.values())
-
-
-def test_int8_counts_what_stays_fp32() -> None:
-    """Attention, head and, while its weights are fp32, the decoder."""
-    spec = model()
-    infos = {
-        ref.name: GraphInfo(file="", inputs=(), outputs=(), weight_bytes=10**9)
-        for ref in generation_graphs(spec, "per-scale")
-    }
-    whole = dataclasses.replace(manifest(spec), graphs={"fp32": infos, "int8": infos})
-    for full, work in zip(text_launches(whole, "fp32"), text_launches(whole, "int8"), strict=True):
-        both = work.compute_operations + work.full_operations
-        assert both == full.compute_operations + full.full_operations
-        assert (work.compute_operations > 0) == (work.name != names.DECODER), work.name
-        assert work.full_operations > 0, work.name
-    small = {**infos, names.DECODER: dataclasses.replace(infos[names.DECODER], weight_bytes=10**4)}
-    smaller = dataclasses.replace(whole, graphs={"int8": small})
-    decoder = text_launches(smaller, "int8")[-1]
-    assert decoder.compute_operations > 10 * decoder.full_operations > 0
-
-
-def test_work_of_the_text_encoder_is_that_of_its_graph() -> None:
-    spec = t5_case.SPEC
-    graph = build_text_encoder(spec, GraphForm(precision="fp32"))
-    weights = sum(weight.nbytes for weight in graph.weights.values())
-    info = GraphInfo(file="fp32/text_encoder.onnx", inputs=(), outputs=(), weight_bytes=weights)
-    described = TextEncoderManifest(
-        model=spec,
-        graphs={"fp32": {names.TEXT_ENCODER: info}},
-        files={"fp32/text_encoder.onnx": FileInfo(size=1, sha256="0" * 64)},
-        checkpoint={},
-        tools={},
-    )
-    work = text_encoder_work(described, "fp32", 3)
-    assert work["compute"] + work["full"] == 3 * products(graph)
-    assert work["weights"] == weights
+    assert weights_used(whole, precision) == sum(weights.values())

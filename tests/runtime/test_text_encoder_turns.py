@@ -20,7 +20,7 @@ from var_deploy.runtime import text_encoder, text_features
 from var_deploy.runtime.backends import choice
 from var_deploy.text.manifest import read_text_encoder
 
-FOX, BOAT = "a red fox in the snow", "a boat"
+DEER, BOAT = "a red deer in the snow", "a boat"
 SETTLED = RuntimeConfig(backend=CPU, precision="fp32", layout="shared", threads=1)
 
 
@@ -59,7 +59,7 @@ def encoder_of(pipe: Pipeline) -> Any:
 def test_images_are_the_same_and_never_both_in_memory(turns: Any, bundle: Path) -> None:
     pipe, held = turns
     assert pipe._loop._held is None, "nothing is loaded before the first prompt"
-    prompts = [FOX, BOAT, FOX]
+    prompts = [DEER, BOAT, DEER]
     images = pipe.generate(prompts=prompts, negative="fog", seed=5)
     assert held == [None] * 3 and encoder_of(pipe)._graph is None
     loop = pipe._loop._held
@@ -81,7 +81,7 @@ def test_what_else_a_pipeline_does_works_in_turns(turns: Any) -> None:
     mask = np.zeros((16, 24), bool)
     mask[:8, :12] = True
     tokens = pipe.encode(picture)
-    pipe.edit(picture, mask, prompt=FOX, seed=1)
+    pipe.edit(picture, mask, prompt=DEER, seed=1)
     pipe.vary(picture, 1, prompt=BOAT, seed=1)
     assert held == [None, None] and pipe._graphs._opened
     assert len(pipe.decode(tokens)) == 1
@@ -90,13 +90,13 @@ def test_what_else_a_pipeline_does_works_in_turns(turns: Any) -> None:
         pipe.features(["a new one"])
 
     with pytest.raises(UsageError, match="callback"):
-        pipe.generate(prompts=[FOX], on_scale=ask)
+        pipe.generate(prompts=[DEER], on_scale=ask)
     pipe.start_clock()
     loop = pipe._loop._held
     pipe.generate(prompts=["a house"])
     assert pipe._loop._held is loop, "a loop with a clock stays"
     pipe.close()
-    for call in (lambda: pipe.generate(prompts=[FOX]), lambda: pipe.features(["more"])):
+    for call in (lambda: pipe.generate(prompts=[DEER]), lambda: pipe.features(["more"])):
         with pytest.raises(BackendError, match="closed"):
             call()
 
@@ -112,9 +112,9 @@ def test_a_text_encoder_that_fails_is_released(
     with monkeypatch.context() as patched:
         patched.setattr(text_encoder, "check_features", refuse)
         with pytest.raises(BackendError, match="plausible"):
-            pipe.generate(prompts=[FOX])
+            pipe.generate(prompts=[DEER])
     assert encoder_of(pipe)._graph is None
-    assert len(pipe.generate(prompts=[FOX])) == 1
+    assert len(pipe.generate(prompts=[DEER])) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_on_a_card_the_memory_of_both_is_compared_only_where_both_are_there(
     config = dataclasses.replace(SETTLED, backend=TENSORRT, threads=None)
     machine = workstation()
     assert "of the host" in text_features.stays_in_memory(manifest, config, encoder, machine)[1]
-    monkeypatch.setattr(choice, "_has_cuda_provider", lambda: True)
+    monkeypatch.setattr(choice, "has_cuda_provider", lambda: True)
     stays, reason = text_features.stays_in_memory(manifest, config, encoder, machine)
     assert stays and "scales 0.6 GB and text encoder" in reason
     only_int8 = dataclasses.replace(encoder, graphs={"int8": encoder.graphs["fp32"]})
@@ -164,11 +164,11 @@ def test_commands_can_keep_it(
         return True, ""
 
     monkeypatch.setattr("var_deploy.pipeline.stays_in_memory", note)
-    out = ("--threads", 1, "--out", tmp_path / "fox.png")
-    done("generate", bundle, "--prompt", FOX, *out)
-    done("generate", bundle, "--prompt", FOX, "--keep-text-encoder", *out)
-    box = ("--box", "0,0,12,8", "--prompt", FOX, "--keep-text-encoder")
-    done("edit", bundle, tmp_path / "fox.png", *box, "--threads", 1, "--out", tmp_path / "b.png")
+    out = ("--threads", 1, "--out", tmp_path / "deer.png")
+    done("generate", bundle, "--prompt", DEER, *out)
+    done("generate", bundle, "--prompt", DEER, "--keep-text-encoder", *out)
+    box = ("--box", "0,0,12,8", "--prompt", DEER, "--keep-text-encoder")
+    done("edit", bundle, tmp_path / "deer.png", *box, "--threads", 1, "--out", tmp_path / "b.png")
     assert asked == [False, True, True]
 
 

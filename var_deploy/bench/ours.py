@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from var_deploy import __version__
+from var_deploy import __version__, names
 from var_deploy.bench.conditions import bench_prompts, bench_texts
-from var_deploy.bench.text_work import text_encoder_work
 from var_deploy.bench.worker import About, Sample, Worker, serve, worker_parser
 from var_deploy.config import Precision, RuntimeConfig
 from var_deploy.errors import BackendError
 from var_deploy.labels import spread_labels
 from var_deploy.manifest import read_manifest
 from var_deploy.pipeline import Pipeline
+from var_deploy.planning.text_costs import text_encoder_work
 from var_deploy.runtime.measure import add_launches, launch_names
 from var_deploy.runtime.text_encoder import TextEncoder
 from var_deploy.runtime.text_features import find_text_encoder
@@ -101,6 +101,7 @@ class OurTextEncoder:
         opened = time.perf_counter() - started
         manifest = self._encoder.manifest
         precision = cast(Precision, loaded.precision)
+        work = text_encoder_work(manifest.model, precision)  # of one prompt, padded to the length
         return About(
             settings={
                 "var-deploy": __version__,
@@ -112,7 +113,11 @@ class OurTextEncoder:
             threads=loaded.threads or 0,
             reason=loaded.reason,
             loading={"opening": opened},  # with the check of hashes
-            work=text_encoder_work(manifest, precision, self._prompts),
+            work={
+                "weights": manifest.graphs[precision][names.TEXT_ENCODER].weight_bytes,
+                "compute": self._prompts * work.compute_operations,
+                "full": self._prompts * work.full_operations,
+            },
         )
 
     def generate(self) -> Sample:

@@ -41,8 +41,8 @@ def rooflines(workload: Workload, device: Device) -> list[Roofline]:
     ]
 
 
-def text_roofline(work: Work, device: Device, precision: str) -> Roofline:
-    """The roofline of a launch of a text-to-image bundle or of a text encoder."""
+def roofline_of(work: Work, device: Device, precision: str) -> Roofline:
+    """The roofline of other work than that of a generation, such as a text encoder's."""
     computing = work.compute_operations / device.rate(precision)
     return Roofline(
         name=work.name,

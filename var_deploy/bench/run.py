@@ -15,9 +15,8 @@ from var_deploy.bench.busy import busy_processors
 from var_deploy.bench.power import find_meters
 from var_deploy.bench.rates import Rates
 from var_deploy.bench.report import BenchReport, Result, Run, Surroundings
-from var_deploy.bench.roofline import Roofline, rooflines, text_roofline
+from var_deploy.bench.roofline import Roofline, roofline_of, rooflines
 from var_deploy.bench.rounds import Comparison, Entry, Rated, Rounds
-from var_deploy.bench.text_work import text_launches, weights_in_use
 from var_deploy.bundle.graph_refs import generation_graphs
 from var_deploy.config import AUTO, CPU, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
@@ -26,6 +25,7 @@ from var_deploy.host.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.planning.costs import Work, graph_weights, workload_of
 from var_deploy.planning.devices import Device, find_device
+from var_deploy.planning.text_costs import pooled_weights
 from var_deploy.progress import Progress
 from var_deploy.runtime.text_features import text_encoder_folder
 
@@ -237,32 +237,29 @@ def evaluate(comparison: Comparison, manifest: Manifest, images: int, machine: M
 def weights_used(manifest: Manifest, precision: str) -> int:
     """Bytes of the weights of one generation, each counted once.
 
-    The static graphs of all scales together have the same weights as `step`.
+    The static graphs of all scales together have the same weights as `step`, and the two condition
+    graphs of a text-to-image model share those of the pool.
     """
-    if manifest.takes_text:
-        return weights_in_use(manifest, cast(Precision, precision))
-    graphs = manifest.graphs[precision]
-    workload = workload_of(manifest, cast(Precision, precision))
-    wanted = [graph.name for graph in generation_graphs(manifest.model, "shared")]
-    return sum(
-        graphs[name].weight_bytes
-        if name in graphs
-        else graph_weights(workload, name).nbytes(workload.itemsize)
-        for name in wanted
+    graphs, form = manifest.graphs[precision], cast(Precision, precision)
+    workload = workload_of(manifest, form)
+    wanted = generation_graphs(manifest.model, "shared", form, guidance=manifest.guidance)
+    total = sum(
+        graphs[ref.name].weight_bytes
+        if ref.name in graphs
+        else graph_weights(workload, ref.name).nbytes(workload.itemsize)
+        for ref in wanted
     )
+    if any(ref.kind == "unconditional" for ref in wanted):
+        total -= pooled_weights(workload).nbytes(workload.itemsize)
+    return total
 
 
 def generation_rooflines(
     manifest: Manifest, precision: str, images: int, device: Device
 ) -> list[Roofline]:
     """Least time of each launch of a generation of `images` images, summed over its batches."""
-    own, chosen = manifest.of(precision), cast(Precision, precision)
-    batches = -(-images // own.batch)
-    if manifest.takes_text:
-        works = text_launches(own, chosen)
-        once = [text_roofline(work, device, precision) for work in works]
-    else:
-        once = rooflines(workload_of(manifest, chosen), device)
+    batches = -(-images // manifest.of(precision).batch)
+    once = rooflines(workload_of(manifest, cast(Precision, precision)), device)
     return [
         dataclasses.replace(
             roofline,
@@ -283,7 +280,7 @@ def _roofline_of_work(work: Mapping[str, int], device: Device, precision: str) -
         full_operations=work["full"],
         traffic=work["weights"],
     )
-    return text_roofline(counted, device, precision)
+    return roofline_of(counted, device, precision)
 
 
 def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:

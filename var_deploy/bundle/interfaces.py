@@ -29,6 +29,24 @@ PAST: CacheNames = (names.past_key, names.past_value)
 NEW: CacheNames = (names.new_key, names.new_value)
 
 
+# An int8 launch takes one image where the buffers of one have more bytes than this. The graphs are
+# for CPUs, whose cores one image keeps busy: the time of an image is the same in any batch, and the
+# memory of a batch is that of all its images. Where an image is small, a launch spends some of its
+# time on operators as such, and a batch shares that.
+ALONE_BYTES = 16 << 20
+
+
+def launch_batch(
+    model: ModelSpec | TextModelSpec, precision: str, batch: int, *, guidance: bool
+) -> int:
+    """Return the images per launch of the graphs of one precision, in a bundle that is exported
+    with `batch`: 1 where an int8 image has more than ALONE_BYTES of buffers."""
+    if precision != "int8":
+        return batch
+    one = interfaces_of(model, precision=precision, batch=1, guidance=guidance)
+    return 1 if one.buffer_bytes() > ALONE_BYTES else batch
+
+
 def interfaces_of(
     model: ModelSpec | TextModelSpec,
     *,

@@ -191,18 +191,17 @@ def _workload(
 ) -> tuple[Manifest | None, Workload]:
     """Sizes of a bundle, a preset or checkpoint files; what the options say must agree with a
     bundle."""
+    from var_deploy.bundle.interfaces import launch_batch
     from var_deploy.planning.costs import Workload
 
     path = Path(model or "")
     if model is None or not path.exists():
         spec = _preset(model, text) if model is not None else _recognised(weights, text)
         _check_guidance(guidance, spec.transformer.guidable)
-        return None, Workload(
-            model=spec,
-            batch=batch or 1,
-            guidance=spec.transformer.guidable if guidance is None else guidance,
-            precision=precision or ("fp32" if device.sm is None else "fp16"),
-        )
+        guides = spec.transformer.guidable if guidance is None else guidance
+        form: Precision = precision or ("fp32" if device.sm is None else "fp16")
+        launched = launch_batch(spec, form, batch or 1, guidance=guides)
+        return None, Workload(model=spec, batch=launched, guidance=guides, precision=form)
 
     from var_deploy.manifest import read_manifest
     from var_deploy.planning.costs import workload_of

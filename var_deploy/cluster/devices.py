@@ -8,15 +8,13 @@ from typing import Any, cast
 
 import ray
 
-from var_deploy.bundle.graph_refs import generation_graphs
-from var_deploy.config import AUTO, CPU, Layout, Precision, RuntimeConfig
+from var_deploy.config import Layout, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
-from var_deploy.planning.costs import FULL, workload_of
+from var_deploy.planning.costs import workload_of
 from var_deploy.planning.memory import Library, footprint
 from var_deploy.planning.selection import Facts, select
-from var_deploy.runtime.text_features import own_precision
-from var_deploy.spec import TextModelSpec
+from var_deploy.planning.text_memory import text_encoder_memory, text_encoder_precision
 from var_deploy.text.manifest import TextEncoderManifest
 
 WORKER = 100_000_000  # bytes that Ray takes in a worker process, measured
@@ -69,21 +67,21 @@ def device_of(
     """The resources of a worker that runs a bundle, and its text encoder, with `config`.
 
     A worker takes a GPU where the backend runs on one, or is "auto" and the cluster has GPUs; else
-    it takes one CPU of the cluster per thread. Memory is the peak that `plan` predicts, plus
-    `images` images and Ray's share; for a bundle that takes prompts see `text_memory`. The same
-    amount is taken on the host of a GPU, which holds an engine only while it is loaded.
+    it takes one CPU of the cluster per thread. Memory is the peak that `plan` predicts, of the text
+    encoder too, plus `images` images and Ray's share. The same amount is taken on the host of a
+    GPU, which holds an engine only while it is loaded.
 
     Raises what `select` raises.
     """
     gpu = cast(Any, ray).cluster_resources().get("GPU", 0) >= 1
     selection = select(config, manifest, Facts(cuda=gpu, cores=1))
     chosen, on_gpu = selection.config, selection.on_gpu
+    library: Library = "tensorrt" if on_gpu else "onnxruntime-cpu"
+    precision = cast(Precision, chosen.precision)
+    peak = footprint(workload_of(manifest, precision), cast(Layout, chosen.layout), library).peak
     if text_encoder is not None:
-        peak = text_memory(manifest, text_encoder, chosen)
-    else:
-        library: Library = "tensorrt" if on_gpu else "onnxruntime-cpu"
-        workload = workload_of(manifest, cast(Precision, chosen.precision))
-        peak = footprint(workload, cast(Layout, chosen.layout), library).peak
+        held_in = text_encoder_precision(text_encoder.graphs, precision, gpu=False)
+        peak += text_encoder_memory(text_encoder.model, held_in, gpu=False).peak
     tokenizer = manifest.model.tokenizer
     held = images * math.prod(tokenizer.image_size) * tokenizer.image_channels
     return Device(
@@ -92,36 +90,6 @@ def device_of(
         memory=peak + held + WORKER,
         threads=chosen.threads,
     )
-
-
-def text_memory(
-    manifest: Manifest, text_encoder: TextEncoderManifest, chosen: RuntimeConfig
-) -> int:
-    """Bytes of memory of a worker whose bundle takes prompts, an estimate from the manifests.
-
-    All weights of the graphs that are open, twice: as they are in the file and as the library holds
-    them, which on a CPU is in fp32. Keys and values of cache and text besides.
-    """
-    model, precision = manifest.model, chosen.precision
-    t = cast(TextModelSpec, model).transformer
-    layout = cast(Layout, chosen.layout)
-    graphs = generation_graphs(model, layout, precision, guidance=manifest.guidance)
-    # graphs of scales share their weights
-    image = sum(
-        {
-            graph.kind: manifest.graph(precision, graph.name).weight_bytes for graph in graphs
-        }.values()
-    )
-    own = own_precision(text_encoder, chosen)
-    text = max(
-        graph.weight_bytes
-        for name, held in text_encoder.graphs.items()
-        for graph in held.values()
-        if own in (AUTO, name)
-    )
-    copies = 3 if precision == "fp16" and chosen.backend == CPU else 2
-    rows = manifest.rows * 2 * t.depth * t.width
-    return copies * (image + text) + FULL * rows * (model.prefix_lengths[-1] + t.text_length)
 
 
 def places(device: Device) -> int:

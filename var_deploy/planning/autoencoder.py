@@ -23,8 +23,8 @@ class Layer:
         kernel: side of the convolution's kernel; 0 for other layers.
         doubled: the convolution follows nearest up-sampling. In fp32 and int8 it runs before it, as
             a 2×2 convolution for each of the four phases.
-        rounded: it is int8 in an int8 graph, not fp32. Up-samplings count as int8, although
-            calibration may leave some in fp32.
+        rounded: it is int8 in an int8 graph, not fp32. Calibration may leave up-samplings, and some
+            convolutions of a bitwise tokenizer, in fp32; they count as int8.
     """
 
     kind: Literal["conv", "norm", "mix"]
@@ -110,8 +110,7 @@ def decoder_layers(spec: TokenizerSpec | BitTokenizerSpec) -> list[Layer]:
             grid = (2 * grid[0], 2 * grid[1])
             after = _conv(widths[i], widths[i], grid)
             layers.append(dataclasses.replace(after, doubled=True))
-    if codes:
-        layers = [dataclasses.replace(layer, rounded=layer.kernel == 3) for layer in layers]
+    layers = [dataclasses.replace(layer, rounded=layer.kernel == 3) for layer in layers]
     last = [_norm(widths[0], grid), _conv(widths[0], spec.image_channels, grid)]
     return [*first, *layers, *last]
 

@@ -34,9 +34,9 @@ def graph_weights(w: Workload, graph: str) -> Weights:
     """Weights of one graph by name; `batch` and `guidance` do not change them."""
     tokenizer = w.text.tokenizer
     if graph == names.CONDITION:
-        return _condition_weights(w) + _pooled_weights(w)
+        return _condition_weights(w) + pooled_weights(w)
     if graph == names.UNCONDITIONAL:
-        return _no_prompt_weights(w) + _pooled_weights(w)
+        return _no_prompt_weights(w) + pooled_weights(w)
     if graph == names.DECODER:
         return autoencoder_weights(decoder_layers(tokenizer), w.precision)
     if graph == names.ENCODER:
@@ -54,10 +54,10 @@ def bundle_weights(w: Workload) -> Weights:
     weights = sum((graph_weights(w, graph) for graph in own), _condition_weights(w))
     if w.guidance:
         weights += _no_prompt_weights(w)
-    return weights + _pooled_weights(w)
+    return weights + pooled_weights(w)
 
 
-def _pooled_weights(w: Workload) -> Weights:
+def pooled_weights(w: Workload) -> Weights:
     """Weights that `condition` and `unconditional` share: the pool, and what is made of its
     result."""
     t, p = w.text.transformer, w.precision
