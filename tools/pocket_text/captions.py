@@ -66,8 +66,8 @@ TIME_WORDS = {
     "night": ("at night", "by night", "at midnight", "in the dark"),
 }
 _FRAMES = ("{}", "{}", "{}", "{}", "a picture of {}", "a drawing of {}", "there is {}")
-UNTOLD = 0.4  # share of sentences that say nothing of the background, and of the time
-NATURAL_UNTOLD = 0.4  # share of natural colours that are not told
+UNTOLD = 0.25  # share of sentences that say nothing of the background, and of the time
+NATURAL_UNTOLD = 0.25  # share of natural colours that are not told
 
 
 def caption(scene: Scene, rng: Rng) -> str:

@@ -9,7 +9,8 @@ from var_deploy.scale_lists import ScaleList
 from var_deploy.spec import BitTokenizerSpec, TextEncoderSpec, TextModelSpec, TextTransformerSpec
 
 TEXT_LENGTH = 32  # tokens; the grammar's longest sentence has some 25
-GRIDS = tuple((side, side) for side in (1, 2, 3, 4, 6, 8))
+# tokens of 16 × 16 pixels, as in all of the family: patches of 2 × 2 latent positions
+GRIDS = tuple((side, side) for side in (1, 2, 3, 4))
 SCALES = ScaleList(resolution="", aspect="1:1", grids=GRIDS, rope_grid=GRIDS[-1])
 DEFAULTS = BitSampling(cfg=3.0, temperature=0.7, top_p=0.9)
 
@@ -24,7 +25,7 @@ TEXT_ENCODER = TextEncoderSpec(
 )
 POCKET_TEXT = TextModelSpec(
     tokenizer=BitTokenizerSpec(
-        grids=GRIDS, bits=16, base_width=32, width_multipliers=(1, 1, 2, 2), res_blocks=1
+        grids=GRIDS, bits=16, patch=2, base_width=32, width_multipliers=(1, 1, 2, 2), res_blocks=1
     ),
     transformer=TextTransformerSpec(
         depth=6,

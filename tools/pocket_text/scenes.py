@@ -1,7 +1,7 @@
 """What a picture of pocket-text shows, which combinations are held out, and how it is drawn.
 
-Scene i of a set depends on (seed, i) alone. Held-out combinations (thing and colour, two things, and
-one in twenty of all other scenes) are never drawn for training, so that sentences about them
+Scene i of a set depends on (seed, i) alone. Held-out combinations (thing and colour, two things,
+and one in twenty of all other scenes) are never drawn for training, so that sentences about them
 measure whether the model puts known words together in a new way.
 """
 
