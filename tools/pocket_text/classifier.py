@@ -106,7 +106,8 @@ def augment(x: Tensor, random: torch.Generator) -> Tensor:
         x = F.interpolate(x, size=(side, side), mode="bilinear")
     gain, lift, noise = torch.rand(3, batch, 1, 1, 1, generator=random)
     x = x * (0.9 + 0.2 * gain) + 0.1 * (lift - 0.5)
-    return x + 0.1 * noise * torch.randn(x.shape, generator=random)
+    out: Tensor = x + 0.1 * noise * torch.randn(x.shape, generator=random)
+    return out
 
 
 def draw_any(count: int, seed: int, things: int) -> tuple[Images, list[Scene]]:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from tools.pocket.evaluate import (
     Distances,
-    Images,
     diversity,
     nearest_distance,
     psnr,
@@ -30,6 +29,7 @@ from tools.pocket_text.classifier import (
     ALONE,
     CHECK_SEED,
     PAIR,
+    Images,
     SceneClassifier,
     accuracies,
     answers,
@@ -200,13 +200,18 @@ def evaluate(
     count: int = 500,
     seed: int = 0,
     references: int = 4000,
+    checks: int = 500,
 ) -> Evaluation:
-    """Generate pictures of `count` held-out sentences at the bundle's defaults and measure them."""
+    """Generate pictures of `count` held-out sentences at the bundle's defaults and measure them.
+
+    `references` training pictures are looked through for copies; `checks` drawings of one thing,
+    and of two, measure the classifiers.
+    """
     shown, texts = held_out_sentences(count, Recipe().held_out_seed)
     images = pipe.generate(prompts=texts, seed=seed)
     checked: dict[str, float] = {}
     for things, model in zip((1, 2), classifiers, strict=True):
-        found = accuracies(model, *draw_any(500, CHECK_SEED, things))
+        found = accuracies(model, *draw_any(checks, CHECK_SEED, things))
         checked |= {f"{name} of {things}": share for name, share in found.items()}
     drawn, _ = draw_held_out(count, Recipe().held_out_seed)
     coded = reconstruct(tokenizer, drawn)

@@ -117,7 +117,9 @@ def init_weights(model: TextToBits) -> None:
                 parameter.mul_(0.3)
                 if "head_nm" not in name:
                     parameter[: 2 * width].mul_(0.1)
-            elif name.endswith((".ca.proj.weight", "pos_start", "lvl_embed.weight")):
+            elif name.endswith(("pos_start", "lvl_embed.weight")) or (
+                name.startswith("blocks.") and name.endswith(".ca.proj.weight")
+            ):
                 parameter.mul_(0.3)
             elif name == "head.weight":
                 parameter.mul_(0.05)
@@ -173,7 +175,7 @@ def train_transformer(
         told = losses.detach()[~dropped]
         return {"loss": float(told.mean()), "first scales": float(told[:, : 1 + 4 + 9].mean())}
 
-    parts = {"model": model, "average": average}
+    parts: dict[str, nn.Module] = {"model": model, "average": average}
     run_steps("transformer", steps, take, parts, optimizers, log, checkpoint)
     return average.requires_grad_(False)
 
