@@ -87,7 +87,8 @@ def encode_set(
         kept += shown
         if len(kept) % (10 * TRAINING_CHUNK) == 0 or len(kept) == count:
             log(f"encoded {len(kept)}/{count}  {time.process_time() - start:.0f} s of CPU")
-    features = np.concatenate(parts)
+    # the order in memory decides the last digits of what is computed from them
+    features = np.ascontiguousarray(np.concatenate(parts))
     if file is not None:
         np.save(file, features)
     return Latents(features, kept)
