@@ -217,7 +217,7 @@ def _backdrop(scene: Scene, rng: Rng) -> Canvas:
     if scene.time == "night":
         for _ in range(4):
             dot = circle(ROOT, uniform(rng, -0.95, 0.95), uniform(rng, -0.95, 0.1), 0.03)
-            canvas.fill(ROOT, dot, (WHITES, WHITES), alpha=0.8, soft=1.0)
+            canvas.fill(ROOT, dot, (WHITES, WHITES), alpha=0.5, soft=1.5)
     if scene.background == "sky":
         return canvas
     light = _LIGHT[scene.time]
