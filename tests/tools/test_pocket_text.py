@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from safetensors import safe_open
 
 from tools.pocket.shapes import ROOT
-from tools.pocket_text import bundle, classifier, evaluate, fit_tokenizer, fit_transformer
+from tools.pocket_text import bundle, classifier, evaluate, fit_tokenizer, fit_transformer, train
 from tools.pocket_text import scenes as drawn
 from tools.pocket_text.captions import caption, vocabulary
 from tools.pocket_text.model import POCKET_TEXT, TEXT_ENCODER, TEXT_LENGTH
@@ -259,27 +261,47 @@ def test_answers_put_the_left_or_upper_thing_first() -> None:
         assert found["across"] == ("beside" if "of" in relation else "stacked")
 
 
-def test_a_trained_folder_becomes_a_bundle_that_is_evaluated(
-    blind_tokenizer: BitTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_trains_a_folder_that_becomes_a_bundle_and_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = dataclasses.replace(RECIPE, transformer_steps=2)
+    drawings: list[tuple[int, int]] = []
+
+    def recorded(count: int, seed: int) -> object:
+        drawings.append((count, seed))
+        return drawn.draw_training(count, seed)
+
+    monkeypatch.setattr(train, "Recipe", lambda seed: dataclasses.replace(recipe, seed=seed))
+    monkeypatch.setattr(train, "POCKET_TEXT", SPEC)
+    monkeypatch.setattr(train, "TEXT_ENCODER", ENCODER)
+    for module in (fit_tokenizer, fit_transformer):
+        monkeypatch.setattr(module, "draw_training", recorded)
     weights = tmp_path / "weights"
-    weights.mkdir()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = fit_transformer.TextToBits(ENCODER, SPEC)
-        fit_transformer.init_weights(model)
-    bundle.save_half(blind_tokenizer, weights / bundle.TOKENIZER_FILE)
-    bundle.save_half(model.transformer, weights / bundle.TRANSFORMER_FILE)
-    bundle.save_text_encoder(model.text_encoder, weights / bundle.TEXT_FOLDER)
-    for name, questions in (("alone", classifier.ALONE), ("pair", classifier.PAIR)):
-        found = classifier.train_classifier(questions, RECIPE, str)
-        bundle.save_half(found, weights / evaluate.CLASSIFIER_FILES[name])
+    for _ in range(2):  # the second time there is nothing left to do
+        result = CliRunner().invoke(train.main, ["--out", str(weights)])
+        assert result.exit_code == 0, result.output
+    told = result.output
+    assert "tokenizer goes on from step 3" in told and "transformer goes on from step 2" in told
+    assert "classifier" not in told
+    first = fit_tokenizer.FIRST_SEED
+    stages = [first, first + 1, first + 2, *(first + fit_tokenizer.STAGE_SEEDS + i for i in (0, 1))]
+    assert drawings == [*((2, seed) for seed in stages), (60, fit_transformer.TRAINING_SEED)]
+    # ... and no seed of a training drawing is one that anything is evaluated with
+    evaluated = {recipe.held_out_seed + i for i in range(4)}
+    most = Recipe().transformer_images
+    assert not evaluated & {fit_transformer.TRAINING_SEED + i for i in range(0, most, 1000)}
+    assert max(evaluated) < fit_tokenizer.FIRST_SEED
+
+    for path in weights.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as saved:
+            assert {saved.get_slice(key).get_dtype() for key in saved.keys()} == {"F16"}  # noqa: SIM118
     bundle.export(weights, tmp_path / "bundle", SPEC)
     monkeypatch.setattr(evaluate, "SENTENCES", 2)
     monkeypatch.setattr(evaluate, "SEEDS", 2)
+    tokenizer = train.load_tokenizer(weights / bundle.TOKENIZER_FILE)
     with Pipeline.load(tmp_path / "bundle") as pipe:
         report = evaluate.evaluate(
-            *(pipe, blind_tokenizer, evaluate.load_classifiers(weights)),
+            *(pipe, tokenizer, evaluate.load_classifiers(weights)),
             count=20,
             references=20,
             checks=20,

@@ -13,8 +13,10 @@ form, all trained here on drawings with sentences that a grammar writes.
 - "classifier" fits the two classifiers that evaluate the pictures, on drawings of other seeds.
 
 Each of the first three keeps a checkpoint in OUT/checkpoints: the same command goes on where it was
-stopped, and a stage that is done is skipped. `python -m tools.pocket_text.bundle OUT --out BUNDLE`
-exports the weights, `python -m tools.pocket_text.evaluate BUNDLE --weights OUT` measures them.
+stopped, and a stage that is done is not repeated. After a change of the recipe, give another OUT.
+
+`python -m tools.pocket_text.bundle OUT --out BUNDLE` exports the weights, and
+`python -m tools.pocket_text.evaluate BUNDLE --weights OUT` measures them.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None])
         save_text_encoder(trained.text_encoder, out / TEXT_FOLDER)
     else:
         for name, questions in (("alone", ALONE), ("pair", PAIR)):
-            save_half(train_classifier(questions, recipe, log), out / CLASSIFIER_FILES[name])
+            if not (out / CLASSIFIER_FILES[name]).is_file():
+                save_half(train_classifier(questions, recipe, log), out / CLASSIFIER_FILES[name])
 
 
 @click.command()
