@@ -27,14 +27,14 @@ class Recipe:
 
     seed: int = 0
     tokenizer_batch: int = 8
-    tokenizer_steps: int = 2_600
+    tokenizer_steps: int = 3_400
     tokenizer_rate: float = 5e-3
     commitment: float = 0.25
-    decoder_steps: int = 1_400
+    decoder_steps: int = 2_000
     decoder_rate: float = 3e-3
     transformer_images: int = 48_000
     transformer_batch: int = 64
-    transformer_steps: int = 5_200
+    transformer_steps: int = 5_000
     transformer_rate: float = 3e-3
     weight_decay: float = 0.05
     flips: float = 0.2
