@@ -33,8 +33,8 @@ class Recipe:
     decoder_steps: int = 2_000
     decoder_rate: float = 3e-3
     transformer_images: int = 48_000
-    transformer_batch: int = 64
-    transformer_steps: int = 5_000
+    transformer_batch: int = 48
+    transformer_steps: int = 4_600
     transformer_rate: float = 3e-3
     weight_decay: float = 0.05
     flips: float = 0.2
