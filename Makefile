@@ -17,7 +17,8 @@ PORTABLE := build/portable/pocket
 EXPORTER := $(wildcard export/*.py export/*/*.py export/pocket/*.safetensors var_deploy/*.py \
 	var_deploy/bundle/*.py var_deploy/families/*.py var_deploy/files/*.py)
 
-.PHONY: demo bundle test test-pythons test-arm64 test-gpu test-fast fuzz lint types wheel train clean
+.PHONY: demo bundle test test-pythons test-arm64 test-gpu test-fast fuzz lint types wheel train \
+	train-text clean
 .DELETE_ON_ERROR:
 
 demo: $(BUNDLE)/manifest.json
@@ -115,6 +116,10 @@ $(PORTABLE)/manifest.json: $(EXPORTER) | $(READY)
 
 train: $(READY)
 	$(BIN)/python -m tools.pocket.train --out build/train
+
+# Goes on where it was stopped; see tools/pocket_text/train.py
+train-text: $(READY)
+	$(BIN)/python -m tools.pocket_text.train --out build/train-text
 
 # Builds, compares and times engines on this machine's GPU; without one a rehearsal on the CPU. A
 # board without PyTorch runs the same program on a bundle that was copied there: docs/JETSON.md

@@ -2,12 +2,13 @@
 
 Module and parameter names are the keys of the released state dicts, but for the blocks, which lie
 flat under `blocks` (see `checkpoint.infinity_keys`). `condition` computes what depends on the text
-alone, once per image; `step` runs one scale on a cache of keys and values.
+alone, once per image; `step` runs one scale on a cache of keys and values, and `forward` all scales
+at once, teacher-forced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -120,13 +121,14 @@ class TextBlock(nn.Module):
         mod: Tensor,
         text: tuple[Tensor, Tensor],
         valid: Tensor,
-        cache: Cache,
+        cache: Cache | None,
         layer: int,
         turn: Callable[[Tensor], Tensor],
+        mask: Tensor | None = None,
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
-        x = x + gamma1 * self.sa(h, None, cache, layer, turn)
+        x = x + gamma1 * self.sa(h, mask, cache, layer, turn)
         x = x + self.ca(self.ca_norm(x), text, valid)
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale2) + shift2
         out: Tensor = x + gamma2 * self.ffn(h)
@@ -246,6 +248,28 @@ class InfinityTransformer(nn.Module):
                 partial(rotate, cos_LD=cos, sin_LD=sin),
             )
         return StepResult(hidden=x, logits=self.head(self.head_nm(x, condition.head)))
+
+    def forward(self, inputs: Sequence[Tensor], condition: TextCondition) -> Tensor:
+        """Return the raw logits [G, T, 2e] of all scales in one pass, for training.
+
+        `inputs` are those of every scale but the first, [B, L_k, e]. A token sees its own scale and
+        those before, so the logits are those of `step` scale by scale with the same inputs.
+        """
+        rows = [self.embed(scale, given, condition) for scale, given in enumerate((None, *inputs))]
+        x = torch.cat(rows, dim=1)
+        scale_T = torch.cat([torch.full((row.shape[1],), k) for k, row in enumerate(rows)])
+        mask = (scale_T[:, None] >= scale_T[None, :]).to(x.device)
+        cos, sin = (
+            torch.cat([torch.from_numpy(tables[part]) for tables in self._rope]).to(x)
+            for part in (0, 1)
+        )
+        turn = partial(rotate, cos_LD=cos, sin_LD=sin)
+        valid = condition.valid[:, None, None]
+        for layer, block in enumerate(self.blocks):
+            text = condition.cross[layer]
+            x = block(x, condition.blocks[layer], text, valid, None, layer, turn, mask)
+        logits: Tensor = self.head(self.head_nm(x, condition.head))
+        return logits
 
 
 def rotate(x_GHLD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:

@@ -75,6 +75,18 @@ def compare_condition(case: Case, condition: TextCondition, prefix: str) -> None
     assert_near(condition.shared, golden[f"{prefix}.text.ada"], "shared modulation")
 
 
+def test_all_scales_in_one_pass_give_the_published_logits(case: Case) -> None:
+    """Teacher-forced, as in training, on the inputs of the greedy run."""
+    _, transformer = case.modules()
+    condition = condition_of(case, transformer, "greedy")
+    inputs = [tensor(case, f"greedy.next.{k}") for k in range(case.spec.scales - 1)]
+    parts = transformer(inputs, condition).split(case.spec.scale_lengths, dim=1)
+    settings = zip(case.config["cfg"], case.config["tau"], strict=True)
+    for k, (raw, (cfg, tau)) in enumerate(zip(parts, settings, strict=True)):
+        logits = guide(raw, cfg, tau, len(case.golden["text.lengths"]))
+        assert_near(logits, case.golden[f"greedy.logits.{k}"], f"logits of scale {k}")
+
+
 Pick = Callable[[int, Tensor], Tensor]  # (scale, logits [B, L_k, 2e]) → bits [B, L_k, e]
 
 

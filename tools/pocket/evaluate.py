@@ -24,6 +24,7 @@ from tools.pocket.fit_transformer import TRAINING_CHUNK, TRAINING_SEED
 from tools.pocket.recipe import Recipe
 from var_deploy.errors import UsageError, VarDeployError
 from var_deploy.export.checkpoint.assemble import build_modules, load_model
+from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.tokenizer import Tokenizer
 from var_deploy.export.pocket.classifier import (
     Images,
@@ -79,7 +80,7 @@ def spacing(images: Images) -> float:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, images: Images) -> Images:
+def reconstruct(tokenizer: Tokenizer | BitTokenizer, images: Images) -> Images:
     """Encode pictures [N, 64, 64, 3] to the tokens of all scales and decode them again."""
     parts = []
     for part in batches(images, 50):

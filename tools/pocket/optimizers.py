@@ -80,11 +80,14 @@ class Optimizers:
         rate: float,
         steps: int,
         decay: float = 0.0,
+        tables: tuple[str, ...] = ("emb",),
     ) -> None:
+        """Names that contain one of `tables` are of tables, whatever their shape."""
         parameters = [(n, p) for n, p in named if p.requires_grad]
         self.all = [p for _, p in parameters]
         # tables and positions are looked up row by row: orthogonalising them mixes the rows
-        matrices = [p for n, p in parameters if p.ndim in (2, 4) and "emb" not in n]
+        flat = [(n, p) for n, p in parameters if p.ndim in (2, 4)]
+        matrices = [p for n, p in flat if not any(part in n for part in tables)]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.all if id(p) not in chosen]
         self.rate, self.steps, self.done = rate, steps, 0

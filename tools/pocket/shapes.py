@@ -138,6 +138,12 @@ class Canvas:
         """Darken the picture towards its corners."""
         self.pixels *= 1.0 - strength * 0.5 * (ROOT.x * ROOT.x + ROOT.y * ROOT.y)
 
+    def part(self, rows: slice, columns: slice) -> Canvas:
+        """Return a canvas of a part of this picture: what is laid on it is laid on both."""
+        part = Canvas.__new__(Canvas)
+        part.pixels = self.pixels[:, rows, columns]
+        return part
+
     def image(self) -> NDArray[np.uint8]:
         """Return the picture as [64, 64, 3] bytes."""
         scaled = np.clip(self.pixels * 255.0 + 0.5, 0.0, 255.0).astype(np.uint8)

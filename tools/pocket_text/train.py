@@ -1,0 +1,103 @@
+"""Trains pocket-text from nothing; `make train-text` does all of it.
+
+pocket-text makes pictures of 64 × 64 pixels of a sentence. It has the form of Infinity's family: a
+tokenizer of bits at four scales, a transformer with a text condition, and a text encoder of T5's
+form, all trained here on drawings with sentences that a grammar writes.
+
+- "tokenizer" fits encoder and decoder of the bits, on new drawings in each step.
+- "transformer" encodes drawings once, and fits transformer and text encoder together; sentences
+  are written anew each time that a drawing is used. Bits are flipped at random, so that the model
+  learns to mend its own errors. One sentence in ten is dropped, for guidance.
+- "decoder" fits the decoder to the finished bits. No bit changes, so it could run beside
+  "transformer".
+- "classifier" fits the two classifiers that evaluate the pictures, on drawings of other seeds.
+
+Each of the first three keeps a checkpoint in OUT/checkpoints: the same command goes on where it was
+stopped, and a stage that is done is not repeated. After a change of the recipe, give another OUT.
+
+`python -m tools.pocket_text.bundle OUT --out BUNDLE` exports the weights, and
+`python -m tools.pocket_text.evaluate BUNDLE --weights OUT` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from safetensors.torch import load_file
+
+from tools.pocket.train import save_half
+from tools.pocket_text.bundle import (
+    TEXT_FOLDER,
+    TOKENIZER_FILE,
+    TRANSFORMER_FILE,
+    save_text_encoder,
+)
+from tools.pocket_text.classifier import ALONE, PAIR, train_classifier
+from tools.pocket_text.evaluate import CLASSIFIER_FILES
+from tools.pocket_text.fit_tokenizer import refine_decoder, train_tokenizer
+from tools.pocket_text.fit_transformer import train_transformer
+from tools.pocket_text.model import POCKET_TEXT, TEXT_ENCODER
+from tools.pocket_text.recipe import Recipe
+from var_deploy.export.models.bit_tokenizer import BitTokenizer
+
+JOINT_FILE = "tokenizer-joint.safetensors"
+CHECKPOINTS = "checkpoints"
+STAGES = ("tokenizer", "decoder", "transformer", "classifier")
+
+
+def load_tokenizer(path: Path) -> BitTokenizer:
+    """Load the tokenizer as a stage saved it: rounded to fp16, computed in fp32."""
+    tokenizer = BitTokenizer(POCKET_TEXT.tokenizer).eval()
+    tokenizer.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return tokenizer.requires_grad_(False)
+
+
+def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
+    """Run one stage: read the files of the stage before, write its own."""
+    torch.set_num_threads(recipe.threads)
+    checkpoint = out / CHECKPOINTS / f"{stage}.pt"
+    if stage == "tokenizer":
+        model = train_tokenizer(recipe, POCKET_TEXT.tokenizer, log, checkpoint)
+        save_half(model, out / JOINT_FILE)
+    elif stage == "decoder":
+        model = refine_decoder(load_tokenizer(out / JOINT_FILE), recipe, log, checkpoint)
+        save_half(model, out / TOKENIZER_FILE)
+    elif stage == "transformer":
+        trained = train_transformer(
+            recipe,
+            TEXT_ENCODER,
+            POCKET_TEXT,
+            load_tokenizer(out / JOINT_FILE),
+            log,
+            checkpoint,
+            out / CHECKPOINTS / "latents.npy",
+        )
+        save_half(trained.transformer, out / TRANSFORMER_FILE)
+        save_text_encoder(trained.text_encoder, out / TEXT_FOLDER)
+    else:
+        for name, questions in (("alone", ALONE), ("pair", PAIR)):
+            if not (out / CLASSIFIER_FILES[name]).is_file():
+                save_half(train_classifier(questions, recipe, log), out / CLASSIFIER_FILES[name])
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.option("--stage", type=click.Choice(["all", *STAGES]), default="all", show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(out: Path, stage: str, seed: int) -> None:
+    """Train pocket-text and its classifiers and write their weight files into OUT."""
+    recipe = Recipe(seed=seed)
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+
+    def log(line: str) -> None:
+        click.echo(line, err=True)
+
+    for each in STAGES if stage == "all" else (stage,):
+        run_stage(each, out, recipe, log)
+
+
+if __name__ == "__main__":
+    main()
