@@ -21,7 +21,7 @@ LAUNCHES = {"condition": 0.001, "scale_00": 0.002, "decoder": 0.005}
 RATE = 1e9  # operations and bytes a second of the manner "rates"
 
 
-class FakeContender:
+class FakeWorker:
     def __init__(self, name: str, log: Path, manner: str) -> None:
         self.name, self.log, self.manner, self.count = name, log, manner, 0
         if manner == "refuses":
@@ -78,4 +78,4 @@ if __name__ == "__main__":
     if manner == "babbles":
         print("good morning", flush=True)
         time.sleep(60)
-    sys.exit(serve(lambda: FakeContender(name, Path(log), manner)))
+    sys.exit(serve(lambda: FakeWorker(name, Path(log), manner)))

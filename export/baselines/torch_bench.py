@@ -1,6 +1,6 @@
 """The three PyTorch baselines on the CPU that `bench` compares with a bundle.
 
-    python -m var_deploy.export.baselines.torch_bench BUNDLE --contender torch --batch N --threads N
+    python -m var_deploy.export.baselines.torch_bench BUNDLE --baseline torch --batch N --threads N
 
 `torch` is the published path in fp32, `torch-bf16` the same under autocast. `torch-compile` is
 inductor over our own modules, which compute the modulation once per image: projecting it at every
@@ -43,18 +43,18 @@ from var_deploy.runtime.measure import WallClock, launch_names
 from var_deploy.sampling import BitSampling, call_keys, stack_uniforms
 from var_deploy.spec import TextModelSpec
 
-CONTENDERS = ("torch", "torch-bf16", "torch-compile")
+BASELINES = ("torch", "torch-bf16", "torch-compile")
 LONGEST = 300  # characters kept of a compiler's message, which may have pages
 
 # uniforms [B, `NextScaleSpec.draws`] → images [B, channels, height, width] in [0, 1]
 Generate = Callable[[Tensor, Mark], Tensor]
 
 
-class TorchContender:
+class TorchBaseline:
     """A PyTorch baseline that generates all images at once, since PyTorch needs no fixed batch.
 
     Args:
-        name: one of CONTENDERS.
+        name: one of BASELINES.
         images: of one generation.
         threads: 0 takes every core that the process may use.
         compiler: the backend of torch.compile for `torch-compile`.
@@ -75,8 +75,8 @@ class TorchContender:
         threads: int = 0,
         compiler: Compiler = "inductor",
     ) -> None:
-        if name not in CONTENDERS:
-            raise UsageError(f"contender must be one of {', '.join(CONTENDERS)}, found {name!r}")
+        if name not in BASELINES:
+            raise UsageError(f"baseline must be one of {', '.join(BASELINES)}, found {name!r}")
         if threads < 0:
             raise UsageError(f"threads must be 0 (every core) or more, found {threads}")
         threads = check_threads(threads or None, machine=Machine()) or usable_cores() or 0
@@ -242,12 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = worker_parser(
         "var_deploy.export.baselines.torch_bench", threads="every core that the process may use"
     )
-    parser.add_argument("--contender", choices=CONTENDERS, default="torch")
+    parser.add_argument("--baseline", choices=BASELINES, default="torch")
     options: Any = parser.parse_args(arguments)
 
-    def load() -> TorchContender:
-        return TorchContender(
-            options.bundle, options.contender, options.batch, threads=options.threads
+    def load() -> TorchBaseline:
+        return TorchBaseline(
+            options.bundle, options.baseline, options.batch, threads=options.threads
         )
 
     return serve(load)

@@ -19,7 +19,7 @@ from var_deploy.export.baselines.text_path import (
     generate_text_as_published,
     random_text_modules,
 )
-from var_deploy.export.baselines.torch_bench import TorchContender
+from var_deploy.export.baselines.torch_bench import TorchBaseline
 from var_deploy.export.bundle import ExportOptions, build_graphs
 from var_deploy.export.int8.decoder_ranges import rounded_convs
 from var_deploy.export.int8.operators import ConvRanges, Range
@@ -113,7 +113,7 @@ def test_the_published_path_computes_the_model(
     np.testing.assert_allclose(found.image.permute(0, 2, 3, 1).numpy(), expected.image, atol=1e-5)
 
 
-def test_contenders_make_the_bundles_images(
+def test_baselines_make_the_bundles_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published way projects the text in every block at every scale; compiled, once."""
@@ -122,14 +122,14 @@ def test_contenders_make_the_bundles_images(
     expected = np.rint(reference(spec, guidance=True).image * 255)
     counter, projected = CompileCounter(), list[None]()
     for name in ("torch", "torch-compile", "torch-bf16"):
-        contender = TorchContender(tmp_path, name, 2, threads=1, compiler=counter)
-        sample = contender.generate()
+        baseline = TorchBaseline(tmp_path, name, 2, threads=1, compiler=counter)
+        sample = baseline.generate()
         scales = [f"scale_{k:02d}" for k in range(3)]
         assert list(sample.launches) == ["condition", *scales, "decoder"]
-        assert contender.images.shape == expected.shape
+        assert baseline.images.shape == expected.shape
         if name != "torch-bf16":
-            assert np.abs(contender.images - expected).max() <= 1
-        assert ("compiled" in contender.describe().settings["path"]) == (name == "torch-compile")
+            assert np.abs(baseline.images - expected).max() <= 1
+        assert ("compiled" in baseline.describe().settings["path"]) == (name == "torch-compile")
     assert counter.frame_count == 4, "a graph a scale and one for the decoder"
     transformer: Any
     tokenizer, transformer = random_text_modules(spec)

@@ -1,4 +1,4 @@
-"""PyTorch as a contender: the published path computes the model, in the published way."""
+"""PyTorch as a baseline: the published path computes the model, in the published way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.export import var
 from var_deploy.export.baselines import torch_bench
 from var_deploy.export.baselines.published_path import Generation, generate_as_published
-from var_deploy.export.baselines.torch_bench import TorchContender
+from var_deploy.export.baselines.torch_bench import TorchBaseline
 from var_deploy.export.checkpoint.assemble import assemble, build_modules, empty_modules
 from var_deploy.export.checkpoint.random_weights import RandomWeights
 from var_deploy.export.verify.reference import Trace, trace_generation
@@ -31,7 +31,7 @@ from var_deploy.sampling import Sampling, uniforms
 from var_deploy.spec import ModelSpec
 
 SAMPLING = Sampling(cfg=2.0, top_k=20, top_p=0.9, temperature=0.8)
-LABELS = [0, 2]  # of images 0 and 1 of a contender, for five classes
+LABELS = [0, 2]  # of images 0 and 1 of a baseline, for five classes
 Family = Callable[..., ModelSpec]
 
 
@@ -41,7 +41,7 @@ def one_thread() -> None:
 
 
 def modules(spec: ModelSpec) -> tuple[Any, Any]:
-    """The weights that a contender draws, encoder included."""
+    """The weights that a baseline draws, encoder included."""
     sources = []
     for module in empty_modules(spec):
         shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
@@ -64,7 +64,7 @@ def published(spec: ModelSpec, guidance: bool = True, **options: Any) -> Generat
 
 
 def bundle(folder: Path, spec: ModelSpec, *, guidance: bool = True) -> Path:
-    """A manifest is all that these contenders read."""
+    """A manifest is all that these baselines read."""
     Manifest(
         model=spec,
         preset="",
@@ -143,17 +143,17 @@ def test_marks_lie_between_the_launches(family_member: Family) -> None:
     assert len(moments) == 1 + 1 + spec.scales + 1
 
 
-def test_a_contender_makes_the_bundles_images(family_member: Family, tmp_path: Path) -> None:
+def test_a_baseline_makes_the_bundles_images(family_member: Family, tmp_path: Path) -> None:
     spec = family_member()
     folder = bundle(tmp_path, spec)
-    contender = TorchContender(folder, "torch", 2, threads=1)
-    sample = contender.generate()
+    baseline = TorchBaseline(folder, "torch", 2, threads=1)
+    sample = baseline.generate()
     assert list(sample.launches) == launch_names(read_manifest(folder))
     assert 0 < sum(sample.launches.values()) < sample.seconds
     expected = np.rint(reference(spec, guidance=True).image * 255)
-    assert contender.images.dtype == np.uint8
-    assert np.abs(contender.images - expected).max() <= 1
-    assert contender.describe().settings == {
+    assert baseline.images.dtype == np.uint8
+    assert np.abs(baseline.images - expected).max() <= 1
+    assert baseline.describe().settings == {
         "torch": torch.__version__,
         "threads": "1",
         "precision": "fp32",
@@ -161,31 +161,31 @@ def test_a_contender_makes_the_bundles_images(family_member: Family, tmp_path: P
         "path": "as published: AdaLN in every block at every scale, concatenated cache",
         "images a launch": "2",
     }
-    first = contender.images.copy()
-    assert list(contender.generate().launches) == list(sample.launches)
-    np.testing.assert_array_equal(contender.images, first)
-    contender.close()
+    first = baseline.images.copy()
+    assert list(baseline.generate().launches) == list(sample.launches)
+    np.testing.assert_array_equal(baseline.images, first)
+    baseline.close()
 
 
 def test_bf16_is_autocast_of_the_same_path(family_member: Family, tmp_path: Path) -> None:
     folder = bundle(tmp_path, family_member(depth=1))
     types = {}
     for name in ("torch", "torch-bf16"):
-        contender = TorchContender(folder, name, 1)
+        baseline = TorchBaseline(folder, name, 1)
         with Operators() as operators:
-            contender.generate()
+            baseline.generate()
         types[name] = operators.products
-        assert contender.images.std() > 10
+        assert baseline.images.std() > 10
     assert types == {"torch": {torch.float32}, "torch-bf16": {torch.bfloat16}}
-    assert contender.describe().settings["precision"].startswith("bf16 by autocast")
+    assert baseline.describe().settings["precision"].startswith("bf16 by autocast")
 
 
 def test_compiled_it_makes_the_same_images(family_member: Family, tmp_path: Path) -> None:
     folder = bundle(tmp_path, family_member(depth=1))
-    plain = TorchContender(folder, "torch", 1)
+    plain = TorchBaseline(folder, "torch", 1)
     plain.generate()
     counter = CompileCounter()
-    compiled = TorchContender(folder, "torch-compile", 1, compiler=counter)
+    compiled = TorchBaseline(folder, "torch-compile", 1, compiler=counter)
     sample = compiled.generate()
     assert counter.frame_count == 4, "a graph a scale and one for the decoder"
     assert list(sample.launches) == list(plain.generate().launches)
@@ -198,9 +198,9 @@ def test_a_compiler_that_fails_is_one_line(family_member: Family, tmp_path: Path
         raise RuntimeError("no such header\n" + "and so on " * 1000)
 
     folder = bundle(tmp_path, family_member(depth=1))
-    contender = TorchContender(folder, "torch-compile", 1, compiler=broken)
+    baseline = TorchBaseline(folder, "torch-compile", 1, compiler=broken)
     with pytest.raises(BackendError, match=r"^torch-compile failed: .*no such header") as caught:
-        contender.generate()
+        baseline.generate()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -209,29 +209,29 @@ def test_without_a_cpp_compiler_it_says_so_at_once(
 ) -> None:
     monkeypatch.setattr(torch_bench.shutil, "which", lambda name: None)
     with pytest.raises(BackendError, match="needs a C\\+\\+ compiler and finds none"):
-        TorchContender(bundle(tmp_path, family_member()), "torch-compile", 1)
+        TorchBaseline(bundle(tmp_path, family_member()), "torch-compile", 1)
 
 
 def test_the_gpt2_form_runs_on_our_modules(tmp_path: Path) -> None:
     spec = var.build(
         hidden_size=48, num_layers=2, num_heads=3, mlp_ratio=2.0, scales=(1, 2, 4), codebook_size=48
     ).spec
-    contender = TorchContender(bundle(tmp_path, spec, guidance=False), "torch", 2)
-    sample = contender.generate()
+    baseline = TorchBaseline(bundle(tmp_path, spec, guidance=False), "torch", 2)
+    sample = baseline.generate()
     assert list(sample.launches) == ["scale_00", "scale_01", "scale_02", "decoder"]
     expected = np.rint(reference(spec, guidance=False).image * 255)
-    assert np.abs(contender.images - expected).max() <= 1
-    assert "no published" in contender.describe().settings["path"]
+    assert np.abs(baseline.images - expected).max() <= 1
+    assert "no published" in baseline.describe().settings["path"]
 
 
 def test_what_it_refuses(family_member: Family, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
-        TorchContender(tmp_path, "torch", 1)
+        TorchBaseline(tmp_path, "torch", 1)
     folder = bundle(tmp_path, family_member())
-    with pytest.raises(UsageError, match="contender must be one of torch, torch-bf16"):
-        TorchContender(folder, "jax", 1)
+    with pytest.raises(UsageError, match="baseline must be one of torch, torch-bf16"):
+        TorchBaseline(folder, "jax", 1)
     with pytest.raises(UsageError, match="threads must be 0"):
-        TorchContender(folder, "torch", 1, threads=-1)
+        TorchBaseline(folder, "torch", 1, threads=-1)
 
 
 def test_the_program_answers_and_loads_no_compiler(family_member: Family, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_everything_is_a_program_of_its_own() -> None:
         assert entry.command[bundle - 1].startswith("var_deploy.")
         assert list(entry.command[bundle : bundle + 5]) == common
     assert found[1].command[-4:] == ["--precision", "fp32", "--backend", "auto"]
-    assert found[3].command[-2:] == ["--contender", "torch-bf16"]
+    assert found[3].command[-2:] == ["--baseline", "torch-bf16"]
     assert found[-1].command[-2:] == ["--hint", "bf16"]
     free = entries(Path("b"), Settings(), 1, everything)
     bundle = free[0].command.index("b")

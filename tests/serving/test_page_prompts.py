@@ -63,6 +63,8 @@ def test_a_prompt_is_sent_with_enter_and_kept(visit: Visit, service: Client) -> 
     np.testing.assert_array_equal(image, expected)
     frame = page.locator(".tile").bounding_box()
     assert frame["width"] / frame["height"] == pytest.approx(WIDTH / HEIGHT, rel=0.01)
+    told = "the text encoder does not know: fox"
+    assert page.inner_text("#prompt-remarks") == told, "it has no piece for an x"
     assert "a red fox, seed 4" in page.inner_text("#caption")
     assert "Without “blue”" in page.inner_text("#caption")
     said = {"prompt": ["a red fox"], "negative": ["blue"], "seed": ["4"]}
@@ -70,6 +72,7 @@ def test_a_prompt_is_sent_with_enter_and_kept(visit: Visit, service: Client) -> 
 
     page.fill("#negative", "")
     ask(page, "the sea")
+    assert page.inner_text("#prompt-remarks") == ""
     page.click("#gallery button >> nth=1")
     page.click("#use-settings")
     assert page.input_value("#prompt") == "a red fox"

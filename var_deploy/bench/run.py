@@ -50,7 +50,7 @@ class Peer:
 def _torch(name: str) -> Peer:
     return Peer(
         module="var_deploy.export.baselines.torch_bench",
-        arguments=("--contender", name),
+        arguments=("--baseline", name),
         needs="torch",
         extra="export",
     )

@@ -284,7 +284,7 @@ def _figure(plot: str) -> Path:
 def _as_text(report: BenchReport) -> str:
     parts = [_facts(report)]
     for run in report.runs:
-        parts += [f"{_count(run.images, 'image')} a generation", _contenders(run)]
+        parts += [f"{_count(run.images, 'image')} a generation", _measured(run)]
         parts += [_cold_starts(run), _rates(run), _launches(run), _notes(run)]
     parts.append(_wrapped("", LEGEND))
     return "\n\n".join(part for part in parts if part)
@@ -316,7 +316,7 @@ def _facts(report: BenchReport) -> str:
     return "\n".join(_wrapped(name.ljust(10), text) for name, text in rows.items())
 
 
-def _contenders(run: Run) -> str:
+def _measured(run: Run) -> str:
     rows: list[tuple[str, ...]] = [
         (
             "", "ms", "p10", "p95", "img/s", "ratio", "host", "floor",

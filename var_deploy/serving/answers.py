@@ -85,6 +85,7 @@ def as_json(
         settings=plain_settings(work.request.sampling),
         digest=manifest.digest(),
         seconds=round(seconds, 3),
+        remarks=list(drawn.remarks),
     )
 
 

@@ -100,10 +100,12 @@ class ScaleDone:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:
-    """The last event: the images, uint8 [N, H, W, C], and the number of scales [N] of each."""
+    """The last event: the images, uint8 [N, H, W, C], the number of scales [N] of each, and what
+    there is to say of the prompts, see `Pipeline.remarks`."""
 
     images: NDArray[np.uint8]
     scales_done: NDArray[np.int64]
+    remarks: tuple[str, ...] = ()
 
 
 Event = Queued | ScaleDone | Drawn

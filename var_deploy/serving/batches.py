@@ -45,6 +45,7 @@ class PendingRequest:
         self._begun = self._done = 0
         self._gone = False
         self._kept: Kept | None = None
+        self._remarks: tuple[str, ...] | None = None
         self._images: NDArray[np.uint8] | None = None
         self._scales_done = np.zeros(work.count, np.int64)
         self._loop = asyncio.get_running_loop()
@@ -100,6 +101,15 @@ class PendingRequest:
             with self._lock:
                 self._kept = kept
 
+    def remark(self, remarks: Callable[[Sequence[str]], Sequence[str]]) -> None:
+        """Ask what there is to say of the prompts, once for all batches of the request."""
+        with self._lock:
+            asked = self._remarks is None and bool(self.work.prompts)
+        if asked:
+            found = tuple(remarks([*self.work.prompts, self.work.negative]))
+            with self._lock:
+                self._remarks = found
+
     @property
     def kept(self) -> Kept | None:
         """Tokens [1, L_k] per scale that images keep; None before `keep` and without an edit."""
@@ -118,7 +128,9 @@ class PendingRequest:
             self._scales_done[place] = scales_done
             self._done += len(rows)
             complete = self._done == self.work.count
-            drawn = Drawn(images=self._images, scales_done=self._scales_done)
+            drawn = Drawn(
+                images=self._images, scales_done=self._scales_done, remarks=self._remarks or ()
+            )
         if complete:
             self.tell(drawn)
 
@@ -201,6 +213,7 @@ class BatchRunner:
         `Pipeline.draw`."""
         for share in shares:
             share.job.keep(self._pipeline.encode)
+            share.job.remark(self._pipeline.remarks)
         first, last = shares[0], self._manifest.model.scales - 1
 
         def show(event: ScaleEvent) -> None:

@@ -118,6 +118,9 @@ class Answer(BaseModel):
     settings: dict[str, Any] = Field(description="cfg, top_k, top_p, temperature as they were used")
     digest: str = Field(description="of the bundle")
     seconds: float = Field(description="since the request came")
+    remarks: list[str] = Field(
+        description="lines about prompts: which were cut off, and which words are not known"
+    )
 
 
 class Preview(BaseModel):

@@ -56,6 +56,11 @@ export class Form {
     return { labels, ...said, seed, count, ...this.sampling.read() };
   }
 
+  /** Say what the model did not read of the prompt: it was cut off, or has words it does not know. */
+  remark(lines) {
+    $("prompt-remarks").textContent = lines.join("\n");
+  }
+
   /** What keeps the form from being sent, in a sentence, or null. */
   get problem() {
     const empty = this.words && this.mode === "generate" && !plain($("prompt").value);
