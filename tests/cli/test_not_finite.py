@@ -11,7 +11,7 @@ import torch
 from bad_weights import poke
 
 from cli_steps import export, refused, run, tree
-from var_deploy import pipeline
+from var_deploy.runtime import assembly
 
 THREAD = ("--threads", 1)
 
@@ -19,7 +19,7 @@ THREAD = ("--threads", 1)
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are not looked at, as if the values came up in a run of healthy ones."""
-    monkeypatch.setattr(pipeline, "check_weights", lambda *arguments: None)
+    monkeypatch.setattr(assembly, "check_weights", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_keys_and_values_of_the_last_scale_share_one_place(pipe: Pipeline) -> No
     """ONNX Runtime would keep those of every block until the run ends. What is generated so equals
     the other layout's images: see `test_pipeline`."""
     t, spec = pipe.manifest.model.transformer, pipe.manifest.model
-    loop: Any = pipe._loop
+    loop: Any = pipe._loop.open()
     bound = loop._scales[-1]._keep[1]  # the outputs, by name
     for name in (names.new_key, names.new_value):
         places = {bound[name(layer)].address for layer in range(t.depth)}

@@ -30,7 +30,10 @@ from var_deploy.errors import VarDeployError, one_line
 from var_deploy.manifest import read_manifest
 from var_deploy.progress import Progress
 
-LOSSES = 3  # lost workers with one shard, or while loading, after which a run ends
+# lost workers with one shard, or while loading, after which a run ends; those whose node is gone do
+# not count, since that says nothing about the work
+LOSSES = 3
+NODE_DIED = "its node has died"  # in Ray's message; no attribute of its errors says so
 LOOK = 2.0  # seconds between two checks of the cluster's resources
 PATIENCE = 60.0  # seconds without any device, as when a node restarts
 LOST = (RayActorError, ObjectLostError)
@@ -265,9 +268,11 @@ class _Run:
         ray.kill(worker.actor)  # it may only be unreachable
         self._todo.extendleft(shard for shard in reversed(worker.calls) if shard is not None)
         at = worker.calls[0]
-        self._losses[at] += 1
         self.made.lost += 1
         self._looked = float("-inf")  # look for a replacement at once
+        if _went_with_its_node(error):
+            return
+        self._losses[at] += 1
         if self._losses[at] < LOSSES or (at is None and any(w.ready for w in self._workers)):
             return
         what = "while they loaded the bundle" if at is None else f"over shard {at}"
@@ -282,6 +287,11 @@ def _raised(error: RayTaskError) -> BaseException:
             "that it has here"
         )
     return cause
+
+
+def _went_with_its_node(error: Exception) -> bool:
+    """Whether a worker was lost because its node left the cluster."""
+    return NODE_DIED in str(error) or bool(getattr(error, "preempted", False))
 
 
 def _cause(error: Exception) -> str:
