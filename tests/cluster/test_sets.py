@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cli_steps import done, refused, run, tree
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import ProgressBar
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
 
@@ -34,12 +34,12 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def plan(*steps: tuple[int, Callable[[], object]]) -> None:
         left = list(steps)
 
-        def update(self: Progress, message: str, fraction: float) -> None:
+        def update(self: ProgressBar, message: str, fraction: float) -> None:
             found = re.match(r"image (\d+) of \d+", message)
             while found and left and int(found[1]) >= left[0][0]:
                 left.pop(0)[1]()
 
-        monkeypatch.setattr(Progress, "update", update)
+        monkeypatch.setattr(ProgressBar, "update", update)
 
     return plan
 

@@ -20,7 +20,7 @@ from PIL import Image
 from cli_steps import assert_one_line, run
 from var_deploy import __version__
 from var_deploy.cli import main
-from var_deploy.cli.console import Progress, human_bytes, table
+from var_deploy.cli.console import ProgressBar, human_bytes, table
 from var_deploy.config import Loaded, RuntimeConfig
 from var_deploy.errors import BundleError
 from var_deploy.image.images import read_settings
@@ -311,16 +311,16 @@ def test_sizes_for_people() -> None:
 def test_progress_is_for_terminals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.update("step 1", 0.5)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(click.utils, "should_strip_ansi", lambda *_: False)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.update("step 1", 0.5)
     drawn = capsys.readouterr().err
     assert "50% step 1" in drawn
     assert drawn.endswith("\r\x1b[K"), "the bar is wiped at the end"
-    with Progress(quiet=True) as progress:
+    with ProgressBar(quiet=True) as progress:
         progress.update("step 1", 0.5)
     assert capsys.readouterr().err == ""

@@ -15,7 +15,7 @@ import pytest
 
 from cli_steps import done, edit, refused
 from var_deploy.cli import main
-from var_deploy.cli.console import Progress, facts, image_pace, table
+from var_deploy.cli.console import ProgressBar, facts, image_pace, table
 from var_deploy.host.terminal import PLAIN_FORMS, is_terminal, visible, visible_json
 
 COMMANDS = list(main.commands)
@@ -78,7 +78,7 @@ def test_no_streams_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["plan", "pocket", "--device", "thor"])
     assert ended.value.code == 0
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.update("unseen", 0.5)
     for name in ("stdin", "stdout", "stderr"):
         getattr(sys, name).close()
@@ -231,7 +231,7 @@ def test_cells_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.update(HOSTILE, 0.5)
     assert SHOWN in terminal.getvalue()
     assert terminal.getvalue().count("\x1b") == 2  # both of the bar's own
@@ -244,12 +244,12 @@ def test_progress_has_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> Non
     assert image_pace(1.0, 64, 32.0) == "image 64 of 64, 2.0/s, 0 s left"
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.images(4)(1, 8)
     assert not terminal.getvalue(), "not in a pipe"
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setenv("COLUMNS", "50")
-    with Progress() as progress:
+    with ProgressBar() as progress:
         told = progress.images(4)
         told(1, 8)
         told(8, 8)

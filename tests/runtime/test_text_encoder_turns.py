@@ -176,12 +176,12 @@ def test_many_prompts_are_encoded_together(
     turns: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images that are drawn one batch after the other do not reload the scales for each."""
-    from var_deploy.cli.console import Progress
+    from var_deploy.cli.console import ProgressBar
     from var_deploy.cli.generate import _OneByOne
 
     pipe, held = turns
     texts = [f"boat {n}" for n in range(6)]
-    with Progress(quiet=True) as progress:
+    with ProgressBar(quiet=True) as progress:
         what = {"prompts": texts, "negative": "fog"}
         images = _OneByOne(
             pipe, what, [None] * 6, list(range(6)), pipe.manifest.defaults, progress

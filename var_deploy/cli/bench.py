@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from var_deploy.cli.console import Progress, echo, echo_json, human_bytes, table, wrapped
+from var_deploy.cli.console import ProgressBar, echo, echo_json, human_bytes, table, wrapped
 from var_deploy.cli.options import MOST_BATCH, MOST_ROUNDS, quiet_option, verbose_option
 from var_deploy.cli.outputs import STDOUT, refusal
 from var_deploy.cli.services import SCHEME, load_text
@@ -166,7 +166,7 @@ def bench(
         )
         others = [url.strip() for url in against.split(",") if url.strip()]
         services = [find_service(url) for url in dict.fromkeys([bundle, *others])]
-        with Progress(quiet=quiet) as progress:
+        with ProgressBar(quiet=quiet) as progress:
             found = load_services(services, load, progress.update)
         _tell(found.to_json(), lambda: load_text(found), json_out, target, quiet)
         return
@@ -188,7 +188,7 @@ def bench(
         busy=busy,
     )
     figure = _figure(plot) if plot is not None else None
-    with Progress(quiet=quiet) as progress:
+    with ProgressBar(quiet=quiet) as progress:
         report = run(bundle, settings, progress=progress.update)
     if figure is not None:
         from var_deploy.bench.figure import draw

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from var_deploy.cli.console import Progress, echo, fitted, human_bytes, needs_extra, table
+from var_deploy.cli.console import ProgressBar, echo, fitted, human_bytes, needs_extra, table
 from var_deploy.cli.options import ComputeCapability, report_options, verbose_option
 from var_deploy.config import AUTO, TENSORRT, TENSORRT_RTX, LayoutSet
 
@@ -97,7 +97,7 @@ def build(
             optimization_level=optimization_level,
             compute_capability=compute_capability,
         )
-        with Progress(quiet=quiet) as progress:
+        with ProgressBar(quiet=quiet) as progress:
             report = build_bundle(
                 bundle,
                 precision=precision,

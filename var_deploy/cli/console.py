@@ -329,7 +329,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         ) from error
 
 
-class Progress:
+class ProgressBar:
     """A one-line bar on stderr, shown only on a terminal and wiped at the end.
 
     `update(message, fraction)` may be called as often as one likes: it draws ten times a second.
@@ -342,7 +342,7 @@ class Progress:
         self._drawn_at = 0.0
         self._message = ""
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(

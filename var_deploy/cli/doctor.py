@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from var_deploy.cli.console import Progress, echo, facts, paint, table
+from var_deploy.cli.console import ProgressBar, echo, facts, paint, table
 from var_deploy.cli.options import verbose_option
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def doctor(as_json: bool) -> None:
     from var_deploy.host.doctor import examine
     from var_deploy.host.machine import Machine
 
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.update("looking", 0.0)
         report = examine(Machine())
     echo(json.dumps(_as_json(report), indent=1) if as_json else _as_text(report))

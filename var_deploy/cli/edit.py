@@ -9,7 +9,7 @@ import click
 from PIL import Image
 
 from var_deploy import names
-from var_deploy.cli.console import Progress, say
+from var_deploy.cli.console import ProgressBar, say
 from var_deploy.cli.options import (
     SamplingOptions,
     check_graphs,
@@ -133,7 +133,7 @@ def edit(
     target.check_sheet(manifest, len(seeds), labels=[chosen] * len(seeds))
 
     started = time.monotonic()
-    with Progress(quiet=quiet) as progress:
+    with ProgressBar(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(
             bundle, manifest, prompts.over(config), prompts.text_encoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from var_deploy import names
-from var_deploy.cli.console import Progress, echo, say
+from var_deploy.cli.console import ProgressBar, echo, say
 from var_deploy.cli.options import (
     check_graphs,
     load_options,
@@ -62,7 +62,7 @@ def encode(
     check_graphs(manifest, config, names.ENCODER)
 
     started = time.monotonic()
-    with Progress(quiet=quiet) as progress:
+    with ProgressBar(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config) as pipe:
             progress.update("encoding", 0.5)

@@ -11,7 +11,7 @@ import click
 
 from var_deploy import names
 from var_deploy.bundle.place import check_before_work
-from var_deploy.cli.console import Progress, echo, human_bytes, needs_extra, say
+from var_deploy.cli.console import ProgressBar, echo, human_bytes, needs_extra, say
 from var_deploy.cli.options import (
     MOST_BATCH,
     MOST_ROUNDS,
@@ -173,7 +173,7 @@ def export(
         if model is not None and not words:
             preset = find_preset(model)
             if random_weights is None:
-                with Progress(quiet=quiet) as progress:
+                with ProgressBar(quiet=quiet) as progress:
                     for part, given in weights.files().items():
                         if given is None:
                             own_file(preset, part, lambda message: progress.update(message, 0.0))
@@ -188,7 +188,7 @@ def export(
             layout=layout,
             calibration=calibration or INT8_IMAGES,
         )
-        with Progress(quiet=quiet) as progress:
+        with ProgressBar(quiet=quiet) as progress:
             files: dict[str, Any] = {
                 "checkpoint": weights.checkpoint,
                 "tokenizer": weights.tokenizer,

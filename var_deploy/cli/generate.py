@@ -11,7 +11,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from var_deploy.cli.console import Progress, say
+from var_deploy.cli.console import ProgressBar, say
 from var_deploy.cli.filmstrip import MOST_IMAGES, Filmstrip
 from var_deploy.cli.options import (
     SamplingOptions,
@@ -166,7 +166,7 @@ def generate(
         watched["deadline"] = _deadline(deadline)
 
     started = time.monotonic()
-    with Progress(quiet=quiet) as progress:
+    with ProgressBar(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(
             bundle, manifest, prompts.over(config), prompts.text_encoder
@@ -241,7 +241,7 @@ class _OneByOne:
         labels: Sequence[int | None],
         seeds: Sequence[int],
         settings: Sampling,
-        progress: Progress,
+        progress: ProgressBar,
     ) -> None:
         tokenizer = pipe.manifest.model.tokenizer
         self.shape = (len(seeds), *tokenizer.image_size, tokenizer.image_channels)

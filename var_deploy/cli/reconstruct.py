@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from var_deploy import names
-from var_deploy.cli.console import Progress
+from var_deploy.cli.console import ProgressBar
 from var_deploy.cli.options import (
     check_graphs,
     load_options,
@@ -82,7 +82,7 @@ def reconstruct(
     check_graphs(manifest, config, names.ACCUMULATE)
 
     started = time.monotonic()
-    with Progress(quiet=quiet) as progress:
+    with ProgressBar(quiet=quiet) as progress:
         progress.update("loading", 0.0)
         with load_pipeline(bundle, manifest, config) as pipe:
             if pixels is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from var_deploy.cli.console import Progress, Terminated, echo, needs_extra, say
+from var_deploy.cli.console import ProgressBar, Terminated, echo, needs_extra, say
 from var_deploy.cli.options import (
     SamplingOptions,
     load_pipeline,
@@ -219,7 +219,7 @@ def sample(
     ray: dict[str, Any] | None = None
     remarks: list[str] = []
     started = time.monotonic()
-    with _telling_what_is_kept(folder, spec, as_json), Progress(quiet=quiet) as progress:
+    with _telling_what_is_kept(folder, spec, as_json), ProgressBar(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
             remarks = _remarks(bundle, manifest, config, prompts.text_encoder, spec)
@@ -419,7 +419,7 @@ def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) ->
 def _check(folder: SetFolder, spec: SetSpec, *, quiet: bool, as_json: bool) -> None:
     """Tell of every shard whether it is whole. Raises VarDeployError where one is not."""
     read, damaged = 0, []
-    with Progress(quiet=quiet) as progress:
+    with ProgressBar(quiet=quiet) as progress:
         for shard, bad in folder.damaged(spec):
             read += 1
             damaged += [shard] * bad

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from var_deploy.cli.console import Progress, needs_extra, say
+from var_deploy.cli.console import ProgressBar, needs_extra, say
 from var_deploy.cli.options import load_options, load_pipeline, quiet_option
 from var_deploy.cli.prompts import keep_text_encoder_option
 from var_deploy.cluster.replicas import Replicas
@@ -214,7 +214,7 @@ def serve(
     if replicas is not None:
         raise UsageError("--replicas needs --ray: without it one process draws")
     with listen(host, port) as listening:
-        with Progress(quiet=quiet) as progress:
+        with ProgressBar(quiet=quiet) as progress:
             progress.update("loading", 0.0)
             pipe = load_pipeline(bundle, manifest, config, text_encoder)
         with pipe:
@@ -247,7 +247,7 @@ def _serve_on_ray(
             port = free.getsockname()[1]
     elif port == 0:
         raise UsageError("--port 0 needs --ray local: nodes of a cluster listen on the same port")
-    with Progress(quiet=quiet) as progress, connected(address):
+    with ProgressBar(quiet=quiet) as progress, connected(address):
         with needs_extra("ray", "serve --ray"):
             from var_deploy.cluster.service import deployed, plan_for, until_stopped
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from var_deploy.cli.console import Progress, echo, human_bytes, say
+from var_deploy.cli.console import ProgressBar, echo, human_bytes, say
 from var_deploy.cli.options import MOST_BATCH, out_option, report_options, runtime_options
 from var_deploy.cli.outputs import OUTPUT
 from var_deploy.config import RuntimeConfig
@@ -91,7 +91,7 @@ def triton(
         queue_delay=round(1000 * queue_delay),
         on_gpu=on_gpu(bundle, manifest, config),
     )
-    with Progress(quiet=quiet) as progress:
+    with ProgressBar(quiet=quiet) as progress:
         written = write_repository(
             bundle, manifest, out, serving, config, text_encoder, progress.update
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from var_deploy.cli.console import Progress, echo, fitted, needs_extra, say, table
+from var_deploy.cli.console import ProgressBar, echo, fitted, needs_extra, say, table
 from var_deploy.cli.options import (
     MOST_ROUNDS,
     CheckpointOptions,
@@ -125,7 +125,7 @@ def verify(
             from var_deploy.export.modules import call_module_function
 
             asked["modules"] = call_module_function(module)
-        with Progress(quiet=quiet) as progress:
+        with ProgressBar(quiet=quiet) as progress:
             report = verify_bundle(
                 bundle,
                 checkpoint=weights.checkpoint,
@@ -158,7 +158,7 @@ def _bisect(
     with needs_extra("export", "verify"):
         from var_deploy.export.debug.bisect import bisect_bundle
 
-        with Progress(quiet=quiet) as progress:
+        with ProgressBar(quiet=quiet) as progress:
             result = bisect_bundle(
                 bundle,
                 backends,
