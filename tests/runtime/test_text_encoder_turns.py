@@ -169,7 +169,9 @@ def test_commands_can_keep_it(
     done("generate", bundle, "--prompt", DEER, "--keep-text-encoder", *out)
     box = ("--box", "0,0,12,8", "--prompt", DEER, "--keep-text-encoder")
     done("edit", bundle, tmp_path / "deer.png", *box, "--threads", 1, "--out", tmp_path / "b.png")
-    assert asked == [False, True, True]
+    words = ("--prompt", DEER, "--keep-text-encoder", "--threads", 1)
+    done("sample", bundle, *words, "--out", tmp_path / "set")
+    assert asked == [False, True, True, True]
 
 
 def test_many_prompts_are_encoded_together(

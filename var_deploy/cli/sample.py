@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,7 @@ def sample(
     if cluster is None and workers is not None:
         raise UsageError("--workers are those of a cluster: say which with --ray")
     manifest, there = read_manifest(bundle), folder.read()
+    config = prompts.over(config)
     if there is not None:  # what is left open is as in the set
         config = there.complete(config)
     transformer = manifest.model.transformer
@@ -222,8 +223,8 @@ def sample(
     with _telling_what_is_kept(folder, spec, as_json), ProgressBar(quiet=quiet) as progress:
         if there is None or folder.missing(spec, mine):
             progress.update("loading", 0.0)
-            remarks = _remarks(bundle, manifest, config, prompts.text_encoder, spec)
             if cluster is not None:
+                remarks = _remarks(bundle, manifest, config, prompts.text_encoder, spec)
                 spread = _on_ray(
                     cluster,
                     bundle,
@@ -239,6 +240,7 @@ def sample(
             else:
                 own = spec.text_config(config)
                 with load_pipeline(bundle, manifest, config, prompts.text_encoder, own) as pipe:
+                    remarks = _remarks_of(spec, pipe.remarks)
                     how = described(pipe, spec)
                     spec = spec.decided_by(how)
                     folder.begin(spec)
@@ -392,16 +394,19 @@ def _remarks(
     text_encoder: Path | None,
     spec: SetSpec,
 ) -> list[str]:
-    """What there is to say of the prompts, see `Pipeline.remarks`; no weights are loaded."""
-    if spec.prompts is None:
-        return []
+    """Return the remarks on a set's prompts where no pipeline is loaded here; loads no weights."""
     from var_deploy.runtime.text_features import TextFeatures, find_text_encoder
 
     text = TextFeatures(manifest, find_text_encoder(bundle, manifest, config, text_encoder))
     try:
-        return text.remarks([*spec.prompts.texts, spec.negative])
+        return _remarks_of(spec, text.remarks)
     finally:
         text.close()
+
+
+def _remarks_of(spec: SetSpec, remarks: Callable[[Sequence[str]], list[str]]) -> list[str]:
+    """Return what `remarks` says of a set's prompts, see `Pipeline.remarks`; nothing without."""
+    return remarks([*spec.prompts.texts, spec.negative]) if spec.prompts else []
 
 
 def _sampling(manifest: Manifest, recipe: str | None, given: SamplingOptions) -> Sampling:
