@@ -24,7 +24,7 @@ OutputType = Literal["pil", "np"]
 
 
 class Generator(Protocol):
-    """What is asked of a `torch.Generator`: the seed that it was made with."""
+    """The part of a `torch.Generator` that a call uses: the seed that it was made with."""
 
     def initial_seed(self) -> int: ...
 
@@ -34,7 +34,7 @@ Generators: TypeAlias = Generator | Sequence[Generator]
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call returns.
+    """The result of a call of a pipeline in diffusers' words.
 
     Attributes:
         images: PIL images, or with `output_type="np"` uint8 [N, height, width, channels].

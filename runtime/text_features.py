@@ -223,7 +223,6 @@ def stays_in_memory(
 
     `config` is that of the scales, with nothing left open.
     """
-    from var_deploy.planning.costs import workload_of
     from var_deploy.planning.devices import cpu_device, this_device
     from var_deploy.planning.memory import footprint
     from var_deploy.planning.precisions import ON_GPU
@@ -232,7 +231,8 @@ def stays_in_memory(
         text_encoder_memory,
         text_encoder_precision,
     )
-    from var_deploy.runtime.backends.choice import runs_single_graphs_on_gpu
+    from var_deploy.planning.workload import workload_of
+    from var_deploy.runtime.backends.choice import has_cuda_provider
 
     if config.keep_text_encoder:
         return keeps_text_encoder(0, 0, None, keep=True)
@@ -243,7 +243,7 @@ def stays_in_memory(
         return keeps_text_encoder(0, 0, None)
     scales_on_gpu = device.sm is not None
     for_gpu = any(precision in encoder.graphs for precision in ON_GPU)
-    encoder_on_gpu = scales_on_gpu and for_gpu and runs_single_graphs_on_gpu()
+    encoder_on_gpu = scales_on_gpu and for_gpu and has_cuda_provider()
     if scales_on_gpu and not encoder_on_gpu and not device.one_memory:
         return True, "it is in the memory of the host, the scales in that of the GPU"
     scales = footprint(

@@ -14,9 +14,9 @@ import pytest
 from cli_steps import run
 from var_deploy.config import Precision
 from var_deploy.host.machine import Machine
-from var_deploy.planning.costs import Workload
 from var_deploy.planning.devices import DEVICES, Device, cpu_device
 from var_deploy.planning.plan import Plan, TextEncoderWorkload, make_plan
+from var_deploy.planning.workload import Workload
 from var_deploy.scale_lists import scale_list, with_scales
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "TEXT.md"

@@ -25,8 +25,8 @@ from var_deploy.export.baselines.published_path import (
     decode_in_place,
 )
 from var_deploy.export.baselines.torch_peers import (
-    RECOMPILE_LIMIT,
     Compiler,
+    compiled,
     fill_randomly,
     without_initialisation,
 )
@@ -200,11 +200,8 @@ class TextPeer:
         self.spec, self.guidance, self.prompts = spec, guidance, prompts
         self._sampling = [sampling.at(k, spec.scales) for k in range(spec.scales)]
         self.tokenizer, self.transformer = random_text_modules(spec)
-        from torch import _dynamo  # not at the top: see random_modules
-
-        _dynamo.config.recompile_limit = RECOMPILE_LIMIT
-        self._scale = torch.compile(self._eager_scale, dynamic=False, backend=compiler)
-        self._decode = torch.compile(self.tokenizer.decode, dynamic=False, backend=compiler)
+        self._scale = compiled(self._eager_scale, compiler)
+        self._decode = compiled(self.tokenizer.decode, compiler)
 
     @torch.no_grad()  # the compiler trips over NumPy tables of angles in inference mode
     def __call__(self, uniforms_BD: Tensor, mark: Mark = lambda: None) -> Tensor:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import click
 import torch
@@ -57,6 +57,7 @@ MODES: tuple[tuple[str, Compiler | None], ...] = (
     ("eager", None),
     ("torch.compile", "inductor"),
 )
+Function = TypeVar("Function", bound=Callable[..., Any])
 Timer = Callable[[Callable[[], object], int, float], list[float]]
 
 
@@ -88,6 +89,14 @@ def fill_randomly(module: nn.Module, spreads: Mapping[str, float] | None = None)
     """Give a module the parameters of `RandomWeights` with seed 0."""
     shapes = {key: tuple(p.shape) for key, p in module.named_parameters()}
     load_into(module, RandomWeights(shapes, 0, spreads))
+
+
+def compiled(function: Function, compiler: Compiler) -> Function:
+    """Compile a function for static shapes, of which it may meet as many as there are scales."""
+    from torch import _dynamo  # not at the top: see random_modules
+
+    _dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    return cast(Function, torch.compile(function, dynamic=False, backend=compiler))
 
 
 class Peer:
@@ -124,11 +133,8 @@ class Peer:
         )
         self._scale, self._decode = self._eager_scale, tokenizer.decode
         if compiler is not None:
-            from torch import _dynamo  # not at the top: see random_modules
-
-            _dynamo.config.recompile_limit = RECOMPILE_LIMIT
-            self._scale = torch.compile(self._scale, dynamic=False, backend=compiler)
-            self._decode = torch.compile(self._decode, dynamic=False, backend=compiler)
+            self._scale = compiled(self._scale, compiler)
+            self._decode = compiled(self._decode, compiler)
 
     @torch.inference_mode()
     def __call__(self, labels_B: Tensor, uniforms_BT: Tensor, mark: Mark = lambda: None) -> Tensor:

@@ -160,11 +160,6 @@ def choose_single_graph_backend(
     return _choice(Selection(config=settings, reason=reason), processor, reads_graphs=True)
 
 
-def runs_single_graphs_on_gpu() -> bool:
-    """Return whether `choose_single_graph_backend` can take a GPU here."""
-    return has_cuda_provider()
-
-
 def facts_here(bundle: Path) -> Facts:
     """Facts about this machine for `select`, collected without opening the bundle's engines.
 

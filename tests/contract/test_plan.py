@@ -17,7 +17,7 @@ from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.errors import BackendError, BundleError, UsageError
 from var_deploy.host.machine import Driver
 from var_deploy.manifest import FileInfo, GraphInfo, Manifest, read_manifest
-from var_deploy.planning.costs import Workload, bundle_weights, graph_weights, launches
+from var_deploy.planning.costs import bundle_weights, graph_weights, launches
 from var_deploy.planning.devices import DEVICES, Device, find_device
 from var_deploy.planning.memory import (
     BUILD_COPIES,
@@ -33,6 +33,7 @@ from var_deploy.planning.memory import (
 from var_deploy.planning.plan import make_plan
 from var_deploy.planning.precisions import cpu_precision, gpu_precision
 from var_deploy.planning.selection import choose_layout
+from var_deploy.planning.workload import Workload
 from var_deploy.sampling import Sampling
 from var_deploy.spec import ModelSpec
 

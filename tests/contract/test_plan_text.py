@@ -18,13 +18,7 @@ from var_deploy.bundle.interfaces import launch_batch
 from var_deploy.config import GraphForm, Precision
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
-from var_deploy.planning.costs import (
-    Workload,
-    bundle_weights,
-    graph_weights,
-    launches,
-    workload_of,
-)
+from var_deploy.planning.costs import bundle_weights, graph_weights, launches
 from var_deploy.planning.devices import DEVICES, cpu_device
 from var_deploy.planning.kubernetes import manifest as kubernetes
 from var_deploy.planning.memory import buffer_bytes, cache_bytes, footprint, upload_bytes
@@ -37,6 +31,7 @@ from var_deploy.planning.text_memory import (
     text_encoder_memory,
     text_encoder_precision,
 )
+from var_deploy.planning.workload import Workload, workload_of
 from var_deploy.runtime.backends.host_memory import HostMemory
 from var_deploy.runtime.buffers import CacheArena, LoopBuffers
 from var_deploy.sampling import BitSampling

@@ -162,7 +162,7 @@ def test_a_changed_bundle_is_loaded_again(
 
 
 class StoppedError(Exception):
-    """What ComfyUI raises in a node whose run was cancelled."""
+    """Stands for the error that ComfyUI raises in a node whose run was cancelled."""
 
 
 def test_progress_previews_and_cancel(

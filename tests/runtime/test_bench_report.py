@@ -33,8 +33,8 @@ from var_deploy.cli.bench import _as_text
 from var_deploy.config import RuntimeConfig
 from var_deploy.host.installation import pip_install
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.planning.costs import workload_of
 from var_deploy.planning.plan import launch_times
+from var_deploy.planning.workload import workload_of
 
 RATES = Rates(
     gemm={"fp32": 4e11, "int8": 1.2e12},

@@ -37,9 +37,9 @@ from var_deploy.device_check.measure import time_images
 from var_deploy.device_check.report import DeviceReport, Found, NotRunError
 from var_deploy.errors import BackendError
 from var_deploy.manifest import read_manifest
-from var_deploy.planning.costs import Workload
 from var_deploy.planning.devices import DEVICES
 from var_deploy.planning.plan import launch_times
+from var_deploy.planning.workload import Workload
 from var_deploy.runtime.backends.cuda import CudaClock, Graph
 from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop

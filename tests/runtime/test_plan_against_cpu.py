@@ -16,7 +16,7 @@ import pytest
 
 from var_deploy.config import Layout, Precision
 from var_deploy.manifest import Manifest, read_manifest
-from var_deploy.planning.costs import Workload, graph_weights
+from var_deploy.planning.costs import graph_weights
 from var_deploy.planning.memory import (
     CPU_IMPORTS,
     buffer_bytes,
@@ -24,6 +24,7 @@ from var_deploy.planning.memory import (
     footprint,
     upload_bytes,
 )
+from var_deploy.planning.workload import Workload
 from var_deploy.runtime.backends.host_memory import HostMemory
 from var_deploy.runtime.buffers import CacheArena, LoopBuffers
 from var_deploy.sampling import Sampling

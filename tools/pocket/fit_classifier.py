@@ -22,23 +22,29 @@ def augment(x: Tensor, random: torch.Generator) -> Tensor:
     Mirrored, moved by up to two pixels, blurred, with other saturation, brightness and contrast,
     and noisy; blur and mirror are drawn for the batch, the rest for each picture.
     """
-    batch, _, side, _ = x.shape
 
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
-        return low + (high - low) * torch.rand(batch, channels, 1, 1, generator=random)
+        return low + (high - low) * torch.rand(len(x), channels, 1, 1, generator=random)
 
     if torch.rand((), generator=random) < 0.5:
         x = x.flip(3)
+    x = moved_and_blurred(x, random)
+    grey = x.mean(dim=1, keepdim=True)
+    x = grey + (x - grey) * uniform(0.0, 1.3)
+    x = x * uniform(0.75, 1.25, 3) + uniform(-0.1, 0.1)
+    return (x + uniform(0.0, 0.05) * torch.randn(x.shape, generator=random)).clamp(0, 1)
+
+
+def moved_and_blurred(x: Tensor, random: torch.Generator) -> Tensor:
+    """Move pictures [B, C, S, S] by up to two pixels, and blur them in half of all calls."""
+    side = x.shape[-1]
     top, left = torch.randint(0, 5, (2,), generator=random).tolist()
     x = F.pad(x, (2, 2, 2, 2), mode="replicate")[:, :, top : top + side, left : left + side]
     if torch.rand((), generator=random) < 0.5:
         small = int(torch.randint(side // 2, side, (), generator=random))
         x = F.interpolate(x, size=(small, small), mode="bilinear", antialias=True)
         x = F.interpolate(x, size=(side, side), mode="bilinear")
-    grey = x.mean(dim=1, keepdim=True)
-    x = grey + (x - grey) * uniform(0.0, 1.3)
-    x = x * uniform(0.75, 1.25, 3) + uniform(-0.1, 0.1)
-    return (x + uniform(0.0, 0.05) * torch.randn(x.shape, generator=random)).clamp(0, 1)
+    return x
 
 
 def train_classifier(

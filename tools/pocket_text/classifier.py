@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tools.pocket.fit_classifier import moved_and_blurred
 from tools.pocket.fit_tokenizer import to_tensor
 from tools.pocket.optimizers import Optimizers
 from tools.pocket_text.checkpoints import Log
@@ -97,14 +98,8 @@ class SceneClassifier(nn.Module):
 def augment(x: Tensor, random: torch.Generator) -> Tensor:
     """Distort pictures [B, 3, S, S] in [-1, 1] in ways in which a generator's may differ, and that
     change no answer: moved by up to two pixels, blurred, lighter or darker, and noisy."""
-    batch, _, side, _ = x.shape
-    top, left = torch.randint(0, 5, (2,), generator=random).tolist()
-    x = F.pad(x, (2, 2, 2, 2), mode="replicate")[:, :, top : top + side, left : left + side]
-    if torch.rand((), generator=random) < 0.5:
-        small = int(torch.randint(side // 2, side, (), generator=random))
-        x = F.interpolate(x, size=(small, small), mode="bilinear", antialias=True)
-        x = F.interpolate(x, size=(side, side), mode="bilinear")
-    gain, lift, noise = torch.rand(3, batch, 1, 1, 1, generator=random)
+    x = moved_and_blurred(x, random)
+    gain, lift, noise = torch.rand(3, len(x), 1, 1, 1, generator=random)
     x = x * (0.9 + 0.2 * gain) + 0.1 * (lift - 0.5)
     out: Tensor = x + 0.1 * noise * torch.randn(x.shape, generator=random)
     return out

@@ -1,4 +1,4 @@
-"""What a picture of pocket-text shows, which combinations are held out, and how it is drawn.
+"""Scenes of pocket-text's pictures: their parts, the held-out combinations, and the drawing.
 
 Scene i of a set depends on (seed, i) alone. Held-out combinations (thing and colour, two things,
 and one in twenty of all other scenes) are never drawn for training, so that sentences about them

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var_deploy.planning.costs import Work, Workload
+from var_deploy.config import Precision
 from var_deploy.planning.devices import Device
-from var_deploy.planning.plan import launch_times
+from var_deploy.planning.plan import computing_seconds, launch_times
+from var_deploy.planning.workload import Work, Workload
 from var_deploy.runtime.measure import LatencyStats
 
 
@@ -30,26 +31,24 @@ class Roofline:
 def rooflines(workload: Workload, device: Device) -> list[Roofline]:
     """The roofline of every launch of B images, with bytes and operations as in `plan`."""
     return [
-        Roofline(
-            name=launch.work.name,
-            traffic=launch.work.traffic,
-            operations=launch.work.compute_operations + launch.work.full_operations,
-            moving=launch.moving,
-            computing=launch.computing,
-        )
+        _roofline(launch.work, launch.moving, launch.computing)
         for launch in launch_times(workload, device)
     ]
 
 
-def roofline_of(work: Work, device: Device, precision: str) -> Roofline:
+def roofline_of(work: Work, device: Device, precision: Precision) -> Roofline:
     """The roofline of other work than that of a generation, such as a text encoder's."""
-    computing = work.compute_operations / device.rate(precision)
+    moving = work.traffic / device.bandwidth
+    return _roofline(work, moving, computing_seconds(work, precision, device))
+
+
+def _roofline(work: Work, moving: float, computing: float) -> Roofline:
     return Roofline(
         name=work.name,
         traffic=work.traffic,
         operations=work.compute_operations + work.full_operations,
-        moving=work.traffic / device.bandwidth,
-        computing=computing + work.full_operations / device.full_rate,
+        moving=moving,
+        computing=computing,
     )
 
 

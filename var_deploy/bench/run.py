@@ -23,9 +23,10 @@ from var_deploy.errors import UsageError
 from var_deploy.host.installation import module_command, pip_install
 from var_deploy.host.machine import Machine, check_threads
 from var_deploy.manifest import Manifest, check_files, read_manifest
-from var_deploy.planning.costs import Work, graph_weights, workload_of
+from var_deploy.planning.costs import graph_weights
 from var_deploy.planning.devices import Device, find_device
 from var_deploy.planning.text_costs import pooled_weights
+from var_deploy.planning.workload import Work, workload_of
 from var_deploy.progress import Progress
 from var_deploy.runtime.text_features import text_encoder_folder
 
@@ -280,7 +281,7 @@ def _roofline_of_work(work: Mapping[str, int], device: Device, precision: str) -
         full_operations=work["full"],
         traffic=work["weights"],
     )
-    return roofline_of(counted, device, precision)
+    return roofline_of(counted, device, cast(Precision, precision))
 
 
 def _device(result: Result, found: Rates | None, rated: Rated, machine: Machine) -> Device:

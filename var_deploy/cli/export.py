@@ -22,6 +22,7 @@ from var_deploy.cli.options import (
     report_options,
 )
 from var_deploy.cli.outputs import OUTPUT
+from var_deploy.cli.prompts import check_text_width
 from var_deploy.config import LAYOUT_SETS, LayoutSet, Precision
 from var_deploy.errors import UsageError
 from var_deploy.files.paths import utf8_path
@@ -275,11 +276,7 @@ def _text_encoder(
 
 
 def _check_text(transformer: Any, encoder: TextEncoderSpec, given: Path) -> None:
-    if encoder.width != transformer.text_width:
-        raise UsageError(
-            f"{given} gives features of width {encoder.width}, the model takes "
-            f"{transformer.text_width}: give the text encoder that it was trained with"
-        )
+    check_text_width(given, encoder.width, transformer.text_width)
     if encoder.length < transformer.text_length:
         raise UsageError(
             f"{given} takes {encoder.length} tokens, --text-length asks for "

@@ -12,14 +12,15 @@ import click
 
 from var_deploy.cli.console import echo, facts, human_bytes, needs_extra, table, wrapped
 from var_deploy.cli.options import MOST_BATCH, CheckpointOptions, checkpoint_options, verbose_option
+from var_deploy.cli.prompts import check_text_width, text_encoder_option
 from var_deploy.errors import BackendError, BundleError, UsageError
 
 if TYPE_CHECKING:
     from var_deploy.config import Precision
     from var_deploy.manifest import Manifest
-    from var_deploy.planning.costs import Workload
     from var_deploy.planning.devices import Device
     from var_deploy.planning.plan import Plan, TextEncoderWorkload
+    from var_deploy.planning.workload import Workload
     from var_deploy.spec import ModelSpec, TextModelSpec
 
 
@@ -96,13 +97,7 @@ def _devices(ctx: click.Context, parameter: click.Parameter, incomplete: str) ->
     show_default="128",
     help="Tokens of a prompt that its graphs take.",
 )
-@click.option(
-    "--text-encoder",
-    type=click.Path(path_type=Path, file_okay=False),
-    show_default="the bundle's, else flan-t5-xl by its sizes",
-    metavar="FOLDER",
-    help="Its exported text encoder.",
-)
+@text_encoder_option("Its exported text encoder.", "the bundle's, else flan-t5-xl by its sizes")
 @verbose_option()
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 @click.option(
@@ -192,7 +187,7 @@ def _workload(
     """Sizes of a bundle, a preset or checkpoint files; what the options say must agree with a
     bundle."""
     from var_deploy.bundle.interfaces import launch_batch
-    from var_deploy.planning.costs import Workload
+    from var_deploy.planning.workload import Workload
 
     path = Path(model or "")
     if model is None or not path.exists():
@@ -204,7 +199,7 @@ def _workload(
         return None, Workload(model=spec, batch=launched, guidance=guides, precision=form)
 
     from var_deploy.manifest import read_manifest
-    from var_deploy.planning.costs import workload_of
+    from var_deploy.planning.workload import workload_of
 
     if path.is_file():
         raise BundleError(
@@ -258,11 +253,7 @@ def _text_encoder(
         from var_deploy.text.manifest import read_text_encoder
 
         found = read_text_encoder(place)
-        if found.model.width != t.text_width:
-            raise UsageError(
-                f"{place} gives features of width {found.model.width}, the model takes "
-                f"{t.text_width}: give the text encoder that it was trained with"
-            )
+        check_text_width(place, found.model.width, t.text_width)
         precision = text_encoder_precision(
             found.graphs, workload.precision, gpu=device.sm is not None
         )

@@ -96,6 +96,30 @@ class PromptOptions:
         return found
 
 
+def check_text_width(place: Path, width: int, wanted: int) -> None:
+    """Raise UsageError where the text encoder at `place` gives features of another width than the
+    model takes."""
+    if width != wanted:
+        raise UsageError(
+            f"{place} gives features of width {width}, the model takes {wanted}: give the text "
+            "encoder that it was trained with"
+        )
+
+
+def text_encoder_option(
+    help: str = "The bundle of the text encoder, for a bundle that takes prompts.",
+    default: str = "in or beside the bundle",
+) -> Callable[[Command], Command]:
+    """--text-encoder, with a help text and the words for its default."""
+    return click.option(
+        "--text-encoder",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="FOLDER",
+        show_default=default,
+        help=help,
+    )
+
+
 keep_text_encoder_option = click.option(
     "--keep-text-encoder",
     is_flag=True,
@@ -123,7 +147,7 @@ def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
         metavar="FILE",
         help="A file with one prompt per line, - for standard input.",
     )
-    options = [
+    options: list[Callable[[Command], Command]] = [
         click.option(
             "--prompt",
             multiple=True,
@@ -133,13 +157,7 @@ def prompt_options(*, one: bool = False) -> Callable[[Command], Command]:
         ),
         *([] if one else [file]),
         click.option("--negative", metavar="TEXT", help="What to guide away from."),
-        click.option(
-            "--text-encoder",
-            type=click.Path(path_type=Path, file_okay=False),
-            metavar="FOLDER",
-            show_default="in or beside the bundle",
-            help="The bundle of the text encoder.",
-        ),
+        text_encoder_option("The bundle of the text encoder."),
         keep_text_encoder_option,
     ]
     names = [field.name for field in dataclasses.fields(PromptOptions)]

@@ -10,7 +10,7 @@ import click
 
 from var_deploy.cli.console import ProgressBar, needs_extra, say
 from var_deploy.cli.options import load_options, load_pipeline, quiet_option
-from var_deploy.cli.prompts import keep_text_encoder_option
+from var_deploy.cli.prompts import keep_text_encoder_option, text_encoder_option
 from var_deploy.cluster.replicas import Replicas
 from var_deploy.config import RuntimeConfig
 from var_deploy.errors import UsageError
@@ -120,13 +120,7 @@ FORMATS = ("text", "json")
     show_default="1",
     help="With --ray: pipelines that generate; MIN:MAX lets their number follow the load.",
 )
-@click.option(
-    "--text-encoder",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="FOLDER",
-    show_default="in or beside the bundle",
-    help="The bundle of the text encoder, for a bundle that takes prompts.",
-)
+@text_encoder_option()
 @keep_text_encoder_option
 @load_options
 @click.option("--verbose", "-v", is_flag=True, help="As --log-level debug.")

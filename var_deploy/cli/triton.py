@@ -10,6 +10,7 @@ import click
 from var_deploy.cli.console import ProgressBar, echo, human_bytes, say
 from var_deploy.cli.options import MOST_BATCH, out_option, report_options, runtime_options
 from var_deploy.cli.outputs import OUTPUT
+from var_deploy.cli.prompts import text_encoder_option
 from var_deploy.config import RuntimeConfig
 from var_deploy.manifest import read_manifest
 
@@ -48,13 +49,7 @@ MAX_DELAY = 60_000  # milliseconds
     metavar="MS",
     help="Milliseconds that a request waits for others to fill its batch.",
 )
-@click.option(
-    "--text-encoder",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="FOLDER",
-    show_default="in or beside the bundle",
-    help="The bundle of the text encoder, for a bundle that takes prompts.",
-)
+@text_encoder_option()
 @runtime_options
 @report_options
 def triton(

@@ -11,10 +11,10 @@ import ray
 from var_deploy.config import Layout, Precision, RuntimeConfig
 from var_deploy.errors import UsageError
 from var_deploy.manifest import Manifest
-from var_deploy.planning.costs import workload_of
 from var_deploy.planning.memory import Library, footprint
 from var_deploy.planning.selection import Facts, select
 from var_deploy.planning.text_memory import text_encoder_memory, text_encoder_precision
+from var_deploy.planning.workload import workload_of
 from var_deploy.text.manifest import TextEncoderManifest
 
 WORKER = 100_000_000  # bytes that Ray takes in a worker process, measured

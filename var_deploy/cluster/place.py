@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import shutil
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ PART = 1 << 24  # bytes per part of a file
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderSource:
+class FolderSource(ABC):
     """Tells the nodes of a cluster where to get a folder that has a manifest; plain data.
 
     Attributes:
@@ -95,9 +96,9 @@ class FolderSource:
         """Prefix of the names of the needed files."""
         return "" if self.precision == "auto" else f"{self.precision}/"
 
+    @abstractmethod
     def read(self, folder: Path) -> ListedFiles:
         """Read the manifest in a folder. Raises BundleError."""
-        raise NotImplementedError
 
     def _holds(self, folder: Path, *, hashes: bool) -> bool:
         try:

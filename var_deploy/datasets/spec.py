@@ -136,7 +136,7 @@ class SetSpec:
 
     @property
     def negative(self) -> str:
-        """What all images are guided away from; "" for nothing."""
+        """The negative prompt, which all images are guided away from; "" for none."""
         return self.prompts.negative if self.prompts else ""
 
     def label(self, image: int) -> int | None:

@@ -30,10 +30,10 @@ from var_deploy.device_check.variants import Variant, onnxruntime_lacks, opened
 from var_deploy.host.installation import pip_install
 from var_deploy.manifest import Manifest, check_files, read_manifest
 from var_deploy.pipeline import Pipeline
-from var_deploy.planning.costs import workload_of
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import footprint
 from var_deploy.planning.plan import make_plan
+from var_deploy.planning.workload import workload_of
 from var_deploy.runtime.backends.onnxruntime_cpu import OrtCpuBackend
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.runtime.measure import launch_names

@@ -18,12 +18,7 @@ from var_deploy.planning.autoencoder import (
     decoder_work,
     encoder_layers,
 )
-from var_deploy.planning.workload import FULL as FULL
-from var_deploy.planning.workload import Weights as Weights
-from var_deploy.planning.workload import Work as Work
-from var_deploy.planning.workload import Workload as Workload
-from var_deploy.planning.workload import linear
-from var_deploy.planning.workload import workload_of as workload_of
+from var_deploy.planning.workload import FULL, Weights, Work, Workload, linear
 from var_deploy.spec import ModelSpec, TextModelSpec
 
 # Top-k tries 34 thresholds with three operations per code (compare, convert, add), top-p 34 with

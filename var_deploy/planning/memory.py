@@ -19,7 +19,8 @@ from var_deploy.config import Layout, Precision
 from var_deploy.families import family_of
 from var_deploy.planning import text_memory
 from var_deploy.planning.autoencoder import decoder_layers, encoder_layers
-from var_deploy.planning.costs import FULL, Workload, bundle_weights, graph_weights
+from var_deploy.planning.costs import bundle_weights, graph_weights
+from var_deploy.planning.workload import FULL, Workload
 from var_deploy.spec import TextModelSpec
 
 Library = Literal["tensorrt", "onnxruntime-cpu"]

@@ -11,7 +11,7 @@ from typing import Any
 from var_deploy.bundle.graph_refs import held_layouts
 from var_deploy.config import LAYOUTS, Layout, Precision
 from var_deploy.manifest import Manifest
-from var_deploy.planning.costs import FULL, Work, Workload, launches
+from var_deploy.planning.costs import launches
 from var_deploy.planning.devices import Device
 from var_deploy.planning.memory import (
     BuildMemory,
@@ -31,7 +31,7 @@ from var_deploy.planning.text_memory import (
     keeps_text_encoder,
     text_encoder_memory,
 )
-from var_deploy.planning.workload import itemsize_of
+from var_deploy.planning.workload import FULL, Work, Workload, itemsize_of
 from var_deploy.spec import TextEncoderSpec
 
 ASSUMPTION = (
@@ -308,7 +308,7 @@ def launch_times(workload: Workload, device: Device) -> tuple[LaunchTime, ...]:
                 tokens=0 if scale is None else model.scale_lengths[scale],
                 past=0 if scale is None else model.prefix_lengths[scale],
                 moving=work.traffic / device.bandwidth,
-                computing=_computing(work, workload.precision, device),
+                computing=computing_seconds(work, workload.precision, device),
             )
         )
     return tuple(times)
@@ -319,7 +319,7 @@ def _read_itemsize(precision: Precision, device: Device) -> int | None:
     return FULL if device.sm is None and precision == "fp16" else None  # a CPU computes it in fp32
 
 
-def _computing(work: Work, precision: Precision, device: Device) -> float:
+def computing_seconds(work: Work, precision: Precision, device: Device) -> float:
     """Seconds for the operations of a launch."""
     rate = device.rate(precision)
     return work.compute_operations / rate + work.full_operations / device.full_rate
@@ -349,7 +349,7 @@ def _text_plan(text: TextEncoderWorkload, device: Device, scales: int) -> TextEn
             tokens=text.spec.length,
             past=0,
             moving=work.traffic / device.bandwidth,
-            computing=_computing(work, text.precision, device),
+            computing=computing_seconds(work, text.precision, device),
         ),
     )
 

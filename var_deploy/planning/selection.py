@@ -36,8 +36,8 @@ from var_deploy.planning.precisions import (
 )
 
 if TYPE_CHECKING:
-    from var_deploy.planning.costs import Workload
     from var_deploy.planning.memory import Footprint, Library
+    from var_deploy.planning.workload import Workload
 
 HEADROOM = 0.9  # share of free memory that layout per-scale may take, since sizes are estimates
 ASKED = "as asked for"
@@ -230,8 +230,8 @@ def choose_layout(
 
     Raises BundleError where the bundle has no graphs of that precision.
     """
-    from var_deploy.planning.costs import Workload, workload_of
     from var_deploy.planning.memory import footprint
+    from var_deploy.planning.workload import Workload, workload_of
 
     held: Collection[Layout] = LAYOUTS
     if isinstance(source, Workload):

@@ -1,4 +1,4 @@
-"""What a prediction is made for, and what it counts: `Workload`, `Weights` and `Work`.
+"""The input of a prediction, `Workload`, and the counts that it is made of, `Weights` and `Work`.
 
 Notation as in `spec`. A multiply-add counts as two operations.
 """
