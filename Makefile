@@ -12,10 +12,12 @@ INSTALL_TRITON = $(TRITON)/bin/python -m pip install -q -c constraints-triton.tx
 	$(TRITON)/bin/python -m pip install -q -c constraints-triton.txt --no-build-isolation \
 	nvidia-pytriton "tritonclient[http,grpc]" -e ".[cpu,text]"
 BUNDLE := build/pocket
+TEXT_BUNDLE := build/pocket-text
 PORTABLE := build/portable/pocket
-# what an exported bundle depends on: the exporter, the contract and the weights of pocket
-EXPORTER := $(wildcard export/*.py export/*/*.py export/pocket/*.safetensors var_deploy/*.py \
-	var_deploy/bundle/*.py var_deploy/families/*.py var_deploy/files/*.py)
+# what an exported bundle depends on: the exporter, the contract and the weights that come with it
+EXPORTER := $(wildcard export/*.py export/*/*.py export/pocket*/*.safetensors \
+	export/pocket_text/text/* var_deploy/*.py var_deploy/bundle/*.py var_deploy/families/*.py \
+	var_deploy/files/*.py)
 
 .PHONY: demo bundle test test-pythons test-arm64 test-gpu test-fast fuzz lint types wheel train \
 	train-text clean
@@ -28,10 +30,13 @@ demo: $(BUNDLE)/manifest.json
 $(BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
 	$(BIN)/var-deploy export pocket --out $(BUNDLE) --force
 
-# What `var-deploy demo` writes pocket's bundle from, without PyTorch. It is part of the package and
-# in git: to be made again when an export of pocket has other bytes, which a test compares.
-bundle: $(BUNDLE)/manifest.json
-	$(BIN)/python -m var_deploy.export.pocket.pack_demo $(BUNDLE)
+# What `var-deploy demo` writes its bundles from, without PyTorch. It is part of the package and in
+# git: to be made again when an export of pocket or pocket-text has other bytes, which a test compares.
+bundle: $(BUNDLE)/manifest.json $(TEXT_BUNDLE)/manifest.json
+	$(BIN)/python -m var_deploy.export.pack_demo build
+
+$(TEXT_BUNDLE)/manifest.json: $(EXPORTER) | $(READY)
+	$(BIN)/var-deploy export pocket-text --out $(TEXT_BUNDLE) --force
 
 # Two processes, each with files of its own: in one it takes nearly twice as long. The order is that
 # of tests/conftest.py; xdist would else start the files with few tests last, and those take longest.

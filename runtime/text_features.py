@@ -102,11 +102,18 @@ class TextFeatures:
         lines = cut[:MOST_LISTED]
         if len(cut) > MOST_LISTED:
             lines.append(f"{len(cut) - MOST_LISTED:,} more prompts are cut off")
-        unknown = dict.fromkeys(word for tokens in found for word in tokens.unknown)
-        if unknown:
+        if unknown := self.unknown_words(prompts):
             name = self._manifest.preset or "the text encoder"
-            lines.append(f"{name} does not know: {_listed(list(unknown))}")
+            lines.append(f"{name} does not know: {_listed(unknown)}")
         return lines
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Return the words that the text encoder does not know, see `Pipeline.unknown_words`."""
+        if self._encoder is None:
+            return []
+        length, encoder = self._length(), self._encoder
+        found = (encoder.tokenize(prompt, length) for prompt in dict.fromkeys(prompts))
+        return list(dict.fromkeys(word for tokens in found for word in tokens.unknown))
 
     def describe(self) -> Loaded:
         """Return what runs the text encoder, see `Pipeline.describe_text_encoder`."""

@@ -35,8 +35,10 @@ def test_make_demo(tmp_path: Path) -> None:
     assert "pip install" not in done.stdout, "nothing was installed"
     with Image.open(checkout / "build" / "demo.png") as picture:
         assert picture.size == (658, 262)
+    with Image.open(checkout / "build" / "demo-text.png") as picture:
+        assert picture.size == (394, 262)
     # the shell does not find var-deploy yet, so the output says how it is called
-    last = done.stdout.splitlines()[-3:]
+    last = done.stdout.splitlines()[-4:]
     assert re.match(r"\. \S*\.venv/bin/activate ", last[0].strip())
     assert last[1].strip().startswith("var-deploy serve build/pocket")
     following = subprocess.run(

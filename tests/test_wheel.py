@@ -25,6 +25,11 @@ PROBES = ("gemm_fp32", "gemm_int8", "conv_fp32", "conv_int8")
 PAGE = ROOT / "var_deploy" / "serving" / "page"
 PAGE_FILES = (".html", ".css", ".js", ".svg")
 WEIGHTS = ("classifier.safetensors", "tokenizer.safetensors", "transformer.safetensors")
+TEXT_FILES = (
+    *WEIGHTS[1:],
+    *("bundle.zip", "text_encoder.zip"),
+    *("text/config.json", "text/model.safetensors", "text/tokenizer.json"),
+)
 
 
 def call(*command: object, folder: Path) -> str:
@@ -79,12 +84,14 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
     assert "wrote there/demo.png" in done.stdout
+    assert "wrote there/demo-text.png" in done.stdout
     return checkout
 
 
 @pytest.fixture(scope="session")
 def slim(followed: Path) -> Path:
-    """bin/ of an environment that holds the wheel, its `cpu` extra and what those need."""
+    """bin/ of an environment that holds the wheel, its extras `cpu` and `text`, and what those
+    need."""
     return followed / "there" / "bin"
 
 
@@ -101,6 +108,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
         for path in (ROOT / top).rglob("*.py")
     }
     weights = {f"var_deploy/export/pocket/{name}" for name in (*WEIGHTS, "bundle.zip")}
+    weights |= {f"var_deploy/export/pocket_text/{name}" for name in TEXT_FILES}
     probes = {f"var_deploy/bench/{name}.onnx" for name in PROBES}
     probes.add("var_deploy/runtime/backends/int8_probe.onnx")
     page = {str(path.relative_to(ROOT)) for path in PAGE.iterdir() if path.suffix in PAGE_FILES}
@@ -110,18 +118,22 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     assert "Apache License" in licence
 
 
-def test_the_weights_of_pocket_are_small(wheel: Path) -> None:
+def test_the_weights_that_ship_are_small(wheel: Path) -> None:
+    sizes: dict[str, list[int]] = {"pocket": [], "pocket_text": []}
     with zipfile.ZipFile(wheel) as archive:
-        sizes = [i.file_size for i in archive.infolist() if i.filename.endswith(".safetensors")]
-    assert len(sizes) == len(WEIGHTS)
-    assert sum(sizes) <= 8_000_000
+        for info in archive.infolist():
+            if info.filename.endswith(".safetensors"):
+                sizes[info.filename.split("/")[2]].append(info.file_size)
+    assert [len(found) for found in sizes.values()] == [len(WEIGHTS), 3]
+    assert sum(sizes["pocket"]) <= 8_000_000
+    assert sum(sizes["pocket_text"]) <= 14_000_000
 
 
 @pytest.mark.slow
 def test_the_demo_needs_neither_torch_nor_onnx(
     followed: Path, pocket_bundle: Path, tmp_path: Path
 ) -> None:
-    """The block made the bundle of an export, and the picture that it gives."""
+    """The block made the bundle of an export, and the pictures that bundles give."""
     assert read_manifest(followed / "there" / "pocket").digest() == (
         read_manifest(pocket_bundle).digest()
     )
@@ -130,6 +142,10 @@ def test_the_demo_needs_neither_torch_nor_onnx(
     call(*here, "--out", "here.png", folder=tmp_path)
     there = followed / "there" / "demo.png"
     with Image.open(there) as one, Image.open(tmp_path / "here.png") as other:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    call(sys.executable, "-m", "var_deploy.cli", "demo", "--out", "here", folder=tmp_path)
+    there = followed / "there" / "demo-text.png"
+    with Image.open(there) as one, Image.open(tmp_path / "here" / "demo-text.png") as other:
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     (environment,) = (followed / "there" / "lib").glob("python*/site-packages")
     assert not [path for path in environment.iterdir() if path.name in ("torch", "onnx")]

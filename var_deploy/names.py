@@ -21,6 +21,7 @@ ENGINES = "engines"  # the folder of a bundle that holds what was built for a de
 # models known by name, see `export/presets.py`, which the half without PyTorch may lack
 PRESETS = (
     *("pocket", "var-d16", "var-d20", "var-d24", "var-d30", "var-d36"),
+    "pocket-text",
     *("infinity-125m", "infinity-1b", "infinity-2b", "infinity-8b", "infinity-8b-512"),
 )
 

@@ -419,6 +419,11 @@ class Pipeline:
         encoder does not know. Raises as `generate` for prompts."""
         return self._text.remarks(prompts)
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Return the words of prompts that the text encoder does not know, each once and as it is
+        written there. Raises as `generate` for prompts."""
+        return self._text.unknown_words(prompts)
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names, index = label; empty where the classes have none, see `sizes.classes`."""

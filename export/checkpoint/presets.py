@@ -1,4 +1,4 @@
-"""Models known by name: the released VAR and Infinity checkpoints, and pocket."""
+"""Models known by name: the released VAR and Infinity checkpoints, pocket and pocket-text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Literal
 from var_deploy.errors import CheckpointError, UsageError
 from var_deploy.export.checkpoint import hub
 from var_deploy.export.checkpoint.shard_index import read_index
-from var_deploy.export.pocket.model import CLASS_NAMES, POCKET
+from var_deploy.export.pocket import model as pocket
+from var_deploy.export.pocket_text import model as pocket_text
 from var_deploy.labels import imagenet
 from var_deploy.sampling import BitSampling, Sampling
-from var_deploy.scale_lists import scale_list
+from var_deploy.scale_lists import RESOLUTIONS, ScaleList, parse_scales, scale_list
 from var_deploy.spec import (
     BitTokenizerSpec,
     ModelSpec,
@@ -28,7 +29,9 @@ from var_deploy.spec import (
 RELEASED_REPO = "FoundationVision/var"
 INFINITY_REPO = "FoundationVision/Infinity"
 SHARD_INDEX = "model.safetensors.index.json"
+# the weights that ship with the package
 POCKET_FOLDER = Path(__file__).parents[1] / "pocket"
+POCKET_TEXT_FOLDER = Path(__file__).parents[1] / "pocket_text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +85,11 @@ PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 PRESETS: Mapping[str, Preset] = {
     "pocket": Preset(
-        spec=POCKET,
+        spec=pocket.POCKET,
         transformer_file="transformer.safetensors",
         tokenizer_file="tokenizer.safetensors",
         repo="",
-        labels=CLASS_NAMES,
+        labels=pocket.CLASS_NAMES,
         defaults=Sampling(cfg=2.0, top_k=0, top_p=0.95),
     ),
     "var-d16": _released(16, shared_adaln=False, patch_nums=PATCH_NUMS_256),
@@ -102,21 +105,42 @@ class TextPreset:
     """A text-to-image model with a name.
 
     Attributes:
-        spec: its sizes at the resolution that it was made for, at 1:1, with the longest text; see
+        spec: its sizes with the scales that it was made for, at 1:1, and the longest text; see
             `scale_lists.with_scales` for others.
-        resolution: that resolution, a name of `scale_lists.RESOLUTIONS`.
+        scales: these scales. A model whose list is not one of `scale_lists` has no others.
         transformer_file: name of its checkpoint file, or of the folder of its shards; "" for a
             model that was not released.
-        tokenizer_file, repo: name of the tokenizer's file, and the Hub repository of both.
+        tokenizer_file, repo: name of the tokenizer's file, and the Hub repository of both; "" where
+            they ship with the package.
+        text_encoder: folder of its T5 beside them; "" where the T5 is a model of its own.
         defaults: sampling settings to use where none are given; `cfg` 1 is no guidance.
     """
 
     spec: TextModelSpec
-    resolution: str
+    scales: ScaleList
     transformer_file: str
     tokenizer_file: str
     repo: str = INFINITY_REPO
+    text_encoder: str = ""
     defaults: BitSampling
+
+    @property
+    def text_length(self) -> int:
+        """S, the tokens that its graphs take where nothing else is asked for."""
+        return min(PROMPT_LENGTH, self.spec.transformer.unconditional_length)
+
+    def scales_for(self, resolution: str | None, aspect: str | None) -> ScaleList:
+        """Return the list of scales that is asked for, see `scale_lists.parse_scales`; its own
+        where nothing is. Raises UsageError as that, and for a model that has no others."""
+        if resolution is None and aspect is None:
+            return self.scales
+        if self.scales.resolution not in RESOLUTIONS:
+            height, width = self.scales.image_size
+            raise UsageError(
+                f"this model makes images of {width}x{height} alone: leave out --resolution and "
+                "--aspect"
+            )
+        return parse_scales(resolution or self.scales.resolution, aspect)
 
 
 TEXT_WIDTH, TEXT_LENGTH = 2048, 512  # of flan-t5-xl, and the longest text in training
@@ -132,6 +156,7 @@ TEXT_ENCODERS: Mapping[str, TextEncoderSpec] = {
         vocab_size=32128,
         length=PROMPT_LENGTH,
     ),
+    "pocket-text": pocket_text.TEXT_ENCODER,
 }
 
 
@@ -173,7 +198,7 @@ def _infinity(
                 unconditional_length=TEXT_LENGTH,
             ),
         ),
-        resolution=resolution,
+        scales=scales,
         transformer_file=files[0],
         tokenizer_file=files[1],
         # the published top-k of 900 does nothing to the two values of a bit
@@ -197,6 +222,15 @@ D32_TOKENIZER = "infinity_vae_d32reg.pth"
 
 # settings: of the published notebooks for 2b and 8b; of the inference script for the others
 TEXT_PRESETS: Mapping[str, TextPreset] = {
+    "pocket-text": TextPreset(
+        spec=pocket_text.POCKET_TEXT,
+        scales=pocket_text.SCALES,
+        transformer_file="transformer.safetensors",
+        tokenizer_file="tokenizer.safetensors",
+        repo="",
+        text_encoder="text",
+        defaults=pocket_text.DEFAULTS,
+    ),
     "infinity-125m": _infinity(
         *(12, 768, 8),
         bits=16,
@@ -268,13 +302,7 @@ def own_file(
     name = preset.tokenizer_file if part == "tokenizer" else preset.transformer_file
     if preset.repo:
         return hub.fetch(preset.repo, name, progress, option=option)
-    path = POCKET_FOLDER / name
-    if not path.is_file():
-        raise CheckpointError(
-            f"pocket's {part} ({name}) is not in this installation; reinstall var-deploy, "
-            f"train it with `make train`, or give a file with {option}"
-        )
-    return path
+    return _packaged("pocket", POCKET_FOLDER / name, part, option, "make train")
 
 
 def own_text_file(
@@ -291,9 +319,35 @@ def own_text_file(
             f"the {part} of this preset was not released; give a file with {option}, or "
             "--random-weights SEED"
         )
+    if not preset.repo:
+        return _packaged("pocket-text", POCKET_TEXT_FOLDER / name, part, option, "make train-text")
     if Path(name).suffix:
         return hub.fetch(preset.repo, name, progress, option=option)
     index = hub.fetch(preset.repo, f"{name}/{SHARD_INDEX}", progress, option=option)
     for shard in dict.fromkeys(read_index(index).values()):
         hub.fetch(preset.repo, f"{name}/{shard}", progress, option=option)
     return index.parent
+
+
+def own_text_encoder(preset: TextPreset) -> Path | None:
+    """Return the folder of the T5 that ships with a preset's weights, None where none does.
+    Raises CheckpointError where this installation lacks it."""
+    if not preset.text_encoder:
+        return None
+    folder = POCKET_TEXT_FOLDER / preset.text_encoder
+    _packaged(
+        *("pocket-text", folder / "model.safetensors", "text encoder"),
+        *("--text-encoder", "make train-text"),
+    )
+    return folder
+
+
+def _packaged(model: str, path: Path, part: str, option: str, target: str) -> Path:
+    """Return the path of a file that ships with the package. Raises CheckpointError where this
+    installation lacks it."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"{model}'s {part} ({path.name}) is not in this installation; reinstall var-deploy, "
+            f"train it with `{target}`, or give a file with {option}"
+        )
+    return path

@@ -25,7 +25,6 @@ from var_deploy.spec import TextModelSpec
 
 # of the published inference script, for a model without a preset
 DEFAULTS = BitSampling(cfg=4.0, temperature=0.5, top_p=0.97)
-TEXT_LENGTH = PROMPT_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ def load_text_model(
     random_weights: int | None = None,
     resolution: str | None = None,
     aspect: str | None = None,
-    text_length: int = TEXT_LENGTH,
+    text_length: int | None = None,
     hints: Hints = NO_HINTS,
     fallback: Hints = NO_HINTS,
     progress: Callable[[str], None] | None = None,
@@ -79,7 +78,8 @@ def load_text_model(
         tokenizer: file with the tokenizer (may be the same one, where it holds both).
         random_weights: a seed; no file is read.
         resolution, aspect: as in `scale_lists.parse_scales`; without a resolution, the preset's.
-        text_length: S, the most tokens of a text; features of longer ones are cut.
+        text_length: S, the most tokens of a text; features of longer ones are cut. None: 128, or
+            the longest text that the model was trained with, where that is shorter.
         hints: where the parts lie in their files; heads and scales it cannot tell.
         fallback: where they lie in files that hold several, and the hints do not tell.
         progress: called with what takes long.
@@ -93,15 +93,18 @@ def load_text_model(
             "--patch-nums and --heads tell of a VAR; a text-to-image model's heads are in its "
             "checkpoint, and --resolution and --aspect choose its scales"
         )
-    if resolution is None and known is None:
+    if known is not None:
+        scales = known.scales_for(resolution, aspect)
+    elif resolution is not None:
+        scales = parse_scales(resolution, aspect)
+    else:
         raise UsageError("a text-to-image model without a preset needs --resolution, such as 0.25M")
-    scales = parse_scales(resolution or (known.resolution if known else ""), aspect)
     if random_weights is not None:
         if known is None or preset is None:
             raise UsageError("--random-weights needs a preset, which tells the sizes")
         if checkpoint is not None or tokenizer is not None or hints != NO_HINTS:
             raise UsageError("--random-weights and checkpoint files exclude each other")
-        spec = with_scales(known.spec, scales, text_length)
+        spec = with_scales(known.spec, scales, text_length or known.text_length)
         return random_text_model(
             spec, random_weights, scales=scales, preset=preset, defaults=known.defaults
         )
@@ -121,6 +124,9 @@ def load_text_model(
         ),
         open_checkpoint(checkpoint, "transformer", hints.key, fallback.key, INFINITY_STATE),
     )
+    longest = unconditional_length(parts[1])
+    if text_length is None:
+        text_length = min(PROMPT_LENGTH, longest)
     found = recognise_text(*parts, scales, text_length)
     if known is None:
         return assemble_text(found, *parts, scales=scales)
@@ -131,7 +137,7 @@ def load_text_model(
             transformer=dataclasses.replace(
                 known.spec.transformer,
                 text_length=text_length,
-                unconditional_length=unconditional_length(parts[1]),
+                unconditional_length=longest,
             ),
         ),
         scales,

@@ -22,6 +22,7 @@ from var_deploy.export.checkpoint.assemble import LoadedModel, assemble, load_mo
 from var_deploy.export.checkpoint.files import TOP, Part, open_checkpoint
 from var_deploy.export.checkpoint.hints import NO_HINTS, Hints
 from var_deploy.export.checkpoint.module_weights import ModuleWeights, weights_sha256
+from var_deploy.export.checkpoint.presets import TEXT_PRESETS
 from var_deploy.export.checkpoint.shard_index import stored_sha256
 from var_deploy.export.checkpoint.text_model import LoadedTextModel, load_text_model
 from var_deploy.export.verify.floats import FloatTolerance
@@ -376,9 +377,11 @@ def load_text_bundle_model(
     """Load the text-to-image model that the manifest names, as `load_bundle_model` does."""
     spec = manifest.model
     assert isinstance(spec, TextModelSpec)
-    scales = list_of(spec.grids)
+    known = TEXT_PRESETS.get(manifest.preset)
+    scales = known.scales if known and known.scales.grids == spec.grids else list_of(spec.grids)
     if scales is None:
         raise UsageError("the scales of this bundle are of no published list: verify it in Python")
+    own = known is not None and scales is known.scales
     origin = manifest.checkpoint["transformer"]
     random = origin.get("random_weights") if checkpoint is None and tokenizer is None else None
     if random is None and not manifest.preset and (checkpoint is None or tokenizer is None):
@@ -395,8 +398,8 @@ def load_text_bundle_model(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         random_weights=random,
-        resolution=scales.resolution,
-        aspect=scales.aspect,
+        resolution=None if own else scales.resolution,
+        aspect=None if own else scales.aspect,
         text_length=spec.transformer.text_length,
         hints=hints,
     )

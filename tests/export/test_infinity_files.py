@@ -441,7 +441,7 @@ class OfShapes:
 def test_released_models_are_recognised(preset: str) -> None:
     transformer, tokenizer = map(official, MODELS[preset])
     known = TEXT_PRESETS[preset]
-    for resolution, aspect in ((known.resolution, "1:1"), ("0.25M", "4:3")):
+    for resolution, aspect in ((known.scales.resolution, "1:1"), ("0.25M", "4:3")):
         scales = scale_list(resolution, aspect)
         found = recognise_text(
             OfShapes(renamed(tokenizer, tokenizer_names(tokenizer))),
@@ -498,7 +498,7 @@ def test_files_of_presets_are_fetched(
         load_text_model("infinity-1b", tokenizer=Path("infinity_vae_d56_f8_14_patchify.pth"))
 
 
-@pytest.mark.parametrize("preset", TEXT_PRESETS)
+@pytest.mark.parametrize("preset", [name for name in TEXT_PRESETS if name != "pocket-text"])
 def test_every_preset_can_be_drawn(preset: str) -> None:
     model = load_text_model(preset, random_weights=1, resolution="512x512")
     assert (model.preset, model.defaults) == (preset, TEXT_PRESETS[preset].defaults)
@@ -507,6 +507,17 @@ def test_every_preset_can_be_drawn(preset: str) -> None:
     assert model.transformer.read("blocks.0.sa.q_bias").std() > 0
     assert not model.transformer.read("blocks.0.sa.zero_k_bias").any()
     assert model.transformer.description == {"random_weights": 1}
+
+
+def test_a_model_of_one_list_takes_no_other() -> None:
+    model = load_text_model("pocket-text", random_weights=1)
+    assert (model.scales, model.spec) == (
+        TEXT_PRESETS["pocket-text"].scales,
+        TEXT_PRESETS["pocket-text"].spec,
+    )
+    for asked in ({"resolution": "0.06M"}, {"aspect": "4:3"}, {"resolution": "64x64"}):
+        with pytest.raises(UsageError, match="images of 64x64 alone: leave out --resolution"):
+            load_text_model("pocket-text", random_weights=1, **asked)
 
 
 def test_a_var_preset_does_not_take_these_files(states: tuple[State, State]) -> None:

@@ -164,7 +164,10 @@ OUT = {"weight_map": {EMBEDDING: "../other.safetensors"}}
 GONE = {"weight_map": {EMBEDDING: "gone.safetensors"}}
 WRONG: dict[str, tuple[Callable[[Path, State], object], str]] = {
     "no config": (lambda h, s: (h / "config.json").unlink(), "has no config.json"),
-    "no weights": (lambda h, s: (h / "model.safetensors").unlink(), "has no weights; expected"),
+    "no weights": (
+        lambda h, s: (h / "model.safetensors").unlink(),
+        "is a folder, expected a checkpoint",
+    ),
     "no tokenizer": (lambda h, s: (h / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "config": (lambda h, s: (h / "config.json").write_text("{"), "config.json cannot be read"),
     "a list": (lambda h, s: (h / "config.json").write_text("[]"), "is not a JSON object"),
@@ -182,13 +185,13 @@ WRONG: dict[str, tuple[Callable[[Path, State], object], str]] = {
         r"wi_0.weight is \[160, 64\], expected \[161, 64\].*block.2.* is missing",
     ),
     "fewer layers": (edit("config.json", num_layers=1), r"block.1.* is unexpected"),
-    "out": (index(OUT), "weight_map.* is '../other.safetensors', expected a plain file name"),
-    "gone": (index(GONE), r"gone.safetensors does not exist"),
-    "empty index": (index({"weight_map": {}}), "names 0 files, expected 1 to 1000"),
+    "out": (index(OUT), "weight_map.* is '../other.safetensors', expected the name of a file"),
+    "gone": (index(GONE), "lacks 1 of the 1 shards that .* lists, gone.safetensors first"),
+    "empty index": (index({"weight_map": {}}), "weight_map is empty"),
     "no map": (index({}), "weight_map is missing"),
-    "large index": (index(" " * (9 << 20)), "cannot be read .more than 8 MiB."),
-    "lying index": (lying_index, "lacks encoder.more, which the index says it holds"),
-    "twice": (twice, "holds twice in two files"),
+    "large index": (index(" " * (17 << 20)), "not an index of shards .more than 16 MiB."),
+    "lying index": (lying_index, "lacks encoder.more, which .* lists in model-00002"),
+    "twice": (twice, "holds twice, which .* does not list there"),
     "integers": (
         weights(lambda s: s.update({EMBEDDING: s[EMBEDDING].to(torch.int32)})),
         "shared.weight is int32, expected a float type",

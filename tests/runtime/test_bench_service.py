@@ -44,7 +44,8 @@ class Fake:
         if path == "/v1/model":
             return 200, json.dumps({**MODEL, "takes": self.takes}).encode()
         if path == "/v2/models/pocket/config":
-            return 200, json.dumps(CONFIG).encode()
+            first = "PROMPT" if self.takes == "prompts" else "LABEL"
+            return 200, json.dumps({**CONFIG, "input": [{"name": first}]}).encode()
         if path == "/v1/images":
             asked = json.loads(body)
             if self.takes == "prompts":
@@ -55,11 +56,24 @@ class Fake:
             return self.drawn(asked["seed"])
         if path == "/v2/models/pocket/infer":
             length = int(headers["Inference-Header-Content-Length"])
-            assert [i["name"] for i in json.loads(body[:length])["inputs"]] == ["LABEL", "SEED"]
-            label, seed = struct.unpack("<qQ", body[length:])
-            assert label == 0
+            what, (seed,) = self.inputs_of(json.loads(body[:length]), body[length:])
+            if self.takes == "prompts":
+                assert struct.unpack_from("<I", what) == (len(what) - 4,)
+                self.prompts.append(what[4:].decode())
+            else:
+                assert struct.unpack("<q", what) == (0,)
             return self.drawn(seed)
         return 404, b"<p>nothing here</p>"
+
+    def inputs_of(self, head: Any, data: bytes) -> tuple[bytes, tuple[int]]:
+        first, second = head["inputs"]
+        expected = ("PROMPT", "BYTES") if self.takes == "prompts" else ("LABEL", "INT64")
+        assert (first["name"], first["datatype"]) == expected
+        assert (second["name"], second["datatype"]) == ("SEED", "UINT64")
+        assert first["shape"] == second["shape"] == [1, 1]
+        size = first["parameters"]["binary_data_size"]
+        assert len(data) == size + second["parameters"]["binary_data_size"]
+        return data[:size], struct.unpack("<Q", data[size:])
 
     def drawn(self, seed: int) -> tuple[int, bytes]:
         with self.lock:
@@ -131,9 +145,13 @@ def test_every_image_has_a_seed_of_its_own(fake: Fake, path: str) -> None:
     assert told[0][0].startswith("warming up: 1 at http://") and told[-1][0].startswith("round 2")
 
 
-def test_every_image_of_a_service_that_takes_prompts_has_one_of_its_own(fake: Fake) -> None:
+@pytest.mark.parametrize("path", ["", "/v2/models/pocket"])
+def test_every_image_of_a_service_that_takes_prompts_has_one_of_its_own(
+    fake: Fake, path: str
+) -> None:
     fake.takes = "prompts"
-    load_services([find_service(fake.url)], LoadSettings(concurrency=(2,), repeat=1, warm_up=0))
+    service = find_service(fake.url + path)
+    load_services([service], LoadSettings(concurrency=(2,), repeat=1, warm_up=0))
     assert len(set(fake.prompts)) == len(fake.seeds) == EACH * 2
 
 

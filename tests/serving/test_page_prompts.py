@@ -81,6 +81,48 @@ def test_a_prompt_is_sent_with_enter_and_kept(visit: Visit, service: Client) -> 
     assert accessibility_faults(page) == []
 
 
+def test_examples_fill_the_field(visit: Visit, service: Client) -> None:
+    known = service.get("/v1/model").json["examples"]
+    page = visit()
+    assert page.get_attribute("#prompt", "placeholder") == f"such as: {known[0]}"
+    assert page.locator("#examples button").all_inner_texts() == known[:4]
+    page.click(f"#examples button >> text={known[1]}")
+    assert page.input_value("#prompt") == known[1] and focused(page) == "prompt"
+    page.keyboard.press("Enter")
+    finished(page)
+    assert parse_qs(query(page))["prompt"] == [known[1]]
+    page.click("#edit-this")
+    assert page.input_value("#prompt") == ""
+    page.click("#examples button >> nth=0")
+    assert page.input_value("#prompt") == known[0]
+    assert page.is_hidden("#notice"), "nothing was sent"
+
+
+def test_unknown_words_are_marked_in_the_field(visit: Visit) -> None:
+    def marked() -> list[str]:
+        return page.locator("#prompt-marks mark").all_inner_texts()
+
+    page = visit(viewport={"width": 1280, "height": 800})
+    page.fill("#prompt", "a fox, foxes and a FOX")
+    assert marked() == [], "the service has not told of any word yet"
+    ask(page, "a fox, foxes and a FOX")
+    assert "fox" in marked() and "a" not in marked()
+    assert page.inner_text("#prompt-remarks").endswith(", ".join(dict.fromkeys(marked())))
+    # the marks lie under their words: the text behind the field breaks where that in it does
+    heights = "[...document.querySelectorAll('#prompt, #prompt-marks')].map(e => e.scrollHeight)"
+    page.fill("#prompt", "a red fox " * 30)
+    assert len(set(page.evaluate(heights))) == 1
+    page.evaluate("document.querySelector('#prompt').scrollTop = 1e4")
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    places = "[...document.querySelectorAll('#prompt, #prompt-marks')].map(e => e.scrollTop)"
+    field, marks = page.evaluate(places)
+    assert field == marks > 0
+    assert len(marked()) == 30, "a word that is known to be unknown is marked while it is written"
+    page.fill("#prompt", "the sea")
+    assert marked() == []
+    assert accessibility_faults(page) == []
+
+
 def test_a_link_with_a_prompt_generates_at_once_on_a_phone(
     visit: Visit, service: Client
 ) -> None:

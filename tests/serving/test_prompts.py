@@ -63,11 +63,12 @@ def test_images_are_those_of_generate_and_say_their_prompts(
     images = reply.json["images"]
     assert [image["prompt"] for image in images] == [FOX, SEA, FOX]
     assert reply.json["remarks"] == ["the text encoder does not know: fox"]
+    assert reply.json["unknown"] == ["fox"]
     assert expected.origin is not None
     assert text_of(images[1]) == expected.origin.take([1]).text()
     assert text_of(images[1])["prompt"] == SEA and text_of(images[1])["negative"] == "blue"
     one = service.post("/v1/images", {"prompt": "", "seed": 5})
-    assert one.json["remarks"] == []
+    assert one.json["remarks"] == one.json["unknown"] == []
     np.testing.assert_array_equal(one.images(), pipe.generate(prompts="", seed=5))
 
 

@@ -151,6 +151,10 @@ def test_prompts(
             np.testing.assert_array_equal(answers["1"][n], image[0])
         settings = {"cfg": RAMP, "top_p": 0.6, "temperature": 0.9}
         np.testing.assert_array_equal(answers["2"], pipe.generate(prompts="", seed=5, **settings))
+    url = f"http://127.0.0.1:{triton.http}/v2/models/text"
+    options = ("--concurrency", "2", "--repeat", 1, "--warm-up", 0, "--json", "-")
+    (found,) = json.loads(done("bench", url, *options).stdout)["services"]
+    assert (found["kind"], found["levels"][0]["images"]) == ("triton", 8)
 
 
 def test_another_bundle_takes_over(

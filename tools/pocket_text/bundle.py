@@ -14,7 +14,6 @@ import click
 
 from tools.pocket.train import save_half
 from tools.pocket_text.captions import vocabulary
-from tools.pocket_text.model import DEFAULTS, POCKET_TEXT, SCALES, TEXT_LENGTH
 from tools.pocket_text.words import tokenizer_json
 from var_deploy.errors import VarDeployError
 from var_deploy.export.bundle import ExportOptions, export_bundle
@@ -22,6 +21,7 @@ from var_deploy.export.checkpoint.files import INFINITY_STATE, open_checkpoint
 from var_deploy.export.checkpoint.text_encoder import CONFIG_NAMES, open_text_encoder
 from var_deploy.export.checkpoint.text_model import LoadedTextModel, assemble_text
 from var_deploy.export.models.t5 import T5Encoder
+from var_deploy.export.pocket_text.model import DEFAULTS, POCKET_TEXT, SCALES, TEXT_LENGTH
 from var_deploy.export.text_encoder_bundle import export_text_encoder
 from var_deploy.manifest import TextEncoderRef
 from var_deploy.spec import TextModelSpec

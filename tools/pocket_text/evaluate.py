@@ -1,8 +1,9 @@
 """Evaluates what a bundle of pocket-text makes of sentences that it has never seen.
 
-`python -m tools.pocket_text.evaluate BUNDLE --weights OUT` prints the report: half of the sentences
-are of one thing, half of two; all scenes are held out, see `scenes.held_out`. The classifiers, as
-trained by `tools.pocket_text.train`, know drawings of other seeds alone.
+`python -m tools.pocket_text.evaluate BUNDLE` prints the report: half of the sentences are of one
+thing, half of two; all scenes are held out, see `scenes.held_out`. The classifiers, as trained by
+`tools.pocket_text.train`, know drawings of other seeds alone; those of the weights that ship lie
+beside this file.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ from tools.pocket_text.scenes import (
     unseen_pair,
 )
 from var_deploy.errors import VarDeployError
+from var_deploy.export.checkpoint.presets import POCKET_TEXT_FOLDER
 from var_deploy.export.checkpoint.text_model import build_text_modules
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.pipeline import Pipeline
 
+HERE = Path(__file__).parent
 CLASSIFIER_FILES = {
     "alone": "classifier-alone.safetensors",
     "pair": "classifier-pair.safetensors",
@@ -124,7 +127,7 @@ def held_out_sentences(count: int, seed: int) -> tuple[list[Scene], list[str]]:
     return [scene for scene, _ in pairs], [text for _, text in pairs]
 
 
-def load_classifiers(folder: Path) -> tuple[SceneClassifier, SceneClassifier]:
+def load_classifiers(folder: Path = HERE) -> tuple[SceneClassifier, SceneClassifier]:
     """Load the classifiers for one thing and for two."""
     models = []
     for name, questions in (("alone", ALONE), ("pair", PAIR)):
@@ -235,18 +238,19 @@ def evaluate(
 @click.option(
     "--weights",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    required=True,
+    show_default="those that ship",
     help="Folder that `tools.pocket_text.train` wrote: the tokenizer and the classifiers.",
 )
 @click.option("--count", type=click.IntRange(min=20), default=500, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def main(bundle: Path, weights: Path, count: int, seed: int) -> None:
+def main(bundle: Path, weights: Path | None, count: int, seed: int) -> None:
     """Evaluate pictures generated through BUNDLE, exported from the folder of weights."""
     start = time.monotonic()
     try:
-        tokenizer = build_text_modules(load(weights))[0]
+        tokenizer = build_text_modules(load(weights or POCKET_TEXT_FOLDER))[0]
+        classifiers = load_classifiers(weights or HERE)
         with Pipeline.load(bundle) as pipe:
-            report = evaluate(pipe, tokenizer, load_classifiers(weights), count=count, seed=seed)
+            report = evaluate(pipe, tokenizer, classifiers, count=count, seed=seed)
     except VarDeployError as error:
         raise click.ClickException(str(error)) from None
     click.echo(report.table())

@@ -30,7 +30,7 @@ class Recipe:
     tokenizer_steps: int = 3_400
     tokenizer_rate: float = 5e-3
     commitment: float = 0.25
-    decoder_steps: int = 2_000
+    decoder_steps: int = 1_200
     decoder_rate: float = 3e-3
     transformer_images: int = 48_000
     transformer_batch: int = 48

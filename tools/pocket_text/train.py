@@ -16,7 +16,8 @@ Each of the first three keeps a checkpoint in OUT/checkpoints: the same command 
 stopped, and a stage that is done is not repeated. After a change of the recipe, give another OUT.
 
 `python -m tools.pocket_text.bundle OUT --out BUNDLE` exports the weights, and
-`python -m tools.pocket_text.evaluate BUNDLE --weights OUT` measures them.
+`python -m tools.pocket_text.evaluate BUNDLE --weights OUT` measures them. To ship them, copy them
+to export/pocket_text/ and the classifiers to tools/pocket_text/, and run `make bundle`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from tools.pocket_text.classifier import ALONE, PAIR, train_classifier
 from tools.pocket_text.evaluate import CLASSIFIER_FILES
 from tools.pocket_text.fit_tokenizer import refine_decoder, train_tokenizer
 from tools.pocket_text.fit_transformer import train_transformer
-from tools.pocket_text.model import POCKET_TEXT, TEXT_ENCODER
 from tools.pocket_text.recipe import Recipe
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
+from var_deploy.export.pocket_text.model import POCKET_TEXT, TEXT_ENCODER
 
 JOINT_FILE = "tokenizer-joint.safetensors"
 CHECKPOINTS = "checkpoints"

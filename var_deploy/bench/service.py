@@ -88,24 +88,40 @@ class OurService(Service):
         return Question(path=f"{self.address.path}/v1/images", body=body, headers=headers)
 
 
+@dataclass(frozen=True, kw_only=True)
 class TritonModel(Service):
-    """A model on Triton, from a repository that `var-deploy triton` wrote."""
+    """A model on Triton, from a repository that `var-deploy triton` wrote.
+
+    Attributes:
+        takes_prompts: as of `OurService`.
+    """
 
     kind = "triton"
+    takes_prompts: bool = False
 
     def question(self, seed: int) -> Question:
-        sizes = {"shape": [1, 1], "parameters": {"binary_data_size": 8}}
+        """The request for one image; a prompt is one that was not encoded before."""
+        if self.takes_prompts:
+            (prompt,) = bench_texts(seed, 1)
+            text = prompt.encode()  # a text has its length in front
+            what = ("PROMPT", "BYTES", struct.pack("<I", len(text)) + text)
+        else:
+            what = ("LABEL", "INT64", struct.pack("<q", LABEL))
+        inputs = (what, ("SEED", "UINT64", struct.pack("<Q", seed)))
         asked = {
             "inputs": [
-                {"name": "LABEL", "datatype": "INT64", **sizes},
-                {"name": "SEED", "datatype": "UINT64", **sizes},
+                {
+                    **{"name": name, "datatype": datatype, "shape": [1, 1]},
+                    "parameters": {"binary_data_size": len(data)},
+                }
+                for name, datatype, data in inputs
             ],
             "outputs": [{"name": "IMAGE", "parameters": {"binary_data": True}}],
         }
         head = json.dumps(asked).encode()
         return Question(
             path=f"{self.address.path}/infer",
-            body=head + struct.pack("<qQ", LABEL, seed),
+            body=head + b"".join(data for _, _, data in inputs),
             headers={"Inference-Header-Content-Length": str(len(head))},
         )
 
@@ -160,7 +176,7 @@ def find_service(url: str) -> Service:
     address = Address.read(url)
     with contextlib.closing(Connection(address)) as connection:
         if "/v2/models/" in address.path:
-            return TritonModel(url=url, address=address, about=_triton(connection, address))
+            return _triton(url, connection, address)
         found = _json(connection, f"{address.path}/v1/model")
     if "digest" not in found:
         raise BackendError(
@@ -173,7 +189,7 @@ def find_service(url: str) -> Service:
     return OurService(url=url, address=address, about=about, takes_prompts=prompts)
 
 
-def _triton(connection: Connection, address: Address) -> dict[str, str]:
+def _triton(url: str, connection: Connection, address: Address) -> TritonModel:
     where = f"{SCHEME}{address.host}:{address.port}{address.path}"
     config = _json(connection, f"{address.path}/config")
     parameters = config.get("parameters") or {}
@@ -181,7 +197,9 @@ def _triton(connection: Connection, address: Address) -> dict[str, str]:
         raise BackendError(f"{where} is not a model of var-deploy triton, or it is not loaded")
     told = {name: str(value.get("string_value")) for name, value in parameters.items()}
     instances = sum(group.get("count", 1) for group in config.get("instance_group", []))
-    return {**told, "batch": str(config.get("max_batch_size")), "instances": str(instances)}
+    about = {**told, "batch": str(config.get("max_batch_size")), "instances": str(instances)}
+    prompts = any(each.get("name") == "PROMPT" for each in config.get("input") or ())
+    return TritonModel(url=url, address=address, about=about, takes_prompts=prompts)
 
 
 def _json(connection: Connection, path: str) -> dict[str, Any]:

@@ -108,14 +108,14 @@ INT8_IMAGES, FP16_IMAGES = 8, 1  # of --calibration, where it is not given
 @click.option(
     "--text-length",
     type=click.IntRange(1, 512),
-    default=128,
-    show_default=True,
+    show_default="128, or the model's longest",
     help="Tokens of a prompt that its graphs take.",
 )
 @click.option(
     "--text-encoder",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="FOLDER",
+    show_default="the preset's, where it has one",
     help="Its T5: a Hugging Face folder, which is exported to OUT-text, or a text encoder that was "
     "exported before.",
 )
@@ -135,7 +135,7 @@ def export(
     class_names: Path | None,
     resolution: str | None,
     aspect: str | None,
-    text_length: int,
+    text_length: int | None,
     text_encoder: Path | None,
     force: bool,
     quiet: bool,
@@ -162,7 +162,13 @@ def export(
     utf8_path(out.absolute(), "the library of ONNX")
 
     with needs_extra("export", "export"):
-        from var_deploy.export.checkpoint.presets import TEXT_PRESETS, find_preset, own_file
+        from var_deploy.export.checkpoint.presets import (
+            TEXT_PRESETS,
+            find_preset,
+            find_text_preset,
+            own_file,
+            own_text_encoder,
+        )
 
         words = model in TEXT_PRESETS or (model is None and _holds_text_model(weights.checkpoint))
         if not words and (resolution or aspect or text_encoder):
@@ -208,9 +214,11 @@ def export(
                     model, resolution=resolution, aspect=aspect, text_length=text_length, **files
                 )
                 progress.update(f"scales of {loaded.scales}", 0.0)
-                if text_encoder is not None or random_weights is not None:
+                if model is not None and weights.checkpoint is None and random_weights is None:
+                    text_encoder = text_encoder or own_text_encoder(find_text_preset(model))
+                if text_encoder is not None:
                     ref = _text_encoder(
-                        text_encoder, loaded, out, precision, random_weights, force, progress.update
+                        text_encoder, loaded, out, precision, force, progress.update
                     )
             else:
                 loaded = load_model(model, **files)
@@ -246,20 +254,17 @@ def _holds_text_model(checkpoint: Path | None) -> bool:
 
 
 def _text_encoder(
-    given: Path | None,
+    given: Path,
     model: Any,
     out: Path,
     precisions: tuple[Precision, ...],
-    random_weights: int | None,
     force: bool,
     progress: Any,
-) -> TextEncoderRef | None:
+) -> TextEncoderRef:
     """The text encoder of a bundle at `out`: the one that was given, or one that is written beside
-    the bundle. Random weights without a folder have none."""
+    the bundle."""
     from var_deploy.text.manifest import read_text_encoder
 
-    if given is None:
-        return None
     spec = model.spec.transformer
     if (given / names.MANIFEST).is_file():
         found, folder = read_text_encoder(given), given

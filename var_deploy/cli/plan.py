@@ -282,13 +282,13 @@ def _best(manifest: Manifest, device: Device) -> Precision:
 
 def _preset(name: str, text: TextOptions) -> ModelSpec | TextModelSpec:
     with needs_extra("export", "plan"):
-        from var_deploy.export.checkpoint.presets import PRESETS, PROMPT_LENGTH, TEXT_PRESETS
+        from var_deploy.export.checkpoint.presets import PRESETS, TEXT_PRESETS
     if name in TEXT_PRESETS:
-        from var_deploy.scale_lists import parse_scales, with_scales
+        from var_deploy.scale_lists import with_scales
 
         known = TEXT_PRESETS[name]
-        scales = parse_scales(text.resolution or known.resolution, text.aspect)
-        return with_scales(known.spec, scales, text.text_length or PROMPT_LENGTH)
+        scales = known.scales_for(text.resolution, text.aspect)
+        return with_scales(known.spec, scales, text.text_length or known.text_length)
     if name in PRESETS:
         _refuse_text(text, name)
         return PRESETS[name].spec
@@ -305,7 +305,6 @@ def _recognised(weights: CheckpointOptions, text: TextOptions) -> ModelSpec | Te
         from var_deploy.export.checkpoint.assemble import load_model
         from var_deploy.export.checkpoint.files import holds_text_model
     if weights.checkpoint is not None and holds_text_model(weights.checkpoint):
-        from var_deploy.export.checkpoint.presets import PROMPT_LENGTH
         from var_deploy.export.checkpoint.text_model import load_text_model
 
         return load_text_model(
@@ -314,7 +313,7 @@ def _recognised(weights: CheckpointOptions, text: TextOptions) -> ModelSpec | Te
             tokenizer=weights.tokenizer,
             resolution=text.resolution,
             aspect=text.aspect,
-            text_length=text.text_length or PROMPT_LENGTH,
+            text_length=text.text_length,
             hints=weights.hints(),
         ).spec
     _refuse_text(text, "the checkpoint")

@@ -86,6 +86,7 @@ def as_json(
         digest=manifest.digest(),
         seconds=round(seconds, 3),
         remarks=list(drawn.remarks),
+        unknown=list(drawn.unknown),
     )
 
 

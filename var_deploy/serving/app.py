@@ -50,6 +50,7 @@ from var_deploy.serving.queue import LocalQueue
 from var_deploy.serving.settings import Settings
 from var_deploy.serving.validate import can_edit, validate_edit, validate_images, validate_vary
 from var_deploy.spec import TextModelSpec
+from var_deploy.text.examples import examples
 
 PAGE = Path(__file__).parent / "page"
 FAILED: dict[int | str, dict[str, Any]] = {
@@ -171,6 +172,7 @@ class Service:
         return schemas.ModelAnswer(
             takes="prompts" if text is not None else "labels" if conditional else "nothing",
             text_length=text.text_length if text is not None else 0,
+            examples=list(examples(manifest.preset)) if text is not None else [],
             height=height,
             width=width,
             grids=list(spec.grids),

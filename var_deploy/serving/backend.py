@@ -100,12 +100,13 @@ class ScaleDone:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:
-    """The last event: the images, uint8 [N, H, W, C], the number of scales [N] of each, and what
-    there is to say of the prompts, see `Pipeline.remarks`."""
+    """The last event: the images, uint8 [N, H, W, C], the number of scales [N] of each, what there
+    is to say of the prompts, and their words that are not known; see `Pipeline.remarks`."""
 
     images: NDArray[np.uint8]
     scales_done: NDArray[np.int64]
     remarks: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 Event = Queued | ScaleDone | Drawn

@@ -46,6 +46,7 @@ class PendingRequest:
         self._gone = False
         self._kept: Kept | None = None
         self._remarks: tuple[str, ...] | None = None
+        self._unknown: tuple[str, ...] = ()
         self._images: NDArray[np.uint8] | None = None
         self._scales_done = np.zeros(work.count, np.int64)
         self._loop = asyncio.get_running_loop()
@@ -101,14 +102,15 @@ class PendingRequest:
             with self._lock:
                 self._kept = kept
 
-    def remark(self, remarks: Callable[[Sequence[str]], Sequence[str]]) -> None:
+    def remark(self, pipeline: Pipeline) -> None:
         """Ask what there is to say of the prompts, once for all batches of the request."""
         with self._lock:
             asked = self._remarks is None and bool(self.work.prompts)
         if asked:
-            found = tuple(remarks([*self.work.prompts, self.work.negative]))
+            texts = [*self.work.prompts, self.work.negative]
+            found = tuple(pipeline.remarks(texts)), tuple(pipeline.unknown_words(texts))
             with self._lock:
-                self._remarks = found
+                self._remarks, self._unknown = found
 
     @property
     def kept(self) -> Kept | None:
@@ -129,7 +131,10 @@ class PendingRequest:
             self._done += len(rows)
             complete = self._done == self.work.count
             drawn = Drawn(
-                images=self._images, scales_done=self._scales_done, remarks=self._remarks or ()
+                images=self._images,
+                scales_done=self._scales_done,
+                remarks=self._remarks or (),
+                unknown=self._unknown,
             )
         if complete:
             self.tell(drawn)
@@ -213,7 +218,7 @@ class BatchRunner:
         `Pipeline.draw`."""
         for share in shares:
             share.job.keep(self._pipeline.encode)
-            share.job.remark(self._pipeline.remarks)
+            share.job.remark(self._pipeline)
         first, last = shares[0], self._manifest.model.scales - 1
 
         def show(event: ScaleEvent) -> None:

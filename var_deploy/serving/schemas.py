@@ -121,6 +121,7 @@ class Answer(BaseModel):
     remarks: list[str] = Field(
         description="lines about prompts: which were cut off, and which words are not known"
     )
+    unknown: list[str] = Field(description="those words, as they are written in the prompts")
 
 
 class Preview(BaseModel):
@@ -172,6 +173,7 @@ class ModelAnswer(BaseModel):
     digest: str
     takes: Literal["labels", "prompts", "nothing"]
     text_length: int = Field(description="tokens of a prompt that are read; 0 without prompts")
+    examples: list[str] = Field(description="prompts to begin with; none without prompts")
     height: int
     width: int
     side: int | None = Field(description="null where height and width differ")

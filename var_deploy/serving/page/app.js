@@ -123,7 +123,7 @@ async function execute(request, { controller, progress }) {
   const former = { view, set: viewer.set, solo: viewer.solo, older };
   const set = { kind: request.kind, pictures: request.pictures.map((picture) => ({ ...picture })) };
   hideNotice();
-  form.remark([]);
+  form.remark([], []);
   older = null;
   view = "tiles";
   for (const picture of set.pictures) if (picture.before) picture.scales = [picture.before];
@@ -204,7 +204,7 @@ function finish(set, answer) {
     const made = { png: `data:image/png;base64,${png}`, label, seed, digest: model.digest };
     Object.assign(set.pictures[n], made, { seconds: answer.seconds, sampling: answer.settings });
   });
-  form.remark(answer.remarks);
+  form.remark(answer.remarks, answer.unknown);
   viewer.show(set);
   for (const picture of set.pictures) gallery.add(picture);
   const { pictures } = set;

@@ -5,10 +5,10 @@
 
 import { ClassPicker } from "./class_picker.js";
 import { Classes } from "./class_search.js";
+import { PromptField } from "./prompt_field.js";
 import { SamplingSliders } from "./sampling_sliders.js";
 
 const NONE = { generate: "no class", edit: "whatever fits" };
-const EXAMPLE = "such as: a red fox in the snow";
 const NO_LABEL = "none"; // in an address, "no class" among classes
 
 const $ = (id) => document.getElementById(id);
@@ -33,7 +33,7 @@ export class Form {
     $("negative-box").hidden = !this.words || !model.guidance;
     for (const id of ["prompt", "negative"]) $(id).maxLength = model.limits.prompt;
     this.prompts = { generate: "", edit: "" }; // of the modes
-    $("prompt").placeholder = EXAMPLE;
+    this.promptField = new PromptField(model.examples);
     if (!model.conditional) return;
     const onChange = (chosen) => this.#follow(chosen);
     this.picker = new ClassPicker(this.classes, model.limits.count, { onChange, onRefuse });
@@ -56,9 +56,12 @@ export class Form {
     return { labels, ...said, seed, count, ...this.sampling.read() };
   }
 
-  /** Say what the model did not read of the prompt: it was cut off, or has words it does not know. */
-  remark(lines) {
-    $("prompt-remarks").textContent = lines.join("\n");
+  /**
+   * Say what the model did not read of the prompt: it was cut off, or has words that it does not
+   * know, `unknown`, which are marked from then on.
+   */
+  remark(lines, unknown) {
+    this.promptField.remark(lines, unknown);
   }
 
   /** What keeps the form from being sent, in a sentence, or null. */
@@ -76,7 +79,7 @@ export class Form {
 
   write(settings) {
     if (this.words) {
-      $("prompt").value = settings.prompt ?? "";
+      this.promptField.value = settings.prompt ?? "";
       $("negative").value = settings.negative ?? "";
     }
     if (this.picker) {
@@ -108,8 +111,8 @@ export class Form {
     $("class-title").textContent = $("prompt-title").textContent = title;
     if (this.words) {
       this.prompts[this.mode] = $("prompt").value;
-      $("prompt").value = this.prompts[mode];
-      $("prompt").placeholder = editing ? NONE.edit : EXAMPLE;
+      this.promptField.value = this.prompts[mode];
+      this.promptField.suggest(editing ? NONE.edit : null);
     }
     if (this.picker) {
       this.choices[this.mode] = this.picker.chosen;

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from tools.pocket_text.captions import vocabulary
-from tools.pocket_text.words import vocab_size
 from var_deploy.sampling import BitSampling
 from var_deploy.scale_lists import ScaleList
 from var_deploy.spec import BitTokenizerSpec, TextEncoderSpec, TextModelSpec, TextTransformerSpec
 
-TEXT_LENGTH = 32  # tokens; the grammar's longest sentence has some 25
+TEXT_LENGTH = 32  # tokens; the longest sentence that it was trained with has some 25
 # tokens of 16 × 16 pixels, as in all of the family: patches of 2 × 2 latent positions
 GRIDS = tuple((side, side) for side in (1, 2, 3, 4))
-SCALES = ScaleList(resolution="", aspect="1:1", grids=GRIDS, rope_grid=GRIDS[-1])
+SCALES = ScaleList(resolution="64x64", aspect="1:1", grids=GRIDS, rope_grid=GRIDS[-1])
 DEFAULTS = BitSampling(cfg=3.0, temperature=0.7, top_p=0.9)
 
 TEXT_ENCODER = TextEncoderSpec(
@@ -20,7 +18,7 @@ TEXT_ENCODER = TextEncoderSpec(
     heads=4,
     head_width=32,
     ffn_width=256,
-    vocab_size=vocab_size(vocabulary()),
+    vocab_size=121,
     length=TEXT_LENGTH,
 )
 POCKET_TEXT = TextModelSpec(

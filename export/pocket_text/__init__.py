@@ -1,0 +1,1 @@
+"""pocket-text, the small text-to-image model that ships with var-deploy."""
