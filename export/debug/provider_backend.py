@@ -25,6 +25,7 @@ from var_deploy.runtime.backends.ort_session import open_session, quiet
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 
 PEAKS = "largest magnitudes"  # an output [number of fp16 values], fp32
+ONE = f"{PEAKS}: shape"
 
 
 class ProviderBackend(HostMemory):
@@ -144,22 +145,17 @@ def with_peaks(graph: bytes, *, watched: bool) -> tuple[bytes, list[tuple[str, s
     values = [(node.name, name) for node in nodes for name in node.output if name in half]
     if not values:
         return model.SerializeToString(), [], drawn
-    added = []
+    added, rows = [], []
     for number, (_, name) in enumerate(values):
+        absolute, largest, full, row = (f"{PEAKS} {number}.{step}" for step in range(4))
         added += [
-            helper.make_node("Abs", [name], [f"{PEAKS} {number} abs"]),
-            helper.make_node("ReduceMax", [f"{PEAKS} {number} abs"], [f"{PEAKS} {number}"]),
-            helper.make_node(
-                *("Cast", [f"{PEAKS} {number}"], [f"{PEAKS} {number} full"]), to=TensorProto.FLOAT
-            ),
-            helper.make_node(
-                "Reshape", [f"{PEAKS} {number} full", f"{PEAKS} shape"], [f"{PEAKS} {number} row"]
-            ),
+            helper.make_node("Abs", [name], [absolute]),
+            helper.make_node("ReduceMax", [absolute], [largest], keepdims=0),
+            helper.make_node("Cast", [largest], [full], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", [full, ONE], [row]),
         ]
-        added[-3].attribute.append(helper.make_attribute("keepdims", 0))
-    shape = helper.make_tensor(f"{PEAKS} shape", TensorProto.INT64, [1], [1])
-    model.graph.initializer.append(shape)
-    rows = [f"{PEAKS} {number} row" for number in range(len(values))]
+        rows.append(row)
+    model.graph.initializer.append(helper.make_tensor(ONE, TensorProto.INT64, [1], [1]))
     nodes.extend([*added, helper.make_node("Concat", rows, [PEAKS], axis=0)])
     model.graph.output.append(helper.make_tensor_value_info(PEAKS, TensorProto.FLOAT, [len(rows)]))
     return model.SerializeToString(), values, drawn
