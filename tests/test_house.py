@@ -57,8 +57,15 @@ def test_every_data_file_is_packaged() -> None:
         for path in (ROOT / top).rglob("*"):
             if path.is_dir() or path.suffix in (".py", ".pyc"):
                 continue
-            matching = patterns.get(package_of(path.parent), [])
-            assert any(fnmatch(path.name, p) for p in matching), f"{path} is not packaged"
+            package = next(p for p in path.parents if (p / "__init__.py").is_file())
+            name = path.relative_to(package).as_posix()
+            # setuptools' * takes no slash
+            found = [
+                pattern
+                for pattern in patterns.get(package_of(package), [])
+                if pattern.count("/") == name.count("/") and fnmatch(name, pattern)
+            ]
+            assert found, f"{path} is not packaged"
 
 
 # imports run one way: cli → export, cluster, triton, serving, datasets, bench, device_check →

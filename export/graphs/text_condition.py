@@ -75,7 +75,7 @@ def build_unconditional(spec: TextModelSpec, form: GraphForm) -> GraphBuilder:
         scores = b.weight(
             f"{POOL}.no_prompt_scores",
             (1, t.text_length, t.pool_heads),
-            lambda read: text(read) @ _pool_scores(spec)(read),
+            lambda read: _product(text(read), _pool_scores(spec)(read)),
         )
         cond = _pool(b, spec, table, scores, mask)
 
@@ -83,7 +83,8 @@ def build_unconditional(spec: TextModelSpec, form: GraphForm) -> GraphBuilder:
         def make(read: ReadKey) -> NDArray[np.float32]:
             weight = read(f"blocks.{layer}.ca.mat_kv.weight").reshape(2, t.width, t.width)[part]
             bias = _kv_bias(layer)(read).reshape(2, t.width)[part]
-            made = (projected(read) @ weight.T + bias).reshape(t.text_length, heads, width)
+            made = _product(projected(read), weight.T) + bias
+            made = made.reshape(t.text_length, heads, width)
             moved: NDArray[np.float32] = made.transpose(perm)
             return moved
 
@@ -192,6 +193,13 @@ def _own_modulation(depth: int) -> Table:
     return make
 
 
+def _product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a · b in fp32, summed in fp64: sums in fp32 differ in their last digits from one
+    processor or number of threads to another, and so would the bytes of a bundle."""
+    made: NDArray[np.float32] = (a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
+    return made
+
+
 def _kv_bias(layer: int) -> Table:
     def make(read: ReadKey) -> NDArray[np.float32]:
         values = read(f"blocks.{layer}.ca.v_bias")
@@ -208,9 +216,8 @@ def _pool_scores(spec: TextModelSpec) -> Table:
     def make(read: ReadKey) -> NDArray[np.float32]:
         keys = read(f"{POOL}.mat_kv.weight")[: t.width].reshape(t.pool_heads, width, -1)
         query = read(f"{POOL}.mat_q").reshape(t.pool_heads, width)
-        made: NDArray[np.float32] = np.einsum("hd,hdc->ch", query, keys) / np.float32(
-            math.sqrt(width)
-        )
+        scores = [_product(keys[head].T, query[head]) for head in range(t.pool_heads)]
+        made: NDArray[np.float32] = np.stack(scores, axis=1) / np.float32(math.sqrt(width))
         return made
 
     return make
@@ -245,11 +252,11 @@ def _no_prompt(spec: TextModelSpec) -> tuple[Table, Table]:
     @functools.cache
     def projected(read: ReadKey) -> NDArray[np.float32]:
         key = "text_proj_for_ca"
-        x = text(read) @ read(f"{key}.0.weight").T + read(f"{key}.0.bias")
+        x = _product(text(read), read(f"{key}.0.weight").T) + read(f"{key}.0.bias")
         wide = x.astype(np.float64)
         inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
         x = (0.5 * wide * (1 + np.tanh(inner))).astype(np.float32)
-        made: NDArray[np.float32] = x @ read(f"{key}.2.weight").T + read(f"{key}.2.bias")
+        made = _product(x, read(f"{key}.2.weight").T) + read(f"{key}.2.bias")
         return made
 
     return text, projected
