@@ -31,7 +31,7 @@ def test_released_files_have_these_names_and_shapes(preset: str) -> None:
 
 
 def test_every_preset_is_compared() -> None:
-    assert list(MODELS) == list(TEXT_PRESETS)
+    assert ["pocket-text", *MODELS] == list(TEXT_PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_parameter_counts(preset: str, millions: float) -> None:
 def test_sizes_and_settings(preset: str, size: int, cfg: float, temperature: float) -> None:
     found = TEXT_PRESETS[preset]
     assert found.spec.tokenizer.image_size == (size, size)
-    assert found.spec.tokenizer.grids == scale_list(found.resolution).grids
+    assert found.spec.tokenizer.grids == scale_list(found.scales.resolution).grids
     assert found.spec.transformer.rope_grid == (64, 64)
     defaults: Any = found.defaults
     assert (defaults.cfg, defaults.temperature, defaults.top_k, defaults.top_p) == (
