@@ -90,7 +90,7 @@ def make_recipe(
 
 def how_taken(value: NDArray[Any], weight: NDArray[Any]) -> dict[str, Any] | None:
     """Return how the flat tensor `weight` of a bundle is made of `value` of a checkpoint, in the
-    words of `demo.take_weight`: as it is, transposed, or with its rows in another order, as RoPE's
+    words of `demo.join_weights`: as it is, transposed, or with its rows in another order, as RoPE's
     pairs are. None where it is made in another way."""
     if value.size != weight.size:
         return None

@@ -33,6 +33,7 @@ from var_deploy.spec import TextModelSpec
 if TYPE_CHECKING:
     from var_deploy.runtime.text_encoder import TextEncoder
     from var_deploy.text.manifest import TextEncoderManifest
+    from var_deploy.text.prompt_tokenizer import TokenizedPrompt
 
 # words, or prompts that are cut off, that are named; characters of a word
 MOST_LISTED, LONGEST_LISTED = 10, 40
@@ -94,26 +95,26 @@ class TextFeatures:
 
     def remarks(self, prompts: Sequence[str]) -> list[str]:
         """Return what there is to say of prompts, see `Pipeline.remarks`."""
-        if self._encoder is None:
-            return []
-        length, encoder = self._length(), self._encoder
-        found = [encoder.tokenize(prompt, length) for prompt in dict.fromkeys(prompts)]
+        found = self._tokenized(prompts)
         cut = [tokens.truncation for tokens in found if tokens.truncation]
         lines = cut[:MOST_LISTED]
         if len(cut) > MOST_LISTED:
             lines.append(f"{len(cut) - MOST_LISTED:,} more prompts are cut off")
-        if unknown := self.unknown_words(prompts):
+        if unknown := _unknown(found):
             name = self._manifest.preset or "the text encoder"
             lines.append(f"{name} does not know: {_listed(unknown)}")
         return lines
 
     def unknown_words(self, prompts: Sequence[str]) -> list[str]:
         """Return the words that the text encoder does not know, see `Pipeline.unknown_words`."""
+        return _unknown(self._tokenized(prompts))
+
+    def _tokenized(self, prompts: Sequence[str]) -> list[TokenizedPrompt]:
+        """Return the tokens of each prompt that differs; [] without a text encoder."""
         if self._encoder is None:
             return []
         length, encoder = self._length(), self._encoder
-        found = (encoder.tokenize(prompt, length) for prompt in dict.fromkeys(prompts))
-        return list(dict.fromkeys(word for tokens in found for word in tokens.unknown))
+        return [encoder.tokenize(prompt, length) for prompt in dict.fromkeys(prompts)]
 
     def describe(self) -> Loaded:
         """Return what runs the text encoder, see `Pipeline.describe_text_encoder`."""
@@ -131,6 +132,11 @@ class TextFeatures:
             return model.transformer.text_length
         takes = "labels" if model.transformer.conditional else "no condition"
         raise UsageError(f"this bundle takes {takes}, not prompts")
+
+
+def _unknown(found: Sequence[TokenizedPrompt]) -> list[str]:
+    """Return the unknown words of prompts, each once."""
+    return list(dict.fromkeys(word for tokens in found for word in tokens.unknown))
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -1,10 +1,12 @@
-"""Measures the effect of fp16 on a model's tokens and images, without a GPU.
+"""Measures the effect of fp16 on a model's tokens and images, without a GPU or on one.
 
     python -m tools.fp16_study BUNDLE --json study.json
+    python -m tools.fp16_study BUNDLE --provider CUDAExecutionProvider
 
-The bundle holds fp32 and fp16 graphs. Both run through the interpreter, so that nothing but the
-rounding differs: the fp32 graphs first, then the fp16 graphs with the fp32 tokens in place of their
-own (what rounding does to each scale), then left to themselves (what becomes of the image).
+The bundle holds fp32 and fp16 graphs. Both run through the interpreter, or through one provider of
+ONNX Runtime, so that nothing but the rounding differs: the fp32 graphs first, then the fp16 graphs
+with the fp32 tokens in place of their own (what rounding does to each scale), then left to
+themselves (what becomes of the image).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from var_deploy.export.debug.fp16_overflow import (
     layer_of,
 )
 from var_deploy.export.debug.interpreter_backend import generate, study_conditions
+from var_deploy.export.debug.provider_backend import ProviderBackend
 from var_deploy.files import whole_file
 from var_deploy.host.terminal import is_terminal
 from var_deploy.image.images import psnr
@@ -124,11 +128,19 @@ class HalfStudy:
 
 
 def study(
-    bundle: Path, *, images: int = 1, seed: int = 0, progress: Progress | None = None
+    bundle: Path,
+    *,
+    images: int = 1,
+    seed: int = 0,
+    provider: str = "",
+    progress: Progress | None = None,
 ) -> HalfStudy:
     """Compare fp16 with fp32 over `images` images (whole batches).
 
-    Raises BundleError where the bundle lacks a precision or is damaged.
+    `provider` is one of ONNX Runtime's; "" takes the interpreter, and watches the encoder as well.
+
+    Raises BackendError where ONNX Runtime lacks the provider, BundleError where the bundle lacks a
+    precision or is damaged.
     """
     manifest = read_manifest(bundle)
     for precision in ("fp32", "fp16"):
@@ -151,6 +163,7 @@ def study(
                 first=first,
                 seed=seed,
                 progress=report,
+                backend=partial(ProviderBackend, provider) if provider else None,
                 **how,
             )
 
@@ -158,7 +171,8 @@ def study(
         try:
             guided = run("fp16", 3 * number + 1, forced=expected.tokens, watch=magnitudes.watch)
             alone = run("fp16", 3 * number + 2, watch=magnitudes.watch)
-            encode_watched(bundle, manifest, expected, magnitudes)
+            if not provider:
+                encode_watched(bundle, manifest, expected, magnitudes)
         except HalfOverflowError:
             break
         for k, tokens in enumerate(expected.tokens):
@@ -204,8 +218,9 @@ def _decibels(values: tuple[float, ...]) -> str:
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--provider", default="", help="Run the graphs with this provider of ONNX Runtime.")
 @click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False))
-def main(bundle: Path, images: int, seed: int, out: Path | None) -> None:
+def main(bundle: Path, images: int, seed: int, provider: str, out: Path | None) -> None:
     """Compare the fp16 graphs of BUNDLE with its fp32 graphs; print tables in Markdown."""
     shown = is_terminal(sys.stderr)
 
@@ -214,7 +229,7 @@ def main(bundle: Path, images: int, seed: int, out: Path | None) -> None:
             click.echo(f"\r\x1b[K{fraction:4.0%} {message}", nl=False, err=True)
 
     try:
-        result = study(bundle, images=images, seed=seed, progress=progress)
+        result = study(bundle, images=images, seed=seed, provider=provider, progress=progress)
         if out:
             with whole_file(out) as stream:
                 stream.write(f"{json.dumps(result.to_json(), indent=1)}\n".encode())

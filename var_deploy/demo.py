@@ -27,8 +27,8 @@ from var_deploy.config import Precision
 from var_deploy.errors import BundleError, VarDeployError
 from var_deploy.files import disk_errors
 from var_deploy.files.folders import whole_folder
-from var_deploy.manifest import ListedFiles, check_files, read_manifest
-from var_deploy.text.manifest import read_text_encoder
+from var_deploy.manifest import Manifest, check_files, read_manifest
+from var_deploy.text.manifest import TextEncoderManifest, read_text_encoder
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # of importlib.resources.abc from Python 3.11 on
@@ -52,7 +52,7 @@ class PackedBundle:
     sources: tuple[str, ...]
     text_encoder: bool = False
 
-    def manifest(self, folder: Path) -> ListedFiles:
+    def manifest(self, folder: Path) -> Manifest | TextEncoderManifest:
         """Read the manifest of the bundle in `folder`. Raises BundleError."""
         return read_text_encoder(folder) if self.text_encoder else read_manifest(folder)
 
@@ -83,7 +83,7 @@ PRECISION: Precision = "fp32"
 SAFETENSORS_TYPES = {"F16": "<f2", "F32": "<f4", "I64": "<i8"}
 
 
-def write_demo_bundle(packed: PackedBundle, out: Path) -> ListedFiles:
+def write_demo_bundle(packed: PackedBundle, out: Path) -> Manifest | TextEncoderManifest:
     """Write a bundle of the package to `out`, which must be new or empty; return its manifest.
 
     Raises UsageError for an `out` that holds anything, VarDeployError where this installation

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,22 @@ from var_deploy.labels import spread_labels
 from var_deploy.manifest import Manifest
 from var_deploy.progress import Progress
 from var_deploy.runtime.backends.host_memory import HostMemory, host_view
-from var_deploy.runtime.backends.protocol import Arrays, Launch
+from var_deploy.runtime.backends.protocol import Arrays, Backend, Launch
 from var_deploy.runtime.buffers import Conditions
 from var_deploy.runtime.loop import ScaleLoop
 from var_deploy.sampling import gumbel, numbered, stack_uniforms
 from var_deploy.spec import TextModelSpec
 
 Watch = Callable[[str], OnValue]  # graph name → callback for its values
+
+
+class StudyBackend(Backend, Protocol):
+    """A backend that also tells what each scale drew, as `TorchBackend.choices` does."""
+
+    choices: list[NDArray[np.int64]]
+
+
+StudyBackends = Callable[[Watch | None, Callable[[str], None]], StudyBackend]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +57,9 @@ def generate(
     forced: Sequence[NDArray[Any]] | None = None,
     watch: Watch | None = None,
     progress: Progress | None = None,
+    backend: StudyBackends | None = None,
 ) -> Generation:
-    """Generate B images with the bundle's default settings, through the interpreter.
+    """Generate B images with the bundle's default settings.
 
     Args:
         conditions: B class numbers, or the features of B prompts.
@@ -73,12 +83,14 @@ def generate(
     if manifest.more_smooth:
         codes = manifest.code_model("a mix of codes").tokenizer.vocab_size
         noise = [gumbel(*stream, spec.total_tokens, codes) for stream in streams]
-    backend = TorchBackend(watch, announce)
-    static = names.scale_graph(0) in manifest.graphs[precision]
+    runs = (backend or TorchBackend)(watch, announce)
+    # what opens graphs once is quicker with the one that serves every scale
+    graphs = manifest.graphs[precision]
+    static = names.scale_graph(0) in graphs and not (backend and names.STEP in graphs)
     # graphs are read by path: hashing the weights would take longer than using them
     files = BundleFiles(bundle, manifest, precision, hashes=False)
     try:
-        loop = ScaleLoop(files, manifest, backend, precision, "per-scale" if static else "shared")
+        loop = ScaleLoop(files, manifest, runs, precision, "per-scale" if static else "shared")
         try:
             image = loop.run(
                 conditions,
@@ -87,7 +99,7 @@ def generate(
                 forced=forced or (),
                 noise=noise,
             )
-            return Generation(tokens=backend.choices, image=image.copy())
+            return Generation(tokens=runs.choices, image=image.copy())
         finally:
             loop.close()
     finally:
@@ -101,6 +113,12 @@ def study_conditions(manifest: Manifest, first: int) -> Conditions:
     if isinstance(spec, TextModelSpec):
         return drawn_prompts(spec.transformer, numbered(0, first, batch))
     return spread_labels(spec.transformer.classes, batch, first)
+
+
+def title_of(graph: GraphFile, inputs: Mapping[str, NDArray[Any]]) -> str:
+    """Return a graph's name, and for `step` the scale as well, which is one of its inputs."""
+    step = graph.ref.kind == "step"
+    return f"{graph.ref.name} @ {int(inputs[names.SCALE])}" if step else graph.ref.name
 
 
 class TorchBackend(HostMemory):
@@ -149,9 +167,7 @@ class _TorchSession:
         return lambda: self._run(feeds, results)
 
     def _run(self, inputs: dict[str, NDArray[Any]], outputs: dict[str, NDArray[Any]]) -> None:
-        backend, title = self._backend, self._graph.ref.name
-        if self._graph.ref.kind == "step":
-            title = f"{title} @ {int(inputs[names.SCALE])}"
+        backend, title = self._backend, title_of(self._graph, inputs)
         backend.announce(title)
         graph = TorchGraph(self._graph.path)
         drawn = [graph.maker(names.TOKENS).input[2]] if names.TOKENS in outputs else []

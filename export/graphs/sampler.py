@@ -2,8 +2,8 @@
 graphs.
 
 No sort and no TopK (TensorRT's takes at most 3840): both filters keep the logits above a threshold,
-and the threshold is found bit by bit, counting (top-k) or weighing (top-p) the logits on one side
-of a trial value. k and p are run-time scalars. Equal logits at the top-k threshold all stay,
+and the threshold is found digit by digit, counting (top-k) or weighing (top-p) the logits on one
+side of trial values. k and p are run-time scalars. Equal logits at the top-k threshold all stay,
 as in the published code; at the top-p threshold too, where the published code drops some of them in
 an order that its sort leaves open. The cumulative sum is two small triangular products, because
 CumSum becomes a loop in TensorRT before 10.8.
@@ -15,22 +15,32 @@ three times as long.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from var_deploy import names
 from var_deploy.export.graphs.builder import GraphBuilder
 
-# Trial values lie on a grid of powers of two, from 2^e, the first above every |logit|, down to
+# Thresholds lie on a grid of powers of two, from 2^e, the first above every |logit|, down to
 # 2^(e-33). Sums of such steps are exact in fp32 as long as they have 24 bits, so every fp32 number
 # of at least 1/512 of the largest |logit| is on the grid; smaller ones are told apart to 2^-32 of
 # it.
-STEPS = 34
+BITS = 34
+# A pass finds d bits of the threshold with 2^d - 1 trial values at once. Wide passes make a graph
+# of fewer operators (some 230 with four bits, 520 with one) on more elements, so they pay where
+# launches cost more than elements. These limits of elements per pass were the best of those
+# measured: on a CPU for 512 and 4096 codes, and on an H100 for fp16 graphs, which run on GPUs.
+MOST_BITS = 4
+CPU_ELEMENTS = 2**14
+GPU_ELEMENTS = 2**21
 # TensorRT tries to fuse a chain of reductions as a whole: 16 in a row took 75 s to compile for one
 # token, 64 never ended. It does not look through a convolution, so one stands after every fourth
-# reduction; then all of them compile in 6 s.
+# reduction, and in every wide pass; then all of them compile in 6 s.
 FENCE_EVERY = 4
+TILE = 64  # of codes, see `_extreme`
 # a logit that softmax turns into zero
 NO_WEIGHT = -1e30
 
@@ -42,19 +52,23 @@ def sample(
     temperature: str,
     top_k: str,
     top_p: str,
+    *,
+    length: int,
     codes: int,
 ) -> str:
-    """Sample: logits [B, L, V], uniforms [B, L], scalars → tokens [B, L] int64."""
+    """Sample: logits [B, L, V], uniforms [B, L], scalars → tokens [B, L] int64.
+
+    `length` is the largest L that the graph is used with.
+    """
     with b.scope("sampler"):
         x = b.op("Div", logits, temperature)
-        # one channel: totals over the codes can then go through a convolution as they are
-        x = b.op("Unsqueeze", x, b.ints(1))  # [B, 1, L, V]
-        top = b.op("ReduceMax", x, b.ints(-1), keepdims=1)  # [B, 1, L, 1]
-        start, steps = _grid(b, x, top)
-        low = _top_k_threshold(b, x, top, start, steps, top_k, codes)
+        x = b.op("Unsqueeze", x, b.ints(1))  # [B, 1, L, V]; trial values lie along axis 1
+        top = _extreme(b, "ReduceMax", x, codes)  # [B, 1, L, 1]
+        grid = _grid(b, x, top, codes, _bits(b, b.form.batch * length * codes))
+        low = _top_k_threshold(b, x, top, grid, top_k, codes)
         mass = b.op("Exp", b.op("Sub", x, top))  # [B, 1, L, V], unnormalised
         mass = _masked(b, b.op("GreaterOrEqual", x, low), mass)
-        low = _top_p_threshold(b, x, mass, start, steps, top_p)
+        low = _top_p_threshold(b, x, mass, grid, top_p)
         # the largest always stays, also where p is too small for 1 - p to differ from 1
         kept = b.op("Or", b.op("Greater", x, low), b.op("GreaterOrEqual", x, top))
         flat = b.ints(0, -1, codes)
@@ -87,53 +101,104 @@ def _masked(b: GraphBuilder, mask: str, x: str) -> str:
     return b.op("Mul", b.cast(mask, np.float32), x)
 
 
-def _grid(b: GraphBuilder, x: str, top: str) -> tuple[str, list[str]]:
-    """Return -2^e, below every logit, and the steps 2^e, 2^(e-1), …, all [B, 1, L, 1]."""
-    bottom = b.op("ReduceMin", x, b.ints(-1), keepdims=1)
+@dataclass(frozen=True)
+class Grid:
+    """Where thresholds lie, see `BITS`.
+
+    Attributes:
+        digits: the bits of every pass.
+        units: the last bit of every pass, in units of 2^e.
+        power: 2^e [B, 1, L, 1].
+        start: -2^e, below every logit.
+        steps: for every pass of d bits the multiples 1 … 2^d - 1 of its unit, [B, 2^d - 1, L, 1].
+    """
+
+    digits: Sequence[int]
+    units: Sequence[float]
+    power: str
+    start: str
+    steps: Sequence[str]
+
+
+def _bits(b: GraphBuilder, elements: int) -> int:
+    """Return how many bits a pass over B·L·V elements finds."""
+    limit = GPU_ELEMENTS if b.half else CPU_ELEMENTS
+    return max([d for d in range(1, MOST_BITS + 1) if (2**d - 1) * elements <= limit], default=1)
+
+
+def _grid(b: GraphBuilder, x: str, top: str, codes: int, bits: int) -> Grid:
+    """Return the grid of logits x [B, 1, L, V] for passes of `bits` bits, the last of the rest."""
+    bottom = _extreme(b, "ReduceMin", x, codes)
     zero = b.constant(0.0, np.float32)
     largest = b.op("Max", top, b.op("Sub", zero, bottom))
     powers = np.exp2(np.arange(-126, 128, dtype=np.float32))
     enough = b.op("Greater", b.constant(powers), largest)  # [B, 1, L, 254]
     above = b.op("Where", enough, b.constant(powers), b.constant(powers[-1]))
     power = b.op("ReduceMin", above, b.ints(-1), keepdims=1)
-    fractions = b.constant(np.exp2(-np.arange(STEPS, dtype=np.float32)))
-    steps = b.split(b.op("Mul", power, fractions), 3, [1] * STEPS)
-    return b.op("Sub", zero, power), steps
+    ends = [*range(bits, BITS, bits), BITS]
+    digits = [end - begin for begin, end in pairwise([0, *ends])]
+    units = [2.0 ** (1 - end) for end in ends]
+    multiples = [np.arange(1, 2**d) * unit for d, unit in zip(digits, units, strict=True)]
+    fractions = np.concatenate(multiples).astype(np.float32).reshape(1, -1, 1, 1)
+    steps = b.split(b.op("Mul", power, b.constant(fractions)), 1, [len(m) for m in multiples])
+    start = b.op("Sub", zero, power)
+    return Grid(digits=digits, units=units, power=power, start=start, steps=steps)
 
 
-def _total(b: GraphBuilder, x: str, turn: int) -> str:
-    """Sum over the codes, [B, 1, L, 1]; a fence follows every few reductions (see
-    `FENCE_EVERY`)."""
-    total = b.op("ReduceSum", x, b.ints(-1), keepdims=1)
-    if turn % FENCE_EVERY < FENCE_EVERY - 1:
-        return total
-    one = b.constant(np.ones((1, 1, 1, 1), np.float32))
-    return b.op("Conv", total, one, kernel_shape=[1, 1], pads=[0, 0, 0, 0])
+def _extreme(b: GraphBuilder, op: str, x: str, codes: int) -> str:
+    """ReduceMax or ReduceMin of x [B, 1, L, V] over the codes, [B, 1, L, 1].
+
+    In fp16 graphs, which run on GPUs, in two stages: cuDNN, which ONNX Runtime uses for it, takes
+    some 100 µs for a few rows of 4096 numbers.
+    """
+    if b.half and codes % TILE == 0:
+        tiles = b.op("Reshape", x, b.ints(0, 0, 0, codes // TILE, TILE))
+        x = b.op(op, tiles, b.ints(-1), keepdims=0)
+    return b.op(op, x, b.ints(-1), keepdims=1)
 
 
-def _top_k_threshold(
-    b: GraphBuilder, x: str, top: str, start: str, steps: Sequence[str], top_k: str, codes: int
-) -> str:
+def _search(b: GraphBuilder, grid: Grid, holds: Callable[[str], str], low: str) -> str:
+    """Find the largest t [B, 1, L, 1] of the grid for which `holds`, from `low`, for which it does.
+
+    `holds` takes trial values [B, T, L, 1], where T may be 1, and gives a mask of that shape. What
+    holds for a value holds for every smaller one.
+    """
+    for turn, steps in enumerate(grid.steps):
+        trial = b.op("Add", low, steps)
+        if grid.digits[turn] == 1:
+            low = b.op("Where", holds(trial), trial, low)
+            if turn % FENCE_EVERY == FENCE_EVERY - 1:
+                low = _channels(b, low, 1, 1.0)
+        else:
+            # the trial values that hold are the smallest, so their number is the digit; its
+            # product with a power of two is exact
+            hits = b.cast(holds(trial), np.float32)
+            count = _channels(b, hits, 2 ** grid.digits[turn] - 1, grid.units[turn])
+            low = b.op("Add", low, b.op("Mul", grid.power, count))
+    return low
+
+
+def _channels(b: GraphBuilder, x: str, channels: int, factor: float) -> str:
+    """Return factor · (the sum of x [B, channels, L, 1] over its channels), by a convolution."""
+    weight = b.constant(np.full((1, channels, 1, 1), factor, np.float32))
+    return b.op("Conv", x, weight, kernel_shape=[1, 1], pads=[0, 0, 0, 0])
+
+
+def _top_k_threshold(b: GraphBuilder, x: str, top: str, grid: Grid, top_k: str, codes: int) -> str:
     """Find the largest t [B, 1, L, 1] of the grid with at least k values ≥ t; k = 0 keeps all."""
     off = b.op("Equal", top_k, b.constant(0, np.int64))
     k = b.op("Where", off, b.constant(codes, np.int64), top_k)
     k = b.cast(b.op("Min", k, b.constant(codes, np.int64)), np.float32)
 
-    def enough(threshold: str, turn: int = 0) -> str:
+    def enough(threshold: str) -> str:
         above = b.cast(b.op("GreaterOrEqual", x, threshold), np.float32)
-        return b.op("GreaterOrEqual", _total(b, above, turn), k)
+        return b.op("GreaterOrEqual", b.op("ReduceSum", above, b.ints(-1), keepdims=1), k)
 
     # a largest logit next to 0 may not be on the grid, so it is tried first: top-1 is exact
-    low = b.op("Where", enough(top), top, start)
-    for turn, step in enumerate(steps):
-        higher = b.op("Add", low, step)
-        low = b.op("Where", enough(higher, turn), higher, low)
-    return low
+    return _search(b, grid, enough, b.op("Where", enough(top), top, grid.start))
 
 
-def _top_p_threshold(
-    b: GraphBuilder, x: str, mass: str, low: str, steps: Sequence[str], top_p: str
-) -> str:
+def _top_p_threshold(b: GraphBuilder, x: str, mass: str, grid: Grid, top_p: str) -> str:
     """Find the largest t of the grid with mass(x ≤ t) ≤ 1 - p: the codes above t stay. p = 0 keeps
     all."""
     one, zero = b.constant(1.0, np.float32), b.constant(0.0, np.float32)
@@ -141,12 +206,12 @@ def _top_p_threshold(
     dropped = b.op("Where", off, zero, b.op("Sub", one, top_p))
     total = b.op("ReduceSum", mass, b.ints(-1), keepdims=1)
     limit = b.op("Mul", total, dropped)
-    for turn, step in enumerate(steps):
-        higher = b.op("Add", low, step)
-        below = _masked(b, b.op("LessOrEqual", x, higher), mass)
-        drop = b.op("LessOrEqual", _total(b, below, turn), limit)
-        low = b.op("Where", drop, higher, low)
-    return low
+
+    def drops(threshold: str) -> str:
+        below = _masked(b, b.op("LessOrEqual", x, threshold), mass)
+        return b.op("LessOrEqual", b.op("ReduceSum", below, b.ints(-1), keepdims=1), limit)
+
+    return _search(b, grid, drops, grid.start)
 
 
 def _inverse_cdf(b: GraphBuilder, mass: str, uniforms: str, codes: int) -> str:
@@ -170,12 +235,21 @@ def _inverse_cdf(b: GraphBuilder, mass: str, uniforms: str, codes: int) -> str:
     # Rounding may leave the sums a hair out of order, so codes without mass are masked out by
     # name, and the target stays below the largest sum of a code that has mass.
     has_mass = b.op("Greater", tiles, zero)
-    total = b.op("ReduceMax", _masked(b, has_mass, cdf), b.ints(-2, -1), keepdims=1)
+    total = _largest(b, _masked(b, has_mass, cdf))  # [B, L, 1, 1]
     target = b.op("Mul", b.op("Unsqueeze", uniforms, b.ints(-1, -2)), total)
     target = b.op("Min", target, b.op("Mul", total, b.constant(1 - 2.0**-23, np.float32)))
     beyond = b.op("And", has_mass, b.op("Greater", cdf, target))
     # the smallest index among them, counted from the end: ArgMax leaves ties to the backend
     order = np.arange(codes, codes - blocks * block, -1, dtype=np.float32).reshape(blocks, block)
     from_end = _masked(b, beyond, b.constant(order))
-    most = b.op("ReduceMax", from_end, b.ints(-2, -1), keepdims=0)
+    most = b.op("Squeeze", _largest(b, from_end), b.ints(-2, -1))
     return b.cast(b.op("Sub", b.constant(float(codes), np.float32), most), np.int64)
+
+
+def _largest(b: GraphBuilder, tiles: str) -> str:
+    """ReduceMax over the last two axes, which stay; in fp16 graphs one after the other, see
+    `_extreme`."""
+    if b.half:
+        tiles = b.op("ReduceMax", tiles, b.ints(-1), keepdims=1)
+        return b.op("ReduceMax", tiles, b.ints(-2), keepdims=1)
+    return b.op("ReduceMax", tiles, b.ints(-2, -1), keepdims=1)

@@ -130,7 +130,9 @@ def _body(b: GraphBuilder, spec: ModelSpec, x: str, codes: Codes, span: Span) ->
     for layer in range(t.depth):
         x = block(b, ctx, x, layer)
     _logits(b, ctx, x, cfg)
-    sampled = sample(b, names.LOGITS, uniforms, temperature, top_k, top_p, vocab)
+    longest = length if isinstance(length, int) else max(spec.scale_lengths)
+    filters = (temperature, top_k, top_p)
+    sampled = sample(b, names.LOGITS, uniforms, *filters, length=longest, codes=vocab)
     tokens = b.op("Where", keep_mask, keep_tokens, sampled, out=names.TOKENS)
     # where the logits are not numbers the sampler gives V: the host sees that, and a look-up past
     # the table would be an invalid address on a GPU

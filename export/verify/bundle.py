@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -378,10 +379,14 @@ def load_text_bundle_model(
     spec = manifest.model
     assert isinstance(spec, TextModelSpec)
     known = TEXT_PRESETS.get(manifest.preset)
-    scales = known.scales if known and known.scales.grids == spec.grids else list_of(spec.grids)
-    if scales is None:
-        raise UsageError("the scales of this bundle are of no published list: verify it in Python")
-    own = known is not None and scales is known.scales
+    asked: dict[str, Any] = {}  # nothing, where the scales are the preset's own
+    if known is None or known.scales.grids != spec.grids:
+        scales = list_of(spec.grids)
+        if scales is None:
+            raise UsageError(
+                "the scales of this bundle are of no published list: verify it in Python"
+            )
+        asked = {"resolution": scales.resolution, "aspect": scales.aspect}
     origin = manifest.checkpoint["transformer"]
     random = origin.get("random_weights") if checkpoint is None and tokenizer is None else None
     if random is None and not manifest.preset and (checkpoint is None or tokenizer is None):
@@ -398,10 +403,9 @@ def load_text_bundle_model(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         random_weights=random,
-        resolution=None if own else scales.resolution,
-        aspect=None if own else scales.aspect,
         text_length=spec.transformer.text_length,
         hints=hints,
+        **asked,
     )
     if model.spec != spec:
         raise UsageError("these checkpoints are of another architecture than the bundle")

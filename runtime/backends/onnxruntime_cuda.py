@@ -182,8 +182,12 @@ class OrtCudaBackend(CudaMemory):
         options.enable_cpu_mem_arena = False
         opened = OrtCudaSession(self._cuda, self._waiting, self._recording, graph.ref.name)
         self._sessions.append(opened)
-        providers = [(PROVIDER, self._settings())]
-        opened.session = open_session(self._ort, graph, options, providers=providers)
+        how: dict[str, Any] = {"providers": [(PROVIDER, self._settings())]}
+        if graph.ref.kind == "unconditional":
+            # Its keys and values depend on no input. Folded, they would lie in the host's memory,
+            # and every launch would copy them, which cannot be recorded.
+            how["disabled_optimizers"] = ["ConstantFolding"]
+        opened.session = open_session(self._ort, graph, options, **how)
         # where cuDNN or another library is missing, ONNX Runtime goes on without the provider
         if PROVIDER not in opened.session.get_providers():
             raise BackendError(

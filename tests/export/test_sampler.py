@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from var_deploy import names
-from var_deploy.config import GraphForm
+from var_deploy.config import GraphForm, Precision
+from var_deploy.export.graphs import sampler
 from var_deploy.export.graphs.builder import GraphBuilder
 from var_deploy.export.graphs.sampler import sample
 from var_deploy.export.models.sampler import draw, filter_logits
@@ -24,9 +25,9 @@ LAST_UNIFORM = np.float32(1 - 2.0**-24)  # the largest that `uniforms` can give
 
 
 @cache
-def session(batch: int, length: int, codes: int) -> Any:
+def session(precision: Precision, batch: int, length: int, codes: int) -> Any:
     """A graph of nothing but the sampler, with the kept mass brought out."""
-    b = GraphBuilder("sampler", GraphForm(precision="fp32"))
+    b = GraphBuilder("sampler", GraphForm(precision=precision))
     inputs = (
         b.input(names.LOGITS, np.float32, (batch, length, codes)),
         b.input(names.UNIFORMS, np.float32, (batch, length)),
@@ -34,7 +35,7 @@ def session(batch: int, length: int, codes: int) -> Any:
         b.input(names.TOP_K, np.int64, ()),
         b.input(names.TOP_P, np.float32, ()),
     )
-    b.op("Identity", sample(b, *inputs, codes), out=names.TOKENS)
+    b.op("Identity", sample(b, *inputs, length=length, codes=codes), out=names.TOKENS)
     b.output(names.TOKENS, np.int64, (batch, length))
     b.output(names.KEPT_MASS, np.float32, (batch, length, codes))
     assert not b.weights
@@ -49,17 +50,24 @@ def session(batch: int, length: int, codes: int) -> Any:
 def run(
     logits: Array, draws: Array, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0
 ) -> tuple[Array, Array]:
-    """Tokens [B, L] and probabilities [B, L, V] of the graph."""
-    tokens, mass = session(*logits.shape).run(
-        [names.TOKENS, names.KEPT_MASS],
-        {
-            names.LOGITS: logits.astype(np.float32),
-            names.UNIFORMS: draws.astype(np.float32),
-            names.TEMPERATURE: np.array(temperature, np.float32),
-            names.TOP_K: np.array(top_k, np.int64),
-            names.TOP_P: np.array(top_p, np.float32),
-        },
-    )
+    """Tokens [B, L] and probabilities [B, L, V] of the graph.
+
+    In fp16 graphs the sampler's numbers are fp32 as well, and its passes are wider; the results
+    have to be the same.
+    """
+    given = {
+        names.LOGITS: logits.astype(np.float32),
+        names.UNIFORMS: draws.astype(np.float32),
+        names.TEMPERATURE: np.array(temperature, np.float32),
+        names.TOP_K: np.array(top_k, np.int64),
+        names.TOP_P: np.array(top_p, np.float32),
+    }
+    wanted = [names.TOKENS, names.KEPT_MASS]
+    tokens, mass = session("fp32", *logits.shape).run(wanted, given)
+    for one, other in zip(
+        (tokens, mass), session("fp16", *logits.shape).run(wanted, given), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
     return tokens, mass / mass.sum(-1, keepdims=True)
 
 
@@ -165,6 +173,23 @@ def test_kept_sets_and_tokens(codes: int, spread: float) -> None:
         np.testing.assert_array_equal(tokens[clear], wanted.numpy()[clear], err_msg=what)
         assert (np.take_along_axis(found, tokens[..., None], -1) > 0).all(), what
     assert decided > 0.9 * len(FILTERS) * logits.shape[0] * logits.shape[1]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_width_of_a_pass_does_not_change_what_is_kept(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.cache_clear()
+    logits = some_logits(512, seed=bits)
+    expected = [run(logits, some_draws(logits), k, p) for k, p in FILTERS]
+    monkeypatch.setattr(sampler, "MOST_BITS", bits)
+    monkeypatch.setattr(sampler, "CPU_ELEMENTS", 2**30)
+    session.cache_clear()
+    for (k, p), (tokens, mass) in zip(FILTERS, expected, strict=True):
+        found_tokens, found_mass = run(logits, some_draws(logits), k, p)
+        np.testing.assert_array_equal(found_tokens, tokens)
+        np.testing.assert_array_equal(found_mass, mass)
+    session.cache_clear()
 
 
 def test_ties_at_the_top_k_threshold_all_stay() -> None:

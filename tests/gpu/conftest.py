@@ -43,13 +43,22 @@ def open_backend(_gpu: None) -> Callable[..., OrtCudaBackend]:
     return OrtCudaBackend
 
 
-@pytest.fixture(scope="session")
-def pocket(tmp_path_factory: pytest.TempPathFactory, _gpu: None) -> Path:
-    """pocket's bundle in fp32 and fp16; VAR_DEPLOY_GPU_BUNDLE names one that exists already."""
-    if existing := os.environ.get("VAR_DEPLOY_GPU_BUNDLE"):
+def exported(preset: str, variable: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preset's bundle in fp32 and fp16; the variable may name one that exists already."""
+    if existing := os.environ.get(variable):
         return Path(existing)
     pytest.importorskip("torch")
-    out = tmp_path_factory.mktemp("gpu") / "pocket"
+    out = tmp_path_factory.mktemp("gpu") / preset
     precisions = ["--precision", "fp32", "--precision", "fp16"]
-    subprocess.run([*COMMAND, "export", "pocket", *precisions, "--out", str(out)], check=True)
+    subprocess.run([*COMMAND, "export", preset, *precisions, "--out", str(out)], check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def pocket(tmp_path_factory: pytest.TempPathFactory, _gpu: None) -> Path:
+    return exported("pocket", "VAR_DEPLOY_GPU_BUNDLE", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pocket_text(tmp_path_factory: pytest.TempPathFactory, _gpu: None) -> Path:
+    return exported("pocket-text", "VAR_DEPLOY_GPU_TEXT_BUNDLE", tmp_path_factory)

@@ -98,7 +98,7 @@ def session(length: int, codes: int) -> Any:
         b.input(names.TOP_K, np.int64, ()),
         b.input(names.TOP_P, np.float32, ()),
     )
-    b.op("Identity", sample(b, *inputs, codes), out=names.TOKENS)
+    b.op("Identity", sample(b, *inputs, length=length, codes=codes), out=names.TOKENS)
     b.output(names.TOKENS, np.int64, (1, length))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

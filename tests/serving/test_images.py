@@ -129,6 +129,7 @@ def test_model_says_what_is_served(service: Client, pipe: Pipeline) -> None:
         "digest": pipe.manifest.digest(),
         "takes": "labels",
         "text_length": 0,
+        "examples": [],
         "height": 8,
         "width": 8,
         "grids": [[1, 1], [2, 2], [4, 4]],

@@ -99,14 +99,42 @@ def test_the_study_counts_tokens_images_and_layers(bundle: Path) -> None:
     assert again == result
 
 
+def test_a_provider_of_onnxruntime_takes_the_place_of_the_interpreter(bundle: Path) -> None:
+    """On a CPU it computes fp16 products in fp32, so magnitudes are near, and agreement is high."""
+    found, expected = (
+        study(bundle, images=3, provider="CPUExecutionProvider"),
+        study(bundle, images=3),
+    )
+    assert found.digest == expected.digest and found.images == expected.images
+    assert [s.tokens for s in found.scales] == [s.tokens for s in expected.scales]
+    for scale in found.scales:
+        assert 0.8 * scale.tokens <= scale.forced <= scale.tokens
+    assert all(40 < psnr < 200 for psnr in found.psnr_forced)
+    largest = {r.layer: r.largest for r in found.layers}
+    interpreted = {r.layer: r.largest for r in expected.layers if r.graph != "encoder"}
+    assert largest.keys() == interpreted.keys()
+    for layer, value in largest.items():
+        assert value == pytest.approx(interpreted[layer], rel=0.02), layer
+
+
+def test_a_provider_finds_where_values_are_large_or_overflow(near: Path, over: Path) -> None:
+    first = study(near, provider="CPUExecutionProvider").layers[0]
+    assert first.layer == "blocks.1.ffn" and 19_000 < first.largest < 40_000
+    result = study(over, provider="CPUExecutionProvider")
+    assert result.overflow.startswith("scale_00: blocks.0.attn/MatMul_")
+
+
+def test_a_provider_that_is_not_there_is_told(bundle: Path) -> None:
+    found = CliRunner().invoke(main, [str(bundle), "--provider", "NoSuchProvider"])
+    assert found.exit_code == 1 and "has no NoSuchProvider" in found.stderr
+
+
 def test_free_tokens_are_those_of_a_generation(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     full, half = (generate(bundle, manifest, p, [0, 2], seed=9) for p in BOTH)
     forced = generate(bundle, manifest, "fp16", [0, 2], seed=9, forced=full.tokens)
     unlike = [t + 1 for t in full.tokens]
-    other = generate(
-        bundle, manifest, "fp16", [0, 2], seed=9, forced=[t % 48 for t in unlike]
-    )
+    other = generate(bundle, manifest, "fp16", [0, 2], seed=9, forced=[t % 48 for t in unlike])
     # the drawn tokens come back, not the forced ones
     np.testing.assert_array_equal(other.tokens[0], half.tokens[0])
     np.testing.assert_array_equal(forced.tokens[0], half.tokens[0])
@@ -146,9 +174,7 @@ def test_the_command_prints_tables_and_writes_json(bundle: Path, tmp_path: Path)
         assert not line or line.startswith("|") or "more layers stay at or below" in line
 
 
-def test_the_command_refuses_in_a_line(
-    model: LoadedModel, tmp_path: Path, bundle: Path
-) -> None:
+def test_the_command_refuses_in_a_line(model: LoadedModel, tmp_path: Path, bundle: Path) -> None:
     export_bundle(model, tmp_path / "half", ExportOptions(precisions=("fp16",), layout="shared"))
     with pytest.raises(BundleError, match="--precision fp32"):
         study(tmp_path / "half")
@@ -183,9 +209,7 @@ def test_calibration_names_the_first_layer_that_overflows(over: Path) -> None:
     assert warning.endswith("overflows fp16, which ends at 65504; export with --precision fp32")
 
 
-def test_calibration_sees_the_encoder(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibration_sees_the_encoder(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     real = TorchGraph.run
 

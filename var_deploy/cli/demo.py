@@ -23,8 +23,9 @@ from var_deploy.demo import (
 )
 from var_deploy.errors import UsageError
 from var_deploy.host.installation import PROGRAM, activation, pip_install, program
-from var_deploy.manifest import ListedFiles, read_manifest
+from var_deploy.manifest import Manifest
 from var_deploy.text.examples import examples
+from var_deploy.text.manifest import TextEncoderManifest
 
 EACH = 4  # pictures of a class, or of a sentence
 ALONE = 8  # of the only sentence
@@ -71,7 +72,8 @@ def demo(prompts: tuple[str, ...], out: Path, quiet: bool, as_json: bool) -> Non
     told: dict[str, Any] = {}
     if not prompts:
         manifest = _bundle(POCKET, out, silent=silent)
-        count = EACH * len(read_manifest(out / POCKET.name).labels)
+        assert isinstance(manifest, Manifest)  # not a text encoder's
+        count = EACH * len(manifest.labels)
         picture = out / PICTURE
         _generate(out / POCKET.name, ["--count", str(count)], picture, silent=silent)
         told |= {"bundle": str(out / POCKET.name), "digest": manifest.digest()}
@@ -119,12 +121,14 @@ def _generate(bundle: Path, options: Sequence[str], picture: Path, *, silent: bo
         generate.invoke(context)
 
 
-def _bundle(packed: PackedBundle, out: Path, *, silent: bool) -> ListedFiles:
+def _bundle(
+    packed: PackedBundle, out: Path, *, silent: bool
+) -> Manifest | TextEncoderManifest:
     """The manifest of a bundle in the folder `out`, which is written where none is there."""
     path = out / packed.name
     if (path / names.MANIFEST).exists():
         manifest = packed.manifest(path)
-        if not packed.text_encoder and read_manifest(path).preset != packed.name:
+        if isinstance(manifest, Manifest) and manifest.preset != packed.name:
             raise UsageError(
                 f"{path} is a bundle of another model than {packed.name}: choose --out"
             )
