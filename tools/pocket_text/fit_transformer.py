@@ -196,4 +196,3 @@ def scale_weights(spec: TextModelSpec) -> Tensor:
     lengths = torch.tensor(spec.scale_lengths)
     weights = lengths.float().rsqrt().repeat_interleave(lengths)
     return weights / weights.mean()
-

@@ -1,5 +1,6 @@
-"""Writes pocket-text's tokenizer.json, and tokenizes with it. It has T5's form, with a token for each
-word of the grammar.
+"""Writes pocket-text's tokenizer.json, and tokenizes with it.
+
+The file has T5's form, with a token for each word of the grammar.
 
 As in T5's own file the model is a Unigram of pieces that begin with `▁` (Kudo, arXiv 1804.10959),
 `</s>` ends a text, and a map of characters comes first. Here that map makes A–Z small. A word that
@@ -44,8 +45,7 @@ def tokenizer_json(words: tuple[str, ...]) -> bytes:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": token, **flags, "special": True}
-            for i, token in enumerate(SPECIAL)
+            {"id": i, "content": token, **flags, "special": True} for i, token in enumerate(SPECIAL)
         ],
         "normalizer": {"type": "Precompiled", "precompiled_charsmap": _lower_case()},
         "pre_tokenizer": {
