@@ -14,7 +14,15 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from tools.pocket.shapes import ROOT
-from tools.pocket_text import bundle, classifier, evaluate, fit_tokenizer, fit_transformer, train
+from tools.pocket_text import (
+    bundle,
+    classifier,
+    evaluate,
+    fit_text_encoder,
+    fit_tokenizer,
+    fit_transformer,
+    train,
+)
 from tools.pocket_text import scenes as drawn
 from tools.pocket_text.captions import caption, vocabulary
 from tools.pocket_text.recipe import Recipe
@@ -24,6 +32,7 @@ from tools.pocket_text.words import SPECIAL, tokenizer_json, vocab_size
 from var_deploy import demo, names
 from var_deploy.export.checkpoint.presets import POCKET_TEXT_FOLDER
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
+from var_deploy.export.models.t5 import BIAS_TABLE, T5Encoder, relative_buckets
 from var_deploy.export.pocket_text.model import POCKET_TEXT, TEXT_ENCODER, TEXT_LENGTH
 from var_deploy.pipeline import Pipeline
 from var_deploy.text.examples import examples
@@ -43,6 +52,8 @@ RECIPE = Recipe(
     tokenizer_batch=2,
     tokenizer_steps=3,
     decoder_steps=2,
+    text_encoder_batch=16,
+    text_encoder_steps=40,
     transformer_images=60,
     transformer_batch=16,
     transformer_steps=24,
@@ -224,11 +235,13 @@ def test_training_learns_and_goes_on_where_it_was_stopped(
     def train(steps: int, name: str) -> fit_transformer.TextToBits:
         recipe = dataclasses.replace(RECIPE, transformer_steps=steps)
         return fit_transformer.train_transformer(
-            *(recipe, ENCODER, SPEC, blind_tokenizer, log.append),
+            *(recipe, SPEC, blind_tokenizer, encoder, log.append),
             tmp_path / f"{name}.pt",
             tmp_path / "latents.npy",
         )
 
+    encoder = T5Encoder(ENCODER)
+    fit_text_encoder.init_text_encoder(encoder)
     # the schedule must be that of the whole training also where it is cut short
     monkeypatch.setattr("tools.pocket.optimizers.cosine_rate", lambda step, steps: 1.0)
     whole = train(24, "whole")
@@ -239,6 +252,58 @@ def test_training_learns_and_goes_on_where_it_was_stopped(
     assert any("goes on from step 10" in line for line in log)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_text_encoder_learns_to_read_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    def train(steps: int, name: str) -> T5Encoder:
+        recipe = dataclasses.replace(RECIPE, text_encoder_steps=steps)
+        place = tmp_path / f"{name}.pt"
+        return fit_text_encoder.train_text_encoder(recipe, ENCODER, log.append, place)
+
+    monkeypatch.setattr("tools.pocket.optimizers.cosine_rate", lambda step, steps: 1.0)
+    whole = train(40, "whole")
+    first, last = (float(line.split("right")[1].split()[0]) for line in (log[0], log[-1]))
+    assert last > first + 0.05
+    train(15, "part")
+    resumed = train(40, "part")
+    assert any("goes on from step 15" in line for line in log)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_first_position_biases_look_one_way() -> None:
+    """An even head sees what stands before a word, an odd one what comes after it."""
+    encoder = T5Encoder(TEXT_ENCODER)
+    fit_text_encoder.init_text_encoder(encoder)
+    buckets = torch.from_numpy(relative_buckets(TEXT_ENCODER, 12)).long()
+    biases = (
+        encoder.get_parameter(BIAS_TABLE).detach()[buckets].unbind(-1)
+    )  # [S, S], of query and key
+    assert len(biases) == TEXT_ENCODER.heads
+    query, key = torch.arange(12)[:, None], torch.arange(12)
+    before, after = ((key < query) & (key >= query - 3), (key > query) & (key <= query + 3))
+    for head, bias in enumerate(biases):
+        seen, unseen = (before, after) if head % 2 == 0 else (after, before)
+        assert bias[seen].min() > bias[unseen].max() + 2
+
+
+def test_questions_about_a_scene_have_the_right_answers() -> None:
+    boat, sun = Item("boat", "red", "small"), Item("sun", "blue", "large")
+    for relation in drawn.RELATIONS:
+        scene = Scene((boat, sun), "", relation, "sea", "night")
+        found = fit_text_encoder.right_answers(scene)
+        boat_first = relation in ("left of", "above")
+        assert (found["first"] == "boat") is boat_first
+        assert (found["second colour"] == "blue") is boat_first
+        assert found["where"] == ("beside" if "of" in relation else "stacked")
+    alone = fit_text_encoder.right_answers(Scene((boat,), "top", "", "sea", "night"))
+    assert alone["second"] == fit_text_encoder.NOTHING and alone["where"] == "top"
+    numbers = fit_text_encoder.targets([scene])
+    assert len(numbers) == len(fit_text_encoder.QUESTIONS)
 
 
 def test_tokenizer_and_decoder_learn_and_bits_stay(tmp_path: Path) -> None:
@@ -267,7 +332,7 @@ def test_answers_put_the_left_or_upper_thing_first() -> None:
 def test_the_command_trains_a_folder_that_becomes_a_bundle_and_is_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = dataclasses.replace(RECIPE, transformer_steps=2)
+    recipe = dataclasses.replace(RECIPE, transformer_steps=2, text_encoder_steps=2)
     drawings: list[tuple[int, int]] = []
 
     def recorded(count: int, seed: int) -> object:

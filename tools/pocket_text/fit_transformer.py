@@ -20,7 +20,7 @@ from tools.pocket_text.checkpoints import Log, run_steps
 from tools.pocket_text.fit_tokenizer import quantize
 from tools.pocket_text.recipe import Recipe
 from tools.pocket_text.scenes import Scene, draw_training, scenes
-from tools.pocket_text.words import SPECIAL, tokenizer_json
+from tools.pocket_text.words import tokenize, tokenizer_json
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
 from var_deploy.export.models.infinity import InfinityTransformer
 from var_deploy.export.models.t5 import T5Encoder
@@ -94,23 +94,23 @@ def encode_set(
     return Latents(features, kept)
 
 
-def init_weights(model: TextToBits) -> None:
+def init_weights(model: InfinityTransformer) -> None:
     """Initialise with small normal weights; residual gates start near zero, so that every block
     starts as the identity."""
     for name, parameter in model.named_parameters():
-        if name.endswith("scale_mul_1H11") or "norm" in name.rsplit(".", 2)[-2]:
+        if name.endswith("scale_mul_1H11") or "norm" in name.split(".")[-2:][0]:
             continue
         if parameter.ndim < 2:
             nn.init.zeros_(parameter)
-        elif name.endswith(("shared.weight", "cfg_uncond", "mat_q")):
+        elif name.endswith(("cfg_uncond", "mat_q")):
             nn.init.trunc_normal_(parameter, std=1.0)
         else:
             # as wide as the input: features of any depth keep their size
             width = parameter.shape[-1]
             nn.init.trunc_normal_(parameter, std=0.6 * width**-0.5)
-    width = model.transformer.spec.transformer.width
+    width = model.spec.transformer.width
     with torch.no_grad():
-        for name, parameter in model.transformer.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith("ada_gss"):
                 parameter.zero_()
                 parameter[:, :, :2].fill_(0.05)
@@ -124,27 +124,25 @@ def init_weights(model: TextToBits) -> None:
                 parameter.mul_(0.3)
             elif name == "head.weight":
                 parameter.mul_(0.05)
-        for name, parameter in model.text_encoder.named_parameters():
-            if name.endswith("SelfAttention.q.weight"):
-                # T5 does not divide its scores by the root of the head's width
-                parameter.mul_(model.text_encoder.spec.head_width**-0.5)
 
 
 def train_transformer(
     recipe: Recipe,
-    encoder: TextEncoderSpec,
     spec: TextModelSpec,
     tokenizer: BitTokenizer,
+    text_encoder: T5Encoder,
     log: Log,
     checkpoint: Path | None = None,
     latents_file: Path | None = None,
 ) -> TextToBits:
-    """Train teacher-forced; return the moving average of the weights."""
+    """Train teacher-forced, from a text encoder that can read; return the moving average of the
+    weights."""
     latents = encode_set(tokenizer, recipe.transformer_images, log, latents_file)
-    words = PromptTokenizer(tokenizer_json(vocabulary()), encoder.length)
+    words = PromptTokenizer(tokenizer_json(vocabulary()), text_encoder.spec.length)
     torch.manual_seed(recipe.seed + 1)
-    model = TextToBits(encoder, spec)
-    init_weights(model)
+    model = TextToBits(text_encoder.spec, spec)
+    init_weights(model.transformer)
+    model.text_encoder.load_state_dict(text_encoder.state_dict())
     average = copy.deepcopy(model).eval()
     steps = recipe.transformer_steps
     optimizers = Optimizers(
@@ -198,18 +196,3 @@ def scale_weights(spec: TextModelSpec) -> Tensor:
     lengths = torch.tensor(spec.scale_lengths)
     weights = lengths.float().rsqrt().repeat_interleave(lengths)
     return weights / weights.mean()
-
-
-def tokenize(
-    words: PromptTokenizer, texts: list[str], rng: np.random.Generator, unknown: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Return ids [B, S] and lengths [B]; S is the length of the longest.
-
-    In a share of the texts, `unknown`, one word is replaced by the token of unknown words.
-    """
-    found = [words(text) for text in texts]
-    lengths = np.array([text.length for text in found])
-    ids = np.stack([text.ids for text in found])[:, : lengths.max()]
-    for row in np.flatnonzero(rng.random(len(texts)) < unknown):
-        ids[row, rng.integers(max(lengths[row] - 1, 1))] = SPECIAL.index("<unk>")
-    return torch.from_numpy(ids), torch.from_numpy(lengths)

@@ -14,6 +14,8 @@ class Recipe:
         tokenizer_steps, decoder_steps: optimizer steps on the whole tokenizer, and then on its
             decoder alone.
         commitment: weight of the quantisation error in the tokenizer's loss.
+        text_encoder_batch, text_encoder_steps: sentences of a step of the text encoder alone, and
+            its steps.
         transformer_images: drawings whose latents the transformer learns from, each several times
             with other sentences.
         flips: most of a scale's bits that are given to the transformer wrong (Infinity's
@@ -32,6 +34,9 @@ class Recipe:
     commitment: float = 0.25
     decoder_steps: int = 1_200
     decoder_rate: float = 3e-3
+    text_encoder_batch: int = 64
+    text_encoder_steps: int = 500
+    text_encoder_rate: float = 3e-3
     transformer_images: int = 48_000
     transformer_batch: int = 48
     transformer_steps: int = 4_600

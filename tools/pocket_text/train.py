@@ -5,6 +5,7 @@ tokenizer of bits at four scales, a transformer with a text condition, and a tex
 form, all trained here on drawings with sentences that a grammar writes.
 
 - "tokenizer" fits encoder and decoder of the bits, on new drawings in each step.
+- "text encoder" fits the text encoder to answer questions about sentences.
 - "transformer" encodes drawings once, and fits transformer and text encoder together; sentences
   are written anew each time that a drawing is used. Bits are flipped at random, so that the model
   learns to mend its own errors. One sentence in ten is dropped, for guidance.
@@ -12,7 +13,7 @@ form, all trained here on drawings with sentences that a grammar writes.
   "transformer".
 - "classifier" fits the two classifiers that evaluate the pictures, on drawings of other seeds.
 
-Each of the first three keeps a checkpoint in OUT/checkpoints: the same command goes on where it was
+Each of the first four keeps a checkpoint in OUT/checkpoints: the same command goes on where it was
 stopped, and a stage that is done is not repeated. After a change of the recipe, give another OUT.
 
 `python -m tools.pocket_text.bundle OUT --out BUNDLE` exports the weights, and
@@ -38,15 +39,19 @@ from tools.pocket_text.bundle import (
 )
 from tools.pocket_text.classifier import ALONE, PAIR, train_classifier
 from tools.pocket_text.evaluate import CLASSIFIER_FILES
+from tools.pocket_text.fit_text_encoder import train_text_encoder
 from tools.pocket_text.fit_tokenizer import refine_decoder, train_tokenizer
 from tools.pocket_text.fit_transformer import train_transformer
 from tools.pocket_text.recipe import Recipe
+from var_deploy.export.checkpoint.text_encoder import build_t5, open_text_encoder
 from var_deploy.export.models.bit_tokenizer import BitTokenizer
+from var_deploy.export.models.t5 import T5Encoder
 from var_deploy.export.pocket_text.model import POCKET_TEXT, TEXT_ENCODER
 
 JOINT_FILE = "tokenizer-joint.safetensors"
+READER_FOLDER = "text-alone"  # the text encoder before the transformer is trained with it
 CHECKPOINTS = "checkpoints"
-STAGES = ("tokenizer", "decoder", "transformer", "classifier")
+STAGES = ("tokenizer", "decoder", "text encoder", "transformer", "classifier")
 
 
 def load_tokenizer(path: Path) -> BitTokenizer:
@@ -54,6 +59,11 @@ def load_tokenizer(path: Path) -> BitTokenizer:
     tokenizer = BitTokenizer(POCKET_TEXT.tokenizer).eval()
     tokenizer.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return tokenizer.requires_grad_(False)
+
+
+def load_reader(folder: Path) -> T5Encoder:
+    """Load the text encoder as its own stage saved it."""
+    return build_t5(open_text_encoder(folder, TEXT_ENCODER.length))
 
 
 def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
@@ -66,12 +76,15 @@ def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None])
     elif stage == "decoder":
         model = refine_decoder(load_tokenizer(out / JOINT_FILE), recipe, log, checkpoint)
         save_half(model, out / TOKENIZER_FILE)
+    elif stage == "text encoder":
+        reader = train_text_encoder(recipe, TEXT_ENCODER, log, checkpoint)
+        save_text_encoder(reader, out / READER_FOLDER)
     elif stage == "transformer":
         trained = train_transformer(
             recipe,
-            TEXT_ENCODER,
             POCKET_TEXT,
             load_tokenizer(out / JOINT_FILE),
+            load_reader(out / READER_FOLDER),
             log,
             checkpoint,
             out / CHECKPOINTS / "latents.npy",

@@ -1,4 +1,6 @@
-"""Writes pocket-text's tokenizer.json: T5's form, with a token for each word of the grammar.
+"""Writes pocket-text's tokenizer.json, and tokenizes with it.
+
+The file has T5's form, with a token for each word of the grammar.
 
 As in T5's own file the model is a Unigram of pieces that begin with `▁` (Kudo, arXiv 1804.10959),
 `</s>` ends a text, and a map of characters comes first. Here that map makes A–Z small. A word that
@@ -12,6 +14,12 @@ import json
 import string
 import struct
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var_deploy.text.prompt_tokenizer import PromptTokenizer
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 MARKS = (",", ".", "!", "?")
@@ -37,8 +45,7 @@ def tokenizer_json(words: tuple[str, ...]) -> bytes:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": token, **flags, "special": True}
-            for i, token in enumerate(SPECIAL)
+            {"id": i, "content": token, **flags, "special": True} for i, token in enumerate(SPECIAL)
         ],
         "normalizer": {"type": "Precompiled", "precompiled_charsmap": _lower_case()},
         "pre_tokenizer": {
@@ -65,6 +72,21 @@ def tokenizer_json(words: tuple[str, ...]) -> bytes:
 def vocab_size(words: tuple[str, ...]) -> int:
     """Return how many tokens the vocabulary has, the special ones included."""
     return len(SPECIAL) + len(words) + len(MARKS)
+
+
+def tokenize(
+    words: PromptTokenizer, texts: list[str], rng: np.random.Generator, unknown: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return ids [B, S] and lengths [B]; S is the length of the longest.
+
+    In a share of the texts, `unknown`, one word is replaced by the token of unknown words.
+    """
+    found = [words(text) for text in texts]
+    lengths = np.array([text.length for text in found])
+    ids = np.stack([text.ids for text in found])[:, : lengths.max()]
+    for row in np.flatnonzero(rng.random(len(texts)) < unknown):
+        ids[row, rng.integers(max(lengths[row] - 1, 1))] = SPECIAL.index("<unk>")
+    return torch.from_numpy(ids), torch.from_numpy(lengths)
 
 
 def _lower_case() -> str:
