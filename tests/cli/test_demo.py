@@ -33,7 +33,7 @@ from var_deploy.text.examples import examples
 PACKED = (POCKET, POCKET_TEXT, POCKET_TEXT_ENCODER)
 REMEDY = "an export has changed: run `make bundle` and commit the archives in export/"
 EACH_BUNDLE = pytest.mark.parametrize("packed", PACKED, ids=[packed.name for packed in PACKED])
-SENTENCE = "a purple fish high up in the sky"
+SENTENCE = "a purple fish under a full moon"
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def demo(prompts: tuple[str, ...], out: Path, quiet: bool, as_json: bool) -> Non
     \b
     Example:
       var-deploy demo
-      var-deploy demo --prompt "a purple fish high up in the sky"
+      var-deploy demo --prompt "a purple fish under a full moon"
       var-deploy serve build/pocket-text
     """
     silent = quiet or as_json

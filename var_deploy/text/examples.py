@@ -14,12 +14,12 @@ _GENERAL = (
 # of models that know less; by preset
 _OF_PRESETS: Mapping[str, tuple[str, ...]] = {
     "pocket-text": (
+        "a purple fish under a full moon",
         "a red boat on the sea at night",
+        "a yellow duck left of a green boat",
         "a blue house in the snow",
-        "a large orange mushroom on the grass",
-        "a green cat and a pink umbrella",
-        "a yellow duck on the left at sunset",
-        "a purple fish high up in the sky",
+        "a red balloon above a green tree",
+        "a large orange mushroom by day",
     ),
 }
 
