@@ -163,7 +163,7 @@ def study(
                 first=first,
                 seed=seed,
                 progress=report,
-                backend=partial(ProviderBackend, provider) if provider else None,
+                open_backend=partial(ProviderBackend, provider) if provider else None,
                 **how,
             )
 
@@ -218,7 +218,12 @@ def _decibels(values: tuple[float, ...]) -> str:
 @click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--provider", default="", help="Run the graphs with this provider of ONNX Runtime.")
+@click.option(
+    "--provider",
+    default="",
+    help="Run the graphs with this execution provider of ONNX Runtime, such as "
+    "CUDAExecutionProvider; without it, with the interpreter.",
+)
 @click.option("--json", "out", type=click.Path(path_type=Path, dir_okay=False))
 def main(bundle: Path, images: int, seed: int, provider: str, out: Path | None) -> None:
     """Compare the fp16 graphs of BUNDLE with its fp32 graphs; print tables in Markdown."""

@@ -29,12 +29,12 @@ Watch = Callable[[str], OnValue]  # graph name → callback for its values
 
 
 class StudyBackend(Backend, Protocol):
-    """A backend that also tells what each scale drew, as `TorchBackend.choices` does."""
+    """A backend that also records the tokens that each scale sampled."""
 
     choices: list[NDArray[np.int64]]
 
 
-StudyBackends = Callable[[Watch | None, Callable[[str], None]], StudyBackend]
+OpenStudyBackend = Callable[[Watch | None, Callable[[str], None]], StudyBackend]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def generate(
     forced: Sequence[NDArray[Any]] | None = None,
     watch: Watch | None = None,
     progress: Progress | None = None,
-    backend: StudyBackends | None = None,
+    open_backend: OpenStudyBackend | None = None,
 ) -> Generation:
     """Generate B images with the bundle's default settings.
 
@@ -66,6 +66,8 @@ def generate(
         first: number of the first image of the batch; it decides the uniforms.
         forced: tokens that take the place of the drawn ones, so that every scale starts from the
             same tokens as another generation. The drawn ones are returned all the same.
+        open_backend: makes the backend from `watch` and a callback for titles; None takes the
+            interpreter.
 
     Raises BackendError where the graphs give what is not finite, and what `watch` raises.
     """
@@ -83,14 +85,15 @@ def generate(
     if manifest.more_smooth:
         codes = manifest.code_model("a mix of codes").tokenizer.vocab_size
         noise = [gumbel(*stream, spec.total_tokens, codes) for stream in streams]
-    runs = (backend or TorchBackend)(watch, announce)
-    # what opens graphs once is quicker with the one that serves every scale
+    backend = (open_backend or TorchBackend)(watch, announce)
+    # Other backends open every graph before the first launch, and `step` is one session instead of
+    # K. The interpreter reads a graph at each launch, and static graphs are simpler.
     graphs = manifest.graphs[precision]
-    static = names.scale_graph(0) in graphs and not (backend and names.STEP in graphs)
+    static = names.scale_graph(0) in graphs and not (open_backend and names.STEP in graphs)
     # graphs are read by path: hashing the weights would take longer than using them
     files = BundleFiles(bundle, manifest, precision, hashes=False)
     try:
-        loop = ScaleLoop(files, manifest, runs, precision, "per-scale" if static else "shared")
+        loop = ScaleLoop(files, manifest, backend, precision, "per-scale" if static else "shared")
         try:
             image = loop.run(
                 conditions,
@@ -99,7 +102,7 @@ def generate(
                 forced=forced or (),
                 noise=noise,
             )
-            return Generation(tokens=runs.choices, image=image.copy())
+            return Generation(tokens=backend.choices, image=image.copy())
         finally:
             loop.close()
     finally:

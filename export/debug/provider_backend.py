@@ -1,8 +1,9 @@
 """ONNX Runtime as a backend of fp16 studies, with any execution provider.
 
 Beside the interpreter of `interpreter_backend`, which imitates tensor cores on a CPU, this shows
-what a device does: the same graphs, and every fp16 value's largest magnitude, measured inside the
-graph so that no value has to be copied.
+what a device does. The graphs are those of the bundle with one more output, the largest magnitude
+of each fp16 value, so that no value has to be copied; ONNX Runtime cannot fuse across a value that
+is watched, as it may without. Where a bundle has both layouts, `step` runs; the encoder does not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from var_deploy.bundle.files import GraphFile
 from var_deploy.errors import BackendError
 from var_deploy.export.debug.interpreter_backend import Watch, title_of
 from var_deploy.runtime.backends.host_memory import HostMemory, host_view
-from var_deploy.runtime.backends.ort_session import open_session, quiet
+from var_deploy.runtime.backends.onnxruntime_cuda import import_onnxruntime
+from var_deploy.runtime.backends.ort_session import CUDA_PROVIDER, open_session, quiet
 from var_deploy.runtime.backends.protocol import Arrays, Launch
 
 PEAKS = "largest magnitudes"  # an output [number of fp16 values], fp32
@@ -48,21 +50,25 @@ class ProviderBackend(HostMemory):
         watch: Watch | None = None,
         announce: Callable[[str], None] = lambda title: None,
     ) -> None:
-        import onnxruntime
-
-        if provider not in onnxruntime.get_available_providers():
-            raise BackendError(f"onnxruntime {onnxruntime.__version__} has no {provider}")
-        quiet(onnxruntime)
+        self._ort = import_onnxruntime()
+        available = self._ort.get_available_providers()
+        if provider not in available:
+            raise BackendError(
+                f"onnxruntime {self._ort.__version__} has no {provider}, expected one of "
+                f"{', '.join(available)}"
+            )
+        quiet(self._ort)
         self.name, self.watch, self.announce = provider, watch, announce
         self.choices: list[NDArray[np.int64]] = []
-        self._ort = onnxruntime
 
     def open(self, graph: GraphFile) -> _WatchedSession:
         model, values, drawn = with_peaks(graph.read(), watched=self.watch is not None)
         options = self._ort.SessionOptions()
         options.enable_cpu_mem_arena = False
-        # as in the runtime: an fp32 product must not lose digits
-        settings = {"use_tf32": "0"} if self.name.startswith("CUDA") else {}
+        # as in the runtime: TF32 would lose digits of fp32 products, and a search may choose
+        # another algorithm the next time
+        settings = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        settings = settings if self.name == CUDA_PROVIDER else {}
         session = open_session(
             *(self._ort, graph, options), data=model, providers=[(self.name, settings)]
         )
@@ -119,6 +125,7 @@ class _WatchedSession:
             self._backend.choices.append(found[self._drawn])
         if self._values and self._backend.watch:
             see = self._backend.watch(title)
+            # back to fp16, since `watch` leaves fp32 values out; what overflows becomes infinite
             peaks = torch.from_numpy(found[PEAKS]).half()
             for (node, value), peak in zip(self._values, peaks, strict=True):
                 see(node, value, peak)

@@ -101,19 +101,19 @@ def _masked(b: GraphBuilder, mask: str, x: str) -> str:
     return b.op("Mul", b.cast(mask, np.float32), x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """Where thresholds lie, see `BITS`.
 
     Attributes:
-        digits: the bits of every pass.
+        widths: how many bits each pass finds.
         units: the last bit of every pass, in units of 2^e.
         power: 2^e [B, 1, L, 1].
         start: -2^e, below every logit.
         steps: for every pass of d bits the multiples 1 … 2^d - 1 of its unit, [B, 2^d - 1, L, 1].
     """
 
-    digits: Sequence[int]
+    widths: Sequence[int]
     units: Sequence[float]
     power: str
     start: str
@@ -136,20 +136,20 @@ def _grid(b: GraphBuilder, x: str, top: str, codes: int, bits: int) -> Grid:
     above = b.op("Where", enough, b.constant(powers), b.constant(powers[-1]))
     power = b.op("ReduceMin", above, b.ints(-1), keepdims=1)
     ends = [*range(bits, BITS, bits), BITS]
-    digits = [end - begin for begin, end in pairwise([0, *ends])]
+    widths = [end - begin for begin, end in pairwise([0, *ends])]
     units = [2.0 ** (1 - end) for end in ends]
-    multiples = [np.arange(1, 2**d) * unit for d, unit in zip(digits, units, strict=True)]
+    multiples = [np.arange(1, 2**d) * unit for d, unit in zip(widths, units, strict=True)]
     fractions = np.concatenate(multiples).astype(np.float32).reshape(1, -1, 1, 1)
     steps = b.split(b.op("Mul", power, b.constant(fractions)), 1, [len(m) for m in multiples])
     start = b.op("Sub", zero, power)
-    return Grid(digits=digits, units=units, power=power, start=start, steps=steps)
+    return Grid(widths=widths, units=units, power=power, start=start, steps=steps)
 
 
 def _extreme(b: GraphBuilder, op: str, x: str, codes: int) -> str:
     """ReduceMax or ReduceMin of x [B, 1, L, V] over the codes, [B, 1, L, 1].
 
-    In fp16 graphs, which run on GPUs, in two stages: cuDNN, which ONNX Runtime uses for it, takes
-    some 100 µs for a few rows of 4096 numbers.
+    In fp16 graphs, which run on GPUs, in two stages of some 64 numbers each: in one, cuDNN's
+    reduction, which ONNX Runtime calls, took about 80 µs for rows of 4096 (docs/BENCHMARKS.md).
     """
     if b.half and codes % TILE == 0:
         tiles = b.op("Reshape", x, b.ints(0, 0, 0, codes // TILE, TILE))
@@ -158,14 +158,15 @@ def _extreme(b: GraphBuilder, op: str, x: str, codes: int) -> str:
 
 
 def _search(b: GraphBuilder, grid: Grid, holds: Callable[[str], str], low: str) -> str:
-    """Find the largest t [B, 1, L, 1] of the grid for which `holds`, from `low`, for which it does.
+    """Return the largest t [B, 1, L, 1] of the grid for which `holds` is true, starting at `low`,
+    for which it is true.
 
     `holds` takes trial values [B, T, L, 1], where T may be 1, and gives a mask of that shape. What
     holds for a value holds for every smaller one.
     """
     for turn, steps in enumerate(grid.steps):
         trial = b.op("Add", low, steps)
-        if grid.digits[turn] == 1:
+        if grid.widths[turn] == 1:
             low = b.op("Where", holds(trial), trial, low)
             if turn % FENCE_EVERY == FENCE_EVERY - 1:
                 low = _channels(b, low, 1, 1.0)
@@ -173,7 +174,7 @@ def _search(b: GraphBuilder, grid: Grid, holds: Callable[[str], str], low: str) 
             # the trial values that hold are the smallest, so their number is the digit; its
             # product with a power of two is exact
             hits = b.cast(holds(trial), np.float32)
-            count = _channels(b, hits, 2 ** grid.digits[turn] - 1, grid.units[turn])
+            count = _channels(b, hits, 2 ** grid.widths[turn] - 1, grid.units[turn])
             low = b.op("Add", low, b.op("Mul", grid.power, count))
     return low
 

@@ -160,7 +160,7 @@ class OrtCudaBackend(CudaMemory):
     ) -> None:
         self._cuda_graph, self._graphs = cuda_graph, "on" if cuda_graph else "off"
         try:
-            self._ort = ort or _import()
+            self._ort = ort or import_onnxruntime()
             quiet(self._ort)
             if PROVIDER not in self._ort.get_available_providers():
                 raise BackendError(
@@ -250,7 +250,11 @@ class OrtCudaBackend(CudaMemory):
         }
 
 
-def _import() -> Any:
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime with the CUDA libraries that pip installed, where there are any.
+
+    Raises BackendError where ONNX Runtime is missing.
+    """
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError:

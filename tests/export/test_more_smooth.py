@@ -51,7 +51,7 @@ def weights_of_the_graph(
         b.input(names.TOP_K, np.int64, ()),
         b.input(names.TOP_P, np.float32, ()),
     )
-    b.op("Identity", sample(b, *given, shape[-1]), out=names.TOKENS)
+    b.op("Identity", sample(b, *given, length=shape[1], codes=shape[-1]), out=names.TOKENS)
     b.input(names.NOISE, np.float32, shape)
     numbers = [b.constant(value, np.float32) for value in smoothing(scale, SCALES)]
     mixed = mix(b, names.LOGITS, names.KEPT_MASS, names.NOISE, names.TEMPERATURE, *numbers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -175,21 +175,39 @@ def test_kept_sets_and_tokens(codes: int, spread: float) -> None:
     assert decided > 0.9 * len(FILTERS) * logits.shape[0] * logits.shape[1]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.fixture(params=[1, 2, 3, 4])
+def bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Passes find this many bits; sessions of another width neither come in nor stay."""
+    monkeypatch.setattr(sampler, "_bits", lambda b, elements: request.param)
+    session.cache_clear()
+    yield request.param
+    session.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def filtered() -> list[tuple[Array, Array]]:
+    """Tokens and probabilities of every filter, by graphs of the width that is chosen."""
+    logits = some_logits(512, seed=7)
+    return [run(logits, some_draws(logits), k, p) for k, p in FILTERS]
+
+
 def test_the_width_of_a_pass_does_not_change_what_is_kept(
-    bits: int, monkeypatch: pytest.MonkeyPatch
+    filtered: list[tuple[Array, Array]], bits: int
 ) -> None:
-    session.cache_clear()
-    logits = some_logits(512, seed=bits)
-    expected = [run(logits, some_draws(logits), k, p) for k, p in FILTERS]
-    monkeypatch.setattr(sampler, "MOST_BITS", bits)
-    monkeypatch.setattr(sampler, "CPU_ELEMENTS", 2**30)
-    session.cache_clear()
-    for (k, p), (tokens, mass) in zip(FILTERS, expected, strict=True):
+    logits = some_logits(512, seed=7)
+    for (k, p), (tokens, mass) in zip(FILTERS, filtered, strict=True):
         found_tokens, found_mass = run(logits, some_draws(logits), k, p)
         np.testing.assert_array_equal(found_tokens, tokens)
         np.testing.assert_array_equal(found_mass, mass)
-    session.cache_clear()
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 2**14), ("fp16", 2**21)])
+def test_a_pass_is_as_wide_as_its_elements_allow(precision: Precision, limit: int) -> None:
+    b = GraphBuilder("sampler", GraphForm(precision=precision))
+    for width in (1, 2, 3, 4):
+        most = limit // (2**width - 1)
+        assert sampler._bits(b, most) == width
+    assert sampler._bits(b, limit) == sampler._bits(b, 100 * limit) == 1
 
 
 def test_ties_at_the_top_k_threshold_all_stay() -> None:
@@ -218,7 +236,7 @@ def test_top_1_is_the_argmax(codes: int, temperature: float) -> None:
     assert ((found > 0).sum(-1) == 1).all()
 
 
-def test_top_1_tells_neighbouring_floats_apart() -> None:
+def test_top_1_tells_neighbouring_floats_apart(bits: int) -> None:
     even = np.float32(1.5)
     logits = np.full((1, 3, 64), -3.0, np.float32)
     logits[..., 7], logits[..., 30] = np.nextafter(even, np.float32(0)), even
@@ -232,7 +250,9 @@ def test_top_1_tells_neighbouring_floats_apart() -> None:
 
 @pytest.mark.parametrize("largest", [3e-5, 1.0, 12.7, 30.0])
 @pytest.mark.parametrize("part", [1.0, -1.0, 0.03, -0.03, 0.00196, -0.00196])
-def test_neighbouring_floats_at_a_threshold_are_told_apart(largest: float, part: float) -> None:
+def test_neighbouring_floats_at_a_threshold_are_told_apart(
+    largest: float, part: float, bits: int
+) -> None:
     """A threshold of at least 1/512 of the largest logit is found to the last bit."""
     lower = np.float32(part * largest * (1 - 2.0**-12))
     upper = np.nextafter(lower, np.float32(np.inf))

@@ -44,7 +44,7 @@ def open_backend(_gpu: None) -> Callable[..., OrtCudaBackend]:
 
 
 def exported(preset: str, variable: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A preset's bundle in fp32 and fp16; the variable may name one that exists already."""
+    """The bundle that the environment variable names; without it the preset is exported."""
     if existing := os.environ.get(variable):
         return Path(existing)
     pytest.importorskip("torch")

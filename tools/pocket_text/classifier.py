@@ -27,7 +27,9 @@ from tools.pocket_text.scenes import (
     TIMES,
     Scene,
     any_scene,
+    direction,
     draw_scene,
+    in_order,
 )
 from tools.pocket_text.things import COLOUR_NAMES, THINGS
 
@@ -52,12 +54,11 @@ def answers(scene: Scene) -> dict[str, str]:
     if len(scene.items) == 1:
         item = scene.items[0]
         return {"thing": item.thing, "colour": item.colour, "place": scene.place, **around}
-    first, second = scene.items if scene.relation in ("left of", "above") else scene.items[::-1]
-    across = "beside" if scene.relation in ("left of", "right of") else "stacked"
+    first, second = in_order(scene)
     return {
         **{"first": first.thing, "first colour": first.colour},
         **{"second": second.thing, "second colour": second.colour},
-        **{"across": across, **around},
+        **{"across": direction(scene), **around},
     }
 
 

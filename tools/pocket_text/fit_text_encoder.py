@@ -20,7 +20,16 @@ from tools.pocket.optimizers import Optimizers
 from tools.pocket_text.captions import caption, vocabulary
 from tools.pocket_text.checkpoints import Log, run_steps
 from tools.pocket_text.recipe import Recipe
-from tools.pocket_text.scenes import BACKGROUNDS, PLACES, SIZES, TIMES, Scene, scenes
+from tools.pocket_text.scenes import (
+    BACKGROUNDS,
+    PLACES,
+    SIZES,
+    TIMES,
+    Scene,
+    direction,
+    in_order,
+    scenes,
+)
 from tools.pocket_text.things import COLOUR_NAMES, THINGS
 from tools.pocket_text.words import tokenize, tokenizer_json
 from var_deploy.export.models.t5 import BIAS_TABLE, T5Encoder
@@ -42,7 +51,7 @@ NEAR, FAR = 0.6, 0.05  # slopes of the first position biases
 AWAY = -5.0  # first bias of the other direction
 
 
-class Reader(nn.Module):
+class QuestionAnswering(nn.Module):
     """A text encoder, and a question that attends to its features for each of QUESTIONS."""
 
     def __init__(self, spec: TextEncoderSpec) -> None:
@@ -65,12 +74,9 @@ class Reader(nn.Module):
 
 def right_answers(scene: Scene) -> dict[str, str]:
     """Return the right answer to each of QUESTIONS."""
-    first, second = scene.items[0], None
-    where = scene.place
-    if len(scene.items) == 2:
-        ahead = scene.relation in ("left of", "above")
-        first, second = scene.items if ahead else scene.items[::-1]
-        where = "beside" if scene.relation in ("left of", "right of") else "stacked"
+    first, *others = in_order(scene)
+    second = others[0] if others else None
+    where = scene.place if second is None else direction(scene)
     return {
         **{"first": first.thing, "first colour": first.colour, "first size": first.size},
         "second": second.thing if second else NOTHING,
@@ -110,7 +116,9 @@ def init_text_encoder(model: T5Encoder) -> None:
         half = spec.buckets // 2
         bucket = torch.arange(half, dtype=torch.float32)
         exact = half // 2
-        distance = torch.where(bucket < exact, bucket, exact * 2 ** ((bucket - exact) / 2))
+        # the least distance of each bucket: the inverse of `bucket_of`
+        far = exact * (spec.max_distance / exact) ** ((bucket - exact) / (half - exact))
+        distance = torch.where(bucket < exact, bucket, far)
         table = model.get_parameter(BIAS_TABLE)  # what comes after a word is in the second half
         for head in range(spec.heads):
             slope = (FAR, NEAR)[head // 2 % 2]
@@ -123,7 +131,7 @@ def train_text_encoder(
 ) -> T5Encoder:
     """Train an encoder on sentences about training scenes; see `run_steps` for the checkpoint."""
     torch.manual_seed(recipe.seed + 2)
-    model = Reader(spec)
+    model = QuestionAnswering(spec)
     init_text_encoder(model.encoder)
     words = PromptTokenizer(tokenizer_json(vocabulary()), spec.length)
     steps = recipe.text_encoder_steps
@@ -149,5 +157,5 @@ def train_text_encoder(
         ]
         return {"right": float(torch.stack(answered).mean())}
 
-    run_steps("text encoder", steps, take, {"model": model}, optimizers, log, checkpoint)
+    run_steps("text-encoder", steps, take, {"model": model}, optimizers, log, checkpoint)
     return model.encoder

@@ -98,7 +98,8 @@ def init_weights(model: InfinityTransformer) -> None:
     """Initialise with small normal weights; residual gates start near zero, so that every block
     starts as the identity."""
     for name, parameter in model.named_parameters():
-        if name.endswith("scale_mul_1H11") or "norm" in name.split(".")[-2:][0]:
+        owner = name.rpartition(".")[0].rpartition(".")[2]  # the module that holds the parameter
+        if name.endswith("scale_mul_1H11") or "norm" in owner:
             continue
         if parameter.ndim < 2:
             nn.init.zeros_(parameter)

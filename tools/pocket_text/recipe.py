@@ -14,8 +14,8 @@ class Recipe:
         tokenizer_steps, decoder_steps: optimizer steps on the whole tokenizer, and then on its
             decoder alone.
         commitment: weight of the quantisation error in the tokenizer's loss.
-        text_encoder_batch, text_encoder_steps: sentences of a step of the text encoder alone, and
-            its steps.
+        text_encoder_batch, text_encoder_steps: sentences per step, and steps, of the stage that
+            trains the text encoder alone.
         transformer_images: drawings whose latents the transformer learns from, each several times
             with other sentences.
         flips: most of a scale's bits that are given to the transformer wrong (Infinity's

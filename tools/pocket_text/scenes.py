@@ -88,6 +88,16 @@ class Scene:
     time: str
 
 
+def in_order(scene: Scene) -> tuple[Item, ...]:
+    """Return the things from left to right, or from top to bottom."""
+    return scene.items[::-1] if scene.relation in ("right of", "below") else scene.items
+
+
+def direction(scene: Scene) -> str:
+    """Return how two things stand to each other: "beside" or "stacked"."""
+    return "beside" if scene.relation in ("left of", "right of") else "stacked"
+
+
 def unseen_colour(thing: str, colour: str) -> bool:
     """Whether a thing is never drawn in this colour for training; one in nine pairs."""
     if NATURAL.get(thing) == colour:

@@ -5,7 +5,7 @@ tokenizer of bits at four scales, a transformer with a text condition, and a tex
 form, all trained here on drawings with sentences that a grammar writes.
 
 - "tokenizer" fits encoder and decoder of the bits, on new drawings in each step.
-- "text encoder" fits the text encoder to answer questions about sentences.
+- "text-encoder" fits the text encoder to answer questions about sentences.
 - "transformer" encodes drawings once, and fits transformer and text encoder together; sentences
   are written anew each time that a drawing is used. Bits are flipped at random, so that the model
   learns to mend its own errors. One sentence in ten is dropped, for guidance.
@@ -49,9 +49,9 @@ from var_deploy.export.models.t5 import T5Encoder
 from var_deploy.export.pocket_text.model import POCKET_TEXT, TEXT_ENCODER
 
 JOINT_FILE = "tokenizer-joint.safetensors"
-READER_FOLDER = "text-alone"  # the text encoder before the transformer is trained with it
+TEXT_ALONE_FOLDER = "text-alone"  # the text encoder before the transformer is trained with it
 CHECKPOINTS = "checkpoints"
-STAGES = ("tokenizer", "decoder", "text encoder", "transformer", "classifier")
+STAGES = ("tokenizer", "decoder", "text-encoder", "transformer", "classifier")
 
 
 def load_tokenizer(path: Path) -> BitTokenizer:
@@ -61,7 +61,7 @@ def load_tokenizer(path: Path) -> BitTokenizer:
     return tokenizer.requires_grad_(False)
 
 
-def load_reader(folder: Path) -> T5Encoder:
+def load_text_encoder(folder: Path) -> T5Encoder:
     """Load the text encoder as its own stage saved it."""
     return build_t5(open_text_encoder(folder, TEXT_ENCODER.length))
 
@@ -76,15 +76,15 @@ def run_stage(stage: str, out: Path, recipe: Recipe, log: Callable[[str], None])
     elif stage == "decoder":
         model = refine_decoder(load_tokenizer(out / JOINT_FILE), recipe, log, checkpoint)
         save_half(model, out / TOKENIZER_FILE)
-    elif stage == "text encoder":
-        reader = train_text_encoder(recipe, TEXT_ENCODER, log, checkpoint)
-        save_text_encoder(reader, out / READER_FOLDER)
+    elif stage == "text-encoder":
+        text_encoder = train_text_encoder(recipe, TEXT_ENCODER, log, checkpoint)
+        save_text_encoder(text_encoder, out / TEXT_ALONE_FOLDER)
     elif stage == "transformer":
         trained = train_transformer(
             recipe,
             POCKET_TEXT,
             load_tokenizer(out / JOINT_FILE),
-            load_reader(out / READER_FOLDER),
+            load_text_encoder(out / TEXT_ALONE_FOLDER),
             log,
             checkpoint,
             out / CHECKPOINTS / "latents.npy",

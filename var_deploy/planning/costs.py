@@ -21,8 +21,9 @@ from var_deploy.planning.autoencoder import (
 from var_deploy.planning.workload import FULL, Weights, Work, Workload, linear
 from var_deploy.spec import ModelSpec, TextModelSpec
 
-# Top-k tries 34 thresholds with three operations per code (compare, convert, add), top-p 34 with
-# four (and select); exponentials, masks and the search for the sampled code add about 20.
+# One threshold for every bit, the least work of any width (a wide pass of the sampler tries more):
+# top-k tries 34 with three operations per code (compare, convert, add), top-p 34 with four (and
+# select); exponentials, masks and the search for the sampled code add about 20.
 SAMPLER_OPERATIONS = 34 * (3 + 4) + 20
 MIX_OPERATIONS = 10  # with more_smooth: noise, factors and a softmax per code
 
