@@ -1,8 +1,9 @@
 """`verify --bisect A,B`: finds the first layer at which two backends differ.
 
 Both backends get the inputs that the PyTorch model had at this point. Values are compared in the
-order in which the graph computes them, also fp32 against fp16: these two graphs differ in casts and
-in how the decoder up-samples its maps, which then counts as one node. int8 is refused: its rounding
+order in which the graph computes them, also fp32 against fp16: these two graphs differ in casts, in
+how the decoder up-samples its maps and in the widths of the sampler's passes; an up-sampling or a
+sampler then counts as one node. int8 is refused: its rounding
 shows in every layer, and `verify` says how much.
 
 Values that follow from a decision are left out, because rounding changes decisions: the inside of
@@ -69,7 +70,8 @@ class Divergence:
 
     Attributes:
         graph: such as "step @ 3".
-        node, operator, value: in the second graph; "Upsample" stands for the nodes of one.
+        node, operator, value: in the second graph; "Upsample" and "Sample" stand for all nodes of
+            one.
         error: largest difference over the largest magnitude; of tokens, their margin.
         inputs: each input of the node and its error, None for weights and constants.
     """
@@ -283,8 +285,8 @@ class _Comparison:
         time."""
         one, other = self._graphs
         if one.kinds() != other.kinds():
-            one.join_upsampling()
-            other.join_upsampling()
+            one.join()
+            other.join()
         if one.kinds() != other.kinds():
             raise ExportError("the graphs of the two precisions are not the same network")
         choice = other.choice
@@ -364,22 +366,22 @@ class _Graph:
     def kinds(self) -> list[tuple[str, str]]:
         return [_kind(node) for node in self.nodes]
 
-    def join_upsampling(self) -> None:
-        """Replace each up-sampling by one node that makes its last value.
+    def join(self) -> None:
+        """Replace each up-sampling and each sampler by one node that makes its result.
 
-        An up-sampling is a copy and one convolution in fp16, and four small convolutions in fp32.
+        An up-sampling is a copy and one convolution in fp16, and four small convolutions in fp32; a
+        sampler has wider passes in fp16.
         """
         joined: list[onnx.NodeProto] = []
-        for part, nodes in itertools.groupby(self.nodes, _upsamples):
+        for operator, nodes in itertools.groupby(self.nodes, _joined_as):
             group = list(nodes)
-            if part:
+            if operator:
                 outputs = {name for node in group for name in node.output}
                 inputs = [self.source.get(i, i) for node in group for i in node.input if i]
                 outside = list(dict.fromkeys(name for name in inputs if name not in outputs))
-                last = group[-1]
-                scope = last.name.partition("/")[0]
-                node = helper.make_node("Upsample", outside, last.output, f"{scope}/Upsample_0")
-                group = [node]
+                results = [self.choice] if self.choice in outputs else list(group[-1].output)
+                scope = group[-1].name.partition("/")[0]
+                group = [helper.make_node(operator, outside, results, f"{scope}/{operator}_0")]
             joined += group
         self.nodes = joined
 
@@ -391,9 +393,15 @@ class _Graph:
         return int(np.prod(sizes, dtype=np.int64)) * 4
 
 
-def _upsamples(node: onnx.NodeProto) -> bool:
-    """Whether a node belongs to an up-sampling; Resize is used for nothing else."""
-    return node.op_type == "Resize" or node.name.partition("/")[0].endswith(UPSAMPLING)
+def _joined_as(node: onnx.NodeProto) -> str:
+    """Return what a node is part of, "Upsample" or "Sample"; "" for a node by itself.
+
+    Resize is used for up-sampling alone.
+    """
+    scope = node.name.partition("/")[0]
+    if node.op_type == "Resize" or scope.endswith(UPSAMPLING):
+        return "Upsample"
+    return "Sample" if scope == "sampler" else ""
 
 
 def _kind(node: onnx.NodeProto) -> tuple[str, str]:

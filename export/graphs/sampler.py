@@ -236,21 +236,20 @@ def _inverse_cdf(b: GraphBuilder, mass: str, uniforms: str, codes: int) -> str:
     # Rounding may leave the sums a hair out of order, so codes without mass are masked out by
     # name, and the target stays below the largest sum of a code that has mass.
     has_mass = b.op("Greater", tiles, zero)
-    total = _largest(b, _masked(b, has_mass, cdf))  # [B, L, 1, 1]
+    total = _largest(b, _masked(b, has_mass, cdf), keepdims=1)
     target = b.op("Mul", b.op("Unsqueeze", uniforms, b.ints(-1, -2)), total)
     target = b.op("Min", target, b.op("Mul", total, b.constant(1 - 2.0**-23, np.float32)))
     beyond = b.op("And", has_mass, b.op("Greater", cdf, target))
     # the smallest index among them, counted from the end: ArgMax leaves ties to the backend
     order = np.arange(codes, codes - blocks * block, -1, dtype=np.float32).reshape(blocks, block)
     from_end = _masked(b, beyond, b.constant(order))
-    most = b.op("Squeeze", _largest(b, from_end), b.ints(-2, -1))
+    most = _largest(b, from_end, keepdims=0)
     return b.cast(b.op("Sub", b.constant(float(codes), np.float32), most), np.int64)
 
 
-def _largest(b: GraphBuilder, tiles: str) -> str:
-    """ReduceMax over the last two axes, which stay; in fp16 graphs one after the other, see
-    `_extreme`."""
-    if b.half:
-        tiles = b.op("ReduceMax", tiles, b.ints(-1), keepdims=1)
-        return b.op("ReduceMax", tiles, b.ints(-2), keepdims=1)
-    return b.op("ReduceMax", tiles, b.ints(-2, -1), keepdims=1)
+def _largest(b: GraphBuilder, tiles: str, keepdims: int) -> str:
+    """ReduceMax over the last two axes; in fp16 graphs one after the other, see `_extreme`."""
+    if not b.half:
+        return b.op("ReduceMax", tiles, b.ints(-2, -1), keepdims=keepdims)
+    rows = b.op("ReduceMax", tiles, b.ints(-1), keepdims=keepdims)
+    return b.op("ReduceMax", rows, b.ints(-2 if keepdims else -1), keepdims=keepdims)
